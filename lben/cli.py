@@ -1,0 +1,167 @@
+"""What can be done from a terminal? `lben demo`, `train`, `resume` and `evaluate`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from lben import checkpoints
+from lben.certificates import CertificateError
+from lben.checkpoints import CheckpointError
+from lben.data import DataError, load
+from lben.evaluation import EvaluationConfig, Report, evaluate
+from lben.reports import draw, table
+from lben.training import Interrupted, TrainingConfig, resume, train
+from solvers import SolveError
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train, certify and attack a classifier of the embedded digits, in about a minute.
+
+    Attributes:
+        out: folder for model, reports and picture.
+        gamma: l2 Lipschitz bound on the normalised input.
+        epochs: passes over the training images.
+        seed: of everything.
+    """
+
+    out: str = "runs/demo"
+    gamma: float = 1.0
+    epochs: int = 60
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train an equilibrium classifier into a folder.
+
+    Attributes:
+        config: of the run.
+    """
+
+    config: Annotated[TrainingConfig, tyro.conf.arg(name="")] = field(
+        default_factory=TrainingConfig
+    )
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Continue an interrupted run to the weights it would have reached.
+
+    Attributes:
+        run: folder of the run.
+        root: folder with the data files, if they have moved.
+    """
+
+    run: Annotated[str, tyro.conf.Positional]
+    root: str | None = None
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Certify and attack a trained model: table, report.json and picture.
+
+    Attributes:
+        run: folder of the run.
+        root: folder with the data files, if they have moved.
+        config: of the evaluation.
+    """
+
+    run: Annotated[str, tyro.conf.Positional]
+    root: str | None = None
+    config: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = field(
+        default_factory=EvaluationConfig
+    )
+
+
+Command = Demo | Train | Resume | Evaluate
+
+_ERRORS = (CheckpointError, DataError, CertificateError, SolveError, ValueError, ImportError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, 1 for an error, 130 for Ctrl-C."""
+    command = tyro.cli(  # type: ignore[call-overload]
+        Command,
+        prog="lben",
+        description="Equilibrium networks with a Lipschitz bound that holds by construction.",
+        args=None if arguments is None else list(arguments),
+    )
+    try:
+        _run(command)
+    except Interrupted as stop:
+        print(f"\nlben: {stop}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("\nlben: interrupted", file=sys.stderr)
+        return 130
+    except _ERRORS as error:
+        print(f"lben: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(command: Command) -> None:
+    match command:
+        case Demo():
+            _demo(command)
+        case Train(config=config):
+            train(config)
+            _say_trained(config.out)
+        case Resume(run=run, root=root):
+            resume(run, root=root)
+            _say_trained(run)
+        case Evaluate(run=run, root=root, config=config):
+            _evaluate(Path(run), config, root)
+
+
+def _say_trained(folder: str) -> None:
+    metrics = (Path(folder) / checkpoints.METRICS).read_text().splitlines()
+    error = json.loads(metrics[-1])["test_error_percent"]
+    print(f"test error {error:.2f} %; model in {folder}; next: lben evaluate {folder}")
+
+
+def _demo(command: Demo) -> None:
+    folder = Path(command.out)
+    for name in (checkpoints.TRAINING, checkpoints.METRICS):
+        (folder / name).unlink(missing_ok=True)  # the demo starts afresh
+    train(
+        TrainingConfig(
+            data="digits", out=command.out, gamma=command.gamma, epochs=command.epochs,
+            batch_size=64, seed=command.seed,
+        )
+    )  # fmt: skip
+    config = EvaluationConfig(pairs=10000, ascent_pairs=50, ascent_steps=100, seed=command.seed)
+    _evaluate(folder, replace(config, attack_samples=360), None)
+
+
+def _evaluate(folder: Path, config: EvaluationConfig, root: str | None) -> Report:
+    model = checkpoints.load_model(folder)
+    _, training = checkpoints.load_config(folder)
+    data = load(training["data"], root or training["root"])
+    torch.manual_seed(config.seed)
+    report = evaluate(model, data, config)
+    text = json.dumps(report.to_dict(), indent=2) + "\n"
+    checkpoints.write_atomically(folder / "report.json", text.encode())
+    print(table(report))
+    written = "report.json"
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no picture: matplotlib is not installed (pip install 'lben[plots]')")
+    else:
+        draw(report, folder / "robustness.png")
+        written += ", robustness.png"
+    print(f"\n{folder}: {checkpoints.MODEL}, {checkpoints.CERTIFICATE}, {written}")
+    if report.violations:
+        raise CertificateError(
+            f"{report.violations} violations of the bound: please report this as a defect"
+        )
+    return report

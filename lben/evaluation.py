@@ -1,0 +1,248 @@
+"""What does a model hold? Clean, certified and attacked accuracy, and how tight the bound is."""
+
+from __future__ import annotations
+
+import copy
+import math
+import platform
+import time
+from dataclasses import asdict, dataclass, fields
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lben.attacks import ascend_quotient, pgd_l2, quotients, random_pairs
+from lben.certificates import NetworkCertificate, certified_radius
+from lben.data import Dataset, pixels
+from lben.models import EquilibriumClassifier
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How a model is evaluated.
+
+    Attributes:
+        radii: l2 radii in pixels on [0, 1].
+        tol: relative tolerance of the solver, in float64.
+        attack_samples: test images that PGD attacks at every radius.
+        pgd_steps: steps of each PGD run.
+        pgd_restarts: starts of each PGD run, the first at the image itself.
+        pairs: random pairs on which the bound is checked.
+        ascent_pairs: pairs on which the quotient is maximised.
+        ascent_steps: steps of that ascent.
+        tightened: certify with the least bound that Λ supports instead of the promised one.
+        seed: of all draws.
+    """
+
+    radii: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+    tol: float = 1e-8
+    attack_samples: int = 500
+    pgd_steps: int = 20
+    pgd_restarts: int = 2
+    pairs: int = 20000
+    ascent_pairs: int = 100
+    ascent_steps: int = 150
+    tightened: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.radii or not all(0 <= r < math.inf for r in self.radii):
+            raise ValueError(f"radii must be at least 0 and finite, got {self.radii}")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name not in ("radii", "tightened", "seed") and not value > 0:
+                raise ValueError(f"{f.name} must be positive, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything that an evaluation found; tables and pictures are functions of it.
+
+    Attributes:
+        data: name of the data set.
+        samples: test images of the clean and certified figures.
+        attack_samples: the first so many of them, attacked.
+        radii: in the l2 norm of pixels on [0, 1].
+        clean_accuracy: share classified correctly.
+        certified_accuracy: share with certified radius above each radius.
+        certified_attacked: the same on the attacked images only.
+        pgd_accuracy: share of the attacked images that PGD did not break at each radius.
+        gamma: promised bound on the normalised input; None when there is none.
+        bound: proved bound from pixels to logits that the radii rest on.
+        promised_bound: gamma in pixels, proved; None when there is none.
+        quotient: largest Lipschitz quotient found, in pixels.
+        tightness: promised bound (proved bound when none is promised) ÷ quotient.
+        pairs: pairs checked against the bound, random and attacked.
+        violations: pairs whose quotient exceeds the bound, and attacked images broken within
+            their certified radius. Anything but 0 is a defect of the library.
+        smallest_eigenvalue: of M(Λ, γ) for the bound used.
+        m: proved strong monotonicity.
+        max_logit_error: largest proved distance of the evaluated to the exact logits.
+        solver_steps: most iterations that a test image needed.
+        seconds: of the whole evaluation.
+        config: of the evaluation.
+        environment: versions and hardware.
+    """
+
+    data: str
+    samples: int
+    attack_samples: int
+    radii: tuple[float, ...]
+    clean_accuracy: float
+    certified_accuracy: tuple[float, ...]
+    certified_attacked: tuple[float, ...]
+    pgd_accuracy: tuple[float, ...]
+    gamma: float | None
+    bound: float
+    promised_bound: float | None
+    quotient: float
+    tightness: float
+    pairs: int
+    violations: int
+    smallest_eigenvalue: float
+    m: float
+    max_logit_error: float
+    solver_steps: int
+    seconds: float
+    config: EvaluationConfig
+    environment: dict[str, str]
+
+    def to_dict(self) -> dict[str, object]:
+        """Return plain values, ready for JSON."""
+        return asdict(self)
+
+
+def environment() -> dict[str, str]:
+    """Return versions and hardware, as every result file records them."""
+    processor = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            processor = next(line for line in file if line.startswith("model name"))
+            processor = processor.partition(":")[2].strip()
+    except (OSError, StopIteration):
+        pass
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": processor,
+        "threads": str(torch.get_num_threads()),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+
+
+def evaluate(model: EquilibriumClassifier, data: Dataset, config: EvaluationConfig) -> Report:
+    """Certify and attack a model in float64.
+
+    Raises:
+        CertificateError: if the bound cannot be proved.
+        SolveError: if a solve of a test image misses the tolerance.
+    """
+    started = time.perf_counter()
+    exact = copy.deepcopy(model).to("cpu", torch.float64).eval()
+    exact.layer.tol, exact.layer.on_failure = config.tol, "raise"
+    exact.layer.max_steps = 20 * exact.layer.max_steps
+    promised = None if exact.layer.gamma is None else exact.certificate()
+    needs_tightening = config.tightened or promised is None
+    if needs_tightening and not exact.config.feedthrough:
+        certificate = exact.certificate(tightened=True)
+    else:
+        assert promised is not None
+        certificate = promised
+
+    x, labels = pixels(data.test_images, torch.float64), data.test_labels
+    logits, errors, steps = _all_logits(exact, x, certificate)
+    radius = certified_radius(logits, labels, certificate.bound, logit_error=errors)
+    attacked = min(config.attack_samples, len(x))
+    robust, broken_within = _attack(exact, x[:attacked], labels[:attacked], radius, config)
+    quotient, pairs, over = _pairs(exact, x, certificate, config)
+    proved = certificate if promised is None else promised
+    correct = logits.argmax(1) == labels
+
+    def certified(r: float, count: int) -> float:
+        held = correct if r == 0 else radius > r
+        return float(held[:count].double().mean())
+
+    return Report(
+        data=data.name,
+        samples=len(x),
+        attack_samples=attacked,
+        radii=config.radii,
+        clean_accuracy=float(correct.double().mean()),
+        certified_accuracy=tuple(certified(r, len(x)) for r in config.radii),
+        certified_attacked=tuple(certified(r, attacked) for r in config.radii),
+        pgd_accuracy=robust,
+        gamma=exact.layer.gamma,
+        bound=certificate.bound,
+        promised_bound=None if promised is None else promised.bound,
+        quotient=quotient,
+        tightness=proved.bound / quotient,
+        pairs=pairs,
+        violations=over + broken_within,
+        smallest_eigenvalue=certificate.layers[0].smallest_eigenvalue,
+        m=certificate.layers[0].m,
+        max_logit_error=float(errors.max()),
+        solver_steps=steps,
+        seconds=round(time.perf_counter() - started, 2),
+        config=config,
+        environment=environment(),
+    )
+
+
+def _all_logits(
+    model: EquilibriumClassifier, x: Tensor, certificate: NetworkCertificate
+) -> tuple[Tensor, Tensor, int]:
+    logits, errors, steps = [], [], 0
+    for batch in tqdm(x.split(2000), desc="certify", unit="batch", disable=None, leave=False):
+        result = model.certified_logits(batch, certificate)
+        logits.append(result.logits)
+        errors.append(result.error)
+        steps = max(steps, result.steps)
+    return torch.cat(logits), torch.cat(errors), steps
+
+
+def _attack(
+    model: EquilibriumClassifier, x: Tensor, labels: Tensor, radius: Tensor, config: EvaluationConfig
+) -> tuple[tuple[float, ...], int]:
+    """Return PGD accuracy at every radius, and how many images broke inside their certificate."""
+    accuracy, broken_within = [], 0
+    generator = torch.Generator().manual_seed(config.seed)
+    for r in tqdm(config.radii, desc="attack", unit="radius", disable=None, leave=False):
+        _, broken = pgd_l2(
+            model, x, labels, r,
+            steps=config.pgd_steps if r else 1, restarts=config.pgd_restarts if r else 1,
+            generator=generator,
+        )  # fmt: skip
+        accuracy.append(float((~broken).double().mean()))
+        broken_within += int((broken & (radius[: len(x)] > r)).sum())
+    return tuple(accuracy), broken_within
+
+
+def _pairs(
+    model: EquilibriumClassifier,
+    x: Tensor,
+    certificate: NetworkCertificate,
+    config: EvaluationConfig,
+) -> tuple[float, int, int]:
+    """Return the largest quotient, the number of pairs and how many exceed the bound.
+
+    A pair exceeds it only beyond the proved errors of both logits.
+    """
+    generator = torch.Generator().manual_seed(config.seed + 1)
+    starts = x[torch.randperm(len(x), generator=generator)[: config.ascent_pairs]]
+    found = ascend_quotient(model, starts, steps=config.ascent_steps, generator=generator)
+    largest, count, over = 0.0, 0, 0
+    batches = [(found.a, found.b)]
+    random = random_pairs(x, config.pairs, generator)
+    with torch.no_grad():
+        for a, b in tqdm(
+            [*batches, *random], desc="pairs", unit="batch", disable=None, leave=False
+        ):
+            ya, yb = (model.certified_logits(side, certificate) for side in (a, b))
+            change = torch.linalg.vector_norm(ya.logits - yb.logits, dim=1)
+            distance = torch.linalg.vector_norm((a - b).flatten(1), dim=1)
+            allowed = certificate.bound * distance * (1 + 1e-12) + ya.error + yb.error
+            over += int((change > allowed).sum())
+            count += len(a)
+            largest = max(largest, float(quotients(model, a, b).max()))
+    return largest, count, over

@@ -1,0 +1,166 @@
+"""Which W makes the certificate hold for every value of the free tensors?
+
+Revay, Wang and Manchester (2020), section 4.2, equations (15) to (17), extended by a
+feed-through D.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lben.weights import ExplicitWeights, check_gamma
+
+
+class DirectParameterization(nn.Module):
+    """Unconstrained parameters of a Lipschitz, well-posed or monotone equilibrium layer.
+
+    With Λ = diag eᵈ, R = γI − DᵀD/γ and G = ΛU + CᵀD/γ,
+
+        W = I − Λ⁻¹ ( ½CᵀC/γ + ½G R⁻¹Gᵀ + VᵀV + εΛ + N − Nᵀ ),
+
+    for which M(Λ, γ) has Schur complement 2VᵀV + 2εΛ ≻ 0. One formula, three families:
+
+    - gamma given: x ↦ y is γ-Lipschitz in l2 (LBEN);
+    - gamma None: the C and U terms are dropped; well-posed, no bound;
+    - gamma None and learn_metric False: Λ = I as well (monDEQ, Winston and Kolter 2020).
+
+    The feed-through is D = γL⁻¹X with LLᵀ = I + XXᵀ, which has ‖D‖₂ < γ for every X and makes
+    R⁻¹ = (I + XᵀX)/γ free of any inverse.
+
+    Args:
+        in_features: p.
+        hidden_features: n.
+        out_features: q.
+        gamma: l2 Lipschitz bound, or None.
+        feedthrough: whether y has a term Dx (needs gamma).
+        learn_metric: whether Λ is trained; otherwise Λ = I.
+        epsilon: slack; I − W ⪰ εI in the Λ norm, so m ≥ ε.
+        device, dtype: as in torch.nn.
+
+    Raises:
+        ValueError: if a size or epsilon or gamma is not positive, or feedthrough has no gamma.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        *,
+        gamma: float | None = 1.0,
+        feedthrough: bool = False,
+        learn_metric: bool = True,
+        epsilon: float = 1e-3,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (
+            ("in_features", in_features),
+            ("hidden_features", hidden_features),
+            ("out_features", out_features),
+        ):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        check_gamma(gamma)
+        if not 0 < epsilon < math.inf:
+            raise ValueError(f"epsilon must be positive and finite, got {epsilon}")
+        if feedthrough and gamma is None:
+            raise ValueError("feedthrough needs gamma: D is bounded by it")
+        self.gamma, self.epsilon = gamma, epsilon
+        n, p, q = hidden_features, in_features, out_features
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.U, self.C = parameter(n, p), parameter(q, n)
+        self.V, self.N = parameter(n, n), parameter(n, n)
+        self.b, self.b_y = parameter(n), parameter(q)
+        self.log_metric = parameter(n) if learn_metric else None
+        self.X = parameter(q, p) if feedthrough else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw fresh parameters from torch's generator.
+
+        U and C have orthonormal rows, so the two terms of the bound weigh alike and
+        I − W starts near ½(UUᵀ + CᵀC)/γ; V and N start at 0.3 of a unit-norm random matrix.
+        """
+        spread = 0.3 / math.sqrt(self.V.shape[0])
+        nn.init.orthogonal_(self.U)
+        nn.init.orthogonal_(self.C)
+        nn.init.normal_(self.V, std=spread)
+        nn.init.normal_(self.N, std=spread)
+        nn.init.zeros_(self.b)
+        nn.init.zeros_(self.b_y)
+        if self.log_metric is not None:
+            nn.init.zeros_(self.log_metric)
+        if self.X is not None:
+            nn.init.normal_(self.X, std=0.1 / math.sqrt(self.X.shape[1]))
+
+    def forward(self) -> ExplicitWeights:
+        """Return the explicit weights, differentiable in the free tensors."""
+        Lambda = torch.ones_like(self.b) if self.log_metric is None else self.log_metric.exp()
+        D, bound_term = self._bound_term(Lambda)
+        monotone = torch.addmm(self.N - self.N.T, self.V.T, self.V) + bound_term
+        W = -monotone / Lambda[:, None]
+        W = W + (1 - self.epsilon) * torch.eye(W.shape[0], dtype=W.dtype, device=W.device)
+        return ExplicitWeights(
+            W=W, U=self.U, b=self.b, C=self.C, D=D, b_y=self.b_y, Lambda=Lambda, gamma=self.gamma
+        )
+
+    def _bound_term(self, Lambda: Tensor) -> tuple[Tensor | None, Tensor | float]:
+        """Return D and ½CᵀC/γ + ½G R⁻¹Gᵀ."""
+        if self.gamma is None:
+            return None, 0.0
+        D, G = None, Lambda[:, None] * self.U
+        if self.X is not None:
+            X, identity = self.X, torch.eye(len(self.X), dtype=G.dtype, device=G.device)
+            root = torch.linalg.cholesky(identity + X @ X.T)
+            D = self.gamma * torch.linalg.solve_triangular(root, X, upper=False)
+            G = G + self.C.T @ D / self.gamma
+            G = torch.cat([G, G @ X.T], dim=1)  # G R⁻¹Gᵀ = (GGᵀ + GXᵀXGᵀ)/γ
+        return D, (self.C.T @ self.C + G @ G.T) / (2 * self.gamma)
+
+    @torch.no_grad()
+    def right_inverse(self, weights: ExplicitWeights) -> None:
+        """Set the free tensors so that `forward` returns these weights, to rounding.
+
+        Raises:
+            ValueError: if gamma or the presence of D differs, Λ ≠ I although it is not learned,
+                or the weights do not satisfy the certificate with slack εΛ.
+        """
+        if weights.gamma != self.gamma:
+            raise ValueError(f"gamma is {self.gamma} here and {weights.gamma} in the weights")
+        if (weights.D is None) != (self.X is None):
+            raise ValueError("feed-through D must be present in both, or in neither")
+        if self.log_metric is not None:
+            self.log_metric.copy_(weights.Lambda.log())
+        elif not torch.equal(weights.Lambda, torch.ones_like(weights.Lambda)):
+            raise ValueError("the weights have Λ ≠ I, but this parameterization keeps Λ = I")
+        for name in ("U", "C", "b", "b_y"):
+            getattr(self, name).copy_(getattr(weights, name))
+        if self.X is not None and weights.D is not None and self.gamma is not None:
+            scaled = weights.D / self.gamma
+            gap = torch.eye(len(scaled), dtype=scaled.dtype, device=scaled.device)
+            gap -= scaled @ scaled.T
+            root, failed = torch.linalg.cholesky_ex(gap)
+            if int(failed):
+                raise ValueError(f"‖D‖₂ must be below gamma = {self.gamma}")
+            self.X.copy_(torch.linalg.solve_triangular(root, scaled, upper=False))
+        Lambda = weights.Lambda
+        _, bound_term = self._bound_term(Lambda)
+        rest = -Lambda[:, None] * weights.W - bound_term
+        rest.diagonal().add_((1 - self.epsilon) * Lambda)
+        values, vectors = torch.linalg.eigh(0.5 * (rest + rest.T))
+        noise = 100 * torch.finfo(rest.dtype).eps * float(values.abs().max())
+        if float(values[0]) < -noise:
+            raise ValueError(
+                "the weights do not satisfy the certificate with slack εΛ: smallest eigenvalue "
+                f"{float(values[0]):.3g} with epsilon = {self.epsilon}"
+            )
+        self.V.copy_(values.clamp_min(0).sqrt()[:, None] * vectors.T)
+        self.N.copy_(0.25 * (rest - rest.T))

@@ -1,0 +1,179 @@
+"""What can be proved in floating point? Matrices with entrywise error, and bounds of eigenvalues.
+
+An `Enclosure` is a float64 matrix with a radius per entry; arithmetic on it keeps the exact result
+inside, whatever the order of summation and whether or not fused multiply-adds are used. Error
+bounds are the standard ones of Higham (2002), section 3.1: |fl(Σ aᵢbᵢ) − Σ aᵢbᵢ| ≤
+γ_k Σ|aᵢbᵢ|, γ_k = ku/(1 − ku), u = 2⁻⁵³, plus k·2⁻¹⁰⁷⁴ for underflow. They hold for every classical
+matrix product (not for Strassen's, which no BLAS uses by default).
+
+Only products, sums and elementary operations are trusted. Eigenvalues and Cholesky factors are
+proposals: what they claim is checked afterwards by a product.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+UNIT = 2.0**-53
+_TINY = 2.0**-1074
+
+
+def gamma_k(k: int) -> float:
+    """Return an upper bound of γ_k = ku/(1 − ku)."""
+    return k * UNIT / (1 - k * UNIT) * (1 + 4 * UNIT)
+
+
+def up(x: float, ulps: int = 1) -> float:
+    """Return x moved up by some units in the last place."""
+    for _ in range(ulps):
+        x = math.nextafter(x, math.inf)
+    return x
+
+
+def down(x: float, ulps: int = 1) -> float:
+    """Return x moved down by some units in the last place."""
+    return -up(-x, ulps)
+
+
+def sum_up(values: Array, axis: int | None = None) -> Array:
+    """Return upper bounds of sums of non-negative numbers."""
+    count = values.size if axis is None else values.shape[axis]
+    return np.sum(values, axis=axis) * (1 + 2 * gamma_k(count + 2))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, eq=False)
+class Enclosure:
+    """All real matrices within `radius` of `mid`, entry by entry.
+
+    Args:
+        mid: float64 array.
+        radius: non-negative float64 array of the same shape; zeros when omitted (exact).
+    """
+
+    mid: Array
+    radius: Array = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mid", np.asarray(self.mid, dtype=np.float64))
+        radius = np.zeros_like(self.mid) if self.radius is None else self.radius
+        object.__setattr__(self, "radius", radius)
+
+    @property
+    def T(self) -> Enclosure:
+        """Transpose."""
+        return Enclosure(self.mid.T, self.radius.T)
+
+    @property
+    def magnitude(self) -> Array:
+        """Upper bound of |entry|."""
+        return (np.abs(self.mid) + self.radius) * (1 + 2 * UNIT)
+
+    def _result(self, mid: Array, radius: Array, operations: int) -> Enclosure:
+        # One rounding of the new midpoint, then the roundings of the radius itself.
+        radius = (radius + UNIT * np.abs(mid) + _TINY) * (1 + (operations + 6) * 2 * UNIT)
+        return Enclosure(mid, radius)
+
+    def __add__(self, other: Enclosure) -> Enclosure:
+        return self._result(self.mid + other.mid, self.radius + other.radius, 2)
+
+    def __sub__(self, other: Enclosure) -> Enclosure:
+        return self._result(self.mid - other.mid, self.radius + other.radius, 2)
+
+    def __neg__(self) -> Enclosure:
+        return Enclosure(-self.mid, self.radius)
+
+    def __mul__(self, other: Enclosure) -> Enclosure:
+        """Entrywise product, with broadcasting."""
+        radius = self.magnitude * other.radius + self.radius * np.abs(other.mid)
+        return self._result(self.mid * other.mid, radius, 4)
+
+    def __truediv__(self, scalar: float) -> Enclosure:
+        """Divide by an exact non-zero number."""
+        return self._result(self.mid / scalar, self.radius / abs(scalar), 2)
+
+    def __matmul__(self, other: Enclosure) -> Enclosure:
+        k = self.mid.shape[1]
+        a, b = np.abs(self.mid), np.abs(other.mid)
+        radius = gamma_k(k) * (a @ b)
+        if self.radius.any() or other.radius.any():
+            radius = radius + self.magnitude @ other.radius + self.radius @ b
+        radius = (radius + 2 * k * _TINY) * (1 + 4 * gamma_k(k + 4))
+        return Enclosure(self.mid @ other.mid, radius)
+
+    def sqrt(self) -> Enclosure:
+        """Entrywise square root of exact non-negative numbers."""
+        if self.radius.any():
+            raise ValueError("sqrt is defined here for exact entries only")
+        return self._result(np.sqrt(self.mid), np.zeros_like(self.mid), 1)
+
+    def reciprocal(self) -> Enclosure:
+        """Entrywise 1/x of entries whose interval excludes zero."""
+        low = (np.abs(self.mid) - self.radius) * (1 - 4 * UNIT)
+        if not (low > 0).all():
+            raise ValueError("reciprocal of an interval that contains zero")
+        mid = 1 / self.mid
+        return self._result(mid, self.radius * np.abs(mid) / low * (1 + 8 * UNIT), 6)
+
+    def symmetric_part(self) -> Enclosure:
+        """½(A + Aᵀ)."""
+        return (self + self.T) / 2.0
+
+
+def block(rows: list[list[Enclosure]]) -> Enclosure:
+    """Assemble a block matrix."""
+    return Enclosure(
+        np.block([[e.mid for e in row] for row in rows]),
+        np.block([[e.radius for e in row] for row in rows]),
+    )
+
+
+def smallest_eigenvalue_bound(matrix: Enclosure) -> float:
+    """Return a proved lower bound of λmin over all symmetric matrices in the enclosure.
+
+    Let A be the symmetrised midpoint, c a number just below its computed smallest eigenvalue and R
+    any matrix, proposed by Cholesky of A − cI. As RᵀR ⪰ 0, every symmetric matrix in the enclosure
+    has
+
+        λmin ≥ c − ‖A − cI − RᵀR‖_∞ − ‖radius‖_∞,
+
+    where the difference is evaluated as an enclosure. Returns −inf when nothing finite can be
+    proved (the entries are not finite, or no factor was found).
+    """
+    matrix = matrix.symmetric_part()
+    A, n = matrix.mid, matrix.mid.shape[0]
+    if not (np.isfinite(A).all() and np.isfinite(matrix.radius).all()):
+        return -math.inf
+    values = np.linalg.eigvalsh(A)
+    scale = max(abs(values[0]), abs(values[-1]), 2.0**-1000)
+    slack = 4 * n * UNIT * scale
+    for _ in range(8):
+        c = float(values[0]) - slack
+        shifted = A - c * np.eye(n)
+        R, info = scipy.linalg.lapack.dpotrf(shifted, lower=0, clean=1)
+        if info == 0:
+            factor = Enclosure(R)
+            identity = Enclosure(c * np.eye(n))
+            rest = matrix - identity - factor.T @ factor
+            norm = float(np.max(sum_up(rest.magnitude, axis=1)))
+            return down(c - norm, 2)
+        slack *= 8
+    return -math.inf
+
+
+def largest_eigenvalue_bound(matrix: Enclosure) -> float:
+    """Return a proved upper bound of λmax over all symmetric matrices in the enclosure."""
+    return -smallest_eigenvalue_bound(-matrix)
+
+
+def norm_bound(matrix: Enclosure) -> float:
+    """Return a proved upper bound of ‖A‖₂, from the smaller of AᵀA and AAᵀ."""
+    rows, columns = matrix.mid.shape
+    gram = matrix @ matrix.T if rows <= columns else matrix.T @ matrix
+    return up(math.sqrt(max(largest_eigenvalue_bound(gram), 0.0)), 2)

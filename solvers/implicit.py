@@ -1,0 +1,132 @@
+"""How does a gradient pass through an equilibrium without unrolling the solver?
+
+With z = σ(Wz + v) and D = diag σ'(Wz + v), a cotangent g of z gives
+
+    u = D(Wᵀu + g),      ∂ℓ/∂v = u,      ∂ℓ/∂W = u zᵀ,
+
+and the equation for u is again a monotone inclusion (operator Wᵀ, bias g, "activation" u ↦ Du). So
+the same `solve` with the same factor serves it, and because the adjoint is itself an equilibrium,
+its derivative is too: gradients of any order. Winston and Kolter (2020), Theorem 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from solvers.activations import LinearSlope, ProximalActivation
+from solvers.inclusion import Inclusion
+from solvers.operators import LinearOperator
+from solvers.solution import OnFailure, Solution
+from solvers.splitting import Splitting, solve
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Adjoint:
+    """How the backward pass solves; shared by every order of differentiation."""
+
+    method: Splitting | None
+    tol: float
+    max_steps: int
+    on_failure: OnFailure
+
+    def solve(self, operator: LinearOperator, cotangent: Tensor, slope: Tensor) -> Tensor:
+        return _equilibrium(
+            Inclusion(operator.T, cotangent, LinearSlope(slope)), None, self, "adjoint solve"
+        ).value
+
+
+def equilibrium(
+    problem: Inclusion,
+    method: Splitting | None = None,
+    *,
+    tol: float = 1e-4,
+    max_steps: int = 500,
+    z0: Float[Tensor, "*batch n"] | None = None,
+    on_failure: OnFailure = "warn",
+    name: str = "forward solve",
+) -> Solution:
+    """Solve z = σ(Wz + v), differentiably in v and in the tensors that define W.
+
+    The backward pass solves the adjoint inclusion to the same relative tolerance with the same
+    method. Memory does not grow with the number of iterations: only v, z and W are kept.
+
+    Args, returns and raises are those of `solve`; `Solution.value` carries the graph. The adjoint
+    solve warns or raises like the forward one.
+    """
+    adjoint = _Adjoint(method=method, tol=tol, max_steps=max_steps, on_failure=on_failure)
+    return _equilibrium(problem, z0, adjoint, name)
+
+
+def _equilibrium(
+    problem: Inclusion, z0: Tensor | None, options: _Adjoint, name: str
+) -> Solution:
+    solution = solve(
+        problem,
+        options.method,
+        tol=options.tol,
+        max_steps=options.max_steps,
+        z0=z0,
+        on_failure=options.on_failure,
+        name=name,
+    )
+    activation = problem.activation
+    slope = activation.d if isinstance(activation, LinearSlope) else None
+    value = _Equilibrium.apply(
+        solution.value, problem.bias, slope, problem.operator, activation, options,
+        *problem.operator.tensors,
+    )  # fmt: skip
+    return dataclasses.replace(solution, value=value)
+
+
+class _Equilibrium(torch.autograd.Function):
+    """Attaches the implicit gradient to a solved z.
+
+    The operator travels as a plain object for its cached factors; its tensors travel as saved
+    tensors, so that autograd sees them and notices when one is changed in place.
+    """
+
+    @staticmethod
+    def forward(
+        z: Tensor,
+        bias: Tensor,
+        slope: Tensor | None,
+        operator: LinearOperator,
+        activation: ProximalActivation,
+        options: _Adjoint,
+        *tensors: Tensor,
+    ) -> Tensor:
+        return z.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, bias, slope, operator, activation, options, *tensors = inputs
+        ctx.operator = operator.rebuild(tuple(t.detach() for t in tensors))
+        ctx.activation = None if slope is not None else activation
+        ctx.options = options
+        saved = () if slope is None else (bias, slope)
+        ctx.save_for_backward(output, *saved, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        z, *rest = ctx.saved_tensors
+        if ctx.activation is None:
+            bias, slope, *tensors = rest
+        else:
+            tensors, slope = rest, ctx.activation.slope(z)
+        operator = ctx.operator.rebuild(tuple(tensors))
+        u = ctx.options.solve(operator, g, slope)
+        slope_grad = None
+        if ctx.activation is None and ctx.needs_input_grad[2]:
+            # z = d ⊙ (Wz + v): ∂ℓ/∂d = (Wᵀu + g) ⊙ (Wz + v)
+            slope_grad = operator.T.affine(u, g) * operator.affine(z, bias)
+        if any(ctx.needs_input_grad[6:]):
+            pullback = operator.pullback(u, z)
+        else:
+            pullback = (None,) * len(tensors)  # type: ignore[assignment]
+        return (None, u, slope_grad, None, None, None, *pullback)

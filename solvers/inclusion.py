@@ -1,0 +1,141 @@
+"""What is the problem 0 ∈ (I − W)z − v + ∂f(z), how far is a point from its solution?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from solvers.activations import LinearSlope, ProximalActivation
+from solvers.operators import Constants, LinearOperator
+
+
+class NonFiniteError(ValueError):
+    """A problem contains NaN or Inf."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inclusion:
+    """The fixed-point problem z = σ(Wz + v), that is 0 ∈ (I − W)z − v + ∂f(z) with σ = prox_f.
+
+    Args:
+        operator: W with its metric Λ.
+        bias: v, one row per sample; any leading batch dimensions.
+        activation: σ.
+    """
+
+    operator: LinearOperator
+    bias: Float[Tensor, "*batch n"]
+    activation: ProximalActivation
+
+    def check(self) -> None:
+        """Check that the pieces fit and the bias is finite.
+
+        Raises:
+            ValueError: if the bias has another number of units, dtype or device than W.
+            NonFiniteError: if the bias contains NaN or Inf.
+        """
+        W, v = self.operator.tensors[0], self.bias
+        if v.ndim < 1 or v.shape[-1] != self.operator.n:
+            raise ValueError(
+                f"bias must have {self.operator.n} units in its last dimension, "
+                f"got shape {tuple(v.shape)}"
+            )
+        if v.dtype != W.dtype or v.device != W.device:
+            raise ValueError(f"bias is {v.dtype} on {v.device}, W is {W.dtype} on {W.device}")
+        if not bool(torch.isfinite(v.detach()).all()):
+            bad = int((~torch.isfinite(v.detach())).reshape(-1, v.shape[-1]).any(-1).sum())
+            raise NonFiniteError(
+                f"bias contains NaN or Inf in {bad} of {v.numel() // max(v.shape[-1], 1)} samples"
+            )
+
+    @property
+    def metric(self) -> Float[Tensor, " n"]:
+        """Λ, the diagonal metric in which every norm of this problem is taken."""
+        return self.operator.metric
+
+    def detach(self) -> Inclusion:
+        """Return the same problem cut from the graph, sharing all cached factors."""
+        tensors = tuple(t.detach() for t in self.operator.tensors)
+        activation = self.activation
+        if isinstance(activation, LinearSlope):
+            activation = LinearSlope(activation.d.detach())
+        return Inclusion(self.operator.rebuild(tensors), self.bias.detach(), activation)
+
+    def flatten(self) -> Inclusion:
+        """Return the same problem with all batch dimensions merged into one."""
+        if self.bias.ndim == 2:
+            return self
+        activation = self.activation
+        if isinstance(activation, LinearSlope):
+            activation = LinearSlope(activation.d.reshape(-1, self.operator.n))
+        return Inclusion(self.operator, self.bias.reshape(-1, self.operator.n), activation)
+
+    def select(self, index: Tensor) -> Inclusion:
+        """Return the problem of the samples in `index`."""
+        return Inclusion(self.operator, self.bias[index], self.activation.select(index))
+
+    def image(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """Return σ(Wz + v)."""
+        return self.activation(self.operator.affine(z, self.bias))
+
+    def relative_residual(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, " *batch"]:
+        """Return ‖z̃ − z‖_Λ / max(‖z̃‖_Λ, ‖z‖_Λ) with z̃ = σ(Wz + v), per sample.
+
+        0 where z̃ = z, and where both are no larger than 16 roundoffs of v: the state is zero to
+        the precision of its data there, and no relative change of it means anything.
+        """
+        image, norm = self.image(z), self.operator.norm
+        residual, scale = norm(image - z), torch.maximum(norm(image), norm(z))
+        noise = 16 * torch.finfo(z.dtype).eps * norm(self.bias)
+        return torch.where(scale <= noise, 0 * scale, residual / scale.clamp_min(_tiny(z)))
+
+    def error_bound(
+        self, z: Float[Tensor, "*batch n"], constants: Constants | None = None
+    ) -> Float[Tensor, " *batch"]:
+        """Return a bound of ‖z − z*‖_Λ per sample, in float64; infinite where m ≤ 0.
+
+        For z̃ = σ(Wz + v), the sector condition of (z̃, Wz + v) and (z*, Wz* + v) gives
+        m ‖z̃ − z*‖²_Λ ≤ ⟨z̃ − z*, W(z − z̃)⟩_Λ, hence
+
+            ‖z − z*‖_Λ ≤ ‖z − z̃‖_Λ + ‖W(z̃ − z)‖_Λ / m.
+
+        Everything is evaluated in float64 on the problem as stored. Rounding there is covered by
+        e = γ_{n+4}(|W||z| + |v|) plus a few ulps of |z̃| per entry of z̃, which moves the bound by
+        at most (1 + ‖W‖/m) ‖e‖_Λ with ‖W‖ ≤ 1 + L.
+
+        Args:
+            z: approximate solution.
+            constants: proved (m, L) of the operator; the operator's own when omitted.
+        """
+        problem = self.detach()
+        operator = problem.operator.to(torch.float64)
+        exact = Inclusion(operator, problem.bias.double(), _to_double(problem.activation))
+        z = z.detach().double()
+        constants = operator.constants() if constants is None else constants
+        if constants.m <= 0:
+            return torch.full(z.shape[:-1], torch.inf, dtype=torch.float64, device=z.device)
+        image = exact.image(z)
+        u = torch.finfo(torch.float64).eps
+        magnitude = operator.magnitude(z.abs()) + exact.bias.abs()
+        rounding = operator.norm((operator.n + 4) * u * magnitude + 8 * u * image.abs())
+        norm_W = 1 + constants.L
+        moved = image - z
+        product = operator.norm(operator.mv(moved))
+        product += operator.norm((operator.n + 4) * u * operator.magnitude(moved.abs()))
+        bound = operator.norm(moved) + product / constants.m
+        # The three norms and the division carry at most (n + 8) u relative error themselves.
+        inflate = 1 + 4 * (operator.n + 8) * u
+        return (bound + (2 + 2 * norm_W / constants.m) * rounding) * inflate
+
+
+def _tiny(z: Tensor) -> float:
+    return torch.finfo(z.dtype).tiny
+
+
+def _to_double(activation: ProximalActivation) -> ProximalActivation:
+    if isinstance(activation, LinearSlope):
+        return LinearSlope(activation.d.double())
+    return activation

@@ -140,12 +140,15 @@ def random_pairs(
     x: Images, count: int, generator: torch.Generator
 ) -> Iterator[tuple[Images, Images]]:
     """Yield about `count` pairs in batches: image pairs, images and near points, uniform noise."""
+
+    def near(scale: float) -> Callable[[Tensor], Tensor]:
+        return lambda a: a + scale * torch.randn(a.shape, generator=generator, dtype=a.dtype)
+
     kinds: list[Callable[[Tensor], Tensor]] = [
         lambda a: x[_draw(len(x), len(a), generator)],
         lambda a: torch.rand(a.shape, generator=generator, dtype=a.dtype),
+        *map(near, (1e-3, 1e-1, 10.0)),
     ]
-    for scale in (1e-3, 1e-1, 10.0):
-        kinds.append(lambda a, s=scale: a + s * torch.randn(a.shape, generator=generator, dtype=a.dtype))  # type: ignore[misc]
     batch = min(count, 5000)
     for index in range(-(-count // batch)):
         a = x[_draw(len(x), batch, generator)]

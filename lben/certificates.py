@@ -28,7 +28,7 @@ from lben.rigorous import (
     smallest_eigenvalue_bound,
     up,
 )
-from lben.weights import ExplicitWeights
+from lben.weights import ExplicitWeights, check_gamma
 from solvers import Constants
 
 
@@ -145,13 +145,21 @@ def certify(weights: ExplicitWeights, claim: Claim | None = None) -> Certificate
 
     With γ None, prove that the equilibrium exists and is unique (2Λ − ΛW − WᵀΛ ≻ 0) and return an
     infinite bound. m, L and the output gain are always those of the weights' own Λ, the metric in
-    which the layer is solved. The claim is the weights' own γ and Λ when omitted. Revay, Wang and Manchester (2020), Theorems 1 and 2; D as in recurrent
-    equilibrium networks (Revay, Wang and Manchester 2023).
+    which the layer is solved. The claim is the weights' own γ and Λ when omitted. Revay, Wang and
+    Manchester (2020), Theorems 1 and 2; D as in recurrent equilibrium networks (Revay, Wang and
+    Manchester 2023).
 
     Raises:
+        ValueError: if the claimed γ is not positive and finite, or its Λ has another size.
         CertificateError: if the proof fails, with the smallest eigenvalue found.
     """
     claim = Claim(weights.gamma, weights.Lambda) if claim is None else claim
+    check_gamma(claim.gamma)
+    if claim.Lambda.shape != weights.Lambda.shape:
+        raise ValueError(
+            f"the claim's Lambda must have shape {tuple(weights.Lambda.shape)}, "
+            f"got {tuple(claim.Lambda.shape)}"
+        )
     tensors = weights.to(torch.float64)
     multiplier = claim.Lambda.detach().to("cpu", torch.float64)
     if not all(bool(torch.isfinite(t).all()) for t in tensors.tensors().values()):
@@ -160,13 +168,14 @@ def certify(weights: ExplicitWeights, claim: Claim | None = None) -> Certificate
         raise CertificateError("Λ must be positive in every entry")
     pieces, own = _Pieces(tensors, multiplier), _Pieces(tensors, tensors.Lambda)
     gamma = claim.gamma
-    statement = pieces.well_posedness() if gamma is None else pieces.lipschitz(gamma)
-    margin = smallest_eigenvalue_bound(statement)
+    margin = smallest_eigenvalue_bound(
+        pieces.well_posedness() if gamma is None else pieces.lipschitz(gamma)
+    )
     computed = pieces.smallest_eigenvalue(gamma)
     if not margin > 0:
-        claim = "well-posedness" if gamma is None else f"the Lipschitz bound γ = {gamma:g}"
+        statement = "well-posedness" if gamma is None else f"the Lipschitz bound γ = {gamma:g}"
         raise CertificateError(
-            f"{claim} could not be proved: M has smallest eigenvalue {computed:.3e}, and the "
+            f"{statement} could not be proved: M has smallest eigenvalue {computed:.3e}, and the "
             f"proved lower bound {margin:.3e} is not positive. Causes: the weights do not satisfy "
             "the condition (a parameterization is broken or was rounded to low precision), or the "
             "slack ε is smaller than rounding. Try float64 or a larger epsilon."

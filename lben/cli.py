@@ -90,7 +90,7 @@ _ERRORS = (CheckpointError, DataError, CertificateError, SolveError, ValueError,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 1 for an error, 130 for Ctrl-C."""
-    command = tyro.cli(  # type: ignore[call-overload]
+    command = tyro.cli(
         Command,
         prog="lben",
         description="Equilibrium networks with a Lipschitz bound that holds by construction.",

@@ -66,9 +66,7 @@ def pixels(images: UInt8[Tensor, "*shape"], dtype: torch.dtype = torch.float32) 
     return images.to(dtype) / 255
 
 
-def load(
-    name: DatasetName, root: Path | str | None = None, *, download: bool = False
-) -> Dataset:
+def load(name: DatasetName, root: Path | str | None = None, *, download: bool = False) -> Dataset:
     """Load a data set.
 
     Args:

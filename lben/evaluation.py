@@ -202,7 +202,11 @@ def _all_logits(
 
 
 def _attack(
-    model: EquilibriumClassifier, x: Tensor, labels: Tensor, radius: Tensor, config: EvaluationConfig
+    model: EquilibriumClassifier,
+    x: Tensor,
+    labels: Tensor,
+    radius: Tensor,
+    config: EvaluationConfig,
 ) -> tuple[tuple[float, ...], int]:
     """Return PGD accuracy at every radius, and how many images broke inside their certificate."""
     accuracy, broken_within = [], 0

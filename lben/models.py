@@ -104,7 +104,7 @@ class EquilibriumClassifier(nn.Module):
         Raises:
             ValueError: if the images have another shape or dtype, or contain NaN or Inf.
         """
-        return self.layer(self._features(x))  # type: ignore[no-any-return]
+        return self.layer(self._features(x))
 
     def _features(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or tuple(x.shape[1:]) != self.config.shape:
@@ -112,7 +112,7 @@ class EquilibriumClassifier(nn.Module):
                 f"expected images of shape (batch, {', '.join(map(str, self.config.shape))}), "
                 f"got {tuple(x.shape)}"
             )
-        return self.normalize(x).flatten(1)  # type: ignore[no-any-return]
+        return self.normalize(x).flatten(1)
 
     def certificate(self, *, tightened: bool = False) -> NetworkCertificate:
         """Prove the bound of the whole network from pixels to logits.
@@ -170,9 +170,7 @@ class EquilibriumClassifier(nn.Module):
         """Return certified radii in the l2 norm of pixels in [0, 1]; 0 where misclassified."""
         certificate = self.certificate() if certificate is None else certificate
         result = self.certified_logits(x, certificate)
-        return certified_radius(
-            result.logits, labels, certificate.bound, logit_error=result.error
-        )
+        return certified_radius(result.logits, labels, certificate.bound, logit_error=result.error)
 
 
 def activation(name: ActivationName) -> ProximalActivation:

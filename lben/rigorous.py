@@ -45,7 +45,7 @@ def down(x: float, ulps: int = 1) -> float:
 def sum_up(values: Array, axis: int | None = None) -> Array:
     """Return upper bounds of sums of non-negative numbers."""
     count = values.size if axis is None else values.shape[axis]
-    return np.sum(values, axis=axis) * (1 + 2 * gamma_k(count + 2))  # type: ignore[no-any-return]
+    return np.asarray(np.sum(values, axis=axis) * (1 + 2 * gamma_k(count + 2)))
 
 
 @dataclass(frozen=True, eq=False)

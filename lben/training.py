@@ -79,7 +79,9 @@ class TrainingConfig:
 
     def model(self, data: Dataset) -> EquilibriumClassifierConfig:
         """Return the configuration of the model for this data."""
-        shared = {f.name for f in fields(self)} & {f.name for f in fields(EquilibriumClassifierConfig)}
+        shared = {f.name for f in fields(self)} & {
+            f.name for f in fields(EquilibriumClassifierConfig)
+        }
         return EquilibriumClassifierConfig(
             shape=data.shape,
             classes=data.classes,
@@ -196,7 +198,7 @@ def _fit(
                 "epoch": epoch + 1,
                 "loss": float(loss_sum) / len(images),
                 "train_error_percent": 100 * (1 - int(correct) / len(images)),
-                "test_error_percent": 100 * test_error(model, data),
+                "test_error_percent": 100 * error_rate(model, data),
                 "seconds": round(time.perf_counter() - started, 2),
             }
             progress.set_postfix(test_error=f"{metrics['test_error_percent']:.2f}%")
@@ -211,7 +213,7 @@ def _fit(
 
 
 @torch.no_grad()
-def test_error(model: EquilibriumClassifier, data: Dataset, batch: int = 2000) -> float:
+def error_rate(model: EquilibriumClassifier, data: Dataset, batch: int = 2000) -> float:
     """Return the share of test images that the model misclassifies."""
     model.eval()
     parameter = next(model.parameters())
@@ -256,10 +258,13 @@ def _batches(
 
 def _optimizer(model: EquilibriumClassifier, config: TrainingConfig) -> torch.optim.Optimizer:
     parameters = list(model.parameters())
-    matrices = [p for p in parameters if p.ndim == 2]
-    vectors = [p for p in parameters if p.ndim != 2]
+    matrices: dict[str, Any] = {"params": [p for p in parameters if p.ndim == 2]}
+    vectors: dict[str, Any] = {
+        "params": [p for p in parameters if p.ndim != 2],
+        "weight_decay": 0.0,
+    }
     return torch.optim.AdamW(
-        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+        [matrices, vectors],
         lr=config.lr,
         weight_decay=config.weight_decay,
     )

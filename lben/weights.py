@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -72,9 +74,12 @@ class ExplicitWeights:
 
     def to(self, dtype: torch.dtype) -> ExplicitWeights:
         """Return the weights in another precision, cut from the graph, on the CPU."""
-        return replace(
-            self, **{k: v.detach().to("cpu", dtype) for k, v in self.tensors().items()}
-        )
+        return self.apply(lambda t: t.detach().to("cpu", dtype))
+
+    def apply(self, transform: Callable[[Tensor], Tensor]) -> ExplicitWeights:
+        """Return the weights with every tensor transformed."""
+        changes: dict[str, Any] = {k: transform(v) for k, v in self.tensors().items()}
+        return replace(self, **changes)
 
     @property
     def fingerprint(self) -> str:

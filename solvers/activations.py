@@ -118,7 +118,7 @@ class LeakyReLU(ProximalActivation):
         return torch.nn.functional.leaky_relu(v, self.negative_slope)
 
     def slope(self, z: Tensor) -> Tensor:
-        return torch.where(z > 0, 1.0, self.negative_slope).to(z.dtype)
+        return torch.where(z > 0, torch.ones_like(z), z.new_tensor(self.negative_slope))
 
     def prox(self, x: Tensor, step: Step) -> Tensor:
         a = self.negative_slope

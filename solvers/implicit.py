@@ -63,9 +63,7 @@ def equilibrium(
     return _equilibrium(problem, z0, adjoint, name)
 
 
-def _equilibrium(
-    problem: Inclusion, z0: Tensor | None, options: _Adjoint, name: str
-) -> Solution:
+def _equilibrium(problem: Inclusion, z0: Tensor | None, options: _Adjoint, name: str) -> Solution:
     solution = solve(
         problem,
         options.method,
@@ -77,7 +75,7 @@ def _equilibrium(
     )
     activation = problem.activation
     slope = activation.d if isinstance(activation, LinearSlope) else None
-    value = _Equilibrium.apply(
+    value = _Equilibrium.apply(  # type: ignore[no-untyped-call]
         solution.value, problem.bias, slope, problem.operator, activation, options,
         *problem.operator.tensors,
     )  # fmt: skip
@@ -125,8 +123,7 @@ class _Equilibrium(torch.autograd.Function):
         if ctx.activation is None and ctx.needs_input_grad[2]:
             # z = d ⊙ (Wz + v): ∂ℓ/∂d = (Wᵀu + g) ⊙ (Wz + v)
             slope_grad = operator.T.affine(u, g) * operator.affine(z, bias)
+        pullback: tuple[Tensor | None, ...] = (None,) * len(tensors)
         if any(ctx.needs_input_grad[6:]):
             pullback = operator.pullback(u, z)
-        else:
-            pullback = (None,) * len(tensors)  # type: ignore[assignment]
         return (None, u, slope_grad, None, None, None, *pullback)

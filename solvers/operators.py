@@ -60,9 +60,7 @@ class Resolvent:
         (I + P(I − Wᵀ))⁻¹ = P (I + P(I − W))⁻ᵀ P⁻¹ with P = diag(α).
         """
         if isinstance(self.step, Tensor) and self.step.ndim == 1:
-            return Resolvent(
-                self.inverse.T * (self.step[:, None] / self.step[None, :]), self.step
-            )
+            return Resolvent(self.inverse.T * (self.step[:, None] / self.step[None, :]), self.step)
         return Resolvent(self.inverse.T, self.step)
 
 
@@ -108,7 +106,9 @@ class LinearOperator(ABC):
         """Return Wz + v in one pass."""
 
     @abstractmethod
-    def pullback(self, u: Float[Tensor, "*batch n"], z: Float[Tensor, "*batch n"]) -> tuple[Tensor, ...]:
+    def pullback(
+        self, u: Float[Tensor, "*batch n"], z: Float[Tensor, "*batch n"]
+    ) -> tuple[Tensor, ...]:
         """Return the gradient of Σ ⟨u, Wz⟩ with respect to `tensors`."""
 
     @abstractmethod
@@ -242,7 +242,9 @@ class DenseOperator(LinearOperator):
 
     def _factor(self, step: Step) -> Resolvent:
         A = self._I_minus_W()
-        A = (A.T if self.transposed else A) * (step[:, None] if isinstance(step, Tensor) and step.ndim else step)
+        A = (A.T if self.transposed else A) * (
+            step[:, None] if isinstance(step, Tensor) and step.ndim else step
+        )
         A.diagonal().add_(1)
         inverse, info = torch.linalg.inv_ex(A)
         if int(info) != 0 or not bool(torch.isfinite(inverse).all()):
@@ -273,7 +275,7 @@ class DenseOperator(LinearOperator):
     def memo(self, key: Hashable, build: Callable[[], T_]) -> T_:
         if key not in self._memo:
             self._memo[key] = build()
-        return self._memo[key]  # type: ignore[no-any-return]
+        return self._memo[key]
 
     def to(self, dtype: torch.dtype) -> DenseOperator:
         if dtype == self.W.dtype:

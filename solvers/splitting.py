@@ -335,4 +335,3 @@ def _predict(
     elif math.isinf(worst_before):
         ahead = max(1, done // 2)
     return min(done + ahead, max_steps)
-

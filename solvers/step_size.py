@@ -54,7 +54,7 @@ class JacobiDeterminant(StepSizeRule):
         diagonal = 1 - operator.diagonal()
         if not bool((diagonal > 0).all()):
             raise ValueError(
-                f"1 − Wᵢᵢ must be positive for every unit, smallest is {float(diagonal.min()):.3g}: "
+                f"1 − Wᵢᵢ must be positive for every unit, got {float(diagonal.min()):.3g}: "
                 "I − W is not monotone in any diagonal metric (check the weights' certificate)"
             )
         log_scale = float(diagonal.double().log().sum()) - operator.log_determinant()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -141,13 +141,11 @@ class EquilibriumLinear(nn.Module):
         reused until a parameter changes.
         """
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
-            return self.parameterization()  # type: ignore[no-any-return]
+            return self.parameterization()
         cache = self._current_cache()
         if cache.weights is None:
             with torch.no_grad():
-                weights: ExplicitWeights = self.parameterization()
-            detached = {k: v.detach() for k, v in weights.tensors().items()}
-            cache.weights = replace(weights, **detached)
+                cache.weights = self.parameterization().apply(Tensor.detach)
         return cache.weights
 
     def certificate(self) -> Certificate:

@@ -44,9 +44,7 @@ class Normalize(nn.Module):
         """Return the normalised images."""
         return (x - self.mean) / self.std
 
-    def rounding(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, " batch"]:
+    def rounding(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, " batch"]:
         """Bound ‖fl(forward(x)) − forward(x)‖₂ per image: two roundings of at most u each."""
         unit = torch.finfo(x.dtype).eps / 2
         return 4 * unit * torch.linalg.vector_norm(self(x).flatten(1), dim=1)

@@ -14,7 +14,9 @@ def table(report: Report) -> str:
         f"promised γ         {promised}",
         f"proved bound       {report.bound:.4g} (pixels to logits)",
         f"largest quotient   {report.quotient:.4g} found; tightness {report.tightness:.3f}"
-        + ("" if report.promised_bound is None else f" (bound {report.promised_bound:.4g} ÷ found)"),
+        + (
+            "" if report.promised_bound is None else f" (bound {report.promised_bound:.4g} ÷ found)"
+        ),
         f"violations         {report.violations} in {report.pairs} pairs and all PGD attacks",
         f"solver             {report.solver_steps} steps at most, logits proved within "
         f"{report.max_logit_error:.1e}",

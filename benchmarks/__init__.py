@@ -1,0 +1,1 @@
+"""`python -m benchmarks.NAME [--quick] [--out FILE]`: a table for people, then one JSON line."""

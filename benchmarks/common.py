@@ -1,0 +1,88 @@
+"""What do all benchmarks share? Options, fair timing, and results that can be traced."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lben.data import DataError
+from lben.evaluation import environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the options of every benchmark."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--quick", action="store_true", help="a subset in under 50 seconds")
+    options.add_argument("--out", type=Path, help="also write the JSON object to this file")
+    return options
+
+
+def find_root(given: str | None) -> str:
+    """Return the data folder: the one given, or the first usual place that holds MNIST."""
+    for candidate in [given] if given else ["data", "../data", "../shared/data"]:
+        if candidate and (Path(candidate) / "MNIST" / "raw").is_dir():
+            return candidate
+    raise DataError(
+        "no MNIST/raw folder found in data, ../data or ../shared/data: name its parent with --root"
+    )
+
+
+def commit() -> str:
+    """Return the commit of the tree that runs, marked when it has uncommitted changes."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "../solvers", "../lben", ".", ":!results")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def finish(figures: Mapping[str, Any], out: Path | None, **details: Any) -> None:
+    """Print the figures as the last line, and write them with their circumstances to a file."""
+    if out is not None:
+        record = {
+            **figures,
+            **details,
+            "commit": commit(),
+            "date": datetime.now(UTC).date().isoformat(),
+            "environment": environment(),
+        }
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(figures))
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3
+) -> dict[str, list[float]]:
+    """Time the candidates in turn, round by round, and return seconds per call of each."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for index in range(warmup + rounds):
+        for name, call in candidates.items():
+            start = time.perf_counter()
+            call()
+            elapsed = time.perf_counter() - start
+            if index >= warmup:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], name: str, reference: str) -> float:
+    """Return the median over rounds of time(name) / time(reference)."""
+    pairs = zip(seconds[name], seconds[reference], strict=True)
+    return statistics.median(a / b for a, b in pairs)

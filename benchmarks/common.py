@@ -36,7 +36,7 @@ def find_root(given: str | None) -> str:
     )
 
 
-def commit() -> str:
+def _commit() -> str:
     """Return the commit of the tree that runs, marked when it has uncommitted changes."""
     here = Path(__file__).parent
 
@@ -52,13 +52,16 @@ def commit() -> str:
         return "unknown"
 
 
+COMMIT = _commit()  # of the code that is now loaded, whatever happens to the tree meanwhile
+
+
 def finish(figures: Mapping[str, Any], out: Path | None, **details: Any) -> None:
     """Print the figures as the last line, and write them with their circumstances to a file."""
     if out is not None:
         record = {
             **figures,
             **details,
-            "commit": commit(),
+            "commit": COMMIT,
             "date": datetime.now(UTC).date().isoformat(),
             "environment": environment(),
         }

@@ -1,5 +1,6 @@
 """Equilibrium networks with a Lipschitz bound that holds by construction."""
 
+import lben._companion  # noqa: F401  first: the other modules need the right solvers
 from lben.certificates import (
     Certificate,
     CertificateError,

@@ -7,6 +7,6 @@ import solvers
 
 if not hasattr(solvers, "PeacemanRachford"):
     raise ImportError(
-        f"a folder named solvers at {list(solvers.__path__)[0]} shadows the package of that name "
+        f"a folder named solvers at {solvers.__path__[0]} shadows the package of that name "
         "that comes with lben: rename that folder, or run from another one"
     )

@@ -1,0 +1,320 @@
+import copy
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import nn
+
+from lben import EquilibriumLinear, Normalize
+from solvers import (
+    ForwardBackward,
+    LeakyReLU,
+    PeacemanRachford,
+    ReLU,
+    SolveError,
+    SolveWarning,
+    Tanh,
+)
+
+SIZES = (4, 5, 3)
+TIGHT = {"dtype": torch.float64, "tol": 1e-13, "max_steps": 5000, "on_failure": "raise"}
+VARIANTS = [
+    {},
+    {"gamma": 0.3, "activation": Tanh()},
+    {"activation": LeakyReLU(0.1), "feedthrough": True},
+    {"gamma": None},
+    {"gamma": None, "learn_metric": False},
+]
+
+
+def make(**options):
+    return EquilibriumLinear(*SIZES, **{"epsilon": 0.1, **TIGHT, **options})
+
+
+def draw(*shape):
+    return torch.randn(*shape, SIZES[0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=repr)
+def test_gradcheck_for_every_parameter_and_the_input(variant):
+    layer = make(**variant)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    names = [n for n, _ in layer.named_parameters()]
+    values = tuple(p.detach().clone().requires_grad_() for p in layer.parameters())
+    x = draw(2).requires_grad_()
+
+    def f(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(f, (x, *values))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=repr)
+def test_output_solves_the_equations(variant):
+    layer = make(**variant)
+    x = draw(6)
+    w, solution = layer.weights(), layer.equilibrium(x)
+    z = solution.value
+    torch.testing.assert_close(z, layer.activation(z @ w.W.T + x @ w.U.T + w.b))
+    y = z @ w.C.T + w.b_y + (0 if w.D is None else x @ w.D.T)
+    torch.testing.assert_close(layer(x), y)
+    assert (layer.certificate().bound < torch.inf) == (layer.gamma is not None)
+
+
+@pytest.mark.parametrize("method", [PeacemanRachford(step_size=0.4), ForwardBackward()], ids=repr)
+def test_methods_agree(method):
+    layer = make(epsilon=0.5)
+    x = draw(6)
+    expected = layer(x)
+    layer.method = method
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_every_variant_acts():
+    outputs = set()
+    for variant in VARIANTS:
+        torch.manual_seed(0)
+        layer = make(**variant)
+        torch.manual_seed(1)
+        outputs.add(round(float(layer(draw(3)).detach().sum()), 9))
+    assert len(outputs) >= len(VARIANTS) - 1  # Λ starts at I, so monDEQ starts as well-posed
+    assert make(gamma=None).parameterization.log_metric is not None
+    assert make(gamma=None, learn_metric=False).parameterization.log_metric is None
+
+
+def count_assemblies(layer, monkeypatch):
+    calls = []
+    original = layer.parameterization.forward
+    monkeypatch.setattr(layer.parameterization, "forward", lambda: calls.append(1) or original())
+    return calls
+
+
+def test_weights_are_assembled_once_while_nothing_changes(monkeypatch):
+    layer = make()
+    calls = count_assemblies(layer, monkeypatch)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(draw(2))
+    layer.requires_grad_(False)
+    x = draw(2).requires_grad_()
+    layer(x).sum().backward()
+    assert len(calls) == 1
+    assert x.grad is not None
+
+
+def by_optimizer(layer):
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(draw(3)).square().sum().backward()
+    optimizer.step()
+
+
+def in_place(layer):
+    with torch.no_grad():
+        layer.parameterization.V[0, 0] += 0.5
+
+
+def by_data(layer):
+    layer.parameterization.V.data[0, 0] += 0.5
+
+
+def by_new_data(layer):
+    layer.parameterization.U.data = torch.randn_like(layer.parameterization.U)
+
+
+def by_new_parameter(layer):
+    layer.parameterization.b = nn.Parameter(torch.ones_like(layer.parameterization.b))
+
+
+def by_state_dict(layer):
+    layer.load_state_dict({k: v + 0.1 for k, v in layer.state_dict().items()})
+
+
+def by_dtype(layer):
+    layer.float()
+    layer.double()
+    in_place(layer)
+
+
+CHANGES = [by_optimizer, in_place, by_data, by_new_data, by_new_parameter, by_state_dict, by_dtype]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_cache_is_dropped_the_moment_a_parameter_changes(change):
+    layer = make()
+    x = draw(4)
+    with torch.no_grad():
+        before = layer(x)
+        change_here = torch.enable_grad()
+        with change_here:
+            change(layer)
+        after = layer(x)
+        fresh = make()
+        fresh.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(after, fresh(x), rtol=1e-12, atol=1e-12)
+    assert (after - before).abs().max() > 1e-6
+
+
+def test_cached_and_differentiated_outputs_agree():
+    layer = make()
+    x = draw(4)
+    with torch.no_grad():
+        cached = layer(x)
+    torch.testing.assert_close(layer(x).detach(), cached, rtol=1e-12, atol=1e-12)
+
+
+def test_state_dict_and_deepcopy():
+    layer = make()
+    x = draw(4)
+    with torch.no_grad():
+        expected = layer(x)
+        twin = copy.deepcopy(layer)
+        torch.testing.assert_close(twin(x), expected)
+        in_place(twin)
+        torch.testing.assert_close(layer(x), expected)
+        assert (twin(x) - expected).abs().max() > 1e-6
+    other = make()
+    other.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(other(x).detach(), expected)
+
+
+def test_double_use_in_one_graph():
+    layer = EquilibriumLinear(4, 5, 4, **TIGHT)
+    x = draw(2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: layer(torch.tanh(layer(x))), (x,))
+
+
+def test_no_grad_records_nothing():
+    layer = make()
+    with torch.no_grad():
+        assert not layer(draw(2)).requires_grad
+    assert layer(draw(2)).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtypes(dtype):
+    layer = EquilibriumLinear(*SIZES, dtype=dtype, tol=1e-5)
+    x = draw(3).to(dtype)
+    y = layer(x)
+    y.sum().backward()
+    assert y.dtype == dtype
+    assert all(p.grad is not None and p.grad.dtype == dtype for p in layer.parameters())
+
+
+@pytest.mark.gpu
+def test_cuda_agrees_with_the_cpu():
+    layer = make()
+    x = draw(9)
+    expected = layer(x)
+    torch.testing.assert_close(layer.cuda()(x.cuda()).cpu(), expected)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3), (0,)])
+def test_leading_dimensions(shape):
+    assert make()(draw(*shape)).shape == (*shape, 3)
+
+
+def test_warm_start_saves_iterations():
+    layer = make(epsilon=1e-3)
+    x = draw(8)
+    cold = layer.equilibrium(x)
+    layer.tol = 1e-12
+    warm = layer.equilibrium(x, z0=cold.value.detach())
+    assert warm.stats.max_steps < cold.stats.max_steps
+
+
+def test_bound_is_never_exceeded_and_is_approached():
+    layer = EquilibriumLinear(6, 12, 4, gamma=0.5, **TIGHT).requires_grad_(False)
+    x = torch.randn(300, 6, dtype=torch.float64)
+    d = 1e-3 * torch.randn(300, 6, dtype=torch.float64)
+    for _ in range(60):
+        d.requires_grad_()
+        change = (layer(x + d) - layer(x)).square().sum()
+        (g,) = torch.autograd.grad(change, d)
+        d = 1e-3 * g / g.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    quotient = (layer(x + d) - layer(x)).norm(dim=1) / d.norm(dim=1).clamp_min(1e-30)
+    assert quotient.max() <= 0.5
+    assert quotient.max() > 0.3
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(3, 5, dtype=torch.float64), r"expected 4 features .* got shape \(3, 5\)"),
+        (torch.zeros(()), "expected 4 features"),
+        (torch.zeros(3, 4), r"x is torch\.float32, the layer is torch\.float64"),
+        (torch.zeros(3, 4, dtype=torch.long), r"x is torch\.int64"),
+        (torch.full((2, 4), torch.nan, dtype=torch.float64), "NaN or Inf in 2 of 2 samples"),
+        (torch.full((2, 4), torch.inf, dtype=torch.float64), "first at sample 0, feature 0"),
+    ],
+)
+def test_bad_inputs_are_named(x, message):
+    with pytest.raises(ValueError, match=message):
+        make()(x)
+
+
+def test_bad_parameters_and_overflow_are_named():
+    layer = make()
+    with pytest.raises(ValueError, match=r"overflows torch\.float64"):
+        layer(
+            torch.full((1, 4), 1.7e308, dtype=torch.float64)
+            * torch.sign(layer.parameterization.U.detach()[:1])
+        )
+    by_data(layer)
+    layer.parameterization.b.data[1] = torch.nan
+    with pytest.raises(ValueError, match=r"parameter parameterization\.b contains NaN"):
+        layer(draw(1))
+
+
+@pytest.mark.parametrize("gamma", [0.0, -2.0, float("nan"), float("inf")])
+def test_gamma_must_be_positive(gamma):
+    with pytest.raises(ValueError, match="gamma must be a positive, finite Lipschitz bound"):
+        make(gamma=gamma)
+
+
+def test_tolerance_below_what_the_dtype_holds_is_refused():
+    layer = EquilibriumLinear(*SIZES, tol=1e-9)
+    with pytest.raises(ValueError, match=r"tol = 1e-09 is below what torch\.float32 can hold"):
+        layer(torch.zeros(1, 4))
+
+
+def test_a_missed_tolerance_is_never_silent():
+    layer = make(epsilon=1e-3, max_steps=1, on_failure="warn")
+    with pytest.warns(SolveWarning, match="forward solve"):
+        layer(draw(3))
+    layer.on_failure = "raise"
+    with pytest.raises(SolveError, match="stopped at its step limit after 1 steps"):
+        layer(draw(3))
+
+
+def test_repr_tells_the_configuration():
+    text = repr(make(activation=ReLU()))
+    assert "gamma=1.0" in text
+    assert "PeacemanRachford(step_size=JacobiDeterminant())" in text
+
+
+def test_normalization_and_its_gain():
+    normalize = Normalize((0.5, 0.25), (0.5, 0.2))
+    x = torch.rand(3, 2, 4, 4)
+    torch.testing.assert_close(normalize(x)[:, 1], (x[:, 1] - 0.25) / 0.2)
+    assert Fraction(normalize.gain) * Fraction(float(normalize.std[1])) >= 1
+    assert normalize.gain == pytest.approx(5.0, rel=1e-7)
+    assert normalize.state_dict() == {}
+
+
+def test_rounding_of_the_normalization_is_covered():
+    normalize = Normalize((0.1307,), (0.3081,)).double()
+    x = torch.rand(5, 1, 8, 8, dtype=torch.float64)
+    single = normalize.float()
+    low = x.float()
+    exact = (low.double() - single.mean.double()) / single.std.double()
+    error = (single(low).double() - exact).flatten(1).norm(dim=1)
+    assert (error <= single.rounding(low)).all()
+    assert (single.rounding(low) <= 50 * error).all()
+
+
+@pytest.mark.parametrize(("mean", "std"), [((0.5,), (0.0,)), ((0.5,), (1.0, 1.0)), ((0,), (-1,))])
+def test_bad_normalizations(mean, std):
+    with pytest.raises(ValueError, match="one positive std per channel"):
+        Normalize(mean, std)

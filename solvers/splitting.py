@@ -297,7 +297,9 @@ def _run(
         z = method.value(problem, state)
         r = problem.relative_residual(z)
         checks += 1
-        worst = float(r.max())  # the one host synchronisation; NaN propagates through max
+        # The one host synchronisation; NaN propagates through max. Finished samples that are still
+        # in the batch have their answer: what they do now does not matter.
+        worst = float(torch.where(finished, 0.0, r).max())
         last = worst <= tol or done_steps >= max_steps or not math.isfinite(worst)
         if last and open_samples is None and not bool(finished.any()):
             status = _status(worst, tol)

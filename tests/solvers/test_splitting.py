@@ -1,4 +1,5 @@
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -120,6 +121,26 @@ def test_samples_do_not_disturb_each_other():
             max_steps=3000,
         )
         torch.testing.assert_close(together.value[i], alone.value, rtol=1e-6, atol=1e-12)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scripted(PeacemanRachford):
+    """Returns prepared points, one per check."""
+
+    points: list[list[float]]
+
+    def value(self, problem, state):
+        return torch.tensor(self.points.pop(0), dtype=torch.float64)[:, None]
+
+
+def test_a_finished_sample_that_leaves_its_tolerance_again_keeps_its_answer():
+    operator = DenseOperator(torch.zeros(1, 1, dtype=torch.float64))
+    problem = Inclusion(operator, torch.ones(4, 1, dtype=torch.float64), ReLU())
+    method = Scripted(points=[[1.0, 2.0, 2.0, 2.0], [9.0, 1.0, 2.0, 2.0], [1.0, 1.0]])
+    solution = solve(problem, method, tol=1e-6, on_failure="raise")
+    assert solution.value.squeeze(1).tolist() == [1.0] * 4
+    method = Scripted(points=[[1.0, 2.0, 2.0, 2.0], [9.0, 1.0, 1.0, 1.0]])
+    assert solve(problem, method, tol=1e-6).converged
 
 
 @pytest.mark.parametrize("method", [PeacemanRachford(), ForwardBackward()], ids=repr)

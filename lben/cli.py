@@ -90,14 +90,15 @@ _ERRORS = (CheckpointError, DataError, CertificateError, SolveError, ValueError,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 1 for an error, 130 for Ctrl-C."""
-    command = tyro.cli(
-        Command,
-        prog="lben",
-        description="Equilibrium networks with a Lipschitz bound that holds by construction.",
-        args=None if arguments is None else list(arguments),
-    )
     try:
-        _run(command)
+        _run(
+            tyro.cli(
+                Command,
+                prog="lben",
+                description="Equilibrium networks whose Lipschitz bound holds by construction.",
+                args=None if arguments is None else list(arguments),
+            )
+        )
     except Interrupted as stop:
         print(f"\nlben: {stop}", file=sys.stderr)
         return 130

@@ -84,13 +84,14 @@ class Inclusion:
     def relative_residual(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, " *batch"]:
         """Return ‖z̃ − z‖_Λ / max(‖z̃‖_Λ, ‖z‖_Λ) with z̃ = σ(Wz + v), per sample.
 
-        0 where z̃ = z, and where both are no larger than 16 roundoffs of v: the state is zero to
-        the precision of its data there, and no relative change of it means anything.
+        16 roundoffs of ‖v‖_Λ are taken off the numerator first: z̃ itself is not known better, and
+        where ‖z‖ ≪ ‖v‖ (nearly all units dropped) no tolerance could be met otherwise. What they
+        may hide is part of `error_bound`.
         """
         image, norm = self.image(z), self.operator.norm
-        residual, scale = norm(image - z), torch.maximum(norm(image), norm(z))
         noise = 16 * torch.finfo(z.dtype).eps * norm(self.bias)
-        return torch.where(scale <= noise, 0 * scale, residual / scale.clamp_min(_tiny(z)))
+        residual = torch.relu(norm(image - z) - noise)
+        return residual / torch.maximum(norm(image), norm(z)).clamp_min(torch.finfo(z.dtype).tiny)
 
     def error_bound(
         self, z: Float[Tensor, "*batch n"], constants: Constants | None = None
@@ -129,10 +130,6 @@ class Inclusion:
         # The three norms and the division carry at most (n + 8) u relative error themselves.
         inflate = 1 + 4 * (operator.n + 8) * u
         return (bound + (2 + 2 * norm_W / constants.m) * rounding) * inflate
-
-
-def _tiny(z: Tensor) -> float:
-    return torch.finfo(z.dtype).tiny
 
 
 def _to_double(activation: ProximalActivation) -> ProximalActivation:

@@ -1,4 +1,4 @@
-"""Every test runs seeded, on deterministic algorithms, with warnings as errors (pyproject)."""
+"""Every test runs seeded, deterministic, on one thread, with warnings as errors (pyproject)."""
 
 from collections.abc import Iterator
 
@@ -8,6 +8,9 @@ import torch
 
 hypothesis.settings.register_profile("lben", deadline=None, max_examples=30, derandomize=True)
 hypothesis.settings.load_profile("lben")
+
+
+torch.set_num_threads(1)  # the problems are small: a second thread only waits
 
 
 @pytest.fixture(autouse=True)

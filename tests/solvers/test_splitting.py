@@ -165,6 +165,17 @@ def test_solution_zero_with_non_zero_bias_terminates():
     assert solution.value.abs().max() < 1e-14
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_states_far_smaller_than_their_data_are_accepted_at_rounding_level(dtype):
+    # One unit barely above zero, the others far below: ‖z‖ ≈ 1e-5 ‖v‖.
+    operator = monotone_operator(12, dtype=dtype)
+    bias = -torch.rand(200, 12, dtype=dtype) - 0.5
+    bias[:, 0] = torch.logspace(-8, -1, 200, dtype=dtype)
+    tol = 8 * torch.finfo(dtype).eps
+    solution = solve(Inclusion(operator, bias, ReLU()), tol=tol, on_failure="raise")
+    assert (solution.value[:, 0] > 0).sum() > 100
+
+
 def test_determinant_rule_is_near_the_best_constant_step():
     for seed in range(5):
         problem = random_inclusion(40, (20,), seed=seed, m=0.1, skew=2.0)

@@ -89,6 +89,15 @@ def test_dropped_units_stay_exactly_zero():
     assert (ACTIVATIONS[-1].prox(points(), 1e-6)[:, 0] == 0).all()
 
 
+@each_activation
+def test_activation_is_monotone_and_non_expansive_to_rounding(activation):
+    v = torch.cat([torch.linspace(-60, 60, 40001), 20 + torch.linspace(-1e-6, 1e-6, 2001)])
+    v = v.double().sort().values[:, None].expand(-1, 5)
+    rise, run = activation(v).diff(dim=0), v.diff(dim=0)
+    assert (rise >= 0).all()
+    assert (rise <= run + 1e-14).all()
+
+
 def test_leaky_relu_refuses_a_slope_outside_the_unit_interval():
     with pytest.raises(ValueError, match=r"negative_slope must lie in \[0, 1\], got 1.5"):
         LeakyReLU(1.5)

@@ -13,7 +13,7 @@ from solvers.implicit import equilibrium
 from solvers.inclusion import Inclusion, NonFiniteError
 from solvers.operators import Constants, DenseOperator, LinearOperator, Resolvent
 from solvers.solution import Solution, SolveError, SolveWarning, Stats, Status
-from solvers.splitting import ForwardBackward, PeacemanRachford, Splitting, solve
+from solvers.splitting import DouglasRachford, ForwardBackward, PeacemanRachford, Splitting, solve
 from solvers.step_size import (
     Determinant,
     ForwardStep,
@@ -26,6 +26,7 @@ __all__ = [
     "Constants",
     "DenseOperator",
     "Determinant",
+    "DouglasRachford",
     "ForwardBackward",
     "ForwardStep",
     "Inclusion",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -89,9 +90,13 @@ class Inclusion:
         may hide is part of `error_bound`.
         """
         image, norm = self.image(z), self.operator.norm
-        noise = 16 * torch.finfo(z.dtype).eps * norm(self.bias)
-        residual = torch.relu(norm(image - z) - noise)
+        residual = torch.relu(norm(image - z) - self._noise)
         return residual / torch.maximum(norm(image), norm(z)).clamp_min(torch.finfo(z.dtype).tiny)
+
+    @cached_property
+    def _noise(self) -> Float[Tensor, " *batch"]:
+        """16 roundoffs of ‖v‖_Λ, evaluated once for all checks of a solve."""
+        return 16 * torch.finfo(self.bias.dtype).eps * self.operator.norm(self.bias)
 
     def error_bound(
         self, z: Float[Tensor, "*batch n"], constants: Constants | None = None

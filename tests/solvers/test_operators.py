@@ -30,7 +30,10 @@ def test_transposed_resolvent_reuses_the_factor(monkeypatch):
     W.resolvent(alpha)
     monkeypatch.setattr(torch.linalg, "inv_ex", lambda A: pytest.fail("factored twice"))
     monkeypatch.setattr(torch.linalg, "slogdet", lambda A: pytest.fail("determinant twice"))
-    W.T.resolvent(resolve(JacobiDeterminant(), W.T))
+    reused = W.T.resolvent(resolve(JacobiDeterminant(), W.T))
+    x = torch.randn(4, 6, dtype=torch.float64)
+    z = reused.solve(x)
+    torch.testing.assert_close(z + alpha * (z - W.T.mv(z)), x)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -7,6 +7,7 @@ import torch
 from solvers import (
     DenseOperator,
     Determinant,
+    DouglasRachford,
     ForwardBackward,
     Inclusion,
     InverseGeometricMean,
@@ -32,6 +33,8 @@ METHODS = [
     PeacemanRachford(step_size=InverseGeometricMean()),
     PeacemanRachford(step_size=0.05),
     PeacemanRachford(step_size=7.0),
+    DouglasRachford(),
+    DouglasRachford(relaxation=0.9, step_size=0.5),
     ForwardBackward(),
 ]
 ACTIVATIONS = [ReLU(), LeakyReLU(0.2), Tanh(), Sigmoid(), Softplus()]
@@ -203,6 +206,32 @@ def test_peaceman_rachford_contracts_no_slower_than_its_proved_factor():
         now = problem.operator.norm(state.x - (2 * exact - star))
         assert (now <= factor * distance * (1 + 1e-9) + 1e-13).all()
         distance = now
+
+
+def test_douglas_rachford_at_full_relaxation_is_peaceman_rachford():
+    problem = random_inclusion(15, (30,), Tanh(), m=0.2, skew=2.0)
+    one = solve(problem, PeacemanRachford(), tol=1e-9, on_failure="raise")
+    other = solve(problem, DouglasRachford(relaxation=1.0), tol=1e-9, on_failure="raise")
+    torch.testing.assert_close(one.value, other.value, rtol=1e-10, atol=1e-12)
+    assert torch.equal(one.stats.steps, other.stats.steps)
+
+
+def test_douglas_rachford_converges_without_strong_monotonicity():
+    # I − W is skew, m = 0: Peaceman–Rachford's map is an isometry here and goes round for ever.
+    W = torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64)
+    bias = torch.tensor([[0.3, 0.7]], dtype=torch.float64)
+    problem = Inclusion(DenseOperator(W), bias, LeakyReLU(1.0))
+    solution = solve(problem, DouglasRachford(step_size=1.0), tol=1e-9, on_failure="raise")
+    expected = torch.linalg.solve(torch.eye(2, dtype=torch.float64) - W, bias[0])
+    torch.testing.assert_close(solution.value[0], expected, rtol=1e-7, atol=1e-9)
+    with pytest.warns(SolveWarning):
+        assert not solve(problem, PeacemanRachford(step_size=1.0), tol=1e-9).converged
+
+
+@pytest.mark.parametrize("relaxation", [0.0, -0.5, 1.01, float("nan")])
+def test_bad_relaxations_are_refused(relaxation):
+    with pytest.raises(ValueError, match=r"relaxation must lie in \(0, 1\]"):
+        DouglasRachford(relaxation=relaxation)
 
 
 def test_forward_backward_diverges_above_its_limit_and_says_why():

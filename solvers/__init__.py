@@ -1,5 +1,6 @@
 """Monotone operator splitting for equilibria z = σ(Wz + v); knows no network."""
 
+from solvers.acceleration import Anderson
 from solvers.activations import (
     LeakyReLU,
     LinearSlope,
@@ -23,6 +24,7 @@ from solvers.step_size import (
 )
 
 __all__ = [
+    "Anderson",
     "Constants",
     "DenseOperator",
     "Determinant",

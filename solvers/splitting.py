@@ -43,21 +43,7 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class Splitting(ABC):
-    """A splitting method with its step-size choice.
-
-    Args:
-        step_size: α > 0, or a rule that computes it from the operator.
-
-    Raises:
-        ValueError: if a numerical step size is not positive and finite.
-    """
-
-    step_size: float | StepSizeRule
-
-    def __post_init__(self) -> None:
-        step = self.step_size
-        if not isinstance(step, StepSizeRule) and not (math.isfinite(step) and step > 0):
-            raise ValueError(f"step_size must be positive and finite, got {step}")
+    """A method that advances an iterate towards the solution; it never loops."""
 
     @abstractmethod
     def init(self, problem: Inclusion, z0: Float[Tensor, "batch n"] | None) -> State:
@@ -91,7 +77,26 @@ class Splitting(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PeacemanRachford(Splitting):
+class SteppedSplitting(Splitting):
+    """A splitting with a step size.
+
+    Args:
+        step_size: α > 0, or a rule that computes it from the operator.
+
+    Raises:
+        ValueError: if a numerical step size is not positive and finite.
+    """
+
+    step_size: float | StepSizeRule
+
+    def __post_init__(self) -> None:
+        step = self.step_size
+        if not isinstance(step, StepSizeRule) and not (math.isfinite(step) and step > 0):
+            raise ValueError(f"step_size must be positive and finite, got {step}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeacemanRachford(SteppedSplitting):
     """Peaceman–Rachford splitting: ū = 2R_α(u + αv) − u, z = prox_{αf}(ū), u ← 2z − ū.
 
     Converges for every α > 0 when I − W is strongly monotone, with factor at most
@@ -165,7 +170,7 @@ class DouglasRachford(PeacemanRachford):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForwardBackward(Splitting):
+class ForwardBackward(SteppedSplitting):
     """Forward–backward splitting: z ← prox_{αf}((1 − α)z + α(Wz + v)).
 
     Converges for 0 < α < 2m/L² with factor √(1 − 2αm + α²L²), m and L in the Λ norm. Passty

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each room may import those that stand before it in its own row (and lben all of solvers).
 ROOMS = {
-    "solvers": "activations operators solution step_size inclusion splitting implicit",
+    "solvers": "activations operators solution step_size inclusion splitting acceleration implicit",
     "lben": (
         "_companion weights rigorous parameterizations certificates layers models data checkpoints "
         "attacks training evaluation reports cli __main__"

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from solvers import (
+    Anderson,
     DenseOperator,
     Determinant,
     DouglasRachford,
@@ -36,6 +37,9 @@ METHODS = [
     DouglasRachford(),
     DouglasRachford(relaxation=0.9, step_size=0.5),
     ForwardBackward(),
+    Anderson(),
+    Anderson(method=ForwardBackward()),
+    Anderson(method=DouglasRachford(), memory=2),
 ]
 ACTIVATIONS = [ReLU(), LeakyReLU(0.2), Tanh(), Sigmoid(), Softplus()]
 

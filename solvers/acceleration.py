@@ -46,10 +46,10 @@ class Anderson(Splitting):
     D ‖f₀‖ (a + 1)^(−1−1e−6) after a accepted steps; elsewhere the plain step T(x) is, so the
     convergence of an averaged T is kept. Without the first condition samples can go round for ever
     between a kink of σ and the accelerated step that jumps over it.
-    Walker and Ni (2011); safeguard of Zhang, O'Donoghue and Boyd (2020), Algorithm 2.
+    Walker and Ni (2011); safeguard of Zhang, O'Donoghue and Boyd (2020), in the type-II form of
+    Fu, Zhang and Boyd (2020).
 
-    It saves iterations of slow methods (forward–backward). On Peaceman–Rachford it rarely pays
-    for its own cost of 2·memory + O(memory²) vector operations per step and sample.
+    A step costs 2·memory + O(memory²) vector operations per sample beyond the method's own.
 
     Args:
         method: the splitting to accelerate.
@@ -110,8 +110,6 @@ class Anderson(Splitting):
             take = (size <= limit) & torch.isfinite(candidate).all(-1)
             take &= size <= state.best
             take &= size > 0  # at a fixed point there is nothing to gain
-            if self.safeguard == 0:
-                take.zero_()
             state.accepted += take
             state.x = torch.where(take[:, None], candidate, image)
         state.best = torch.minimum(state.best, size)

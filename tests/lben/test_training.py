@@ -182,6 +182,21 @@ def test_every_option_acts(option, value, tmp_path):
     assert checkpoints.load_model(tmp_path / "changed").config == changed.config
 
 
+def test_order_and_shifts_are_drawn_from_seed_and_epoch(tmp_path):
+    images = torch.randint(0, 256, (100, 1, 4, 4), dtype=torch.uint8)
+    labels = torch.arange(100)
+
+    def drawn(seed, epoch):
+        batches = training._batches(images, labels, config(tmp_path, seed=seed, shift=1), epoch)
+        x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        assert torch.equal(y.sort().values, labels)
+        return x
+
+    assert torch.equal(drawn(1, 2), drawn(1, 2))
+    assert not torch.equal(drawn(1, 2), drawn(1, 3))
+    assert not torch.equal(drawn(1, 2), drawn(2, 2))
+
+
 def test_learning_rate_warms_up_then_falls_to_zero():
     rates = [learning_rate(step, 100, 2.0) for step in range(101)]
     assert rates[0] == pytest.approx(0.2)

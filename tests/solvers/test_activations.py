@@ -91,8 +91,10 @@ def test_dropped_units_stay_exactly_zero():
 
 @each_activation
 def test_activation_is_monotone_and_non_expansive_to_rounding(activation):
-    v = torch.cat([torch.linspace(-60, 60, 40001), 20 + torch.linspace(-1e-6, 1e-6, 2001)])
-    v = v.double().sort().values[:, None].expand(-1, 5)
+    double = torch.float64
+    wide = torch.linspace(-60, 60, 40001, dtype=double)
+    v = torch.cat([wide, 20 + torch.linspace(-1e-6, 1e-6, 2001, dtype=double)])
+    v = v.sort().values[:, None].expand(-1, 5)
     rise, run = activation(v).diff(dim=0), v.diff(dim=0)
     assert (rise >= 0).all()
     assert (rise <= run + 1e-14).all()

@@ -54,7 +54,7 @@ class EquilibriumClassifierConfig:
     activation: ActivationName = "relu"
     epsilon: float = 1e-3
     tol: float = 1e-4
-    max_steps: int = 500
+    max_steps: int = 5000
 
     def build(self) -> EquilibriumClassifier:
         """Return a freshly initialised model."""

@@ -12,9 +12,19 @@ from solvers.activations import (
 )
 from solvers.implicit import equilibrium
 from solvers.inclusion import Inclusion, NonFiniteError
-from solvers.operators import Constants, DenseOperator, LinearOperator, Resolvent
+from solvers.loop import Splitting, State
+from solvers.method import Method, Outcome, Request
+from solvers.operators import (
+    Constants,
+    DenseOperator,
+    LinearOperator,
+    Map,
+    NotMonotoneError,
+    Resolvent,
+)
 from solvers.solution import Solution, SolveError, SolveWarning, Stats, Status
-from solvers.splitting import DouglasRachford, ForwardBackward, PeacemanRachford, Splitting, solve
+from solvers.solve import solve
+from solvers.splitting import DouglasRachford, ForwardBackward, PeacemanRachford
 from solvers.step_size import (
     Determinant,
     ForwardStep,
@@ -37,10 +47,15 @@ __all__ = [
     "LeakyReLU",
     "LinearOperator",
     "LinearSlope",
+    "Map",
+    "Method",
     "NonFiniteError",
+    "NotMonotoneError",
+    "Outcome",
     "PeacemanRachford",
     "ProximalActivation",
     "ReLU",
+    "Request",
     "Resolvent",
     "Sigmoid",
     "Softplus",
@@ -48,6 +63,7 @@ __all__ = [
     "SolveError",
     "SolveWarning",
     "Splitting",
+    "State",
     "Stats",
     "Status",
     "StepSizeRule",

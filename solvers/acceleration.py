@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from solvers.inclusion import Inclusion
-from solvers.splitting import PeacemanRachford, Splitting, State
+from solvers.loop import Splitting, State
+from solvers.splitting import PeacemanRachford
 
 
 @dataclass
@@ -37,7 +38,7 @@ class AndersonState(State):
     accepted: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Anderson(Splitting):
     """Anderson acceleration, type II, of a splitting's fixed-point map T, per sample.
 
@@ -80,7 +81,7 @@ class Anderson(Splitting):
         history = base.x.new_zeros(samples, self.memory, n)
         return AndersonState(
             x=base.x.clone(),
-            matrix=base.matrix,
+            map=base.map,
             shift=base.shift,
             apply=base.apply,
             spare=base.spare,

@@ -21,16 +21,17 @@ from torch import Tensor
 
 from solvers.activations import LinearSlope, ProximalActivation
 from solvers.inclusion import Inclusion
+from solvers.method import Method
 from solvers.operators import LinearOperator
 from solvers.solution import OnFailure, Solution
-from solvers.splitting import Splitting, solve
+from solvers.solve import solve
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Adjoint:
     """How the backward pass solves; shared by every order of differentiation."""
 
-    method: Splitting | None
+    method: Method | None
     tol: float
     max_steps: int
     on_failure: OnFailure
@@ -43,10 +44,10 @@ class _Adjoint:
 
 def equilibrium(
     problem: Inclusion,
-    method: Splitting | None = None,
+    method: Method | None = None,
     *,
     tol: float = 1e-4,
-    max_steps: int = 500,
+    max_steps: int = 5000,
     z0: Float[Tensor, "*batch n"] | None = None,
     on_failure: OnFailure = "warn",
     name: str = "forward solve",

@@ -32,25 +32,41 @@ class Inclusion:
     activation: ProximalActivation
 
     def check(self) -> None:
-        """Check that the pieces fit and the bias is finite.
+        """Check that the pieces fit.
 
         Raises:
-            ValueError: if the bias has another number of units, dtype or device than W.
-            NonFiniteError: if the bias contains NaN or Inf.
+            ValueError: if the bias has another number of units, dtype or device than W, or the
+                activation another batch than the bias.
         """
-        W, v = self.operator.tensors[0], self.bias
-        if v.ndim < 1 or v.shape[-1] != self.operator.n:
+        W, v = self.operator, self.bias
+        if v.ndim < 1 or v.shape[-1] != W.n:
             raise ValueError(
-                f"bias must have {self.operator.n} units in its last dimension, "
-                f"got shape {tuple(v.shape)}"
+                f"bias must have {W.n} units in its last dimension, got shape {tuple(v.shape)}"
             )
         if v.dtype != W.dtype or v.device != W.device:
             raise ValueError(f"bias is {v.dtype} on {v.device}, W is {W.dtype} on {W.device}")
-        if not bool(torch.isfinite(v.detach()).all()):
-            bad = int((~torch.isfinite(v.detach())).reshape(-1, v.shape[-1]).any(-1).sum())
+        if isinstance(self.activation, LinearSlope):
+            d = self.activation.d
+            if d.shape != v.shape or d.dtype != v.dtype or d.device != v.device:
+                raise ValueError(
+                    f"slopes must have the shape {tuple(v.shape)}, dtype {v.dtype} and device of "
+                    f"the bias, got {tuple(d.shape)}, {d.dtype} on {d.device}"
+                )
+
+    def check_finite(self) -> None:
+        """Check that the bias and the weights are finite.
+
+        Raises:
+            NonFiniteError: if they contain NaN or Inf.
+        """
+        v = self.bias.detach()
+        if not bool(torch.isfinite(v).all()):
+            bad = int((~torch.isfinite(v)).reshape(-1, v.shape[-1]).any(-1).sum())
             raise NonFiniteError(
                 f"bias contains NaN or Inf in {bad} of {v.numel() // max(v.shape[-1], 1)} samples"
             )
+        if not all(bool(torch.isfinite(t.detach()).all()) for t in self.operator.tensors):
+            raise NonFiniteError("the weights contain NaN or Inf")
 
     @property
     def metric(self) -> Float[Tensor, " n"]:
@@ -74,6 +90,13 @@ class Inclusion:
             activation = LinearSlope(activation.d.reshape(-1, self.operator.n))
         return Inclusion(self.operator, self.bias.reshape(-1, self.operator.n), activation)
 
+    def to(self, dtype: torch.dtype) -> Inclusion:
+        """Return the same problem in another precision, cut from the graph."""
+        activation = self.activation
+        if isinstance(activation, LinearSlope):
+            activation = LinearSlope(activation.d.detach().to(dtype))
+        return Inclusion(self.operator.to(dtype), self.bias.detach().to(dtype), activation)
+
     def select(self, index: Tensor) -> Inclusion:
         """Return the problem of the samples in `index`."""
         return Inclusion(self.operator, self.bias[index], self.activation.select(index))
@@ -82,21 +105,32 @@ class Inclusion:
         """Return σ(Wz + v)."""
         return self.activation(self.operator.affine(z, self.bias))
 
-    def relative_residual(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, " *batch"]:
+    def relative_residual(
+        self, z: Float[Tensor, "*batch n"], hidden: Float[Tensor, " *batch"] | None = None
+    ) -> Float[Tensor, " *batch"]:
         """Return ‖z̃ − z‖_Λ / max(‖z̃‖_Λ, ‖z‖_Λ) with z̃ = σ(Wz + v), per sample.
 
         16 roundoffs of ‖v‖_Λ are taken off the numerator first: z̃ itself is not known better, and
         where ‖z‖ ≪ ‖v‖ (nearly all units dropped) no tolerance could be met otherwise. What they
         may hide is part of `error_bound`.
+
+        Args:
+            z: approximate solution.
+            hidden: what is taken off instead, when the problem is the double of a float32 one.
         """
         image, norm = self.image(z), self.operator.norm
-        residual = torch.relu(norm(image - z) - self._noise)
+        residual = torch.relu(norm(image - z) - (self._noise if hidden is None else hidden))
         return residual / torch.maximum(norm(image), norm(z)).clamp_min(torch.finfo(z.dtype).tiny)
+
+    @property
+    def noise_factor(self) -> float:
+        """The share of ‖v‖_Λ that a residual may hide: 16 roundoffs."""
+        return 16 * torch.finfo(self.bias.dtype).eps
 
     @cached_property
     def _noise(self) -> Float[Tensor, " *batch"]:
-        """16 roundoffs of ‖v‖_Λ, evaluated once for all checks of a solve."""
-        return 16 * torch.finfo(self.bias.dtype).eps * self.operator.norm(self.bias)
+        """What a residual may hide, evaluated once for all checks of a solve."""
+        return self.noise_factor * self.operator.norm(self.bias)
 
     def error_bound(
         self, z: Float[Tensor, "*batch n"], constants: Constants | None = None
@@ -109,16 +143,16 @@ class Inclusion:
             ‖z − z*‖_Λ ≤ ‖z − z̃‖_Λ + ‖W(z̃ − z)‖_Λ / m.
 
         Everything is evaluated in float64 on the problem as stored. Rounding there is covered by
-        e = γ_{n+4}(|W||z| + |v|) plus a few ulps of |z̃| per entry of z̃, which moves the bound by
+        e = γ_{k+4}(|W||z| + |v|) with k the summands of W, plus a few ulps of |z̃|, per entry of z̃,
+        which moves the bound by
         at most (1 + ‖W‖/m) ‖e‖_Λ with ‖W‖ ≤ 1 + L.
 
         Args:
             z: approximate solution.
             constants: proved (m, L) of the operator; the operator's own when omitted.
         """
-        problem = self.detach()
-        operator = problem.operator.to(torch.float64)
-        exact = Inclusion(operator, problem.bias.double(), _to_double(problem.activation))
+        exact = self.to(torch.float64)
+        operator = exact.operator
         z = z.detach().double()
         constants = operator.constants() if constants is None else constants
         if constants.m <= 0:
@@ -126,18 +160,12 @@ class Inclusion:
         image = exact.image(z)
         u = torch.finfo(torch.float64).eps
         magnitude = operator.magnitude(z.abs()) + exact.bias.abs()
-        rounding = operator.norm((operator.n + 4) * u * magnitude + 8 * u * image.abs())
+        rounding = operator.norm((operator.summands + 4) * u * magnitude + 8 * u * image.abs())
         norm_W = 1 + constants.L
         moved = image - z
         product = operator.norm(operator.mv(moved))
-        product += operator.norm((operator.n + 4) * u * operator.magnitude(moved.abs()))
+        product += operator.norm((operator.summands + 4) * u * operator.magnitude(moved.abs()))
         bound = operator.norm(moved) + product / constants.m
         # The three norms and the division carry at most (n + 8) u relative error themselves.
-        inflate = 1 + 4 * (operator.n + 8) * u
+        inflate = 1 + 4 * (operator.summands + operator.n + 8) * u
         return (bound + (2 + 2 * norm_W / constants.m) * rounding) * inflate
-
-
-def _to_double(activation: ProximalActivation) -> ProximalActivation:
-    if isinstance(activation, LinearSlope):
-        return LinearSlope(activation.d.double())
-    return activation

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 OnFailure = Literal["warn", "raise"]
+Loop = Literal["torch", "compiled"]
 
 
 class Status(enum.Enum):
@@ -19,6 +20,7 @@ class Status(enum.Enum):
 
     CONVERGED = "reached its tolerance"
     MAX_STEPS = "stopped at its step limit"
+    STALLED = "stalled above its tolerance"
     DIVERGED = "diverged to a value that is not finite"
 
 
@@ -37,10 +39,12 @@ class Stats:
     Attributes:
         steps: iterations taken until each sample passed its check.
         checks: how often the residual was evaluated; each costs one product with W.
+        loop: where the iterations ran.
     """
 
     steps: Int[Tensor, " *batch"]
     checks: int
+    loop: Loop = "torch"
 
     @property
     def max_steps(self) -> int:

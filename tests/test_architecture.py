@@ -11,7 +11,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each room may import those that stand before it in its own row (and lben all of solvers).
 ROOMS = {
-    "solvers": "activations operators solution step_size inclusion splitting acceleration implicit",
+    "solvers": (
+        "activations operators solution step_size inclusion method loop fused splitting "
+        "acceleration solve implicit"
+    ),
     "lben": (
         "_companion weights rigorous parameterizations certificates layers models data checkpoints "
         "attacks training evaluation reports cli __main__"

@@ -15,11 +15,11 @@ from lben.weights import ExplicitWeights
 from solvers import (
     DenseOperator,
     Inclusion,
+    Method,
     PeacemanRachford,
     ProximalActivation,
     ReLU,
     Solution,
-    Splitting,
     equilibrium,
 )
 from solvers.solution import OnFailure
@@ -60,9 +60,9 @@ class EquilibriumLinear(nn.Module):
         feedthrough: bool = False,
         learn_metric: bool = True,
         epsilon: float = 1e-3,
-        method: Splitting | None = None,
+        method: Method | None = None,
         tol: float = 1e-4,
-        max_steps: int = 500,
+        max_steps: int = 5000,
         on_failure: OnFailure = "warn",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

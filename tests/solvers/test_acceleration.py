@@ -22,7 +22,9 @@ def test_memory_acts():
     assert steps(problem, long) < steps(problem, short)
 
 
-@pytest.mark.parametrize("method", [PeacemanRachford(), ForwardBackward()], ids=repr)
+@pytest.mark.parametrize(
+    "method", [PeacemanRachford(compiled=False), ForwardBackward(compiled=False)], ids=repr
+)
 def test_without_accepted_steps_it_is_the_plain_method(method):
     problem = random_inclusion(10, (8,), m=0.5)
     plain = solve(problem, method, tol=1e-9, max_steps=5000)

@@ -15,6 +15,7 @@ from solvers import (
     LeakyReLU,
     LinearSlope,
     NonFiniteError,
+    NotMonotoneError,
     PeacemanRachford,
     ReLU,
     Sigmoid,
@@ -225,11 +226,20 @@ def test_douglas_rachford_converges_without_strong_monotonicity():
     W = torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64)
     bias = torch.tensor([[0.3, 0.7]], dtype=torch.float64)
     problem = Inclusion(DenseOperator(W), bias, LeakyReLU(1.0))
-    solution = solve(problem, DouglasRachford(step_size=1.0), tol=1e-9, on_failure="raise")
+    with pytest.raises(NotMonotoneError, match=r"m = .* ≤ 0, so the equilibrium need not exist"):
+        solve(problem, DouglasRachford(step_size=1.0))
+    solution = solve(
+        problem,
+        DouglasRachford(step_size=1.0),
+        tol=1e-9,
+        on_failure="raise",
+        require_monotone=False,
+    )
     expected = torch.linalg.solve(torch.eye(2, dtype=torch.float64) - W, bias[0])
     torch.testing.assert_close(solution.value[0], expected, rtol=1e-7, atol=1e-9)
+    method = PeacemanRachford(step_size=1.0)
     with pytest.warns(SolveWarning):
-        assert not solve(problem, PeacemanRachford(step_size=1.0), tol=1e-9).converged
+        assert not solve(problem, method, tol=1e-9, require_monotone=False).converged
 
 
 @pytest.mark.parametrize("relaxation", [0.0, -0.5, 1.01, float("nan")])
@@ -251,7 +261,7 @@ def test_forward_backward_diverges_above_its_limit_and_says_why():
 def test_failure_warns_or_raises_with_numbers_and_advice():
     problem = random_inclusion(20, (8,), m=0.01, skew=5.0)
     message = (
-        r"solve by PeacemanRachford\(step_size=JacobiDeterminant\(\)\) stopped at its step limit "
+        r"solve by PeacemanRachford\(\) stopped at its step limit "
         r"after 3 steps with relative residual .* > tol 1e-10 \(8 of 8 samples\)\. Causes: .*m = "
     )
     with pytest.warns(SolveWarning, match=message):
@@ -266,8 +276,9 @@ def test_failure_warns_or_raises_with_numbers_and_advice():
 def test_failure_of_weights_that_are_not_monotone_points_at_the_certificate():
     W = torch.tensor([[0.0, -9.0], [-9.0, 0.0]], dtype=torch.float64)
     problem = Inclusion(DenseOperator(W), torch.ones(1, 2, dtype=torch.float64) * 5, Tanh())
+    method = PeacemanRachford(step_size=1.0)
     with pytest.warns(SolveWarning, match="not monotone in the Λ norm"):
-        solve(problem, PeacemanRachford(step_size=1.0), tol=1e-12, max_steps=20)
+        solve(problem, method, tol=1e-12, max_steps=20, require_monotone=False)
 
 
 def test_divergence_is_reported_as_such():

@@ -1,0 +1,104 @@
+"""How does the compiled loop come to be, and what if it cannot?
+
+On first use the source beside this file is compiled for the processor that runs it, by the C++
+compiler that $CXX names or else c++, g++ or clang++; about two seconds, once per machine, processor
+and version. The library is kept in $XDG_CACHE_HOME/lben (by default ~/.cache/lben). Without a
+compiler every solve takes the loop in PyTorch, which returns the same to rounding; `status()` says
+which it is and why, and each solution names the loop that ran.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("splitting.cpp")
+_FLAGS = (
+    "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-shared",
+    "-fPIC", "-fopenmp",
+)  # fmt: skip
+_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Build:
+    """Outcome of a build.
+
+    Attributes:
+        library: the loaded library; None when there is none.
+        message: where it lies, or why there is none.
+    """
+
+    library: ctypes.CDLL | None
+    message: str
+
+
+def status() -> str:
+    """Say whether the compiled loop is there, and if not, why."""
+    return build().message
+
+
+@functools.cache
+def build() -> Build:
+    """Load the compiled loop, compiling it if this machine has not done so before."""
+    compiler = _compiler()
+    if compiler is None:
+        return Build(None, "no compiled loop: no C++ compiler found (install g++ or set CXX)")
+    try:
+        path = _cache() / f"splitting-{_fingerprint(compiler)}.so"
+        if not path.exists():
+            _compile(compiler, path)
+        return Build(ctypes.CDLL(str(path)), f"compiled loop: {path}")
+    except subprocess.CalledProcessError as error:
+        lines = (error.stderr or "").strip().splitlines() or ["no message"]
+        return Build(None, f"no compiled loop: {compiler} failed: {lines[0]}")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Build(None, f"no compiled loop: {error}")
+
+
+def _compiler() -> str | None:
+    named = os.environ.get("CXX")
+    candidates = [named] if named else ["c++", "g++", "clang++"]
+    return next((found for name in candidates if (found := shutil.which(name))), None)
+
+
+def _cache() -> Path:
+    folder = os.environ.get("XDG_CACHE_HOME")
+    path = (Path(folder) if folder else Path.home() / ".cache") / "lben"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _fingerprint(compiler: str) -> str:
+    """Return a name for this source, compiler and processor: -march=native depends on all three."""
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=_SECONDS
+    ).stdout
+    parts = [SOURCE.read_text(), version, " ".join(_FLAGS), platform.machine(), _processor()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _compile(compiler: str, path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        fresh = Path(folder) / path.name
+        subprocess.run(
+            [compiler, *_FLAGS, str(SOURCE), "-o", str(fresh)],
+            capture_output=True, text=True, check=True, timeout=_SECONDS,
+        )  # fmt: skip
+        fresh.replace(path)  # atomic: two processes may build at once

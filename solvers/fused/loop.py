@@ -1,0 +1,160 @@
+"""Which problems does the compiled loop solve, and how are they handed to it?
+
+Dense W in the memory of the processor, an activation that is linear on either side of zero or
+linear per sample, float32 or float64. A float64 problem iterates mostly in float32, rebased on a
+residual in float64 at every check.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from solvers.activations import LeakyReLU, LinearSlope, ProximalActivation, ReLU, Step
+from solvers.fused.build import Build, build
+from solvers.inclusion import Inclusion
+from solvers.method import Outcome, Request
+from solvers.operators import DenseOperator, Map
+from solvers.operators.dense import DenseMap
+
+_KINDS = {torch.float32: "float", torch.float64: "double"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iteration:
+    """One splitting as the compiled loop runs it: x ← (1 − θ)x + θ(s + ρ(x)M), z = prox(x).
+
+    Attributes:
+        map: M, kept by the operator's memo.
+        alpha: step sizes.
+        reflected: whether ρ is the reflected prox and s = αv(I + M); else ρ = prox and s = αv.
+        relaxation: θ.
+    """
+
+    map: Map
+    alpha: Step
+    reflected: bool
+    relaxation: float = 1.0
+
+
+class _Problem(ctypes.Structure):
+    """Problem<T> of splitting.cpp, field by field."""
+
+    _fields_ = [
+        ("n", ctypes.c_int64), ("samples", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in (
+            "map", "rough", "weights", "bias", "start", "alpha", "root", "slope"
+        )),
+        ("negative", ctypes.c_double), ("reflected", ctypes.c_int64),
+        ("max_steps", ctypes.c_int64), ("threads", ctypes.c_int64),
+        ("theta", ctypes.c_double), ("tol", ctypes.c_double), ("noise", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("z", "residual", "steps", "checks")),
+    ]  # fmt: skip
+
+
+def supports(problem: Inclusion) -> str | None:
+    """Return why the compiled loop cannot solve this problem, or None when it can."""
+    operator, v = problem.operator, problem.bias
+    if type(operator) is not DenseOperator:
+        return f"the operator is a {type(operator).__name__}, not a DenseOperator"
+    if v.device.type != "cpu":
+        return f"the problem is on {v.device}, not on the CPU"
+    if v.dtype not in _KINDS:
+        return f"the problem is {v.dtype}, neither float32 nor float64"
+    if type(problem.activation) not in (ReLU, LeakyReLU, LinearSlope):
+        return f"{problem.activation!r} is not piecewise linear"
+    try:
+        v.data_ptr(), operator.W.data_ptr()
+    except RuntimeError:
+        return "a function transform (torch.func) hides the memory of its tensors"
+    result = build()
+    return None if result.library is not None else result.message
+
+
+def run(problem: Inclusion, iteration: Iteration, request: Request) -> Outcome:
+    """Solve a flat problem that `supports` accepts."""
+    library = _library()
+    operator, v = problem.operator, problem.bias.contiguous()
+    assert isinstance(operator, DenseOperator)
+    prepared = operator.memo(("compiled", id(iteration.map)), lambda: _prepare(operator, iteration))
+    samples = v.shape[0]
+    z = torch.empty_like(v)
+    residual = torch.empty(samples, dtype=torch.float64)
+    steps, checks = torch.empty(2, samples, dtype=torch.int64)
+    slope, negative = _coefficients(problem.activation)
+    # Forward–backward enters with its first step done.
+    done = 0 if iteration.reflected else 1
+    start = None if request.z0 is None else request.z0.contiguous()
+    arguments = _Problem(
+        n=operator.n, samples=samples, map=prepared.map.data_ptr(),
+        rough=_pointer(prepared.rough), weights=prepared.weights.data_ptr(), bias=v.data_ptr(),
+        start=_pointer(start), alpha=prepared.alpha.data_ptr(), root=prepared.root.data_ptr(),
+        slope=_pointer(slope), negative=negative, reflected=iteration.reflected,
+        max_steps=max(1, request.max_steps - done), threads=torch.get_num_threads(),
+        theta=iteration.relaxation, tol=request.tol, noise=problem.noise_factor,
+        z=z.data_ptr(), residual=residual.data_ptr(), steps=steps.data_ptr(),
+        checks=checks.data_ptr(),
+    )  # fmt: skip
+    if getattr(library, f"lben_solve_{_KINDS[v.dtype]}")(ctypes.byref(arguments)) != 0:
+        raise MemoryError(f"the compiled loop found no memory for {operator.n} units")
+    return Outcome(
+        value=z, residual=residual, steps=(steps + done).clamp_max(request.max_steps),
+        checks=int(checks.max()) if samples else 0, loop="compiled",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    map: Tensor
+    rough: Tensor | None
+    weights: Tensor
+    alpha: Tensor
+    root: Tensor
+
+
+def _prepare(operator: DenseOperator, iteration: Iteration) -> _Prepared:
+    W = operator.W.detach()
+    alpha = torch.as_tensor(iteration.alpha, dtype=W.dtype).expand(operator.n).contiguous()
+    assert isinstance(iteration.map, DenseMap)
+    matrix = iteration.map.matrix
+    return _Prepared(
+        map=_pack(matrix),
+        rough=_pack(matrix.float()) if W.dtype == torch.float64 else None,
+        weights=_pack(W.T),
+        alpha=alpha,
+        root=operator.metric.detach().sqrt().contiguous(),
+    )
+
+
+def _pack(matrix: Tensor) -> Tensor:
+    """Return the columns of a matrix in the panels that the compiled product reads in order."""
+    library = _library()
+    lanes = getattr(library, f"lben_lanes_{_KINDS[matrix.dtype]}")()
+    width, n = lanes * library.lben_vectors(), matrix.shape[0]
+    padded = torch.nn.functional.pad(matrix, (0, -n % lanes))
+    whole = padded.shape[1] // width * width
+    panels = padded[:, :whole].reshape(n, -1, width).transpose(0, 1).reshape(-1)
+    return torch.cat([panels, padded[:, whole:].reshape(-1)])
+
+
+def _coefficients(activation: ProximalActivation) -> tuple[Tensor | None, float]:
+    match activation:
+        case LinearSlope(d=d):
+            return d.contiguous(), 0.0
+        case LeakyReLU(negative_slope=a):
+            return None, a
+        case _:
+            return None, 0.0
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _library() -> ctypes.CDLL:
+    result: Build = build()
+    assert result.library is not None, result.message
+    return result.library

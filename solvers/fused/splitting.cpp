@@ -1,0 +1,495 @@
+// One splitting iteration and its stopping rule for many samples, without leaving the cache.
+//
+//     x <- (1 - theta) x + theta (shift + rho(x) M),     z = prox(x),
+//
+// with rho(x) = 2 prox(x) - x (Peaceman-Rachford, Douglas-Rachford) or prox(x) (forward-backward).
+// Samples are worked on in small groups that stay in the cache of one core. A sample that is done
+// leaves its group, so each runs for about as many steps as it needs. Groups do not depend on the
+// number of threads, so neither does the result.
+//
+// Built once per machine by solvers/fused/build.py; plain C interface, no headers of torch.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kRows = 8, kVectors = 3;  // 24 of 32 registers accumulate
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32, kRows = 4, kVectors = 3;  // 12 of 16
+#else
+constexpr int kVectorBytes = 16, kRows = 4, kVectors = 2;  // 8 of 16 (SSE) or 32 (NEON)
+#endif
+
+template <class T>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct Lanes<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class T>
+constexpr int64_t kLanes = kVectorBytes / sizeof(T);
+
+template <class T>
+int64_t padded(int64_t n) {
+  int64_t stride = (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  if (stride * sizeof(T) % 4096 == 0) stride += kLanes<T>;  // keep rows out of one cache set
+  return stride;
+}
+
+// A workspace of aligned rows.
+template <class T>
+class Rows {
+ public:
+  Rows(int64_t rows, int64_t stride) : stride_(stride) {
+    data_ = static_cast<T*>(std::aligned_alloc(64, (rows * stride * sizeof(T) + 63) / 64 * 64));
+    if (data_ != nullptr) std::memset(data_, 0, rows * stride * sizeof(T));
+  }
+  ~Rows() { std::free(data_); }
+  Rows(const Rows&) = delete;
+  Rows& operator=(const Rows&) = delete;
+  T* operator[](int64_t row) { return data_ + row * stride_; }
+  bool ok() const { return data_ != nullptr; }
+  void swap(Rows& other) { std::swap(data_, other.data_); }
+
+ private:
+  T* data_;
+  int64_t stride_;
+};
+
+// out[r][j] = scale * init[r][j] + theta * sum_k u[r][k] M[k][j] for kRows rows and V vectors of j.
+template <class T, int V>
+inline void tile(const T* u, int64_t stride, const T* panel, int64_t n, T* out, const T* init,
+                 T theta) {
+  using Vec = typename Lanes<T>::type;
+  Vec sum[kRows][V] = {};
+  for (int64_t k = 0; k < n; ++k) {
+    Vec row[V];
+    for (int v = 0; v < V; ++v) {
+      row[v] = *reinterpret_cast<const Vec*>(panel + (k * V + v) * kLanes<T>);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const T factor = u[r * stride + k];
+      for (int v = 0; v < V; ++v) sum[r][v] += factor * row[v];
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = r * stride + v * kLanes<T>;
+      Vec* target = reinterpret_cast<Vec*>(out + at);
+      const Vec start = *reinterpret_cast<const Vec*>(init + at);
+      if (theta == T(1)) {
+        *target = start + sum[r][v];
+      } else {
+        *target = (T(1) - theta) * *target + theta * (start + sum[r][v]);
+      }
+    }
+  }
+}
+
+// out = (1 - theta) out + theta (init + u M) for `count` rows; M in panels of kVectors vectors.
+template <class T>
+void product(const T* u, int64_t stride, const T* packed, int64_t n, int64_t count, T* out,
+             const T* init, T theta) {
+  const int64_t vectors = (n + kLanes<T> - 1) / kLanes<T>;
+  for (int64_t first = 0; first < vectors; first += kVectors) {
+    const T* panel = packed + first * kLanes<T> * n;
+    const int64_t column = first * kLanes<T>;
+    const int64_t width = vectors - first;
+    for (int64_t row = 0; row < count; row += kRows) {
+      const T* from = u + row * stride;
+      T* to = out + row * stride + column;
+      const T* start = init + row * stride + column;
+      if (width >= 3 && kVectors >= 3) {
+        tile<T, (kVectors >= 3 ? 3 : 1)>(from, stride, panel, n, to, start, theta);
+      } else if (width >= 2) {
+        tile<T, 2>(from, stride, panel, n, to, start, theta);
+      } else {
+        tile<T, 1>(from, stride, panel, n, to, start, theta);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+// The problem as solvers/fused/loop.py passes it; the two must agree field by field.
+template <class T>
+struct Problem {
+  int64_t n, samples;
+  const T* map;        // packed M
+  const float* rough;  // packed M in float for the inner iterations of a double problem, or null
+  const T* weights;    // packed transpose of W
+  const T* bias;       // samples x n: v
+  const T* start;      // samples x n: z0, or null
+  const T* alpha;      // n: step sizes
+  const T* root;       // n: square root of the metric
+  const T* slope;      // samples x n: d of sigma(v) = d v, or null for sigma(v) = max(v, negative v)
+  double negative;
+  int64_t reflected;   // whether rho is the reflected prox, and shift = (I + M) alpha v
+  int64_t max_steps, threads;
+  double theta, tol, noise;
+  T* z;                // samples x n: prox(x) at the last check
+  double* residual;    // samples
+  int64_t* steps;      // samples
+  int64_t* checks;     // samples
+};
+
+namespace {
+
+template <class T>
+class Group {
+ public:
+  Group(const Problem<T>& p, int64_t capacity)
+      : p_(p), n_(p.n), capacity_(capacity), stride_(padded<T>(p.n)), x_(capacity, stride_),
+        before_(capacity, stride_), u_(capacity, stride_), shift_(capacity, stride_),
+        factor_(p.slope ? capacity : 1, stride_), point_(capacity, stride_),
+        image_(capacity, stride_), zero_(capacity, stride_), inner_(p, capacity), rho_(n_), prox_(n_), gauge_(n_),
+        slot_(capacity), order_(capacity), residual_(capacity) {
+    for (int64_t i = 0; i < n_; ++i) {
+      prox_[i] = shrink(static_cast<T>(p.negative), p.alpha[i]);
+      rho_[i] = p.reflected ? 2 * prox_[i] - 1 : prox_[i];
+      gauge_[i] = p.root[i] / (2 * p.alpha[i]);
+    }
+  }
+
+  bool ok() const {
+    return x_.ok() && before_.ok() && u_.ok() && shift_.ok() && factor_.ok() && point_.ok() &&
+           image_.ok() && zero_.ok() && inner_.ok();
+  }
+
+  void run(int64_t first, int64_t count) {
+    begin(first, count);
+    while (active_ > 0) {
+      const int64_t burst = plan();
+      if (p_.rough && burst >= kInnerLeast) {
+        advance(true);
+        inner_.run(burst - 2, active_, *this);
+        advance(true);
+      } else {
+        for (int64_t i = 0; i < burst; ++i) advance(i + 1 == burst);
+      }
+      for (int64_t s = 0; s < active_; ++s) slot_[s].steps += burst;
+      measure();
+      check();
+    }
+  }
+
+ private:
+  struct Slot {
+    int64_t sample, steps = 0, checks = 0;
+    double change = 0, scale = 0;  // |x' - x| / (2 alpha) and |z| in the metric, at last_steps
+    int64_t last_steps = 0;
+    double rate = 0;               // log of the change's factor per step; 0 while unknown
+    double target = 0;             // change at which the next check is made; 0 while unknown
+    double mark = std::numeric_limits<double>::infinity();
+    int64_t mark_steps = 0;        // where stalling was last excluded, and the change there
+    bool stalled = false;
+  };
+
+  // The prox of slope a at step alpha, written without division by zero: a x / (a + alpha (1 - a)).
+  static T shrink(T a, T alpha) { return a / (a + alpha * (1 - a)); }
+
+  void begin(int64_t first, int64_t count) {
+    active_ = count;
+    calibrated_ = false;
+    ratio_ = 1;
+    for (int64_t s = 0; s < count; ++s) {
+      slot_[s] = Slot{first + s};
+      const T *v = p_.bias + (first + s) * n_, *alpha = p_.alpha;
+      T *u = u_[s], *x = x_[s], *shift = shift_[s];
+      for (int64_t i = 0; i < n_; ++i) shift[i] = x[i] = u[i] = alpha[i] * v[i];
+      if (p_.slope) {
+        const T* d = p_.slope + (first + s) * n_;
+        T* c = factor_[s];
+        for (int64_t i = 0; i < n_; ++i) c[i] = shrink(d[i], alpha[i]);
+      }
+    }
+    if (p_.reflected) product<T>(u_[0], stride_, p_.map, n_, count, shift_[0], u_[0], T(1));
+    if (p_.start == nullptr) return;  // u = -alpha v has resolvent 0, so x = alpha v
+    for (int64_t s = 0; s < count; ++s) {
+      std::memcpy(u_[s], p_.start + (first + s) * n_, n_ * sizeof(T));
+    }
+    if (p_.reflected) {  // at the solution u = z + alpha ((I - W) z - v)
+      product<T>(u_[0], stride_, p_.weights, n_, count, image_[0], zero_[0], T(1));
+      for (int64_t s = 0; s < count; ++s) {
+        const T *w = image_[s], *v = p_.bias + (first + s) * n_, *alpha = p_.alpha;
+        T* u = u_[s];
+        for (int64_t i = 0; i < n_; ++i) u[i] += alpha[i] * (u[i] - w[i] - v[i]);
+      }
+    }
+    product<T>(u_[0], stride_, p_.map, n_, count, x_[0], shift_[0], T(1));
+  }
+
+  // Steps until the first sample may be worth a check.
+  int64_t plan() const {
+    int64_t least = std::numeric_limits<int64_t>::max();
+    for (int64_t s = 0; s < active_; ++s) {
+      const Slot& slot = slot_[s];
+      int64_t ahead = slot.steps < 4 ? 2 : std::max<int64_t>(1, slot.steps / 2);
+      if (slot.steps >= 4 && slot.rate < 0) {
+        // A rate is trusted for as long as it was observed.
+        const double needed = std::ceil(std::log(goal(slot) / slot.change) / slot.rate);
+        double most = slot.steps;
+        if (p_.rough) most = std::min(most, std::max(1.0, kInnerGain / slot.rate));
+        ahead = needed < 1 ? 1 : static_cast<int64_t>(std::min(needed, most));
+      }
+      least = std::min(least, std::min(ahead, p_.max_steps - slot.steps));
+    }
+    return std::max<int64_t>(1, least);
+  }
+
+  // The change at which a sample is expected to pass.
+  double goal(const Slot& slot) const {
+    return slot.target > 0 ? slot.target : p_.tol * slot.scale / ratio_;
+  }
+
+  void advance(bool keep) {
+    for (int64_t s = 0; s < active_; ++s) {
+      const T* x = x_[s];
+      T* u = u_[s];
+      if (p_.slope) {
+        const T *c = factor_[s], twice = p_.reflected ? 2 : 1, less = p_.reflected ? 1 : 0;
+        for (int64_t i = 0; i < n_; ++i) u[i] = (twice * c[i] - less) * x[i];
+      } else {
+        const T* c = rho_.data();
+        for (int64_t i = 0; i < n_; ++i) u[i] = x[i] < 0 ? c[i] * x[i] : x[i];
+      }
+    }
+    if (keep) {
+      if (p_.theta == 1.0) {
+        x_.swap(before_);
+      } else {
+        std::memcpy(before_[0], x_[0], active_ * stride_ * sizeof(T));
+      }
+    }
+    product<T>(u_[0], stride_, p_.map, n_, active_, x_[0], shift_[0], static_cast<T>(p_.theta));
+  }
+
+  // Change and size of every sample from the last two iterates: no product.
+  void measure() {
+    for (int64_t s = 0; s < active_; ++s) {
+      Slot& slot = slot_[s];
+      const T *x = x_[s], *y = before_[s], *root = p_.root, *gauge = gauge_.data();
+      const T* c = p_.slope ? factor_[s] : prox_.data();
+      const bool linear = p_.slope != nullptr;
+      T change = 0, scale = 0;
+#pragma omp simd reduction(+ : change, scale)
+      for (int64_t i = 0; i < n_; ++i) {
+        const T e = gauge[i] * (x[i] - y[i]);
+        const T z = root[i] * ((linear || x[i] < 0) ? c[i] * x[i] : x[i]);
+        change += e * e;
+        scale += z * z;
+      }
+      const double last = slot.change;
+      slot.change = std::sqrt(static_cast<double>(change));
+      slot.scale = std::sqrt(static_cast<double>(scale));
+      if (last > 0 && slot.change > 0) {
+        slot.rate = std::log(slot.change / last) / (slot.steps - slot.last_steps);
+      }
+      slot.last_steps = slot.steps;
+      note_stalling(slot);
+    }
+  }
+
+  // A change near rounding that has not halved while the steps grew by a quarter will not.
+  static void note_stalling(Slot& slot) {
+    if (slot.steps < slot.mark_steps * 5 / 4 + 16) return;
+    const double floor = 1024 * std::numeric_limits<T>::epsilon() * slot.scale;
+    slot.stalled = slot.change > 0.5 * slot.mark && slot.change <= floor;
+    slot.mark = slot.change;
+    slot.mark_steps = slot.steps;
+  }
+
+  bool ends(const Slot& slot) const {
+    return slot.steps >= p_.max_steps || slot.stalled || slot.change == 0 ||
+           !std::isfinite(slot.change);
+  }
+
+  void check() {
+    int64_t count = 0;
+    for (int64_t s = 0; s < active_; ++s) {
+      if (ends(slot_[s]) || slot_[s].change <= goal(slot_[s])) order_[count++] = s;
+    }
+    if (count == 0) {
+      if (calibrated_) return;
+      // One tile shows how the residual relates to the change, before all samples ask.
+      count = std::min<int64_t>(active_, kRows);
+      for (int64_t s = 0; s < count; ++s) order_[s] = s;
+    }
+    evaluate(count);
+    // From the last slot to the first: one that leaves is replaced by the last.
+    for (int64_t at = count - 1; at >= 0; --at) {
+      Slot& slot = slot_[order_[at]];
+      const double r = residual_[at];
+      ++slot.checks;
+      if (slot.change > 0 && slot.scale > 0 && r > 0) {
+        const double seen = r * slot.scale / slot.change;
+        ratio_ = calibrated_ ? 0.5 * (ratio_ + seen) : seen;
+        calibrated_ = true;
+        slot.target = 0.95 * p_.tol * slot.change / r;  // its own ratio, for the next check
+      }
+      if (!(r > p_.tol) || ends(slot)) leave(order_[at], at, r);
+    }
+  }
+
+  // The residual as Inclusion.relative_residual defines it.
+  void evaluate(int64_t count) {
+    const bool linear = p_.slope != nullptr;
+    for (int64_t at = 0; at < count; ++at) {
+      const T* x = x_[order_[at]];
+      const T* c = linear ? factor_[order_[at]] : prox_.data();
+      T* z = point_[at];
+      for (int64_t i = 0; i < n_; ++i) z[i] = (linear || x[i] < 0) ? c[i] * x[i] : x[i];
+    }
+    product<T>(point_[0], stride_, p_.weights, n_, count, image_[0], zero_[0], T(1));
+    for (int64_t at = 0; at < count; ++at) {
+      const int64_t row = slot_[order_[at]].sample * n_;
+      const T *z = point_[at], *v = p_.bias + row, *w = image_[at], *root = p_.root;
+      const T *d = linear ? p_.slope + row : nullptr, negative = static_cast<T>(p_.negative);
+      double gap = 0, size = 0, image = 0, bias = 0;
+#pragma omp simd reduction(+ : gap, size, image, bias)
+      for (int64_t i = 0; i < n_; ++i) {
+        const T y = w[i] + v[i];
+        const T s = linear ? d[i] * y : (y < 0 ? negative * y : y);
+        const double a = root[i] * (s - z[i]), b = root[i] * z[i], e = root[i] * s;
+        const double f = root[i] * v[i];
+        gap += a * a;
+        size += b * b;
+        image += e * e;
+        bias += f * f;
+      }
+      const double left = std::sqrt(gap) - p_.noise * std::sqrt(bias);
+      const double scale = std::sqrt(std::max(size, image));
+      const double tiny = std::numeric_limits<T>::min();
+      residual_[at] = (left < 0 ? 0 : left) / (scale > tiny ? scale : tiny);  // NaN stays NaN
+    }
+  }
+
+  void leave(int64_t s, int64_t at, double r) {
+    const Slot& slot = slot_[s];
+    const size_t bytes = n_ * sizeof(T);
+    std::memcpy(p_.z + slot.sample * n_, point_[at], bytes);
+    p_.residual[slot.sample] = r;
+    p_.steps[slot.sample] = slot.steps;
+    p_.checks[slot.sample] = slot.checks;
+    const int64_t last = --active_;
+    if (last == s) return;
+    std::memcpy(x_[s], x_[last], bytes);
+    std::memcpy(shift_[s], shift_[last], bytes);
+    if (p_.slope) std::memcpy(factor_[s], factor_[last], bytes);
+    slot_[s] = slot_[last];
+  }
+
+  // Iterations in float around a double point b: with x = b + d,
+  //     d <- (T(b) - b) + theta (rho(b + d) - rho(b)) M + (1 - theta) d,
+  // whose rounding is relative to d, not to x.
+  struct Inner {
+    Inner(const Problem<T>& p, int64_t capacity)
+        : p(p), n(p.n), stride(padded<float>(p.n)), rows(p.rough ? capacity : 1), d(rows, stride),
+          base(rows, stride), move(rows, stride), u(rows, stride), factor(rows, stride) {}
+
+    bool ok() const { return d.ok() && base.ok() && move.ok() && u.ok() && factor.ok(); }
+
+    // From x' = T(x) with x kept in `before`, to x + d after `count` further steps.
+    void run(int64_t count, int64_t active, Group& group) {
+      const float theta = static_cast<float>(p.theta);
+      for (int64_t s = 0; s < active; ++s) {
+        const T *x = group.x_[s], *b = group.before_[s];
+        const T *c = p.slope ? group.factor_[s] : group.rho_.data();
+        float *ds = d[s], *bs = base[s], *ms = move[s], *fs = factor[s];
+        for (int64_t i = 0; i < n; ++i) {
+          bs[i] = static_cast<float>(b[i]);
+          ds[i] = static_cast<float>(x[i] - b[i]);
+          ms[i] = ds[i] / theta;
+          fs[i] = static_cast<float>(p.slope && p.reflected ? 2 * c[i] - 1 : c[i]);
+        }
+      }
+      const bool linear = p.slope != nullptr;
+      for (int64_t step = 0; step < count; ++step) {
+        for (int64_t s = 0; s < active; ++s) {
+          const float *x = d[s], *b = base[s], *c = factor[s];
+          float* out = u[s];
+          if (linear) {
+            for (int64_t i = 0; i < n; ++i) out[i] = c[i] * x[i];
+          } else {
+            for (int64_t i = 0; i < n; ++i) {  // without cancellation where the sign stays
+              const float y = b[i] + x[i];
+              const bool from = b[i] < 0, to = y < 0;
+              const float across = (to ? c[i] * y : y) - (from ? c[i] * b[i] : b[i]);
+              out[i] = from != to ? across : (to ? c[i] * x[i] : x[i]);
+            }
+          }
+        }
+        product<float>(u[0], stride, p.rough, n, active, d[0], move[0], theta);
+      }
+      for (int64_t s = 0; s < active; ++s) {
+        T* x = group.x_[s];
+        const T* b = group.before_[s];
+        const float* ds = d[s];
+        for (int64_t i = 0; i < n; ++i) x[i] = b[i] + ds[i];
+      }
+    }
+
+    const Problem<T>& p;
+    const int64_t n, stride, rows;
+    Rows<float> d, base, move, u, factor;
+  };
+
+  // In float d is known to 1e-7 of its size when the burst began: a burst gains e^kInnerGain at
+  // most, and one shorter than kInnerLeast does not repay the two steps in double around it.
+  static constexpr double kInnerGain = -9;
+  static constexpr int64_t kInnerLeast = 5;
+
+  const Problem<T>& p_;
+  const int64_t n_, capacity_, stride_;
+  Rows<T> x_, before_, u_, shift_, factor_, point_, image_, zero_;
+  Inner inner_;
+  std::vector<T> rho_, prox_, gauge_;  // rho's and the prox's factor for x < 0; root / (2 alpha)
+  std::vector<Slot> slot_;
+  std::vector<int64_t> order_;
+  std::vector<double> residual_;
+  int64_t active_ = 0;
+  double ratio_ = 1;  // residual over change, as last seen
+  bool calibrated_ = false;
+};
+
+// Returns 0, or 1 when memory ran out.
+template <class T>
+int run(const Problem<T>& p) {
+  const int64_t size = p.samples <= 256 ? 32 : 64;
+  const int64_t groups = (p.samples + size - 1) / size;
+  std::atomic<int> failed{0};
+#pragma omp parallel num_threads(std::min(p.threads, groups))
+  {
+    Group<T> group(p, size);
+    if (!group.ok()) failed = 1;
+#pragma omp for schedule(dynamic)
+    for (int64_t g = 0; g < groups; ++g) {
+      if (group.ok()) group.run(g * size, std::min(size, p.samples - g * size));
+    }
+  }
+  return failed;
+}
+
+}  // namespace
+
+extern "C" {
+int lben_solve_float(const Problem<float>* p) { return run(*p); }
+int lben_solve_double(const Problem<double>* p) { return run(*p); }
+int64_t lben_lanes_float() { return kLanes<float>; }
+int64_t lben_lanes_double() { return kLanes<double>; }
+int64_t lben_vectors() { return kVectors; }
+}

@@ -1,0 +1,117 @@
+"""What is a method, and what passes between it and `solve`?
+
+`solve` checks the problem, hands it to a method as rows of samples without a graph, and reports
+what came back. Everything that finds an equilibrium, a splitting, Newton's method or another
+package's solver, is a `Method`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from solvers.inclusion import Inclusion
+from solvers.solution import Loop, Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a method is asked for.
+
+    Attributes:
+        tol: relative tolerance in the Λ norm, per sample.
+        max_steps: limit of iterations.
+        z0: warm start.
+    """
+
+    tol: float
+    max_steps: int
+    z0: Float[Tensor, "batch n"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a method found; a sample above the tolerance before the step limit has stalled.
+
+    Attributes:
+        value: z.
+        residual: relative residual of z per sample, in the problem's dtype or in float64.
+        steps: iterations per sample.
+        checks: how often the residual was evaluated.
+        loop: where the iterations ran.
+    """
+
+    value: Float[Tensor, "batch n"]
+    residual: Float[Tensor, " batch"]
+    steps: Int[Tensor, " batch"]
+    checks: int
+    loop: Loop = "torch"
+
+    def status(self, request: Request) -> Status:
+        """Say how the solve ended, the worst sample speaking for all."""
+        if self.residual.numel() == 0:
+            return Status.CONVERGED
+        worst = float(self.residual.max())  # NaN propagates
+        if worst <= request.tol:
+            return Status.CONVERGED
+        if not math.isfinite(worst):
+            return Status.DIVERGED
+        return Status.STALLED if bool(self.stalled(request).any()) else Status.MAX_STEPS
+
+    def stalled(self, request: Request) -> Tensor:
+        """Return which samples ended above the tolerance before the step limit."""
+        above = (self.residual > request.tol) & torch.isfinite(self.residual)
+        return above & (self.steps < request.max_steps)
+
+    def replaced(self, index: Tensor, other: Outcome) -> Outcome:
+        """Return this outcome with `other`, which continued it, at the samples of `index`."""
+        value, residual = self.value.clone(), self.residual.clone()
+        steps = self.steps.clone()
+        value[index], residual[index] = other.value, other.residual.to(residual.dtype)
+        steps[index] += other.steps
+        return Outcome(
+            value=value, residual=residual, steps=steps, checks=self.checks + other.checks,
+            loop=self.loop,
+        )  # fmt: skip
+
+
+class Method(ABC):
+    """Finds z = σ(Wz + v); a frozen dataclass, whose `repr` is the Python that makes it."""
+
+    def __repr__(self) -> str:
+        """Return the call that makes an equal method, defaults left out."""
+        given = (
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            if getattr(self, f.name) != f.default
+        )
+        return f"{type(self).__name__}({', '.join(given)})"
+
+    @abstractmethod
+    def run(self, problem: Inclusion, request: Request) -> Outcome:
+        """Solve a problem of samples × n without a graph; never raises for missing a tolerance."""
+
+    def likely_causes(self, problem: Inclusion) -> str:
+        """Say why this method may have failed on this problem, with numbers."""
+        constants = problem.operator.constants()
+        if constants.m <= 0:
+            return (
+                f"Causes: the weights are not monotone in the Λ norm (m = {constants.m:.2g}); run "
+                "the layer's certificate()."
+            )
+        return (
+            f"Causes: {self.step_cause(problem, constants.m, constants.L)}the problem is hard "
+            f"(m = {constants.m:.2g}, L = {constants.L:.2g}), so it needs more steps; or the "
+            f"tolerance is below the rounding of {problem.bias.dtype}. "
+            "Try more max_steps or float64."
+        )
+
+    def step_cause(self, problem: Inclusion, m: float, L: float) -> str:
+        """Return what the step size may have to do with a failure, or nothing."""
+        return ""

@@ -1,0 +1,209 @@
+"""What must a linear operator W offer so that z = σ(Wz + v) can be split?
+
+Products with W and Wᵀ, the resolvent of the monotone part I − W, and the constants (m, L) of
+I − W in the norm ‖z‖_Λ = √(zᵀΛz) that the operator carries.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from solvers.activations import Step
+
+T_ = TypeVar("T_")
+
+
+class NotMonotoneError(ValueError):
+    """I − W is not strongly monotone in the Λ norm, so the equilibrium need not exist."""
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Constants of I − W in the Λ norm, with H = Λ^½ (I − W) Λ^(−½).
+
+    Attributes:
+        m: lower bound of the strong monotonicity λmin(sym H).
+        L: upper bound of the Lipschitz constant ‖H‖₂.
+    """
+
+    m: float
+    L: float
+
+
+class Map(ABC):
+    """A linear map M that a splitting applies once per step."""
+
+    @abstractmethod
+    def add(
+        self, x: Float[Tensor, "batch n"], shift: Float[Tensor, "batch n"], out: Tensor | None
+    ) -> Float[Tensor, "batch n"]:
+        """Return shift + Mx, written to `out` (which is neither x nor shift) when given."""
+
+
+class Resolvent(ABC):
+    """R = (I + diag(α)(I − W))⁻¹, factored once per weight change."""
+
+    @abstractmethod
+    def solve(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """Return R x."""
+
+    @property
+    @abstractmethod
+    def T(self) -> Resolvent:
+        """The resolvent of Wᵀ with the same step, from the same factor.
+
+        (I + P(I − Wᵀ))⁻¹ = P (I + P(I − W))⁻ᵀ P⁻¹ with P = diag(α).
+        """
+
+    @abstractmethod
+    def reflection(self) -> Map:
+        """Return 2R − I."""
+
+
+class LinearOperator(ABC):
+    """A linear map W on ℝⁿ with the inner product ⟨y, z⟩_Λ = yᵀΛz.
+
+    Laws, each tested: ⟨Wz, y⟩ = ⟨z, Wᵀy⟩; resolvent(α) inverts I + diag(α)(I − W);
+    ⟨(I − W)z, z⟩_Λ ≥ m ‖z‖²_Λ and ‖(I − W)z‖_Λ ≤ L ‖z‖_Λ.
+    """
+
+    metric: Float[Tensor, " n"]
+    """Λ, positive."""
+    transposed: bool
+    """Whether this is the transpose of the operator whose factors the memo holds."""
+    _memo: dict[Hashable, Any]
+
+    @property
+    @abstractmethod
+    def n(self) -> int:
+        """Number of units."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that define W: what a gradient with respect to W is taken for."""
+
+    @property
+    @abstractmethod
+    def T(self) -> LinearOperator:
+        """Wᵀ, monotone in Λ⁻¹ where W is monotone in Λ, sharing every factor."""
+
+    @abstractmethod
+    def rebuild(self, tensors: tuple[Tensor, ...]) -> LinearOperator:
+        """Return this operator on `tensors`, equal in value, keeping all cached factors."""
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> LinearOperator:
+        """Return the same operator in another precision, detached; built once."""
+
+    @abstractmethod
+    def mv(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """Return Wz."""
+
+    @abstractmethod
+    def pullback(
+        self, u: Float[Tensor, "*batch n"], z: Float[Tensor, "*batch n"]
+    ) -> tuple[Tensor, ...]:
+        """Return the gradient of Σ ⟨u, Wz⟩ with respect to `tensors`."""
+
+    @abstractmethod
+    def magnitude(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """Return at least |W| z for non-negative z: rounding errors of Wz are below
+        γ_summands · magnitude(|z|)."""
+
+    @property
+    def summands(self) -> int:
+        """The longest chain of roundings in one entry of Wz."""
+        return self.n
+
+    @abstractmethod
+    def diagonal(self) -> Float[Tensor, " n"]:
+        """Return the diagonal of W."""
+
+    @abstractmethod
+    def submatrix(self, rows: Tensor, columns: Tensor) -> Float[Tensor, "... r c"]:
+        """Return W[rows, columns] for index tensors of shapes (..., r) and (..., c)."""
+
+    @abstractmethod
+    def log_determinant(self) -> float:
+        """Return log |det(I − W)|."""
+
+    @abstractmethod
+    def resolvent(self, step: Step) -> Resolvent:
+        """Factor I + diag(α)(I − W), once per α for this operator and its transpose.
+
+        Raises:
+            NotMonotoneError: if that matrix is singular, which no monotone W allows.
+        """
+
+    @abstractmethod
+    def relaxed(self, step: Step) -> Map:
+        """Return (1 − α)I + αW."""
+
+    @abstractmethod
+    def constants(self) -> Constants:
+        """Return (m, L) of I − W in the Λ norm, each rounded to the safe side."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the numbers."""
+        return self.metric.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers are."""
+        return self.metric.device
+
+    def affine(
+        self, z: Float[Tensor, "*batch n"], v: Float[Tensor, "*batch n"]
+    ) -> Float[Tensor, "*batch n"]:
+        """Return Wz + v."""
+        return self.mv(z) + v
+
+    def is_monotone(self) -> bool:
+        """Say whether m > 0; evaluated once for W and Wᵀ."""
+        return self.memo("is monotone", lambda: self.constants().m > 0)
+
+    def memo(self, key: Hashable, build: Callable[[], T_]) -> T_:
+        """Return what `build` returned on the first call with `key`, here or on the transpose."""
+        if key not in self._memo:
+            self._memo[key] = build()
+        return self._memo[key]
+
+    def norm(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, " *batch"]:
+        """Return ‖z‖_Λ per sample."""
+        key = ("root metric", self.transposed)
+        root = self.memo(key, lambda: self.metric.detach().sqrt())
+        weighted = z * root
+        # Scaled by the largest entry, so that squares neither overflow nor vanish.
+        largest = weighted.abs().amax(-1, keepdim=True)
+        largest.clamp_min_(torch.finfo(z.dtype).tiny)
+        return torch.linalg.vector_norm(weighted / largest, dim=-1) * largest.squeeze(-1)
+
+
+def check_metric(metric: Tensor, n: int, like: Tensor) -> None:
+    """Check that Λ holds one number per unit, of the type and on the device of `like`.
+
+    Raises:
+        ValueError: if not.
+    """
+    if metric.shape != (n,):
+        raise ValueError(
+            f"metric must hold one number per unit, shape ({n},), got {tuple(metric.shape)}"
+        )
+    if metric.dtype != like.dtype or metric.device != like.device:
+        raise ValueError(
+            f"metric is {metric.dtype} on {metric.device}, W is {like.dtype} on {like.device}"
+        )
+
+
+def step_key(step: Step) -> Hashable:
+    """Return what names α in a memo: itself, or the identity of a tensor that the memo keeps."""
+    return step if isinstance(step, float | int) else id(step)

@@ -1,0 +1,146 @@
+"""How is z = σ(Wz + v) solved for every sample, and what is refused or repeated on the way?"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from solvers.inclusion import Inclusion
+from solvers.method import Method, Outcome, Request
+from solvers.operators import NotMonotoneError
+from solvers.solution import OnFailure, Solution, Stats, Status
+from solvers.splitting import PeacemanRachford
+
+
+def solve(
+    problem: Inclusion,
+    method: Method | None = None,
+    *,
+    tol: float = 1e-4,
+    max_steps: int = 5000,
+    z0: Float[Tensor, "*batch n"] | None = None,
+    on_failure: OnFailure = "warn",
+    require_monotone: bool = True,
+    name: str = "solve",
+) -> Solution:
+    """Solve z = σ(Wz + v) for every sample of the problem, without building a graph.
+
+    Samples whose relative residual ‖z̃ − z‖_Λ / max(‖z̃‖_Λ, ‖z‖_Λ), z̃ = σ(Wz + v), is at most
+    `tol` at a check are done and keep the z of that check. Samples that stall at the rounding of
+    float32 go on in float64 from where they are; what is returned is rounded to float32, and its
+    residual is that of the rounded z.
+
+    Args:
+        problem: the inclusion; gradients do not flow (use `equilibrium` for that).
+        method: how to solve; `PeacemanRachford()` when omitted.
+        tol: relative tolerance in the Λ norm, per sample.
+        max_steps: limit of iterations.
+        z0: warm start, of the shape of the bias.
+        on_failure: what to do when a sample misses its tolerance: "warn" or "raise".
+        require_monotone: refuse weights with m ≤ 0, whose equilibrium need not exist or be unique.
+        name: what messages call this solve.
+
+    Returns:
+        The solution with its evidence.
+
+    Raises:
+        ValueError: if shapes or dtypes of the problem disagree, tol is below what the dtype can
+            hold, max_steps < 1, or z0 has another shape or dtype or is not finite.
+        NonFiniteError: if the bias or the weights contain NaN or Inf.
+        NotMonotoneError: if m ≤ 0 and `require_monotone`.
+        SolveError: on failure, when `on_failure` is "raise".
+    """
+    method = PeacemanRachford() if method is None else method
+    problem.check()
+    _check_options(problem, tol, max_steps, z0, on_failure)
+    with torch.no_grad():
+        if require_monotone:
+            _check_monotone(problem)
+        shape = problem.bias.shape
+        flat = problem.detach().flatten()
+        start = None if z0 is None else z0.detach().reshape(flat.bias.shape)
+        request = Request(tol=tol, max_steps=max_steps, z0=start)
+        outcome = method.run(flat, request)
+        status = outcome.status(request)
+        if status is Status.STALLED and flat.bias.dtype == torch.float32:
+            outcome = _continue_in_double(flat, method, request, outcome)
+            status = outcome.status(request)
+        if status is Status.DIVERGED:
+            problem.check_finite()
+        value = outcome.value
+        solution = Solution(
+            value=value.reshape(shape),
+            status=status,
+            stats=Stats(
+                steps=outcome.steps.reshape(shape[:-1]), checks=outcome.checks, loop=outcome.loop
+            ),
+            residual=outcome.residual.reshape(shape[:-1]).to(value.dtype),
+            tol=tol,
+            method=repr(method),
+            name=name,
+            likely_causes=lambda: method.likely_causes(flat),
+            _error_bound=lambda: flat.error_bound(value).reshape(shape[:-1]),
+        )
+    return solution.report(on_failure)
+
+
+def _check_options(
+    problem: Inclusion, tol: float, max_steps: int, z0: Tensor | None, on_failure: str
+) -> None:
+    dtype = problem.bias.dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"problems are float32 or float64, got {dtype}")
+    smallest = 4 * torch.finfo(dtype).eps
+    if not tol >= smallest:
+        raise ValueError(
+            f"tol = {tol:g} is below what {dtype} can hold ({smallest:.1e}): "
+            "use a larger tolerance or float64"
+        )
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    if on_failure not in ("warn", "raise"):
+        raise ValueError(f'on_failure must be "warn" or "raise", got {on_failure!r}')
+    if z0 is not None:
+        if z0.shape != problem.bias.shape or z0.dtype != dtype or z0.device != problem.bias.device:
+            raise ValueError(
+                f"z0 must have shape {tuple(problem.bias.shape)} and dtype {dtype} on "
+                f"{problem.bias.device}, got {tuple(z0.shape)} and {z0.dtype} on {z0.device}"
+            )
+        if not bool(torch.isfinite(z0).all()):
+            raise ValueError("z0 contains NaN or Inf")
+
+
+def _check_monotone(problem: Inclusion) -> None:
+    operator = problem.operator
+    if operator.is_monotone():
+        return
+    problem.check_finite()
+    raise NotMonotoneError(
+        f"I − W is not strongly monotone in the Λ norm: m = {operator.constants().m:.3g} ≤ 0, so "
+        "the equilibrium need not exist or be unique. Check the weights with the layer's "
+        "certificate(), or pass require_monotone=False to try all the same"
+    )
+
+
+def _continue_in_double(
+    problem: Inclusion, method: Method, request: Request, outcome: Outcome
+) -> Outcome:
+    """Finish the samples that rounding stopped, and measure what is left after rounding back."""
+    index = outcome.stalled(request).nonzero().squeeze(-1)
+    single = problem.select(index)
+    double = single.to(torch.float64)
+    left = Request(
+        # Rounding back moves the residual by about a roundoff of float32.
+        tol=0.5 * request.tol,
+        max_steps=request.max_steps - int(outcome.steps[index].min()),
+        z0=outcome.value[index].double(),
+    )
+    better = method.run(double, left)
+    value = better.value.float()
+    hidden = single.noise_factor * double.operator.norm(double.bias)
+    residual = double.relative_residual(value.double(), hidden)
+    return outcome.replaced(
+        index,
+        Outcome(value=value, residual=residual, steps=better.steps, checks=better.checks),
+    )

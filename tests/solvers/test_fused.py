@@ -1,0 +1,145 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from solvers import (
+    DouglasRachford,
+    ForwardBackward,
+    Inclusion,
+    LeakyReLU,
+    LinearSlope,
+    PeacemanRachford,
+    ReLU,
+    Tanh,
+    fused,
+    solve,
+)
+from solvers.fused import build
+from tests.problems import monotone_operator, random_inclusion
+
+pytestmark = pytest.mark.skipif(
+    build.build().library is None, reason=f"no compiled loop here: {fused.status()}"
+)
+METHODS = [PeacemanRachford, DouglasRachford, ForwardBackward]
+
+
+def activation(kind, problem):
+    if kind == "linear":
+        return LinearSlope(torch.rand_like(problem.bias).round(decimals=1))
+    return {"relu": ReLU(), "leaky": LeakyReLU(0.2)}[kind]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["relu", "leaky", "linear"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("n", "samples"), [(1, 3), (5, 1), (17, 40), (48, 33), (70, 130)])
+def test_compiled_and_plain_loop_agree(method, kind, dtype, n, samples):
+    problem = random_inclusion(n, (samples,), dtype=dtype, m=1.0, seed=n)
+    problem = Inclusion(problem.operator, problem.bias, activation(kind, problem))
+    tol = 1e-11 if dtype == torch.float64 else 2e-6
+    one = solve(problem, method(compiled=True), tol=tol, max_steps=20000, on_failure="raise")
+    other = solve(problem, method(compiled=False), tol=tol, max_steps=20000, on_failure="raise")
+    assert (one.stats.loop, other.stats.loop) == ("compiled", "torch")
+    assert (problem.relative_residual(one.value) <= 1.01 * tol).all()
+    distance = problem.operator.norm(one.value - other.value)
+    assert (distance <= one.error_bound + other.error_bound).all()
+    torch.testing.assert_close(
+        one.value, other.value, atol=2e3 * tol * float(other.value.abs().max()), rtol=0
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_given_number_of_steps_gives_the_same_iterate(method):
+    problem = random_inclusion(30, (50,), m=0.05, skew=3.0)
+    z0 = torch.randn_like(problem.bias)
+    for k in (2, 3, 7):
+        options = {"tol": 1e-14, "max_steps": k, "z0": z0}
+        with pytest.warns(RuntimeWarning, match=f"stopped at its step limit after {k} steps"):
+            one = solve(problem, method(compiled=True), **options)
+        with pytest.warns(RuntimeWarning, match=f"stopped at its step limit after {k} steps"):
+            other = solve(problem, method(compiled=False), **options)
+        torch.testing.assert_close(one.value, other.value, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(one.residual, other.residual, rtol=1e-9, atol=1e-12)
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads():
+    problem = random_inclusion(33, (500,), dtype=torch.float32, m=0.05)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = solve(problem, tol=1e-5, on_failure="raise")
+        torch.set_num_threads(2)
+        two = solve(problem, tol=1e-5, on_failure="raise")
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one.value, two.value)
+    assert torch.equal(one.stats.steps, two.stats.steps)
+
+
+def test_tensors_of_any_layout_are_read_as_they_are():
+    problem = random_inclusion(20, (30,))
+    strided = torch.stack([problem.bias, torch.randn_like(problem.bias)], -1)[..., 0]
+    assert not strided.is_contiguous()
+    expected = solve(problem, tol=1e-12).value
+    actual = solve(Inclusion(problem.operator, strided, problem.activation), tol=1e-12).value
+    assert torch.equal(actual, expected)
+    adjoint = Inclusion(
+        problem.operator.T, problem.bias, LinearSlope(torch.rand(20, 30).double().T)
+    )
+    one = solve(adjoint, PeacemanRachford(compiled=True), tol=1e-12).value
+    other = solve(adjoint, PeacemanRachford(compiled=False), tol=1e-12).value
+    torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_the_compiled_loop_is_demanded_where_it_cannot_be():
+    with pytest.raises(ValueError, match=r"demanded, but Tanh\(\) is not piecewise linear"):
+        solve(random_inclusion(activation=Tanh()), PeacemanRachford(compiled=True))
+
+
+def test_float32_goes_on_in_float64_where_it_stalls():
+    operator = monotone_operator(60, m=0.01, skew=30.0, dtype=torch.float32)
+    problem = Inclusion(operator, torch.randn(40, 60), ReLU())
+    for compiled in (True, False):
+        method = PeacemanRachford(compiled=compiled)
+        solution = solve(problem, method, tol=3e-6, max_steps=20000, on_failure="raise")
+        double = solve(problem.to(torch.float64), tol=1e-12, max_steps=20000, on_failure="raise")
+        error = double.value - solution.value.double()
+        assert (operator.to(torch.float64).norm(error) <= solution.error_bound).all()
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"PATH": ""}, "no C\\+\\+ compiler found"),
+        ({"CXX": "false"}, "no compiled loop: .*false"),
+        ({"XDG_CACHE_HOME": "/proc/nowhere"}, "no compiled loop: .*nowhere"),
+    ],
+)
+def test_without_a_compiler_every_solve_runs_in_torch_and_says_so(
+    environment, message, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    result = build.build.__wrapped__()
+    assert result.library is None
+    monkeypatch.setattr("solvers.fused.loop.build", lambda: result)
+    problem = random_inclusion()
+    assert solve(problem).stats.loop == "torch"
+    with pytest.raises(ValueError, match=f"demanded, but .*{message}"):
+        solve(problem, PeacemanRachford(compiled=True))
+
+
+def test_two_processes_may_build_at_once(tmp_path):
+    code = "from solvers import fused; print(fused.status())"
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    for process in both:
+        output, _ = process.communicate(timeout=120)
+        assert output.startswith(b"compiled loop: ")
+    assert len(list((tmp_path / "lben").iterdir())) == 1

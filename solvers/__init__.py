@@ -10,10 +10,18 @@ from solvers.activations import (
     Softplus,
     Tanh,
 )
+from solvers.auto import Auto
+from solvers.gradient import (
+    Gradient,
+    ImplicitGradient,
+    JacobianFreeGradient,
+    PhantomGradient,
+)
 from solvers.implicit import equilibrium
 from solvers.inclusion import Inclusion, NonFiniteError
 from solvers.loop import Splitting, State
 from solvers.method import Method, Outcome, Request
+from solvers.newton import SemismoothNewton
 from solvers.operators import (
     Constants,
     DenseOperator,
@@ -35,15 +43,19 @@ from solvers.step_size import (
 
 __all__ = [
     "Anderson",
+    "Auto",
     "Constants",
     "DenseOperator",
     "Determinant",
     "DouglasRachford",
     "ForwardBackward",
     "ForwardStep",
+    "Gradient",
+    "ImplicitGradient",
     "Inclusion",
     "InverseGeometricMean",
     "JacobiDeterminant",
+    "JacobianFreeGradient",
     "LeakyReLU",
     "LinearOperator",
     "LinearSlope",
@@ -53,10 +65,12 @@ __all__ = [
     "NotMonotoneError",
     "Outcome",
     "PeacemanRachford",
+    "PhantomGradient",
     "ProximalActivation",
     "ReLU",
     "Request",
     "Resolvent",
+    "SemismoothNewton",
     "Sigmoid",
     "Softplus",
     "Solution",

@@ -20,6 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from solvers.activations import LinearSlope, ProximalActivation
+from solvers.auto import Auto
+from solvers.gradient import Gradient, ImplicitGradient
 from solvers.inclusion import Inclusion
 from solvers.method import Method
 from solvers.operators import LinearOperator
@@ -28,18 +30,15 @@ from solvers.solve import solve
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Adjoint:
-    """How the backward pass solves; shared by every order of differentiation."""
+class _Options:
+    """How to solve, forward and backward; shared by every order of differentiation."""
 
-    method: Method | None
+    method: Method
+    gradient: Gradient
     tol: float
     max_steps: int
     on_failure: OnFailure
-
-    def solve(self, operator: LinearOperator, cotangent: Tensor, slope: Tensor) -> Tensor:
-        return _equilibrium(
-            Inclusion(operator.T, cotangent, LinearSlope(slope)), None, self, "adjoint solve"
-        ).value
+    require_monotone: bool
 
 
 def equilibrium(
@@ -49,22 +48,32 @@ def equilibrium(
     tol: float = 1e-4,
     max_steps: int = 5000,
     z0: Float[Tensor, "*batch n"] | None = None,
+    gradient: Gradient | None = None,
     on_failure: OnFailure = "warn",
+    require_monotone: bool = True,
     name: str = "forward solve",
 ) -> Solution:
     """Solve z = σ(Wz + v), differentiably in v and in the tensors that define W.
 
-    The backward pass solves the adjoint inclusion to the same relative tolerance with the same
-    method. Memory does not grow with the number of iterations: only v, z and W are kept.
+    The backward pass solves the adjoint inclusion to the same relative tolerance. Memory does not
+    grow with the number of iterations: only v, z and W are kept.
 
     Args, returns and raises are those of `solve`; `Solution.value` carries the graph. The adjoint
-    solve warns or raises like the forward one.
+    solve warns or raises like the forward one. `gradient` says what is passed back,
+    `ImplicitGradient()` when omitted.
     """
-    adjoint = _Adjoint(method=method, tol=tol, max_steps=max_steps, on_failure=on_failure)
-    return _equilibrium(problem, z0, adjoint, name)
+    options = _Options(
+        method=Auto() if method is None else method,
+        gradient=ImplicitGradient() if gradient is None else gradient,
+        tol=tol,
+        max_steps=max_steps,
+        on_failure=on_failure,
+        require_monotone=require_monotone,
+    )
+    return _equilibrium(problem, z0, options, name)
 
 
-def _equilibrium(problem: Inclusion, z0: Tensor | None, options: _Adjoint, name: str) -> Solution:
+def _equilibrium(problem: Inclusion, z0: Tensor | None, options: _Options, name: str) -> Solution:
     solution = solve(
         problem,
         options.method,
@@ -72,15 +81,59 @@ def _equilibrium(problem: Inclusion, z0: Tensor | None, options: _Adjoint, name:
         max_steps=options.max_steps,
         z0=z0,
         on_failure=options.on_failure,
+        require_monotone=options.require_monotone,
         name=name,
     )
     activation = problem.activation
     slope = activation.d if isinstance(activation, LinearSlope) else None
+    backward = _Backward(options=options, forward=solution)
     value = _Equilibrium.apply(  # type: ignore[no-untyped-call]
-        solution.value, problem.bias, slope, problem.operator, activation, options,
+        solution.value, problem.bias, slope, problem.operator, activation, backward,
         *problem.operator.tensors,
     )  # fmt: skip
     return dataclasses.replace(solution, value=value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Backward:
+    options: _Options
+    forward: Solution
+
+    def adjoint(self, operator: LinearOperator, cotangent: Tensor, slope: Tensor) -> Tensor:
+        problem = Inclusion(operator.T, cotangent, LinearSlope(slope))
+        gradient = self.options.gradient
+        u = gradient.adjoint(problem, self._solve)
+        return u if gradient.exact else _Final.apply(u, repr(gradient))  # type: ignore[no-untyped-call]
+
+    def _solve(self, problem: Inclusion, method: Method | None, tol: float | None) -> Tensor:
+        method = self.options.method if method is None else method
+        if isinstance(method, Auto):
+            steps = self.forward.stats.steps
+            mean = float(steps.double().mean()) if steps.numel() else 0.0
+            method = method.adjoint(mean, problem)
+        options = dataclasses.replace(
+            self.options, method=method, tol=self.options.tol if tol is None else tol
+        )
+        return _equilibrium(problem, None, options, "adjoint solve").value
+
+
+class _Final(torch.autograd.Function):
+    """Passes u on; refuses to be differentiated."""
+
+    @staticmethod
+    def forward(u: Tensor, gradient: str) -> Tensor:
+        return u.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.gradient = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(
+            f"{ctx.gradient} is not the gradient of a function and has no derivative: use "
+            "ImplicitGradient() for second derivatives"
+        )
 
 
 class _Equilibrium(torch.autograd.Function):
@@ -97,17 +150,17 @@ class _Equilibrium(torch.autograd.Function):
         slope: Tensor | None,
         operator: LinearOperator,
         activation: ProximalActivation,
-        options: _Adjoint,
+        backward: _Backward,
         *tensors: Tensor,
     ) -> Tensor:
         return z.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, bias, slope, operator, activation, options, *tensors = inputs
+        _, bias, slope, operator, activation, backward, *tensors = inputs
         ctx.operator = operator.rebuild(tuple(t.detach() for t in tensors))
         ctx.activation = None if slope is not None else activation
-        ctx.options = options
+        ctx.how = backward
         saved = () if slope is None else (bias, slope)
         ctx.save_for_backward(output, *saved, *tensors)
 
@@ -119,7 +172,7 @@ class _Equilibrium(torch.autograd.Function):
         else:
             tensors, slope = rest, ctx.activation.slope(z)
         operator = ctx.operator.rebuild(tuple(tensors))
-        u = ctx.options.solve(operator, g, slope)
+        u = ctx.how.adjoint(operator, g, slope)
         slope_grad = None
         if ctx.activation is None and ctx.needs_input_grad[2]:
             # z = d ⊙ (Wz + v): ∂ℓ/∂d = (Wᵀu + g) ⊙ (Wz + v)

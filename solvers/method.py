@@ -62,23 +62,33 @@ class Outcome:
             return Status.CONVERGED
         if not math.isfinite(worst):
             return Status.DIVERGED
-        return Status.STALLED if bool(self.stalled(request).any()) else Status.MAX_STEPS
+        return Status.STALLED if bool(self.unfinished(request).any()) else Status.MAX_STEPS
 
-    def stalled(self, request: Request) -> Tensor:
-        """Return which samples ended above the tolerance before the step limit."""
+    def unfinished(self, request: Request) -> Tensor:
+        """Return which samples are above the tolerance, finite, and below the step limit."""
         above = (self.residual > request.tol) & torch.isfinite(self.residual)
         return above & (self.steps < request.max_steps)
 
+    def select(self, index: Tensor) -> Outcome:
+        """Return what was found for the samples of `index`."""
+        return dataclasses.replace(
+            self, value=self.value[index], residual=self.residual[index], steps=self.steps[index]
+        )
+
     def replaced(self, index: Tensor, other: Outcome) -> Outcome:
-        """Return this outcome with `other`, which continued it, at the samples of `index`."""
-        value, residual = self.value.clone(), self.residual.clone()
-        steps = self.steps.clone()
+        """Return this outcome with `other` at the samples of `index`."""
+        value, residual, steps = self.value.clone(), self.residual.clone(), self.steps.clone()
         value[index], residual[index] = other.value, other.residual.to(residual.dtype)
-        steps[index] += other.steps
-        return Outcome(
-            value=value, residual=residual, steps=steps, checks=self.checks + other.checks,
-            loop=self.loop,
-        )  # fmt: skip
+        steps[index] = other.steps
+        return dataclasses.replace(
+            self, value=value, residual=residual, steps=steps, checks=self.checks + other.checks
+        )
+
+    def continued(self, index: Tensor, other: Outcome) -> Outcome:
+        """Return this outcome with `other`, which began where this one ended, at `index`."""
+        return self.replaced(
+            index, dataclasses.replace(other, steps=self.steps[index] + other.steps)
+        )
 
 
 class Method(ABC):
@@ -92,6 +102,10 @@ class Method(ABC):
             if getattr(self, f.name) != f.default
         )
         return f"{type(self).__name__}({', '.join(given)})"
+
+    def chosen(self, problem: Inclusion) -> Method:
+        """Return the method that will run on this problem; itself unless it chooses among many."""
+        return self
 
     @abstractmethod
     def run(self, problem: Inclusion, request: Request) -> Outcome:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from solvers.auto import Auto
 from solvers.inclusion import Inclusion
 from solvers.method import Method, Outcome, Request
 from solvers.operators import NotMonotoneError
 from solvers.solution import OnFailure, Solution, Stats, Status
-from solvers.splitting import PeacemanRachford
 
 
 def solve(
@@ -33,7 +35,7 @@ def solve(
 
     Args:
         problem: the inclusion; gradients do not flow (use `equilibrium` for that).
-        method: how to solve; `PeacemanRachford()` when omitted.
+        method: how to solve; `Auto()` when omitted.
         tol: relative tolerance in the Λ norm, per sample.
         max_steps: limit of iterations.
         z0: warm start, of the shape of the bias.
@@ -51,7 +53,7 @@ def solve(
         NotMonotoneError: if m ≤ 0 and `require_monotone`.
         SolveError: on failure, when `on_failure` is "raise".
     """
-    method = PeacemanRachford() if method is None else method
+    method = Auto() if method is None else method
     problem.check()
     _check_options(problem, tol, max_steps, z0, on_failure)
     with torch.no_grad():
@@ -61,6 +63,7 @@ def solve(
         flat = problem.detach().flatten()
         start = None if z0 is None else z0.detach().reshape(flat.bias.shape)
         request = Request(tol=tol, max_steps=max_steps, z0=start)
+        method = method.chosen(flat)
         outcome = method.run(flat, request)
         status = outcome.status(request)
         if status is Status.STALLED and flat.bias.dtype == torch.float32:
@@ -127,7 +130,7 @@ def _continue_in_double(
     problem: Inclusion, method: Method, request: Request, outcome: Outcome
 ) -> Outcome:
     """Finish the samples that rounding stopped, and measure what is left after rounding back."""
-    index = outcome.stalled(request).nonzero().squeeze(-1)
+    index = outcome.unfinished(request).nonzero().squeeze(-1)
     single = problem.select(index)
     double = single.to(torch.float64)
     left = Request(
@@ -140,7 +143,5 @@ def _continue_in_double(
     value = better.value.float()
     hidden = single.noise_factor * double.operator.norm(double.bias)
     residual = double.relative_residual(value.double(), hidden)
-    return outcome.replaced(
-        index,
-        Outcome(value=value, residual=residual, steps=better.steps, checks=better.checks),
-    )
+    found = dataclasses.replace(better, value=value, residual=residual)
+    return outcome.continued(index, found)

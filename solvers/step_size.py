@@ -31,11 +31,12 @@ class Determinant(StepSizeRule):
 
     Any α > 0 converges with Peaceman–Rachford; this one lies within a few per cent of the best
     constant step in practice, and costs one LU. The determinant is the same for W and Wᵀ and in
-    every diagonal scaling similar to W.
+    every diagonal scaling similar to W. Where I − W is singular, so not strongly monotone, α = 1.
     """
 
     def __call__(self, operator: LinearOperator) -> float:
-        return math.exp(-operator.log_determinant() / operator.n)
+        log_determinant = operator.log_determinant()
+        return math.exp(-log_determinant / operator.n) if math.isfinite(log_determinant) else 1.0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,112 @@
+"""Which gradient does an equilibrium pass on: the exact one, or one that costs less?
+
+With z = σ(Wz + v), D = diag σ'(Wz + v) and a cotangent g of z, the exact gradient needs
+
+    u = D(Wᵀu + g),      ∂ℓ/∂v = u,      ∂ℓ/∂W = u zᵀ.
+
+The others replace u by the beginning of its Neumann series. They are biased, they are not the
+gradient of anything, and so they have no derivative of their own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from solvers.activations import LinearSlope
+from solvers.inclusion import Inclusion
+from solvers.method import Method
+
+Solve = Callable[[Inclusion, Method | None, float | None], Tensor]
+"""Solves an adjoint problem differentiably by a method to a tolerance, None for the forward's."""
+
+
+class Gradient(ABC):
+    """How the cotangent of z becomes that of v; a frozen dataclass, whose `repr` is Python."""
+
+    @abstractmethod
+    def adjoint(self, problem: Inclusion, solve: Solve) -> Float[Tensor, "*batch n"]:
+        """Return u, exact or not, for the problem u = D(Wᵀu + g) given as an inclusion."""
+
+    @property
+    @abstractmethod
+    def exact(self) -> bool:
+        """Whether u solves its equation, so that it may be differentiated again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImplicitGradient(Gradient):
+    """The exact gradient, right at any order: u solves its equation. Winston and Kolter (2020),
+    Theorem 2.
+
+    Args:
+        method: how the adjoint is solved; like the forward problem when omitted, where `Auto`
+            takes the forward solve's steps into account.
+        tol: relative tolerance of the adjoint in the Λ⁻¹ norm; the forward one's when omitted.
+    """
+
+    method: Method | None = None
+    tol: float | None = None
+
+    def adjoint(self, problem: Inclusion, solve: Solve) -> Tensor:
+        return solve(problem, self.method, self.tol)
+
+    @property
+    def exact(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhantomGradient(Gradient):
+    """The gradient of `steps` damped iterations z ← (1 − λ)z + λσ(Wz + v) from the solution.
+
+    u = λD Σⱼ ((1 − λ)I + λWᵀD)ʲ g over j < steps: the truncated Neumann series, which approaches
+    the exact u only where that iteration converges (‖(1 − λ)I + λDW‖ < 1 after scaling; trained
+    monotone layers often violate it at λ = 1). Geng, Zhang, Bai, Wang and Lin (2021), equation 8.
+
+    Args:
+        steps: number of terms.
+        damping: λ in (0, 1].
+
+    Raises:
+        ValueError: if steps is below 1 or damping outside (0, 1].
+    """
+
+    steps: int = 5
+    damping: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"damping must lie in (0, 1], got {self.damping}")
+
+    def adjoint(self, problem: Inclusion, solve: Solve) -> Tensor:
+        assert isinstance(problem.activation, LinearSlope)
+        D, transpose = problem.activation.d, problem.operator
+        term = total = problem.bias
+        for _ in range(self.steps - 1):
+            term = term.lerp(transpose.mv(D * term), self.damping)
+            total = total + term
+        return self.damping * D * total
+
+    @property
+    def exact(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class JacobianFreeGradient(Gradient):
+    """u = Dg: the gradient of one undamped iteration, at no cost. Fung, Heaton, Li, McKenzie,
+    Osher and Yin (2022)."""
+
+    def adjoint(self, problem: Inclusion, solve: Solve) -> Tensor:
+        return problem.activation(problem.bias)
+
+    @property
+    def exact(self) -> bool:
+        return False

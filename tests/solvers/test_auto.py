@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+from solvers import (
+    Auto,
+    DenseOperator,
+    Determinant,
+    DouglasRachford,
+    Inclusion,
+    LeakyReLU,
+    LinearSlope,
+    PeacemanRachford,
+    ReLU,
+    SemismoothNewton,
+    Tanh,
+    fused,
+    solve,
+)
+from solvers.fused.build import Build
+from tests.problems import random_inclusion
+
+
+def test_it_is_the_default_and_the_solution_names_the_choice():
+    solution = solve(random_inclusion(), on_failure="raise")
+    assert solution.method == "PeacemanRachford()"
+    assert solution.stats.loop == ("compiled" if "no compiled" not in fused.status() else "torch")
+
+
+def test_weights_that_are_not_monotone_go_to_the_method_that_may_still_converge():
+    W = torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64)
+    bias = torch.tensor([[0.3, 0.7]], dtype=torch.float64)
+    problem = Inclusion(DenseOperator(W), bias, LeakyReLU(1.0))
+    solution = solve(problem, tol=1e-9, require_monotone=False, on_failure="raise")
+    assert solution.method == repr(DouglasRachford(step_size=Determinant()))
+
+
+def test_without_the_compiled_loop_newton_finishes_in_float64(monkeypatch):
+    monkeypatch.setattr("solvers.fused.loop.build", lambda: Build(None, "no compiled loop"))
+    assert Auto().chosen(random_inclusion()) == SemismoothNewton()
+    assert Auto().chosen(random_inclusion(dtype=torch.float32)) == PeacemanRachford()
+    assert Auto().chosen(random_inclusion(activation=Tanh())) == PeacemanRachford()
+    assert solve(random_inclusion(), tol=1e-12, on_failure="raise").stats.loop == "torch"
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(20.0, Auto()), (900.0, SemismoothNewton(patience=0))]
+)
+def test_the_adjoint_of_a_hard_problem_is_solved_by_lu(steps, expected):
+    problem = random_inclusion()
+    adjoint = Inclusion(
+        problem.operator.T, problem.bias, LinearSlope(torch.ones_like(problem.bias))
+    )
+    assert Auto().adjoint(steps, adjoint) == expected
+
+
+def test_singular_weights_are_tried_on_demand_with_a_step_of_one():
+    problem = Inclusion(
+        DenseOperator(torch.eye(2, dtype=torch.float64)),
+        -torch.ones(1, 2, dtype=torch.float64),
+        ReLU(),
+    )
+    assert solve(problem, require_monotone=False, on_failure="raise").value.abs().max() == 0
+
+
+def test_the_choice_can_be_run_as_a_method():
+    problem = random_inclusion()
+    assert eval(repr(Auto())) == Auto()
+    torch.testing.assert_close(
+        solve(problem, Auto(), tol=1e-12).value, solve(problem, PeacemanRachford(), tol=1e-12).value
+    )

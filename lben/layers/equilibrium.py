@@ -13,10 +13,12 @@ from lben.certificates import Certificate, certify
 from lben.parameterizations import DirectParameterization
 from lben.weights import ExplicitWeights
 from solvers import (
+    Auto,
     DenseOperator,
+    Gradient,
+    ImplicitGradient,
     Inclusion,
     Method,
-    PeacemanRachford,
     ProximalActivation,
     ReLU,
     Solution,
@@ -37,7 +39,8 @@ class EquilibriumLinear(nn.Module):
         feedthrough: whether y has a term Dx.
         learn_metric: whether Λ is trained. gamma=None with learn_metric=False is monDEQ.
         epsilon: slack of the certificate, m ≥ epsilon.
-        method: splitting for forward and backward.
+        method: how forward and backward are solved; `Auto()` when omitted.
+        gradient: what is passed back; the exact `ImplicitGradient()` when omitted.
         tol: relative tolerance of both solves, per sample, in the Λ norm.
         max_steps: iteration limit of both solves.
         on_failure: "warn" or "raise" when a sample misses the tolerance.
@@ -61,6 +64,7 @@ class EquilibriumLinear(nn.Module):
         learn_metric: bool = True,
         epsilon: float = 1e-3,
         method: Method | None = None,
+        gradient: Gradient | None = None,
         tol: float = 1e-4,
         max_steps: int = 5000,
         on_failure: OnFailure = "warn",
@@ -82,7 +86,8 @@ class EquilibriumLinear(nn.Module):
         self.in_features, self.hidden_features = in_features, hidden_features
         self.out_features = out_features
         self.activation = ReLU() if activation is None else activation
-        self.method = PeacemanRachford() if method is None else method
+        self.method = Auto() if method is None else method
+        self.gradient = ImplicitGradient() if gradient is None else gradient
         self.tol, self.max_steps, self.on_failure = tol, max_steps, on_failure
         self._cache: _Cache | None = None
 
@@ -120,6 +125,7 @@ class EquilibriumLinear(nn.Module):
             tol=self.tol,
             max_steps=self.max_steps,
             z0=z0,
+            gradient=self.gradient,
             on_failure=self.on_failure,
         )
 

@@ -291,7 +291,7 @@ def test_a_missed_tolerance_is_never_silent():
 def test_repr_tells_the_configuration():
     text = repr(make(activation=ReLU()))
     assert "gamma=1.0" in text
-    assert "PeacemanRachford()" in text
+    assert "method=Auto()" in text
 
 
 def test_normalization_and_its_gain():

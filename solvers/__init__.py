@@ -15,12 +15,15 @@ from solvers.inclusion import Inclusion, NonFiniteError
 from solvers.loop import Splitting, State
 from solvers.method import Method, Outcome, Request
 from solvers.operators import (
+    BlockTriangularOperator,
     Constants,
     DenseOperator,
     LinearOperator,
+    LowRankOperator,
     Map,
     NotMonotoneError,
     Resolvent,
+    ZeroOperator,
 )
 from solvers.solution import Solution, SolveError, SolveWarning, Stats, Status
 from solvers.solve import solve
@@ -32,9 +35,11 @@ from solvers.step_size import (
     JacobiDeterminant,
     StepSizeRule,
 )
+from solvers.sweep import Sweep
 
 __all__ = [
     "Anderson",
+    "BlockTriangularOperator",
     "Constants",
     "DenseOperator",
     "Determinant",
@@ -47,6 +52,7 @@ __all__ = [
     "LeakyReLU",
     "LinearOperator",
     "LinearSlope",
+    "LowRankOperator",
     "Map",
     "Method",
     "NonFiniteError",
@@ -67,7 +73,9 @@ __all__ = [
     "Stats",
     "Status",
     "StepSizeRule",
+    "Sweep",
     "Tanh",
+    "ZeroOperator",
     "equilibrium",
     "solve",
 ]

@@ -23,12 +23,15 @@ from solvers.loop import Splitting, State
 from solvers.method import Method, Outcome, Request
 from solvers.newton import SemismoothNewton
 from solvers.operators import (
+    BlockTriangularOperator,
     Constants,
     DenseOperator,
     LinearOperator,
+    LowRankOperator,
     Map,
     NotMonotoneError,
     Resolvent,
+    ZeroOperator,
 )
 from solvers.solution import Solution, SolveError, SolveWarning, Stats, Status
 from solvers.solve import solve
@@ -40,10 +43,12 @@ from solvers.step_size import (
     JacobiDeterminant,
     StepSizeRule,
 )
+from solvers.sweep import Sweep
 
 __all__ = [
     "Anderson",
     "Auto",
+    "BlockTriangularOperator",
     "Constants",
     "DenseOperator",
     "Determinant",
@@ -59,6 +64,7 @@ __all__ = [
     "LeakyReLU",
     "LinearOperator",
     "LinearSlope",
+    "LowRankOperator",
     "Map",
     "Method",
     "NonFiniteError",
@@ -81,7 +87,9 @@ __all__ = [
     "Stats",
     "Status",
     "StepSizeRule",
+    "Sweep",
     "Tanh",
+    "ZeroOperator",
     "equilibrium",
     "solve",
 ]

@@ -76,6 +76,10 @@ class ProximalActivation(ABC):
         """Return the activation of the samples in `index`; itself unless it differs by sample."""
         return self
 
+    def part(self, units: slice) -> ProximalActivation:
+        """Return the activation of the units in a slice; itself unless it differs by unit."""
+        return self
+
 
 # Note [Newton budget]
 # Bisection alone needs about 60 halvings in float64 to reach the last bit from a bracket of
@@ -186,3 +190,6 @@ class LinearSlope(ProximalActivation):
 
     def select(self, index: Tensor) -> LinearSlope:
         return LinearSlope(self.d[index])
+
+    def part(self, units: slice) -> LinearSlope:
+        return LinearSlope(self.d[..., units])

@@ -2,7 +2,15 @@
 
 import torch
 
-from solvers import DenseOperator, Inclusion, ProximalActivation, ReLU
+from solvers import (
+    BlockTriangularOperator,
+    DenseOperator,
+    Inclusion,
+    LowRankOperator,
+    ProximalActivation,
+    ReLU,
+    ZeroOperator,
+)
 
 
 def monotone_operator(
@@ -23,6 +31,59 @@ def monotone_operator(
     N = skew * torch.randn(n, n, generator=g, dtype=dtype) / n**0.5
     W = (1 - m) * torch.eye(n, dtype=dtype) - (V.T @ V + N - N.T) / Lambda[:, None]
     return DenseOperator(W, Lambda)
+
+
+def low_rank_operator(
+    n: int,
+    r: int,
+    *,
+    m: float = 0.3,
+    spread: float = 1.0,
+    weak: int = 0,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> LowRankOperator:
+    """I − W = D + Λ⁻¹(VVᵀ + skew) of rank r with D ≥ m, so its monotonicity in Λ is at least m.
+
+    The first `weak` units have I + 0.3(I − W) without a diagonal but for the low-rank part.
+    """
+    g = torch.Generator().manual_seed(seed)
+    Lambda = torch.rand(n, generator=g, dtype=dtype) * 2 + 0.2
+    D = m + spread * torch.rand(n, generator=g, dtype=dtype)
+    # ΛABᵀ = −VVᵀ + (xyᵀ − yxᵀ) with at least r − 2 columns in V
+    skew = 2 if r - weak >= 2 else 0
+    V = torch.randn(n, r - skew, generator=g, dtype=dtype) / n**0.5
+    x, y = torch.randn(2, n, 1, generator=g, dtype=dtype) / n**0.5
+    A, B = [-V, x, -y][: 1 + skew], [V, y, x][: 1 + skew]
+    left, right = torch.cat(A, 1), torch.cat(B, 1)
+    if weak:
+        # Columns of their own carry the diagonal of the weak units.
+        D[:weak] = -1 / 0.3
+        left[:, :weak], right[:, :weak] = 0, 0
+        for i in range(weak):
+            left[i, i], right[i, i] = -(1 / 0.3 + m + spread) * Lambda[i], 1
+    return LowRankOperator(1 - D, left / Lambda[:, None], right, Lambda)
+
+
+def block_triangular_operator(
+    *, monotone: bool = False, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> BlockTriangularOperator:
+    """Four blocks of three kinds, coupled so strongly that only another metric is monotone."""
+    g = torch.Generator().manual_seed(seed)
+    blocks = [
+        monotone_operator(4, seed=seed, dtype=dtype),
+        ZeroOperator(torch.tensor([0.5, 1.0, 2.0], dtype=dtype)),
+        low_rank_operator(5, 1, seed=seed, dtype=dtype),
+        monotone_operator(2, seed=seed + 1, dtype=dtype),
+    ]
+    couplings = {
+        (i, j): torch.randn(blocks[i].n, blocks[j].n, generator=g, dtype=dtype)
+        for i, j in ((3, 0), (1, 0), (2, 1), (3, 2))
+    }
+    operator = BlockTriangularOperator(blocks, couplings)
+    if not monotone:
+        return operator
+    return BlockTriangularOperator(blocks, couplings, operator.monotone_metric())
 
 
 def random_inclusion(

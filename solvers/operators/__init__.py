@@ -7,13 +7,19 @@ from solvers.operators.base import (
     NotMonotoneError,
     Resolvent,
 )
+from solvers.operators.block_triangular import BlockTriangularOperator
 from solvers.operators.dense import DenseOperator
+from solvers.operators.low_rank import LowRankOperator
+from solvers.operators.zero import ZeroOperator
 
 __all__ = [
+    "BlockTriangularOperator",
     "Constants",
     "DenseOperator",
     "LinearOperator",
+    "LowRankOperator",
     "Map",
     "NotMonotoneError",
     "Resolvent",
+    "ZeroOperator",
 ]

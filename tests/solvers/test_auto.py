@@ -17,7 +17,7 @@ from solvers import (
     solve,
 )
 from solvers.fused.build import Build
-from tests.problems import random_inclusion
+from tests.problems import block_triangular_operator, random_inclusion
 
 
 def test_it_is_the_default_and_the_solution_names_the_choice():
@@ -68,3 +68,9 @@ def test_the_choice_can_be_run_as_a_method():
     torch.testing.assert_close(
         solve(problem, Auto(), tol=1e-12).value, solve(problem, PeacemanRachford(), tol=1e-12).value
     )
+
+
+def test_block_triangular_weights_are_swept():
+    operator = block_triangular_operator()
+    problem = Inclusion(operator, torch.randn(4, operator.n, dtype=torch.float64), ReLU())
+    assert solve(problem, tol=1e-10, on_failure="raise").method == "Sweep()"

@@ -6,24 +6,6 @@ from solvers.step_size import ForwardStep, resolve
 from tests.problems import monotone_operator
 
 
-def test_transpose_is_the_adjoint():
-    W = monotone_operator(11)
-    z, y = torch.randn(2, 5, 11, dtype=torch.float64)
-    torch.testing.assert_close((W.mv(z) * y).sum(-1), (z * W.T.mv(y)).sum(-1))
-    torch.testing.assert_close(W.T.T.mv(z), W.mv(z))
-
-
-@pytest.mark.parametrize("step", [0.3, "per unit"])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_resolvent_inverts(step, transposed):
-    W = monotone_operator(11)
-    alpha = torch.rand(11, dtype=torch.float64) + 0.1 if step == "per unit" else step
-    operator = W.T if transposed else W
-    x = torch.randn(5, 11, dtype=torch.float64)
-    z = operator.resolvent(alpha).solve(x)
-    torch.testing.assert_close(z + alpha * (z - operator.mv(z)), x)
-
-
 def test_transposed_resolvent_reuses_the_factor(monkeypatch):
     W = monotone_operator(6)
     alpha = resolve(JacobiDeterminant(), W)

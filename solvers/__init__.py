@@ -10,6 +10,7 @@ from solvers.activations import (
     Softplus,
     Tanh,
 )
+from solvers.flow import NeuralODE
 from solvers.implicit import equilibrium
 from solvers.inclusion import Inclusion, NonFiniteError
 from solvers.loop import Splitting, State
@@ -49,6 +50,7 @@ __all__ = [
     "LinearSlope",
     "Map",
     "Method",
+    "NeuralODE",
     "NonFiniteError",
     "NotMonotoneError",
     "Outcome",

@@ -11,6 +11,7 @@ from solvers.activations import (
     Tanh,
 )
 from solvers.auto import Auto
+from solvers.flow import NeuralODE
 from solvers.gradient import (
     Gradient,
     ImplicitGradient,
@@ -67,6 +68,7 @@ __all__ = [
     "LowRankOperator",
     "Map",
     "Method",
+    "NeuralODE",
     "NonFiniteError",
     "NotMonotoneError",
     "Outcome",

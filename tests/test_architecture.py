@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {
     "solvers": (
         "activations operators solution step_size inclusion method loop fused splitting "
-        "acceleration newton sweep auto solve gradient implicit"
+        "acceleration flow newton sweep auto solve interop gradient implicit"
     ),
     "lben": (
         "_companion weights rigorous parameterizations certificates layers models data checkpoints "

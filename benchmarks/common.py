@@ -55,19 +55,26 @@ def _commit() -> str:
 COMMIT = _commit()  # of the code that is now loaded, whatever happens to the tree meanwhile
 
 
+def circumstances() -> dict[str, Any]:
+    """Return where and when the figures of this run were measured."""
+    return {
+        "commit": COMMIT,
+        "date": datetime.now(UTC).date().isoformat(),
+        "environment": environment(),
+    }
+
+
 def finish(figures: Mapping[str, Any], out: Path | None, **details: Any) -> None:
     """Print the figures as the last line, and write them with their circumstances to a file."""
     if out is not None:
-        record = {
-            **figures,
-            **details,
-            "commit": COMMIT,
-            "date": datetime.now(UTC).date().isoformat(),
-            "environment": environment(),
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=2) + "\n")
+        write(out, {**figures, **details, **circumstances()})
     print(json.dumps(figures))
+
+
+def write(out: Path, record: Mapping[str, Any]) -> None:
+    """Write a record as JSON."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def interleaved(

@@ -1,7 +1,8 @@
-"""What can be done from a terminal? `lben demo`, `train`, `resume` and `evaluate`."""
+"""What can be done from a terminal? `lben demo`, `train`, `resume`, `evaluate` and `bench`."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -83,7 +84,24 @@ class Evaluate:
     )
 
 
-Command = Demo | Train | Resume | Evaluate
+@dataclass(frozen=True)
+class Bench:
+    """Compare the solvers with torchdeq's and with the published loop (needs the source tree).
+
+    Attributes:
+        quick: a subset in under 50 seconds.
+        root: folder that holds MNIST/raw.
+        out: also write the figures to this JSON file.
+        html: also write the interactive report to this file.
+    """
+
+    quick: bool = False
+    root: str | None = None
+    out: str | None = None
+    html: str | None = None
+
+
+Command = Demo | Train | Resume | Evaluate | Bench
 
 _ERRORS = (CheckpointError, DataError, CertificateError, SolveError, ValueError, ImportError)
 
@@ -123,6 +141,23 @@ def _run(command: Command) -> None:
             _say_trained(run)
         case Evaluate(run=run, root=root, config=config):
             _evaluate(Path(run), config, root)
+        case Bench():
+            _bench(command)
+
+
+def _bench(command: Bench) -> None:
+    try:
+        benchmark = importlib.import_module("benchmarks.solvers")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"the benchmarks cannot be imported ({error}): they come with the source tree, "
+            "installed by pip install -e '.[benchmarks]'"
+        ) from error
+    words = ["--quick"] if command.quick else []
+    for name in ("root", "out", "html"):
+        value = getattr(command, name)
+        words += [] if value is None else [f"--{name}", value]
+    benchmark.main(words)
 
 
 def _say_trained(folder: str) -> None:

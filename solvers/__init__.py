@@ -17,6 +17,7 @@ from solvers.gradient import (
     ImplicitGradient,
     JacobianFreeGradient,
     PhantomGradient,
+    TruncatedGradient,
 )
 from solvers.implicit import equilibrium
 from solvers.inclusion import Inclusion, NonFiniteError
@@ -91,6 +92,7 @@ __all__ = [
     "StepSizeRule",
     "Sweep",
     "Tanh",
+    "TruncatedGradient",
     "ZeroOperator",
     "equilibrium",
     "solve",

@@ -103,7 +103,9 @@ class _Backward:
         problem = Inclusion(operator.T, cotangent, LinearSlope(slope))
         gradient = self.options.gradient
         u = gradient.adjoint(problem, self._solve)
-        return u if gradient.exact else _Final.apply(u, repr(gradient))  # type: ignore[no-untyped-call]
+        if gradient.exact:
+            return u
+        return _Final.apply(u, cotangent, repr(gradient))  # type: ignore[no-untyped-call]
 
     def _solve(self, problem: Inclusion, method: Method | None, tol: float | None) -> Tensor:
         method = self.options.method if method is None else method
@@ -118,15 +120,15 @@ class _Backward:
 
 
 class _Final(torch.autograd.Function):
-    """Passes u on; refuses to be differentiated."""
+    """Passes u on, as a function of the cotangent that refuses to be differentiated."""
 
     @staticmethod
-    def forward(u: Tensor, gradient: str) -> Tensor:
+    def forward(u: Tensor, cotangent: Tensor, gradient: str) -> Tensor:
         return u.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.gradient = inputs[1]
+        ctx.gradient = inputs[2]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

@@ -127,6 +127,7 @@ class EquilibriumLinear(nn.Module):
             z0=z0,
             gradient=self.gradient,
             on_failure=self.on_failure,
+            require_monotone=False,  # m ≥ epsilon by construction
         )
 
     def inclusion(self, x: Float[Tensor, "*batch p"]) -> Inclusion:

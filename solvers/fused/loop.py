@@ -131,13 +131,15 @@ def _prepare(operator: DenseOperator, iteration: Iteration) -> _Prepared:
 
 def _pack(matrix: Tensor) -> Tensor:
     """Return the columns of a matrix in the panels that the compiled product reads in order."""
-    library = _library()
-    lanes = getattr(library, f"lben_lanes_{_KINDS[matrix.dtype]}")()
-    width, n = lanes * library.lben_vectors(), matrix.shape[0]
-    padded = torch.nn.functional.pad(matrix, (0, -n % lanes))
-    whole = padded.shape[1] // width * width
-    panels = padded[:, :whole].reshape(n, -1, width).transpose(0, 1).reshape(-1)
-    return torch.cat([panels, padded[:, whole:].reshape(-1)])
+    library, kind, n = _library(), _KINDS[matrix.dtype], matrix.shape[0]
+    lanes = getattr(library, f"lben_lanes_{kind}")()
+    packed = matrix.new_empty(n * (n + -n % lanes))
+    getattr(library, f"lben_pack_{kind}")(
+        ctypes.c_void_p(matrix.data_ptr()),
+        *map(ctypes.c_int64, (*matrix.stride(), n, torch.get_num_threads())),
+        ctypes.c_void_p(packed.data_ptr()),
+    )
+    return packed
 
 
 def _coefficients(activation: ProximalActivation) -> tuple[Tensor | None, float]:

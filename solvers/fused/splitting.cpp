@@ -484,12 +484,37 @@ int run(const Problem<T>& p) {
   return failed;
 }
 
+// Lays the columns of a matrix out in the panels of kVectors vectors that `product` reads in order.
+template <class T>
+void pack(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t n, int64_t threads,
+          T* packed) {
+  const int64_t vectors = (n + kLanes<T> - 1) / kLanes<T>;
+  const int64_t panels = (vectors + kVectors - 1) / kVectors;
+#pragma omp parallel for num_threads(threads) if (n >= 256)
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t first = p * kVectors * kLanes<T>;
+    const int64_t width = std::min<int64_t>(kVectors, vectors - p * kVectors) * kLanes<T>;
+    T* out = packed + first * n;
+    for (int64_t k = 0; k < n; ++k) {
+      const T* row = matrix + k * row_stride + first * column_stride;
+      const int64_t count = std::min(width, n - first);
+      for (int64_t j = 0; j < count; ++j) out[k * width + j] = row[j * column_stride];
+      for (int64_t j = count; j < width; ++j) out[k * width + j] = 0;
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" {
+void lben_pack_float(const float* m, int64_t r, int64_t c, int64_t n, int64_t t, float* out) {
+  pack(m, r, c, n, t, out);
+}
+void lben_pack_double(const double* m, int64_t r, int64_t c, int64_t n, int64_t t, double* out) {
+  pack(m, r, c, n, t, out);
+}
 int lben_solve_float(const Problem<float>* p) { return run(*p); }
 int lben_solve_double(const Problem<double>* p) { return run(*p); }
 int64_t lben_lanes_float() { return kLanes<float>; }
 int64_t lben_lanes_double() { return kLanes<double>; }
-int64_t lben_vectors() { return kVectors; }
 }

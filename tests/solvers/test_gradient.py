@@ -13,11 +13,17 @@ from solvers import (
     ReLU,
     SemismoothNewton,
     Tanh,
+    TruncatedGradient,
     equilibrium,
 )
 from tests.problems import random_inclusion
 
-BIASED = [PhantomGradient(), PhantomGradient(steps=2, damping=1.0), JacobianFreeGradient()]
+BIASED = [
+    TruncatedGradient(),
+    PhantomGradient(),
+    PhantomGradient(steps=2, damping=1.0),
+    JacobianFreeGradient(),
+]
 
 
 def gradients(gradient: Gradient | None, activation=None, scale=1.0):
@@ -68,6 +74,17 @@ def test_the_phantom_gradient_approaches_the_exact_one_where_the_iteration_contr
     assert errors[-1] < 1e-6
 
 
+def test_the_truncated_gradient_approaches_the_exact_one_where_the_plain_iteration_diverges():
+    _, (_, exact) = gradients(None, ReLU())
+    errors = []
+    for steps in (1, 3, 9, 40):
+        _, (_, v_grad) = gradients(TruncatedGradient(steps=steps), ReLU())
+        errors.append(float((v_grad - exact).detach().norm() / exact.detach().norm()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 0.05
+    assert errors[-1] < 1e-6
+
+
 def test_the_jacobian_free_gradient_is_one_undamped_phantom_step():
     _, one = gradients(JacobianFreeGradient())
     _, other = gradients(PhantomGradient(steps=1, damping=1.0))
@@ -91,6 +108,8 @@ def test_biased_gradients_have_no_second_derivative_and_say_so(gradient):
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         PhantomGradient(**options)
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        TruncatedGradient(steps=0)
 
 
 def test_a_hard_problem_switches_its_adjoint_to_lu_and_stays_exact():

@@ -1,0 +1,200 @@
+"""What else does the solver benchmark show: convergence, cost over size, memory, gradients?"""
+
+from __future__ import annotations
+
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from typing import Any
+
+import torch
+
+from benchmarks.common import interleaved
+from benchmarks.problems import Problem, random_problem, trained_problems
+from solvers import (
+    Anderson,
+    DenseOperator,
+    DouglasRachford,
+    ForwardBackward,
+    Gradient,
+    ImplicitGradient,
+    Inclusion,
+    JacobianFreeGradient,
+    Method,
+    NeuralODE,
+    PeacemanRachford,
+    PhantomGradient,
+    SemismoothNewton,
+    SolveWarning,
+    TruncatedGradient,
+    equilibrium,
+    solve,
+)  # fmt: skip
+from solvers.interop import TorchDEQ
+
+METHODS: tuple[Method, ...] = (
+    PeacemanRachford(),
+    PeacemanRachford(compiled=False),
+    DouglasRachford(),
+    ForwardBackward(),
+    Anderson(),
+    Anderson(method=ForwardBackward()),
+    SemismoothNewton(patience=20),
+    NeuralODE(),
+    TorchDEQ(solver="fixed_point_iter", step_size=0.1),
+    TorchDEQ(solver="anderson", step_size=0.1),
+    TorchDEQ(solver="broyden", step_size=0.1),
+)
+_LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+
+
+def convergence_curves(root: str, *, quick: bool) -> list[dict[str, Any]]:
+    """Return residual and time over iterations of every method on three problems in float64.
+
+    Each point is a solve of its own, stopped after so many steps: worst sample, median of 3 times.
+    """
+    problems: list[Problem] = [
+        random_problem(80, 128, 1.0, 1.0),
+        random_problem(80, 128, 0.1, 10.0),
+        *(p for p in trained_problems(root, (128,)) if "γ=1 " in p.name),
+    ]
+    ladder = _LADDER[::3] if quick else _LADDER
+    return [_curve(problem, method, ladder) for problem in problems for method in METHODS]
+
+
+def _curve(problem: Problem, method: Method, ladder: tuple[int, ...]) -> dict[str, Any]:
+    inclusion = problem.inclusion(torch.float64)
+    steps: list[int] = []
+    milliseconds: list[float] = []
+    residual: list[float] = []
+    for limit in ladder:
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            solution = _attempt(inclusion, method, limit)
+            times.append(1e3 * (time.perf_counter() - start))
+        worst = float(solution.residual.max())
+        if steps and solution.stats.max_steps <= steps[-1]:
+            break
+        if not math.isfinite(worst):
+            break
+        steps.append(solution.stats.max_steps)
+        milliseconds.append(statistics.median(times))
+        residual.append(max(worst, 1e-16))
+        if solution.converged:
+            break
+    return {
+        "problem": problem.name, "method": repr(method), "steps": steps,
+        "milliseconds": milliseconds, "residual": residual,
+    }  # fmt: skip
+
+
+def _attempt(inclusion: Inclusion, method: Method, limit: int) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SolveWarning)
+        return solve(inclusion, method, tol=1e-13, max_steps=limit)
+
+
+def scaling(*, quick: bool) -> dict[str, Any]:
+    """Return the cost of 50 steps over n and over the batch, and the slopes of both in log–log."""
+    sizes = (80, 160, 320, 640) if quick else (80, 125, 250, 500, 1000)
+    batches = (64, 128, 256, 512) if quick else (64, 128, 256, 512, 1024, 2048)
+    over_n = [_fifty_steps(n, 128) for n in sizes]
+    over_batch = [_fifty_steps(250, batch) for batch in batches]
+    points = [
+        *({"n": n, "batch": 128, "seconds": s} for n, s in zip(sizes, over_n, strict=True)),
+        *({"n": 250, "batch": b, "seconds": s} for b, s in zip(batches, over_batch, strict=True)),
+    ]
+    return {
+        "points": points,
+        "slope_n": _slope(sizes, over_n),
+        "slope_batch": _slope(batches, over_batch),
+    }
+
+
+def _fifty_steps(n: int, batch: int) -> float:
+    inclusion = random_problem(n, batch, 0.01, 100.0).inclusion(torch.float32)
+    calls = {"": lambda: _attempt_single(inclusion)}
+    return statistics.median(interleaved(calls, 9)[""])
+
+
+def _attempt_single(inclusion: Inclusion) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SolveWarning)
+        solve(inclusion, PeacemanRachford(), tol=1e-6, max_steps=50)
+
+
+def _slope(sizes: tuple[int, ...], seconds: list[float]) -> float:
+    return statistics.linear_regression(
+        [math.log(size) for size in sizes], [math.log(s) for s in seconds]
+    ).slope
+
+
+def gradient_bias(root: str) -> list[dict[str, Any]]:
+    """Return relative error and cosine of biased gradients of W against the exact one."""
+    gradients: tuple[Gradient, ...] = (
+        JacobianFreeGradient(),
+        PhantomGradient(steps=5, damping=0.5),
+        PhantomGradient(steps=20, damping=0.1),
+        TruncatedGradient(steps=5),
+        TruncatedGradient(steps=10),
+    )
+    rows = []
+    for problem in trained_problems(root, (128,)):
+        exact = _gradient_of_W(problem, ImplicitGradient())
+        for gradient in gradients:
+            other = _gradient_of_W(problem, gradient)
+            rows.append({
+                "layer": problem.name.split()[1], "gradient": repr(gradient),
+                "error": float((other - exact).norm() / exact.norm()),
+                "cosine": float((other * exact).sum() / (other.norm() * exact.norm())),
+            })  # fmt: skip
+    return rows
+
+
+def _gradient_of_W(problem: Problem, gradient: Gradient) -> torch.Tensor:
+    base = problem.inclusion(torch.float64)
+    W = base.operator.tensors[0].clone().requires_grad_()
+    inclusion = Inclusion(DenseOperator(W, base.metric), base.bias, base.activation)
+    z = equilibrium(inclusion, tol=1e-10, gradient=gradient).value
+    g = torch.Generator().manual_seed(1)
+    z.backward(torch.randn(z.shape, generator=g, dtype=z.dtype))
+    assert W.grad is not None
+    return W.grad
+
+
+def peak_memory() -> dict[str, float]:
+    """Return the peak of memory, in MiB, that 10 and 1000 steps forward and backward add.
+
+    Each is measured in a process of its own, above what the same process held before.
+    """
+    return {"short": _memory(10), "long": _memory(1000)}
+
+
+def _memory(steps: int) -> float:
+    code = f"from benchmarks.curves import use_memory; print(use_memory({steps}))"
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    return float(output.split()[-1])
+
+
+def use_memory(steps: int) -> float:
+    """Solve forward and backward in so many steps each, and return the MiB that the peak rose."""
+    warnings.simplefilter("ignore", SolveWarning)
+
+    def run(limit: int) -> None:
+        base = random_problem(250, 1024, 0.01, 100.0).inclusion(torch.float32)
+        W = base.operator.tensors[0].requires_grad_()
+        inclusion = Inclusion(DenseOperator(W, base.metric), base.bias, base.activation)
+        method = PeacemanRachford()
+        equilibrium(inclusion, method, tol=1e-6, max_steps=limit).value.sum().backward()
+
+    run(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run(steps)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024

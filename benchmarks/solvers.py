@@ -1,0 +1,472 @@
+"""How fast and how reliable are the solvers, against torchdeq's and the published loop?
+
+    python -m benchmarks.solvers [--quick] [--root FOLDER] [--out FILE] [--html FILE]
+
+Every cell is one problem, tolerance, number of threads and direction:
+
+- forward: weights as they were, factors kept; lben's `Auto()`, the published Peaceman–Rachford loop
+  (`benchmarks.published`, batch 128) and the torchdeq solver that is fastest of a grid;
+- backward: the adjoint problem alone, factors kept; lben and the published loop (batch 128);
+- forward+backward: the same factors, gradients of W and v; lben and torchdeq;
+- new weights: the same after a change of W, with everything factored anew.
+
+Times are medians of rounds in which all methods take turns. A ratio is the median over rounds of
+the other's time by lben's. A torchdeq solver that would need more than 8 times lben's time is not
+waited for: the cell says so. Errors are measured against a float64 reference.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import circumstances, find_root, interleaved, parser, ratio, write
+from benchmarks.curves import convergence_curves, gradient_bias, peak_memory, scaling
+from benchmarks.problems import SEED, Problem, random_problems, trained_problems
+from benchmarks.published import Published, search
+from benchmarks.report import render
+from lben.data import DataError
+from solvers import (
+    Auto,
+    DenseOperator,
+    Inclusion,
+    LinearSlope,
+    Method,
+    PeacemanRachford,
+    Solution,
+    SolveWarning,
+    equilibrium,
+    solve,
+)  # fmt: skip
+from solvers.interop import TorchDEQ
+
+TOLERANCES = ((torch.float32, 1e-3), (torch.float32, 1e-5), (torch.float64, 1e-8))
+PATIENCE = 8.0  # torchdeq is given so many times lben's time
+PEER_SOLVERS: tuple[Literal["fixed_point_iter", "anderson", "broyden"], ...] = (
+    "fixed_point_iter",
+    "anderson",
+    "broyden",
+)
+PEER_STEPS = (1.0, 0.5, 0.25, 0.1, 0.03)
+ROUNDS = 7
+DIRECTIONS = ("forward", "backward", "forward+backward", "new weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        sizes, batches: of the random families.
+        tolerances: (dtype, tol).
+        threads: numbers of threads.
+        trained: batches of the trained layers; empty without MNIST.
+        peer_sizes: sizes at which torchdeq takes part.
+        hardest: how many of the difficulties, from the easiest.
+    """
+
+    sizes: tuple[int, ...] = (80, 250, 400, 1000)
+    batches: tuple[int, ...] = (128, 1024)
+    tolerances: tuple[tuple[torch.dtype, float], ...] = TOLERANCES
+    threads: tuple[int, ...] = (2, 1)
+    trained: tuple[int, ...] = (128, 1024)
+    peer_sizes: tuple[int, ...] = (80, 250, 400, 1000)
+    hardest: int = 3
+
+
+QUICK = Plan(
+    sizes=(80, 400, 1000), batches=(128,), tolerances=TOLERANCES[:1], threads=(2,), trained=(128,),
+    peer_sizes=(80,), hardest=2,
+)  # fmt: skip
+
+
+@dataclass
+class Record:
+    """All that was measured so far."""
+
+    cells: list[dict[str, Any]] = field(default_factory=list)
+    failures: int = 0
+    bound_violations: int = 0
+    torchdeq: list[float] = field(default_factory=list)
+    torchdeq_new: list[float] = field(default_factory=list)
+    published: dict[str, list[float]] = field(
+        default_factory=lambda: {"forward": [], "backward": []}
+    )
+    published_large: dict[str, list[float]] = field(
+        default_factory=lambda: {"forward": [], "backward": []}
+    )
+    floor: dict[str, float] = field(default_factory=dict)
+
+    def figures(self) -> dict[str, Any]:
+        """Return the figures of the last line."""
+        return {
+            "failures": self.failures,
+            "bound_violations": self.bound_violations,
+            "worst_ratio_torchdeq": _round(min(self.torchdeq, default=None)),
+            "geomean_forward_ratio_published": _round(_geomean(self.published["forward"])),
+            "geomean_backward_ratio_published": _round(_geomean(self.published["backward"])),
+            "floor_ratio": {n: _round(worst) for n, worst in self.floor.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem at one precision and tolerance, with all that its cells share."""
+
+    problem: Problem
+    dtype: torch.dtype
+    tol: float
+
+    @cached_property
+    def forward(self) -> Inclusion:
+        """The problem, with factors that are kept."""
+        return self.problem.inclusion(self.dtype)
+
+    @cached_property
+    def solution(self) -> Solution:
+        """lben's solution."""
+        return _quietly(lambda: solve(self.forward, tol=self.tol))
+
+    @cached_property
+    def cotangent(self) -> Tensor:
+        """A standard normal cotangent of z."""
+        g = torch.Generator().manual_seed(SEED + 1)
+        return torch.randn(self.forward.bias.shape, generator=g, dtype=self.dtype)
+
+    @cached_property
+    def adjoint(self) -> Inclusion:
+        """The adjoint problem at the solution."""
+        slope = self.forward.activation.slope(self.solution.value)
+        return Inclusion(self.forward.operator.T, self.cotangent, LinearSlope(slope))
+
+    @property
+    def adjoint_method(self) -> Method:
+        """What `Auto` takes for the adjoint after this forward solve."""
+        return Auto().adjoint(float(self.solution.stats.steps.double().mean()), self.adjoint)
+
+    def gradients(self, method: Method, *, new_weights: bool) -> Solution:
+        """Solve, and pass the cotangent back to W and v."""
+        forward = self.forward
+        W = forward.operator.tensors[0].detach().clone().requires_grad_()
+        v = forward.bias.detach().clone().requires_grad_()
+        kept = forward.operator.rebuild((W,))
+        operator = DenseOperator(W, forward.metric) if new_weights else kept
+        solution = equilibrium(
+            Inclusion(operator, v, forward.activation), method, tol=self.tol,
+            require_monotone=not isinstance(method, TorchDEQ), on_failure="raise",
+        )  # fmt: skip
+        solution.value.backward(self.cotangent)
+        return solution
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the benchmark with the command line's words, or with those given."""
+    options = parser("solvers against torchdeq's and the published loop")
+    options.add_argument("--root", help="folder that holds MNIST/raw")
+    options.add_argument("--html", type=Path, help="also write the report to this file")
+    arguments = options.parse_args(words)
+    plan = QUICK if arguments.quick else Plan()
+    try:
+        root = find_root(arguments.root)
+    except DataError as error:
+        options.error(str(error))
+    torch.manual_seed(SEED)
+    record = Record()
+    started = time.perf_counter()
+    threads = torch.get_num_threads()
+    print(HEADER)
+    for problem in problems(plan, root):
+        for dtype, tol in plan.tolerances:
+            measure(record, Case(problem, dtype, tol), plan)
+    torch.set_num_threads(threads)
+    details: dict[str, Any] = {
+        "title": "Equilibrium solvers",
+        "seed": SEED,
+        "quick": arguments.quick,
+        "curves": convergence_curves(root, quick=arguments.quick),
+        "scaling": scaling(quick=arguments.quick),
+        "gradients": gradient_bias(root),
+        "memory": peak_memory(),
+        "published_n_above_250": {
+            direction: _round(_geomean(ratios))
+            for direction, ratios in record.published_large.items()
+        },
+        "torchdeq_new_weights": _round(min(record.torchdeq_new, default=None)),
+        "seconds": round(time.perf_counter() - started, 1),
+        "cells": record.cells,
+    }
+    report(details, record)
+    whole = {**details, "figures": record.figures(), **circumstances()}
+    if arguments.out is not None:
+        write(arguments.out, whole)
+    if arguments.html is not None:
+        arguments.html.parent.mkdir(parents=True, exist_ok=True)
+        arguments.html.write_text(render(whole))
+    print(json.dumps(record.figures()))
+
+
+def problems(plan: Plan, root: str) -> Iterator[Problem]:
+    """Yield the problems of the plan."""
+    if plan.trained:
+        yield from trained_problems(root, plan.trained)
+    yield from random_problems(plan.sizes, plan.batches, plan.hardest)
+
+
+HEADER = (
+    f"{'problem':34} {'dtype':7} {'tol':>6} {'thr':>3} {'direction':16} {'lben ms':>9} "
+    f"{'steps':>6} {'÷ floor':>7} {'published':>9} {'torchdeq':>9}"
+)
+
+
+def measure(record: Record, case: Case, plan: Plan) -> None:
+    """Measure all cells of a case, for every number of threads."""
+    problem = case.problem
+    torch.set_num_threads(max(plan.threads))
+    record.bound_violations += violations(case)
+    with_peer = problem.n in plan.peer_sizes or problem.family == "trained"
+    peers = Peers(
+        torchdeq=torchdeq_peer(case) if with_peer else None,
+        with_torchdeq=with_peer,
+        published=search(case.forward, case.adjoint, case.tol, 3000)
+        if problem.batch == 128
+        else None,
+    )
+    for threads in plan.threads:
+        torch.set_num_threads(threads)
+        product = product_seconds(case)
+        for direction in DIRECTIONS:
+            if direction == "backward" and peers.published is None:
+                continue
+            cell(record, case, threads, direction, product, peers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peers:
+    """Whom lben is compared with on one case.
+
+    Attributes:
+        torchdeq: the fastest solver of the grid; None when none arrives in time.
+        published: the published loop, or None where it does not take part.
+        with_torchdeq: whether torchdeq takes part.
+    """
+
+    torchdeq: TorchDEQ | None
+    published: Published | None
+    with_torchdeq: bool
+
+    def runs(self, case: Case, direction: str) -> dict[str, Callable[[], Any]]:
+        """Return the calls of all who take part in this direction and arrive."""
+        runs: dict[str, Callable[[], Any]] = {}
+        forward, adjoint, loop, peer = case.forward, case.adjoint, self.published, self.torchdeq
+        new_weights = direction == "new weights"
+        match direction:
+            case "forward":
+                runs["lben"] = lambda: solve(forward, tol=case.tol)
+            case "backward":
+                method = case.adjoint_method
+                runs["lben"] = lambda: solve(adjoint, method, tol=case.tol)
+            case _:
+                runs["lben"] = lambda: case.gradients(Auto(), new_weights=new_weights)
+        if loop is not None and loop.forward_steps is not None:
+            inverse = loop.inverse(forward.operator.tensors[0])
+            if direction == "forward":
+                runs["published"] = lambda: loop.forward(forward, inverse)
+            elif direction == "backward" and loop.backward_steps is not None:
+                runs["published"] = lambda: loop.backward(adjoint, inverse)
+        if peer is not None and direction == "forward":
+            runs["torchdeq"] = lambda: solve(forward, peer, tol=case.tol, require_monotone=False)
+        elif peer is not None and direction != "backward" and gradients_work(case, peer):
+            runs["torchdeq"] = lambda: case.gradients(peer, new_weights=new_weights)
+        return runs
+
+
+def cell(
+    record: Record, case: Case, threads: int, direction: str, product: float, peers: Peers
+) -> None:
+    """Time the methods of a cell, print its line and keep it."""
+    loop, peer = peers.published, peers.torchdeq
+    problem = case.problem
+    try:
+        runs = peers.runs(case, direction)
+        solution = runs["lben"]()
+        seconds = interleaved(runs, ROUNDS, warmup=1)
+    except Exception as error:  # a failure is a result: it is counted and shown
+        record.failures += 1
+        record.cells.append(_cell(case, threads, direction, product, [_failed("lben", error)]))
+        print(f"{problem.name:34} {direction}: {error}")
+        return
+    failed = not solution.converged
+    record.failures += failed
+    times = {name: statistics.median(values) for name, values in seconds.items()}
+    steps = float(solution.stats.steps.double().mean())
+    floor = times["lben"] / (steps * product)
+    ratios = {name: ratio(seconds, name, "lben") for name in runs if name != "lben"}
+    if direction == "forward":
+        key = str(problem.n)
+        record.floor[key] = max(record.floor.get(key, 0.0), floor)
+    if "torchdeq" in ratios:
+        where = record.torchdeq_new if direction == "new weights" else record.torchdeq
+        where.append(ratios["torchdeq"])
+    if "published" in ratios:
+        loops = record.published if problem.n <= 250 else record.published_large
+        loops[direction].append(ratios["published"])
+    results = [
+        {
+            "method": "lben", "seconds": times["lben"], "steps": solution.stats.max_steps,
+            "status": solution.status.value, "residual": float(solution.residual.max()),
+            "detail": solution.method,
+        }
+    ]  # fmt: skip
+    if loop is not None and direction in ("forward", "backward"):
+        done = loop.forward_steps if direction == "forward" else loop.backward_steps
+        results.append({
+            "method": "published", "seconds": times.get("published"), "steps": done,
+            "status": "stopped by the oracle" if done else "did not arrive in 3000 iterations",
+            "residual": None, "detail": f"α = {loop.alpha:g}",
+        })  # fmt: skip
+    if direction != "backward" and peers.with_torchdeq:
+        results.append({
+            "method": "torchdeq", "seconds": times.get("torchdeq"), "steps": None,
+            "status": "reached its tolerance" if "torchdeq" in times else
+            f"no solver of the grid arrived within {PATIENCE:g} times lben's time",
+            "residual": None, "detail": repr(peer) if peer is not None else "",
+        })  # fmt: skip
+    record.cells.append(_cell(case, threads, direction, product, results))
+    shown = {name: f"{ratios[name]:.1f} ×" if name in ratios else "–" for name in runs}
+    print(
+        f"{problem.name:34} {str(case.dtype)[6:]:7} {case.tol:6.0e} {threads:3} {direction:16} "
+        f"{1e3 * times['lben']:9.3f} {steps:6.1f} {floor:7.2f} "
+        f"{shown.get('published', '–'):>9} {shown.get('torchdeq', '–'):>9}"
+        + (f"  {solution.status.value}" if failed else ""),
+        flush=True,
+    )
+
+
+def _cell(
+    case: Case, threads: int, direction: str, product: float, results: list[dict[str, Any]]
+) -> dict[str, Any]:
+    problem = case.problem
+    return {
+        "problem": problem.name, "family": problem.family, "n": problem.n,
+        "batch": problem.batch, "m": problem.m, "skew": problem.skew, "threads": threads,
+        "tol": case.tol, "dtype": str(case.dtype)[6:], "direction": direction,
+        "product_seconds": product, "results": results,
+    }  # fmt: skip
+
+
+def _failed(method: str, error: Exception) -> dict[str, Any]:
+    return {
+        "method": method, "seconds": None, "steps": None, "status": type(error).__name__,
+        "residual": None, "detail": str(error),
+    }  # fmt: skip
+
+
+def product_seconds(case: Case) -> float:
+    """Return the median time of the bare product of the batch with an n × n matrix."""
+    x, W = case.forward.bias, case.forward.operator.tensors[0].T.contiguous()
+    out = torch.empty_like(x)
+    times = interleaved({"product": lambda: torch.mm(x, W, out=out)}, 21)["product"]
+    return statistics.median(times)
+
+
+def violations(case: Case) -> int:
+    """Count samples whose error, against a float64 reference, exceeds the returned bound."""
+    sample = slice(0, 128)
+    exact = case.problem.inclusion(torch.float64)
+    # The reference solves the problem as the solver saw it: with the rounded weights.
+    exact = Inclusion(
+        DenseOperator(case.forward.operator.tensors[0].double(), case.forward.metric.double()),
+        case.forward.bias[sample].double(),
+        exact.activation,
+    )
+    reference = _quietly(lambda: solve(exact, PeacemanRachford(), tol=1e-13, max_steps=20000))
+    error = exact.operator.norm(case.solution.value[sample].double() - reference.value)
+    bound = case.solution.error_bound[sample]
+    return int((error - reference.error_bound > bound).sum())
+
+
+def torchdeq_peer(case: Case) -> TorchDEQ | None:
+    """Return the fastest torchdeq solver of the grid, or None when none arrives in time."""
+    small = case.forward.select(torch.arange(min(128, case.forward.bias.shape[0])))
+    _quietly(lambda: solve(small, tol=case.tol))
+    ours = statistics.median(
+        interleaved({"lben": lambda: _quietly(lambda: solve(small, tol=case.tol))}, 5)["lben"]
+    )
+    x, W = small.bias, case.forward.operator.tensors[0]
+    product = statistics.median(interleaved({"": lambda: torch.mm(x, W)}, 5)[""])
+    most = max(30, int(PATIENCE * ours / product))
+    best, fastest = None, math.inf
+    for name in PEER_SOLVERS:
+        for alpha in PEER_STEPS:
+            peer = TorchDEQ(solver=name, step_size=alpha)
+            attempt = partial(
+                solve, small, peer, tol=case.tol, max_steps=most, require_monotone=False
+            )
+            start = time.perf_counter()
+            solution = _quietly(attempt)
+            seconds = time.perf_counter() - start
+            if solution.converged and seconds < fastest:
+                best, fastest = peer, seconds
+    return best
+
+
+def gradients_work(case: Case, peer: Method) -> bool:
+    """Say whether the peer solves the adjoint problem too."""
+    return bool(
+        _quietly(
+            lambda: solve(case.adjoint, peer, tol=case.tol, max_steps=2000, require_monotone=False)
+        ).converged
+    )
+
+
+def report(details: Mapping[str, Any], record: Record) -> None:
+    """Print what is not in the table."""
+    scale, memory = details["scaling"], details["memory"]
+    print(
+        f"\ncost ~ n^{scale['slope_n']:.2f} at batch 128, ~ batch^{scale['slope_batch']:.2f} at "
+        "n = 250 (fixed 50 steps)"
+    )
+    print(
+        "peak memory of forward and backward above that of one step: "
+        f"{memory['short']:.1f} MiB at 10 steps, {memory['long']:.1f} MiB at 1000"
+    )
+    print("relative error (and cosine) of the gradient of W, exact one against:")
+    for row in details["gradients"]:
+        print(f"  {row['layer']:10} {row['gradient']:40} {row['error']:9.2g} ({row['cosine']:.3f})")
+    new = details["torchdeq_new_weights"]
+    print(f"torchdeq with new weights at every call, worst cell: {new} ×")
+    large = details["published_n_above_250"]
+    print(
+        f"published loop at n > 250, batch 128: forward {large['forward']} ×, "
+        f"backward {large['backward']} ×"
+    )
+    print(f"{len(record.cells)} cells in {details['seconds']} s\n")
+
+
+def _quietly(call: Callable[[], Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SolveWarning)
+        return call()
+
+
+def _geomean(values: list[float]) -> float | None:
+    return statistics.geometric_mean(values) if values else None
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+if __name__ == "__main__":
+    main()

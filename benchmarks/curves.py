@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.common import interleaved
+from benchmarks.common import interleaved, ratio
 from benchmarks.problems import Problem, random_problem, trained_problems
 from solvers import (
     Anderson,
@@ -165,6 +166,38 @@ def _gradient_of_W(problem: Problem, gradient: Gradient) -> torch.Tensor:
     z.backward(torch.randn(z.shape, generator=g, dtype=z.dtype))
     assert W.grad is not None
     return W.grad
+
+
+def warm_starts(root: str) -> list[dict[str, Any]]:
+    """Return what starting from the last solution saves when the bias has moved a little.
+
+    Biases move by a random direction of the given size relative to their own, as images do from
+    one attack step to the next; tolerance 1e-5 in float32, batch 1024 and the hard random problem.
+    """
+    problems = [
+        random_problem(400, 1024, 0.1, 10.0),
+        *(p for p in trained_problems(root, (1024,)) if p.name.split()[1] in ("γ=0.2", "γ=1")),
+    ]
+    rows = []
+    for problem in problems:
+        inclusion = problem.inclusion(torch.float32)
+        z0 = solve(inclusion, tol=1e-5, on_failure="raise").value
+        g = torch.Generator().manual_seed(2)
+        direction = torch.randn(z0.shape, generator=g)
+        direction *= inclusion.bias.norm(dim=1, keepdim=True) / direction.norm(dim=1, keepdim=True)
+        for size in (1e-1, 1e-2, 1e-3):
+            bias = inclusion.bias + size * direction
+            moved = Inclusion(inclusion.operator, bias, inclusion.activation)
+            calls = {
+                "cold": partial(solve, moved, tol=1e-5),
+                "warm": partial(solve, moved, tol=1e-5, z0=z0),
+            }
+            steps = {k: float(call().stats.steps.double().mean()) for k, call in calls.items()}
+            rows.append({
+                "problem": problem.name, "moved": size, "cold_steps": steps["cold"],
+                "warm_steps": steps["warm"], "ratio": ratio(interleaved(calls, 9), "cold", "warm"),
+            })  # fmt: skip
+    return rows
 
 
 def peak_memory() -> dict[str, float]:

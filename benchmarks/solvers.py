@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import circumstances, find_root, interleaved, parser, ratio, write
-from benchmarks.curves import convergence_curves, gradient_bias, peak_memory, scaling
+from benchmarks.curves import convergence_curves, gradient_bias, peak_memory, scaling, warm_starts
 from benchmarks.problems import SEED, Problem, random_problems, trained_problems
 from benchmarks.published import Published, search
 from benchmarks.report import render
@@ -198,6 +198,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "scaling": scaling(quick=arguments.quick),
         "gradients": gradient_bias(root),
         "memory": peak_memory(),
+        "warm_starts": warm_starts(root),
         "published_n_above_250": {
             direction: _round(_geomean(ratios))
             for direction, ratios in record.published_large.items()
@@ -444,6 +445,12 @@ def report(details: Mapping[str, Any], record: Record) -> None:
     print("relative error (and cosine) of the gradient of W, exact one against:")
     for row in details["gradients"]:
         print(f"  {row['layer']:10} {row['gradient']:40} {row['error']:9.2g} ({row['cosine']:.3f})")
+    print("warm starts after the bias moved, cold time by warm time (steps):")
+    for row in details["warm_starts"]:
+        print(
+            f"  {row['problem']:34} moved by {row['moved']:.0e}: {row['ratio']:.1f} × "
+            f"({row['cold_steps']:.1f} → {row['warm_steps']:.1f})"
+        )
     new = details["torchdeq_new_weights"]
     print(f"torchdeq with new weights at every call, worst cell: {new} ×")
     large = details["published_n_above_250"]

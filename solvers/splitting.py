@@ -85,8 +85,8 @@ class PeacemanRachford(SteppedSplitting):
             # The point u = −αv has resolvent 0, so ū = αv: the first step needs no product.
             x = alpha_v
         else:
-            # At the solution u = z + α((I − W)z − v); a z0 near it gives a u near it.
-            x = map_.add(z0 + alpha * (z0 - operator.affine(z0, v)), shift, None)
+            # At the solution ū = z + α(Wz + v − z); a z0 near it gives a ū near it.
+            x = z0 + alpha * (operator.affine(z0, v) - z0)
         return State(x, map_, shift, problem.activation.reflector(alpha), torch.empty_like(x))
 
     def step(self, problem: Inclusion, state: State) -> State:

@@ -222,15 +222,17 @@ class Group {
     for (int64_t s = 0; s < count; ++s) {
       std::memcpy(u_[s], p_.start + (first + s) * n_, n_ * sizeof(T));
     }
-    if (p_.reflected) {  // at the solution u = z + alpha ((I - W) z - v)
-      product<T>(u_[0], stride_, p_.weights, n_, count, image_[0], zero_[0], T(1));
-      for (int64_t s = 0; s < count; ++s) {
-        const T *w = image_[s], *v = p_.bias + (first + s) * n_, *alpha = p_.alpha;
-        T* u = u_[s];
-        for (int64_t i = 0; i < n_; ++i) u[i] += alpha[i] * (u[i] - w[i] - v[i]);
-      }
+    if (!p_.reflected) {
+      product<T>(u_[0], stride_, p_.map, n_, count, x_[0], shift_[0], T(1));
+      return;
     }
-    product<T>(u_[0], stride_, p_.map, n_, count, x_[0], shift_[0], T(1));
+    // At the solution x = z + alpha (W z + v - z).
+    product<T>(u_[0], stride_, p_.weights, n_, count, image_[0], zero_[0], T(1));
+    for (int64_t s = 0; s < count; ++s) {
+      const T *w = image_[s], *v = p_.bias + (first + s) * n_, *alpha = p_.alpha, *z = u_[s];
+      T* x = x_[s];
+      for (int64_t i = 0; i < n_; ++i) x[i] = z[i] + alpha[i] * (w[i] + v[i] - z[i]);
+    }
   }
 
   // Steps until the first sample may be worth a check.

@@ -79,7 +79,7 @@ def run(problem: Inclusion, iteration: Iteration, request: Request) -> Outcome:
     library = _library()
     operator, v = problem.operator, problem.bias.contiguous()
     assert isinstance(operator, DenseOperator)
-    prepared = operator.memo(("compiled", id(iteration.map)), lambda: _prepare(operator, iteration))
+    prepared = operator.memo(("compiled", iteration.map), lambda: _prepare(operator, iteration))
     samples = v.shape[0]
     z = torch.empty_like(v)
     residual = torch.empty(samples, dtype=torch.float64)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from solvers import (
+    DenseOperator,
     DouglasRachford,
     ForwardBackward,
     Inclusion,
@@ -91,6 +92,20 @@ def test_tensors_of_any_layout_are_read_as_they_are():
     one = solve(adjoint, PeacemanRachford(compiled=True), tol=1e-12).value
     other = solve(adjoint, PeacemanRachford(compiled=False), tol=1e-12).value
     torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_changed_in_place_are_solved_as_they_are(method, dtype):
+    problem = random_inclusion(20, (9,), dtype=dtype, m=1.0)
+    solve(problem, method(compiled=True), on_failure="raise").error_bound.max()
+    with torch.no_grad():
+        problem.operator.W.mul_(0.5)
+    solution = solve(problem, method(compiled=True), on_failure="raise")
+    fresh = DenseOperator(problem.operator.W.clone(), problem.operator.metric)
+    fresh = Inclusion(fresh, problem.bias, problem.activation)
+    assert (fresh.relative_residual(solution.value) <= 1.01e-4).all()
+    assert torch.equal(solution.error_bound, fresh.error_bound(solution.value))
 
 
 def test_the_compiled_loop_is_demanded_where_it_cannot_be():

@@ -108,6 +108,44 @@ def test_weights_changed_in_place_are_solved_as_they_are(method, dtype):
     assert torch.equal(solution.error_bound, fresh.error_bound(solution.value))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "exponent"),
+    [(torch.float64, e) for e in (-300, -200, -160, 160, 300)]
+    + [(torch.float32, e) for e in (-30, -20, 20, 30)],
+)
+@pytest.mark.parametrize("kind", ["relu", "leaky", "linear"])
+@pytest.mark.parametrize("method", METHODS)
+def test_biases_of_any_size_are_solved(method, kind, dtype, exponent):
+    problem = random_inclusion(20, (9,), dtype=dtype, m=1.0)
+    activation_ = activation(kind, problem)
+    scale = torch.tensor([1.0, 10.0**exponent, 10.0**exponent] * 3, dtype=dtype)[:, None]
+    problem = Inclusion(problem.operator, problem.bias * scale, activation_)
+    z0 = torch.randn_like(problem.bias) * scale
+    for start in (None, z0):
+        solution = solve(problem, method(compiled=True), tol=1e-5, z0=start, on_failure="raise")
+        assert (problem.relative_residual(solution.value) <= 1.1e-5).all()
+        assert (solution.error_bound <= 1e-2 * problem.operator.norm(solution.value)).all()
+
+
+def test_the_default_device_is_of_no_concern():
+    problem = random_inclusion(20, (9,))
+    expected = solve(problem, PeacemanRachford(compiled=True))
+    problem = random_inclusion(20, (9,))
+    with torch.device("meta"):
+        for method in (PeacemanRachford(compiled=True), DouglasRachford(step_size=0.5)):
+            solution = solve(problem, method, on_failure="raise")
+            assert solution.residual.device == problem.bias.device
+    assert torch.equal(solve(problem, PeacemanRachford(compiled=True)).value, expected.value)
+
+
+def test_a_pending_negation_is_read():
+    problem = random_inclusion(6, (4,))
+    negated = Inclusion(problem.operator, torch._neg_view(problem.bias), problem.activation)
+    assert negated.bias.is_contiguous()
+    solution = solve(negated, PeacemanRachford(compiled=True), tol=1e-10)
+    assert (negated.relative_residual(solution.value) <= 1.01e-10).all()
+
+
 def test_the_compiled_loop_is_demanded_where_it_cannot_be():
     with pytest.raises(ValueError, match=r"demanded, but Tanh\(\) is not piecewise linear"):
         solve(random_inclusion(activation=Tanh()), PeacemanRachford(compiled=True))

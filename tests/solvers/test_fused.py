@@ -167,6 +167,9 @@ def test_float32_goes_on_in_float64_where_it_stalls():
     [
         ({"PATH": ""}, "no C\\+\\+ compiler found"),
         ({"CXX": "false"}, "no compiled loop: .*false"),
+        ({"CXX": "'false"}, "no compiled loop: No closing quotation"),
+        ({"CXX": "env false"}, "no compiled loop: .*env false failed"),
+        ({"CXX": "sh -c 'printf \\\\351 >&2; exit 1'"}, "no compiled loop: .*sh .*failed: \ufffd"),
         ({"XDG_CACHE_HOME": "/proc/nowhere"}, "no compiled loop: .*nowhere"),
     ],
 )
@@ -183,6 +186,29 @@ def test_without_a_compiler_every_solve_runs_in_torch_and_says_so(
     assert solve(problem).stats.loop == "torch"
     with pytest.raises(ValueError, match=f"demanded, but .*{message}"):
         solve(problem, PeacemanRachford(compiled=True))
+
+
+def test_without_a_home_every_solve_runs_in_torch(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(build.Path, "home", no_home)
+    assert build.build.__wrapped__().message.endswith(
+        "no compiled loop: Could not determine home directory."
+    )
+
+
+@pytest.mark.parametrize("size", [0, 100, 9000])
+def test_a_damaged_library_is_built_again(size, tmp_path):
+    code = "from solvers import fused; print(fused.status())"
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "CXX": "env c++"}
+    command = [sys.executable, "-c", code]
+    for _ in range(2):
+        output = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+        assert output.startswith(b"compiled loop: ")
+        (library,) = (tmp_path / "lben").iterdir()
+        library.write_bytes(library.read_bytes()[:size])
 
 
 def test_two_processes_may_build_at_once(tmp_path):

@@ -137,6 +137,8 @@ class Inclusion:
     ) -> Float[Tensor, " *batch"]:
         """Return a bound of ‖z − z*‖_Λ per sample, in float64; infinite where m ≤ 0.
 
+        Infinite too where z is not finite, or a `LinearSlope` has slopes outside [0, 1].
+
         For z̃ = σ(Wz + v), the sector condition of (z̃, Wz + v) and (z*, Wz* + v) gives
         m ‖z̃ − z*‖²_Λ ≤ ⟨z̃ − z*, W(z − z̃)⟩_Λ, hence
 
@@ -166,6 +168,10 @@ class Inclusion:
         product = operator.norm(operator.mv(moved))
         product += operator.norm((operator.summands + 4) * u * operator.magnitude(moved.abs()))
         bound = operator.norm(moved) + product / constants.m
+        if isinstance(exact.activation, LinearSlope):
+            d = exact.activation.d
+            bound = torch.where(((d >= 0) & (d <= 1)).all(-1), bound, torch.inf)
         # The three norms and the division carry at most (n + 8) u relative error themselves.
         inflate = 1 + 4 * (operator.summands + operator.n + 8) * u
-        return (bound + (2 + 2 * norm_W / constants.m) * rounding) * inflate
+        bound = (bound + (2 + 2 * norm_W / constants.m) * rounding) * inflate
+        return torch.where(bound.isnan(), torch.inf, bound)

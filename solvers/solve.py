@@ -56,13 +56,18 @@ def solve(
     method = Auto() if method is None else method
     problem.check()
     _check_options(problem, tol, max_steps, z0, on_failure)
-    with torch.no_grad():
+    # Autocast would round products to a precision in which no tolerance is met.
+    with torch.no_grad(), torch.autocast(problem.bias.device.type, enabled=False):
         if require_monotone:
             _check_monotone(problem)
         shape = problem.bias.shape
         flat = problem.detach().flatten()
         start = None if z0 is None else z0.detach().reshape(flat.bias.shape)
-        request = Request(tol=tol, max_steps=max_steps, z0=start)
+        if start is not None:
+            # Where v = 0 the solution is 0 (if σ(0) = 0): steps from elsewhere never come near it
+            # in relative terms, a cold start is there.
+            start = torch.where((flat.bias != 0).any(-1, keepdim=True), start, 0.0)
+        request = Request(tol=_held(tol, flat.bias.dtype), max_steps=max_steps, z0=start)
         method = method.chosen(flat)
         outcome = method.run(flat, request)
         status = outcome.status(request)
@@ -112,6 +117,12 @@ def _check_options(
             )
         if not bool(torch.isfinite(z0).all()):
             raise ValueError("z0 contains NaN or Inf")
+
+
+def _held(tol: float, dtype: torch.dtype) -> float:
+    """Return the largest number of the dtype up to tol: comparisons of tensors round tol to it."""
+    held = torch.tensor(tol, dtype=dtype, device="cpu")
+    return float(held if float(held) <= tol else torch.nextafter(held, torch.zeros_like(held)))
 
 
 def _check_monotone(problem: Inclusion) -> None:

@@ -81,12 +81,9 @@ class PeacemanRachford(SteppedSplitting):
         map_ = self._map(operator)
         alpha_v = v * alpha
         shift = map_.add(alpha_v, alpha_v, None)
-        if z0 is None:
-            # The point u = −αv has resolvent 0, so ū = αv: the first step needs no product.
-            x = alpha_v
-        else:
-            # At the solution ū = z + α(Wz + v − z); a z0 near it gives a ū near it.
-            x = z0 + alpha * (operator.affine(z0, v) - z0)
+        # The point u = −αv has resolvent 0, so ū = αv: a cold start needs no product. At the
+        # solution ū = z + α(Wz + v − z); a z0 near it gives a ū near it.
+        x = alpha_v if z0 is None else z0 + alpha * (operator.affine(z0, v) - z0)
         return State(x, map_, shift, problem.activation.reflector(alpha), torch.empty_like(x))
 
     def step(self, problem: Inclusion, state: State) -> State:

@@ -1,10 +1,10 @@
 """How does the compiled loop come to be, and what if it cannot?
 
 On first use the source beside this file is compiled for the processor that runs it, by the C++
-compiler that $CXX names or else c++, g++ or clang++; about two seconds, once per machine, processor
-and version. The library is kept in $XDG_CACHE_HOME/lben (by default ~/.cache/lben). Without a
-compiler every solve takes the loop in PyTorch, which returns the same to rounding; `status()` says
-which it is and why, and each solution names the loop that ran.
+compiler that $CXX names, with arguments if any, or else c++, g++ or clang++; about two seconds,
+once per machine, processor and version. The library is kept in $XDG_CACHE_HOME/lben (by default
+~/.cache/lben). Without a compiler every solve takes the loop in PyTorch, which returns the same to
+rounding; `status()` says which it is and why, and each solution names the loop that ran.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -49,25 +50,26 @@ def status() -> str:
 @functools.cache
 def build() -> Build:
     """Load the compiled loop, compiling it if this machine has not done so before."""
-    compiler = _compiler()
-    if compiler is None:
-        return Build(None, "no compiled loop: no C++ compiler found (install g++ or set CXX)")
     try:
+        compiler = _compiler()
+        if not compiler:
+            return Build(None, "no compiled loop: no C++ compiler found (install g++ or set CXX)")
         path = _cache() / f"splitting-{_fingerprint(compiler)}.so"
-        if not path.exists():
+        if not _is_intact(path):
             _compile(compiler, path)
         return Build(ctypes.CDLL(str(path)), f"compiled loop: {path}")
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or "").strip().splitlines() or ["no message"]
-        return Build(None, f"no compiled loop: {compiler} failed: {lines[0]}")
-    except (OSError, subprocess.TimeoutExpired) as error:
+        return Build(None, f"no compiled loop: {shlex.join(compiler)} failed: {lines[0]}")
+    # ValueError: quotes in CXX that do not close; RuntimeError: no home directory.
+    except (OSError, ValueError, RuntimeError, subprocess.TimeoutExpired) as error:
         return Build(None, f"no compiled loop: {error}")
 
 
-def _compiler() -> str | None:
-    named = os.environ.get("CXX")
-    candidates = [named] if named else ["c++", "g++", "clang++"]
-    return next((found for name in candidates if (found := shutil.which(name))), None)
+def _compiler() -> list[str]:
+    named = shlex.split(os.environ.get("CXX", ""))
+    candidates = [named] if named else [["c++"], ["g++"], ["clang++"]]
+    return next(([found, *rest] for name, *rest in candidates if (found := shutil.which(name))), [])
 
 
 def _cache() -> Path:
@@ -77,12 +79,11 @@ def _cache() -> Path:
     return path
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: list[str]) -> str:
     """Return a name for this source, compiler and processor: -march=native depends on all three."""
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=_SECONDS
-    ).stdout
-    parts = [SOURCE.read_text(), version, " ".join(_FLAGS), platform.machine(), _processor()]
+    command = shlex.join([*compiler, *_FLAGS])
+    version = _run([*compiler, "--version"])
+    parts = [SOURCE.read_text("utf-8"), version, command, platform.machine(), _processor()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -94,11 +95,24 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         fresh = Path(folder) / path.name
-        subprocess.run(
-            [compiler, *_FLAGS, str(SOURCE), "-o", str(fresh)],
-            capture_output=True, text=True, check=True, timeout=_SECONDS,
-        )  # fmt: skip
+        _run([*compiler, *_FLAGS, str(SOURCE), "-o", str(fresh)])
+        library = fresh.read_bytes()
+        fresh.write_bytes(library + hashlib.sha256(library).digest())  # loaders ignore what follows
         fresh.replace(path)  # atomic: two processes may build at once
+
+
+def _is_intact(path: Path) -> bool:
+    """Say whether the file is there and whole: to load a truncated one would end the process."""
+    if not path.exists():
+        return False
+    content = path.read_bytes()
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=True, timeout=_SECONDS
+    ).stdout

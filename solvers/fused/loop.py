@@ -77,17 +77,17 @@ def supports(problem: Inclusion) -> str | None:
 def run(problem: Inclusion, iteration: Iteration, request: Request) -> Outcome:
     """Solve a flat problem that `supports` accepts."""
     library = _library()
-    operator, v = problem.operator, problem.bias.contiguous()
+    operator, v = problem.operator, _plain(problem.bias)
     assert isinstance(operator, DenseOperator)
-    prepared = operator.memo(("compiled", id(iteration.map)), lambda: _prepare(operator, iteration))
+    prepared = operator.memo(("compiled", iteration.map), lambda: _prepare(operator, iteration))
     samples = v.shape[0]
     z = torch.empty_like(v)
-    residual = torch.empty(samples, dtype=torch.float64)
-    steps, checks = torch.empty(2, samples, dtype=torch.int64)
+    residual = v.new_empty(samples, dtype=torch.float64)
+    steps, checks = v.new_empty(2, samples, dtype=torch.int64)
     slope, negative = _coefficients(problem.activation)
     # Forward–backward enters with its first step done.
     done = 0 if iteration.reflected else 1
-    start = None if request.z0 is None else request.z0.contiguous()
+    start = None if request.z0 is None else _plain(request.z0)
     arguments = _Problem(
         n=operator.n, samples=samples, map=prepared.map.data_ptr(),
         rough=_pointer(prepared.rough), weights=prepared.weights.data_ptr(), bias=v.data_ptr(),
@@ -117,7 +117,11 @@ class _Prepared:
 
 def _prepare(operator: DenseOperator, iteration: Iteration) -> _Prepared:
     W = operator.W.detach()
-    alpha = torch.as_tensor(iteration.alpha, dtype=W.dtype).expand(operator.n).contiguous()
+    alpha = (
+        torch.as_tensor(iteration.alpha, dtype=W.dtype, device=W.device)
+        .expand(operator.n)
+        .contiguous()
+    )
     assert isinstance(iteration.map, DenseMap)
     matrix = iteration.map.matrix
     return _Prepared(
@@ -145,11 +149,16 @@ def _pack(matrix: Tensor) -> Tensor:
 def _coefficients(activation: ProximalActivation) -> tuple[Tensor | None, float]:
     match activation:
         case LinearSlope(d=d):
-            return d.contiguous(), 0.0
+            return _plain(d), 0.0
         case LeakyReLU(negative_slope=a):
             return None, a
         case _:
             return None, 0.0
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Return the numbers in order in memory, with no negation pending."""
+    return tensor.resolve_neg().contiguous()
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -7,6 +7,9 @@
 // leaves its group, so each runs for about as many steps as it needs. Groups do not depend on the
 // number of threads, so neither does the result.
 //
+// sigma is positively homogeneous here: each sample is solved in a unit of its own, the power of two
+// below its largest |v|, so that no sum of squares overflows or vanishes.
+//
 // Built once per machine by solvers/fused/build.py; plain C interface, no headers of torch.
 
 #include <algorithm>
@@ -189,7 +192,9 @@ class Group {
 
  private:
   struct Slot {
-    int64_t sample, steps = 0, checks = 0;
+    int64_t sample;
+    T unit;                        // what v, x and z are divided by
+    int64_t steps = 0, checks = 0;
     double change = 0, scale = 0;  // |x' - x| / (2 alpha) and |z| in the metric, at last_steps
     int64_t last_steps = 0;
     double rate = 0;               // log of the change's factor per step; 0 while unknown
@@ -202,15 +207,25 @@ class Group {
   // The prox of slope a at step alpha, written without division by zero: a x / (a + alpha (1 - a)).
   static T shrink(T a, T alpha) { return a / (a + alpha * (1 - a)); }
 
+  // A power of two whose inverse is a normal number too.
+  static T unit_of(const T* v, int64_t n) {
+    T largest = 0;
+    for (int64_t i = 0; i < n; ++i) largest = std::max(largest, std::abs(v[i]));
+    if (!(largest > 0) || !std::isfinite(largest)) return 1;
+    constexpr int most = std::numeric_limits<T>::max_exponent - 2;
+    return std::ldexp(T(1), std::max(-most, std::min(most, std::ilogb(largest))));
+  }
+
   void begin(int64_t first, int64_t count) {
     active_ = count;
     calibrated_ = false;
     ratio_ = 1;
     for (int64_t s = 0; s < count; ++s) {
-      slot_[s] = Slot{first + s};
       const T *v = p_.bias + (first + s) * n_, *alpha = p_.alpha;
+      slot_[s] = Slot{first + s, unit_of(v, n_)};
+      const T inverse = 1 / slot_[s].unit;
       T *u = u_[s], *x = x_[s], *shift = shift_[s];
-      for (int64_t i = 0; i < n_; ++i) shift[i] = x[i] = u[i] = alpha[i] * v[i];
+      for (int64_t i = 0; i < n_; ++i) shift[i] = x[i] = u[i] = alpha[i] * (v[i] * inverse);
       if (p_.slope) {
         const T* d = p_.slope + (first + s) * n_;
         T* c = factor_[s];
@@ -220,7 +235,9 @@ class Group {
     if (p_.reflected) product<T>(u_[0], stride_, p_.map, n_, count, shift_[0], u_[0], T(1));
     if (p_.start == nullptr) return;  // u = -alpha v has resolvent 0, so x = alpha v
     for (int64_t s = 0; s < count; ++s) {
-      std::memcpy(u_[s], p_.start + (first + s) * n_, n_ * sizeof(T));
+      const T *start = p_.start + (first + s) * n_, inverse = 1 / slot_[s].unit;
+      T* u = u_[s];
+      for (int64_t i = 0; i < n_; ++i) u[i] = start[i] * inverse;
     }
     if (!p_.reflected) {
       product<T>(u_[0], stride_, p_.map, n_, count, x_[0], shift_[0], T(1));
@@ -230,8 +247,9 @@ class Group {
     product<T>(u_[0], stride_, p_.weights, n_, count, image_[0], zero_[0], T(1));
     for (int64_t s = 0; s < count; ++s) {
       const T *w = image_[s], *v = p_.bias + (first + s) * n_, *alpha = p_.alpha, *z = u_[s];
+      const T inverse = 1 / slot_[s].unit;
       T* x = x_[s];
-      for (int64_t i = 0; i < n_; ++i) x[i] = z[i] + alpha[i] * (w[i] + v[i] - z[i]);
+      for (int64_t i = 0; i < n_; ++i) x[i] = z[i] + alpha[i] * (w[i] + v[i] * inverse - z[i]);
     }
   }
 
@@ -347,27 +365,32 @@ class Group {
     }
   }
 
-  // The residual as Inclusion.relative_residual defines it.
+  // The residual as Inclusion.relative_residual defines it, of z as it will be returned: its way
+  // there and back rounds where it is subnormal.
   void evaluate(int64_t count) {
     const bool linear = p_.slope != nullptr;
     for (int64_t at = 0; at < count; ++at) {
       const T* x = x_[order_[at]];
       const T* c = linear ? factor_[order_[at]] : prox_.data();
+      const T unit = slot_[order_[at]].unit, inverse = 1 / unit;
       T* z = point_[at];
-      for (int64_t i = 0; i < n_; ++i) z[i] = (linear || x[i] < 0) ? c[i] * x[i] : x[i];
+      for (int64_t i = 0; i < n_; ++i) {
+        z[i] = ((linear || x[i] < 0) ? c[i] * x[i] : x[i]) * unit * inverse;
+      }
     }
     product<T>(point_[0], stride_, p_.weights, n_, count, image_[0], zero_[0], T(1));
     for (int64_t at = 0; at < count; ++at) {
       const int64_t row = slot_[order_[at]].sample * n_;
       const T *z = point_[at], *v = p_.bias + row, *w = image_[at], *root = p_.root;
       const T *d = linear ? p_.slope + row : nullptr, negative = static_cast<T>(p_.negative);
+      const T inverse = 1 / slot_[order_[at]].unit;
       double gap = 0, size = 0, image = 0, bias = 0;
 #pragma omp simd reduction(+ : gap, size, image, bias)
       for (int64_t i = 0; i < n_; ++i) {
-        const T y = w[i] + v[i];
+        const T g = v[i] * inverse, y = w[i] + g;
         const T s = linear ? d[i] * y : (y < 0 ? negative * y : y);
         const double a = root[i] * (s - z[i]), b = root[i] * z[i], e = root[i] * s;
-        const double f = root[i] * v[i];
+        const double f = root[i] * g;
         gap += a * a;
         size += b * b;
         image += e * e;
@@ -375,7 +398,7 @@ class Group {
       }
       const double left = std::sqrt(gap) - p_.noise * std::sqrt(bias);
       const double scale = std::sqrt(std::max(size, image));
-      const double tiny = std::numeric_limits<T>::min();
+      const double tiny = static_cast<double>(std::numeric_limits<T>::min()) * inverse;
       residual_[at] = (left < 0 ? 0 : left) / (scale > tiny ? scale : tiny);  // NaN stays NaN
     }
   }
@@ -383,7 +406,8 @@ class Group {
   void leave(int64_t s, int64_t at, double r) {
     const Slot& slot = slot_[s];
     const size_t bytes = n_ * sizeof(T);
-    std::memcpy(p_.z + slot.sample * n_, point_[at], bytes);
+    T* z = p_.z + slot.sample * n_;
+    for (int64_t i = 0; i < n_; ++i) z[i] = point_[at][i] * slot.unit;
     p_.residual[slot.sample] = r;
     p_.steps[slot.sample] = slot.steps;
     p_.checks[slot.sample] = slot.checks;

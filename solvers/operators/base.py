@@ -79,6 +79,29 @@ class LinearOperator(ABC):
     transposed: bool
     """Whether this is the transpose of the operator whose factors the memo holds."""
     _memo: dict[Hashable, Any]
+    _versions: int
+
+    # Note [Weights changed in place]
+    # What the memo keeps belongs to the values that the tensors had when the operator was made. An
+    # optimiser changes them in place, which raises their version counters: the operator then starts
+    # a memo of its own. Writes through `.data` are not seen, and the metric is not watched.
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_versions", self._current_versions())
+
+    def _current_versions(self) -> int:
+        return sum(0 if t.is_inference() else t._version for t in self.tensors)
+
+    def _shared(self) -> dict[Hashable, Any]:
+        """Return the memo, a new one when the tensors were changed in place."""
+        versions = self._current_versions()
+        if versions != self._versions:
+            object.__setattr__(self, "_memo", {})
+            object.__setattr__(self, "_versions", versions)
+        return self._memo
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has other tensors than those whose identity names entries of the memo.
+        return {**self.__dict__, "_memo": {}}
 
     @property
     @abstractmethod
@@ -172,10 +195,15 @@ class LinearOperator(ABC):
         return self.memo("is monotone", lambda: self.constants().m > 0)
 
     def memo(self, key: Hashable, build: Callable[[], T_]) -> T_:
-        """Return what `build` returned on the first call with `key`, here or on the transpose."""
-        if key not in self._memo:
-            self._memo[key] = build()
-        return self._memo[key]
+        """Return what `build` returned on the first call with `key`, here or on the transpose.
+
+        Everything is built again after the tensors were changed in place.
+        """
+        memo = self._shared()
+        if key not in memo:
+            # Of several threads that build at once, all return what the first has stored.
+            return memo.setdefault(key, build())
+        return memo[key]
 
     def norm(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, " *batch"]:
         """Return ‖z‖_Λ per sample."""

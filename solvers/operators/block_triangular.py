@@ -181,6 +181,7 @@ class BlockTriangularOperator(LinearOperator):
             metric = torch.cat([block.metric.detach() for block in self.blocks])
             object.__setattr__(self, "metric", metric)
         check_metric(self.metric, self.n, like)
+        super().__post_init__()
 
     @property
     def n(self) -> int:
@@ -214,7 +215,7 @@ class BlockTriangularOperator(LinearOperator):
         metric = self.memo(key, lambda: 1 / self.metric.detach())
         return BlockTriangularOperator(
             tuple(block.T for block in self.blocks),
-            _transposed(self.layout).couplings, metric, not self.transposed, self._memo,
+            _transposed(self.layout).couplings, metric, not self.transposed, self._shared(),
         )  # fmt: skip
 
     def rebuild(self, tensors: tuple[Tensor, ...]) -> BlockTriangularOperator:
@@ -224,7 +225,9 @@ class BlockTriangularOperator(LinearOperator):
             for block in self.blocks
         )
         couplings = dict(zip(self.couplings, left, strict=True))
-        return BlockTriangularOperator(blocks, couplings, self.metric, self.transposed, self._memo)
+        return BlockTriangularOperator(
+            blocks, couplings, self.metric, self.transposed, self._shared()
+        )
 
     def to(self, dtype: torch.dtype) -> BlockTriangularOperator:
         if dtype == self.dtype:

@@ -89,6 +89,7 @@ class DenseOperator(LinearOperator):
         if self.metric is None:
             object.__setattr__(self, "metric", torch.ones_like(W.detach()[0]))
         check_metric(self.metric, W.shape[0], W)
+        super().__post_init__()
 
     @property
     def n(self) -> int:
@@ -106,11 +107,11 @@ class DenseOperator(LinearOperator):
         # and constants do not change under transposition. The memo holds no tensor with a graph.
         key = ("metric of the transpose", self.transposed)
         metric = self.memo(key, lambda: 1 / self.metric.detach())
-        return DenseOperator(self.W.T, metric, not self.transposed, self._memo)
+        return DenseOperator(self.W.T, metric, not self.transposed, self._shared())
 
     def rebuild(self, tensors: tuple[Tensor, ...]) -> DenseOperator:
         (W,) = tensors
-        return DenseOperator(W, self.metric, self.transposed, self._memo)
+        return DenseOperator(W, self.metric, self.transposed, self._shared())
 
     def to(self, dtype: torch.dtype) -> DenseOperator:
         if dtype == self.W.dtype:

@@ -103,6 +103,7 @@ class LowRankOperator(LinearOperator):
         if self.metric is None:
             object.__setattr__(self, "metric", torch.ones_like(d.detach()))
         check_metric(self.metric, self.n, d)
+        super().__post_init__()
 
     @property
     def n(self) -> int:
@@ -117,11 +118,11 @@ class LowRankOperator(LinearOperator):
         # One memo for both: see Note [Shared factors] of the dense operator.
         key = ("metric of the transpose", self.transposed)
         metric = self.memo(key, lambda: 1 / self.metric.detach())
-        return LowRankOperator(self.d, self.B, self.A, metric, not self.transposed, self._memo)
+        return LowRankOperator(self.d, self.B, self.A, metric, not self.transposed, self._shared())
 
     def rebuild(self, tensors: tuple[Tensor, ...]) -> LowRankOperator:
         d, A, B = tensors
-        return LowRankOperator(d, A, B, self.metric, self.transposed, self._memo)
+        return LowRankOperator(d, A, B, self.metric, self.transposed, self._shared())
 
     def to(self, dtype: torch.dtype) -> LowRankOperator:
         if dtype == self.dtype:

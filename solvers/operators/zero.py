@@ -60,6 +60,7 @@ class ZeroOperator(LinearOperator):
     def __post_init__(self) -> None:
         if self.metric.ndim != 1:
             raise ValueError(f"metric must be a vector, got shape {tuple(self.metric.shape)}")
+        super().__post_init__()
 
     @property
     def n(self) -> int:
@@ -73,7 +74,7 @@ class ZeroOperator(LinearOperator):
     def T(self) -> ZeroOperator:
         key = ("metric of the transpose", self.transposed)
         metric = self.memo(key, lambda: 1 / self.metric.detach())
-        return ZeroOperator(metric, not self.transposed, self._memo)
+        return ZeroOperator(metric, not self.transposed, self._shared())
 
     def rebuild(self, tensors: tuple[Tensor, ...]) -> ZeroOperator:
         return self

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from solvers import (
+    DenseOperator,
     DouglasRachford,
     ForwardBackward,
     Inclusion,
@@ -93,6 +94,58 @@ def test_tensors_of_any_layout_are_read_as_they_are():
     torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_changed_in_place_are_solved_as_they_are(method, dtype):
+    problem = random_inclusion(20, (9,), dtype=dtype, m=1.0)
+    solve(problem, method(compiled=True), on_failure="raise").error_bound.max()
+    with torch.no_grad():
+        problem.operator.W.mul_(0.5)
+    solution = solve(problem, method(compiled=True), on_failure="raise")
+    fresh = DenseOperator(problem.operator.W.clone(), problem.operator.metric)
+    fresh = Inclusion(fresh, problem.bias, problem.activation)
+    assert (fresh.relative_residual(solution.value) <= 1.01e-4).all()
+    assert torch.equal(solution.error_bound, fresh.error_bound(solution.value))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "exponent"),
+    [(torch.float64, e) for e in (-300, -200, -160, 160, 300)]
+    + [(torch.float32, e) for e in (-30, -20, 20, 30)],
+)
+@pytest.mark.parametrize("kind", ["relu", "leaky", "linear"])
+@pytest.mark.parametrize("method", METHODS)
+def test_biases_of_any_size_are_solved(method, kind, dtype, exponent):
+    problem = random_inclusion(20, (9,), dtype=dtype, m=1.0)
+    activation_ = activation(kind, problem)
+    scale = torch.tensor([1.0, 10.0**exponent, 10.0**exponent] * 3, dtype=dtype)[:, None]
+    problem = Inclusion(problem.operator, problem.bias * scale, activation_)
+    z0 = torch.randn_like(problem.bias) * scale
+    for start in (None, z0):
+        solution = solve(problem, method(compiled=True), tol=1e-5, z0=start, on_failure="raise")
+        assert (problem.relative_residual(solution.value) <= 1.1e-5).all()
+        assert (solution.error_bound <= 1e-2 * problem.operator.norm(solution.value)).all()
+
+
+def test_the_default_device_is_of_no_concern():
+    problem = random_inclusion(20, (9,))
+    expected = solve(problem, PeacemanRachford(compiled=True))
+    problem = random_inclusion(20, (9,))
+    with torch.device("meta"):
+        for method in (PeacemanRachford(compiled=True), DouglasRachford(step_size=0.5)):
+            solution = solve(problem, method, on_failure="raise")
+            assert solution.residual.device == problem.bias.device
+    assert torch.equal(solve(problem, PeacemanRachford(compiled=True)).value, expected.value)
+
+
+def test_a_pending_negation_is_read():
+    problem = random_inclusion(6, (4,))
+    negated = Inclusion(problem.operator, torch._neg_view(problem.bias), problem.activation)
+    assert negated.bias.is_contiguous()
+    solution = solve(negated, PeacemanRachford(compiled=True), tol=1e-10)
+    assert (negated.relative_residual(solution.value) <= 1.01e-10).all()
+
+
 def test_the_compiled_loop_is_demanded_where_it_cannot_be():
     with pytest.raises(ValueError, match=r"demanded, but Tanh\(\) is not piecewise linear"):
         solve(random_inclusion(activation=Tanh()), PeacemanRachford(compiled=True))
@@ -114,6 +167,9 @@ def test_float32_goes_on_in_float64_where_it_stalls():
     [
         ({"PATH": ""}, "no C\\+\\+ compiler found"),
         ({"CXX": "false"}, "no compiled loop: .*false"),
+        ({"CXX": "'false"}, "no compiled loop: No closing quotation"),
+        ({"CXX": "env false"}, "no compiled loop: .*env false failed"),
+        ({"CXX": "sh -c 'printf \\\\351 >&2; exit 1'"}, "no compiled loop: .*sh .*failed: \ufffd"),
         ({"XDG_CACHE_HOME": "/proc/nowhere"}, "no compiled loop: .*nowhere"),
     ],
 )
@@ -130,6 +186,29 @@ def test_without_a_compiler_every_solve_runs_in_torch_and_says_so(
     assert solve(problem).stats.loop == "torch"
     with pytest.raises(ValueError, match=f"demanded, but .*{message}"):
         solve(problem, PeacemanRachford(compiled=True))
+
+
+def test_without_a_home_every_solve_runs_in_torch(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(build.Path, "home", no_home)
+    assert build.build.__wrapped__().message.endswith(
+        "no compiled loop: Could not determine home directory."
+    )
+
+
+@pytest.mark.parametrize("size", [0, 100, 9000])
+def test_a_damaged_library_is_built_again(size, tmp_path):
+    code = "from solvers import fused; print(fused.status())"
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "CXX": "env c++"}
+    command = [sys.executable, "-c", code]
+    for _ in range(2):
+        output = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+        assert output.startswith(b"compiled loop: ")
+        (library,) = (tmp_path / "lben").iterdir()
+        library.write_bytes(library.read_bytes()[:size])
 
 
 def test_two_processes_may_build_at_once(tmp_path):

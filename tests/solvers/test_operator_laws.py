@@ -1,5 +1,7 @@
 """What every linear operator promises, checked against W written out, for all operators alike."""
 
+import copy
+
 import pytest
 import torch
 
@@ -171,6 +173,31 @@ def test_rebuild_shares_the_memo(W):
     assert rebuilt.T.T.memo("marker", object) is marker
     assert torch.equal(dense(rebuilt), dense(W))
     assert rebuilt.transposed is W.transposed
+
+
+def test_the_memo_follows_a_change_in_place(W):
+    views = (W, W.T, W.rebuild(tuple(t.detach() for t in W.tensors)))
+    old = object()
+    assert all(view.memo("marker", lambda: old) is old for view in views)
+    if not W.tensors:
+        return
+    with torch.no_grad():
+        W.tensors[0].mul_(0.5)
+    for view in views:
+        assert view.memo("marker", object) is not old
+    new = W.memo("marker", object)
+    assert W.T.memo("marker", object) is new
+    assert W.memo("marker", object) is new
+
+
+def test_a_copy_starts_with_an_empty_memo(W):
+    W.memo("marker", object)
+    assert copy.deepcopy(W).memo("marker", lambda: None) is None
+
+
+def test_threads_that_build_at_once_return_the_same(W):
+    other = object()
+    assert W.memo("marker", lambda: W.memo("marker", lambda: other) and object()) is other
 
 
 def test_precision(W, dtype):

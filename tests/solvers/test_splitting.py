@@ -93,6 +93,50 @@ def test_error_bound_is_infinite_without_monotonicity():
     assert problem.error_bound(problem.bias).isinf().all()
 
 
+def test_error_bound_is_infinite_where_nothing_is_known():
+    problem = random_inclusion()
+    z = problem.bias.clone()
+    z[1, 2], z[3, 0] = torch.nan, torch.inf
+    infinite = [i in (1, 3) for i in range(9)]
+    assert problem.error_bound(z).isinf().tolist() == infinite
+    d = torch.full_like(z, 0.5)
+    d[1, 0], d[3, 1], d[5] = 1.5, -1e-9, 1.0
+    problem = Inclusion(problem.operator, problem.bias, LinearSlope(d))
+    assert problem.error_bound(torch.zeros_like(z)).isinf().tolist() == infinite
+
+
+@pytest.mark.parametrize("compiled", [None, False])
+def test_a_residual_that_rounding_of_the_tolerance_accepts_is_not_left_behind(compiled):
+    problem = random_inclusion(5, (1,), dtype=torch.float32)
+    method = PeacemanRachford(compiled=compiled)
+    residual = solve(problem, method, tol=1e-3).residual
+    below = float(residual.double() * (1 - 1e-9))
+    assert float(residual) > below == pytest.approx(float(residual))
+    assert torch.tensor(below, dtype=torch.float32) == residual
+    solution = solve(problem, method, tol=below, on_failure="raise")
+    assert float(solution.residual) <= below
+
+
+@pytest.mark.parametrize("compiled", [None, False])
+def test_zero_bias_is_solved_from_any_start(compiled):
+    problem = random_inclusion()
+    problem.bias[::2] = 0
+    z0 = torch.randn_like(problem.bias)
+    solution = solve(problem, PeacemanRachford(compiled=compiled), z0=z0, on_failure="raise")
+    assert (solution.value[::2] == 0).all()
+    assert (solution.value[1::2] != 0).any()
+
+
+@pytest.mark.parametrize("activation", [ReLU(), Tanh()], ids=repr)
+def test_autocast_does_not_reach_the_solver(activation):
+    problem = random_inclusion(activation=activation, dtype=torch.float32)
+    method = PeacemanRachford(compiled=False)
+    expected = solve(problem, method, tol=1e-6, on_failure="raise")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = solve(problem, method, tol=1e-6, on_failure="raise")
+    assert torch.equal(actual.value, expected.value)
+
+
 def test_float32_solution_is_within_its_proved_bound_of_the_float64_one():
     problem = random_inclusion(30, (64,), dtype=torch.float32)
     double = Inclusion(problem.operator.to(torch.float64), problem.bias.double(), ReLU())

@@ -42,9 +42,9 @@ class Auto(Method):
             return DouglasRachford(step_size=Determinant())
         if isinstance(problem.operator, BlockTriangularOperator):
             return Sweep()
-        slow = fused.supports(problem) is not None and problem.bias.device.type == "cpu"
-        if slow and problem.bias.dtype == torch.float64 and _has_active_set(problem):
-            return SemismoothNewton()
+        v = problem.bias
+        if v.dtype == torch.float64 and v.device.type == "cpu" and _has_active_set(problem):
+            return PeacemanRachford() if fused.supports(problem) is None else SemismoothNewton()
         return PeacemanRachford()
 
     def adjoint(self, forward_steps: float, problem: Inclusion) -> Method:

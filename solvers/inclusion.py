@@ -75,8 +75,11 @@ class Inclusion:
 
     def detach(self) -> Inclusion:
         """Return the same problem cut from the graph, sharing all cached factors."""
-        tensors = tuple(t.detach() for t in self.operator.tensors)
-        activation = self.activation
+        tensors, activation = self.operator.tensors, self.activation
+        slopes = (activation.d,) if isinstance(activation, LinearSlope) else ()
+        if not any(t.requires_grad for t in (self.bias, *tensors, *slopes)):
+            return self
+        tensors = tuple(t.detach() for t in tensors)
         if isinstance(activation, LinearSlope):
             activation = LinearSlope(activation.d.detach())
         return Inclusion(self.operator.rebuild(tensors), self.bias.detach(), activation)

@@ -63,7 +63,6 @@ class Solution:
         residual: ‖z̃ − z‖_Λ / max(‖z̃‖_Λ, ‖z‖_Λ) per sample, with z̃ = σ(Wz + v), evaluated on
             the problem itself (never a difference of iterates).
         tol: the tolerance asked for, in the same relative Λ norm.
-        method: `repr` of the method that ran.
         name: what messages call this solve.
         likely_causes: one sentence, evaluated only when the solve failed.
     """
@@ -73,10 +72,15 @@ class Solution:
     stats: Stats
     residual: Float[Tensor, " *batch"]
     tol: float
-    method: str
     name: str
     likely_causes: Callable[[], str] = field(repr=False)
     _error_bound: Callable[[], Tensor] = field(repr=False)
+    _method: object = field(repr=False)
+
+    @property
+    def method(self) -> str:
+        """`repr` of the method that ran."""
+        return repr(self._method)
 
     @property
     def converged(self) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -56,8 +58,7 @@ def solve(
     method = Auto() if method is None else method
     problem.check()
     _check_options(problem, tol, max_steps, z0, on_failure)
-    # Autocast would round products to a precision in which no tolerance is met.
-    with torch.no_grad(), torch.autocast(problem.bias.device.type, enabled=False):
+    with torch.no_grad(), _full_precision(problem.bias.device.type):
         if require_monotone:
             _check_monotone(problem)
         shape = problem.bias.shape
@@ -85,7 +86,7 @@ def solve(
             ),
             residual=outcome.residual.reshape(shape[:-1]).to(value.dtype),
             tol=tol,
-            method=repr(method),
+            _method=method,
             name=name,
             likely_causes=lambda: method.likely_causes(flat),
             _error_bound=lambda: flat.error_bound(value).reshape(shape[:-1]),
@@ -119,10 +120,19 @@ def _check_options(
             raise ValueError("z0 contains NaN or Inf")
 
 
+def _full_precision(device: str) -> contextlib.AbstractContextManager[None]:
+    """Leave autocast, which would round products to a precision in which no tolerance is met."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
 def _held(tol: float, dtype: torch.dtype) -> float:
     """Return the largest number of the dtype up to tol: comparisons of tensors round tol to it."""
-    held = torch.tensor(tol, dtype=dtype, device="cpu")
-    return float(held if float(held) <= tol else torch.nextafter(held, torch.zeros_like(held)))
+    if dtype == torch.float64:
+        return tol
+    held = np.float32(tol)
+    return float(held if float(held) <= tol else np.nextafter(held, np.float32(0)))
 
 
 def _check_monotone(problem: Inclusion) -> None:

@@ -19,6 +19,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <vector>
 
 namespace {
@@ -52,19 +53,46 @@ int64_t padded(int64_t n) {
   return stride;
 }
 
-// A workspace of aligned rows.
+// Memory that a thread keeps from one call to the next: small problems would spend their time on
+// fresh pages. It holds what the largest problem so far needed, a few rows per sample of a group.
+class Arena {
+ public:
+  Arena() = default;
+  ~Arena() { std::free(data_); }
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  // Makes room; what was there before is gone. Returns whether there is memory.
+  bool reserve(size_t bytes) {
+    used_ = 0;
+    if (bytes <= size_) return true;
+    std::free(data_);
+    data_ = static_cast<char*>(std::aligned_alloc(kVectorBytes, bytes));
+    size_ = data_ == nullptr ? 0 : bytes;
+    if (data_ != nullptr) std::memset(data_, 0, bytes);  // rows beyond a group hold numbers
+    return data_ != nullptr;
+  }
+
+  char* take(size_t bytes) {
+    char* at = data_ + used_;
+    used_ += bytes;
+    return at;
+  }
+
+ private:
+  char* data_ = nullptr;
+  size_t size_ = 0, used_ = 0;
+};
+
+// Aligned rows in an arena.
 template <class T>
 class Rows {
  public:
-  Rows(int64_t rows, int64_t stride) : stride_(stride) {
-    data_ = static_cast<T*>(std::aligned_alloc(64, (rows * stride * sizeof(T) + 63) / 64 * 64));
-    if (data_ != nullptr) std::memset(data_, 0, rows * stride * sizeof(T));
-  }
-  ~Rows() { std::free(data_); }
-  Rows(const Rows&) = delete;
-  Rows& operator=(const Rows&) = delete;
+  static size_t bytes(int64_t rows, int64_t stride) { return rows * stride * sizeof(T); }
+
+  Rows(Arena& arena, int64_t rows, int64_t stride)
+      : data_(reinterpret_cast<T*>(arena.take(bytes(rows, stride)))), stride_(stride) {}
   T* operator[](int64_t row) { return data_ + row * stride_; }
-  bool ok() const { return data_ != nullptr; }
   void swap(Rows& other) { std::swap(data_, other.data_); }
 
  private:
@@ -155,22 +183,25 @@ namespace {
 template <class T>
 class Group {
  public:
-  Group(const Problem<T>& p, int64_t capacity)
-      : p_(p), n_(p.n), capacity_(capacity), stride_(padded<T>(p.n)), x_(capacity, stride_),
-        before_(capacity, stride_), u_(capacity, stride_), shift_(capacity, stride_),
-        factor_(p.slope ? capacity : 1, stride_), point_(capacity, stride_),
-        image_(capacity, stride_), zero_(capacity, stride_), inner_(p, capacity), rho_(n_), prox_(n_), gauge_(n_),
-        slot_(capacity), order_(capacity), residual_(capacity) {
+  // What a group of `capacity` samples takes from its arena.
+  static size_t bytes(const Problem<T>& p, int64_t capacity) {
+    const int64_t factors = p.slope ? capacity : 1;
+    return Rows<T>::bytes(7 * capacity + factors, padded<T>(p.n)) + Inner::bytes(p, capacity);
+  }
+
+  Group(const Problem<T>& p, int64_t capacity, Arena& arena)
+      : p_(p), n_(p.n), stride_(padded<T>(p.n)), x_(arena, capacity, stride_),
+        before_(arena, capacity, stride_), u_(arena, capacity, stride_),
+        shift_(arena, capacity, stride_), factor_(arena, p.slope ? capacity : 1, stride_),
+        point_(arena, capacity, stride_), image_(arena, capacity, stride_),
+        zero_(arena, capacity, stride_), inner_(p, capacity, arena), rho_(n_), prox_(n_),
+        gauge_(n_), slot_(capacity), order_(capacity), residual_(capacity) {
+    std::memset(zero_[0], 0, Rows<T>::bytes(capacity, stride_));
     for (int64_t i = 0; i < n_; ++i) {
       prox_[i] = shrink(static_cast<T>(p.negative), p.alpha[i]);
       rho_[i] = p.reflected ? 2 * prox_[i] - 1 : prox_[i];
       gauge_[i] = p.root[i] / (2 * p.alpha[i]);
     }
-  }
-
-  bool ok() const {
-    return x_.ok() && before_.ok() && u_.ok() && shift_.ok() && factor_.ok() && point_.ok() &&
-           image_.ok() && zero_.ok() && inner_.ok();
   }
 
   void run(int64_t first, int64_t count) {
@@ -423,11 +454,15 @@ class Group {
   //     d <- (T(b) - b) + theta (rho(b + d) - rho(b)) M + (1 - theta) d,
   // whose rounding is relative to d, not to x.
   struct Inner {
-    Inner(const Problem<T>& p, int64_t capacity)
-        : p(p), n(p.n), stride(padded<float>(p.n)), rows(p.rough ? capacity : 1), d(rows, stride),
-          base(rows, stride), move(rows, stride), u(rows, stride), factor(rows, stride) {}
+    static int64_t rows(const Problem<T>& p, int64_t capacity) { return p.rough ? capacity : 1; }
+    static size_t bytes(const Problem<T>& p, int64_t capacity) {
+      return Rows<float>::bytes(5 * rows(p, capacity), padded<float>(p.n));
+    }
 
-    bool ok() const { return d.ok() && base.ok() && move.ok() && u.ok() && factor.ok(); }
+    Inner(const Problem<T>& p, int64_t capacity, Arena& arena)
+        : p(p), n(p.n), stride(padded<float>(p.n)), d(arena, rows(p, capacity), stride),
+          base(arena, rows(p, capacity), stride), move(arena, rows(p, capacity), stride),
+          u(arena, rows(p, capacity), stride), factor(arena, rows(p, capacity), stride) {}
 
     // From x' = T(x) with x kept in `before`, to x + d after `count` further steps.
     void run(int64_t count, int64_t active, Group& group) {
@@ -470,7 +505,7 @@ class Group {
     }
 
     const Problem<T>& p;
-    const int64_t n, stride, rows;
+    const int64_t n, stride;
     Rows<float> d, base, move, u, factor;
   };
 
@@ -480,7 +515,7 @@ class Group {
   static constexpr int64_t kInnerLeast = 5;
 
   const Problem<T>& p_;
-  const int64_t n_, capacity_, stride_;
+  const int64_t n_, stride_;
   Rows<T> x_, before_, u_, shift_, factor_, point_, image_, zero_;
   Inner inner_;
   std::vector<T> rho_, prox_, gauge_;  // rho's and the prox's factor for x < 0; root / (2 alpha)
@@ -500,11 +535,14 @@ int run(const Problem<T>& p) {
   std::atomic<int> failed{0};
 #pragma omp parallel num_threads(std::min(p.threads, groups))
   {
-    Group<T> group(p, size);
-    if (!group.ok()) failed = 1;
+    thread_local Arena arena;
+    const bool ok = arena.reserve(Group<T>::bytes(p, size));
+    if (!ok) failed = 1;
+    std::optional<Group<T>> group;
+    if (ok) group.emplace(p, size, arena);
 #pragma omp for schedule(dynamic)
     for (int64_t g = 0; g < groups; ++g) {
-      if (group.ok()) group.run(g * size, std::min(size, p.samples - g * size));
+      if (ok) group->run(g * size, std::min(size, p.samples - g * size));
     }
   }
   return failed;

@@ -71,7 +71,9 @@ def test_a_failing_solver_is_counted_and_shown(monkeypatch, capsys):
     case = benchmark.Case(random_problem(20, 9, 0.01, 100.0), torch.float64, 1e-8)
     monkeypatch.setattr(benchmark, "Auto", lambda: PeacemanRachford(step_size=1e9))
     record = benchmark.Record()
-    peers = benchmark.Peers(torchdeq=None, published=None, with_torchdeq=False)
+    peers = benchmark.Peers(
+        torchdeq=None, torchdeq_backward=False, published=None, with_torchdeq=False
+    )
     benchmark.cell(record, case, 1, "forward+backward", 1e-6, peers)
     assert record.failures == 1
     assert record.cells[0]["results"][0]["seconds"] is None

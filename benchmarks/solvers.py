@@ -365,7 +365,7 @@ def cell(
 
 
 def slow(runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Return the times of those who take more than 0.3 s and 20 times lben's: one call is enough."""
+    """Return the times of who takes more than 0.3 s and 20 times lben's: one call is enough."""
     own = timed(runs["lben"])
     once = {name: timed(runs[name]) for name in runs if name == "torchdeq"}
     return {name: seconds for name, seconds in once.items() if seconds > max(0.3, 20 * own)}

@@ -46,6 +46,7 @@ from solvers import (
     Method,
     PeacemanRachford,
     Solution,
+    SolveError,
     SolveWarning,
     equilibrium,
     solve,
@@ -156,7 +157,7 @@ class Case:
         """What `Auto` takes for the adjoint after this forward solve."""
         return Auto().adjoint(float(self.solution.stats.steps.double().mean()), self.adjoint)
 
-    def gradients(self, method: Method, *, new_weights: bool) -> Solution:
+    def gradients(self, method: Method, *, new_weights: bool, max_steps: int = 5000) -> Solution:
         """Solve, and pass the cotangent back to W and v."""
         forward = self.forward
         W = forward.operator.tensors[0].detach().clone().requires_grad_()
@@ -164,7 +165,7 @@ class Case:
         kept = forward.operator.rebuild((W,))
         operator = DenseOperator(W, forward.metric) if new_weights else kept
         solution = equilibrium(
-            Inclusion(operator, v, forward.activation), method, tol=self.tol,
+            Inclusion(operator, v, forward.activation), method, tol=self.tol, max_steps=max_steps,
             require_monotone=not isinstance(method, TorchDEQ), on_failure="raise",
         )  # fmt: skip
         solution.value.backward(self.cotangent)
@@ -237,10 +238,11 @@ def measure(record: Record, case: Case, plan: Plan) -> None:
     torch.set_num_threads(max(plan.threads))
     record.bound_violations += violations(case)
     with_peer = problem.n in plan.peer_sizes or problem.family == "trained"
-    peer = torchdeq_peer(case) if with_peer else None
+    peer, steps = torchdeq_peer(case) if with_peer else (None, 0)
     peers = Peers(
         torchdeq=peer,
-        torchdeq_backward=peer is not None and gradients_work(case, peer),
+        torchdeq_steps=4 * steps,
+        torchdeq_backward=peer is not None and gradients_work(case, peer, 4 * steps),
         with_torchdeq=with_peer,
         published=search(case.forward, case.adjoint, case.tol, 3000)
         if problem.batch == 128
@@ -261,12 +263,14 @@ class Peers:
 
     Attributes:
         torchdeq: the fastest solver of the grid; None when none arrives in time.
+        torchdeq_steps: four times the evaluations that it needed on 128 samples: its limit.
         torchdeq_backward: whether it solves the adjoint problem too.
         published: the published loop, or None where it does not take part.
         with_torchdeq: whether torchdeq takes part.
     """
 
     torchdeq: TorchDEQ | None
+    torchdeq_steps: int
     torchdeq_backward: bool
     published: Published | None
     with_torchdeq: bool
@@ -291,9 +295,14 @@ class Peers:
             elif direction == "backward" and loop.backward_steps is not None:
                 runs["published"] = lambda: loop.backward(adjoint, inverse)
         if peer is not None and direction == "forward":
-            runs["torchdeq"] = lambda: solve(forward, peer, tol=case.tol, require_monotone=False)
+            runs["torchdeq"] = lambda: solve(
+                forward, peer, tol=case.tol, max_steps=self.torchdeq_steps, on_failure="raise",
+                require_monotone=False,
+            )  # fmt: skip
         elif peer is not None and direction != "backward" and self.torchdeq_backward:
-            runs["torchdeq"] = lambda: case.gradients(peer, new_weights=new_weights)
+            runs["torchdeq"] = lambda: case.gradients(
+                peer, new_weights=new_weights, max_steps=self.torchdeq_steps
+            )
         return runs
 
 
@@ -348,13 +357,13 @@ def cell(
         results.append({
             "method": "torchdeq", "seconds": {**once, **times}.get("torchdeq"), "steps": None,
             "status": "reached its tolerance" if "torchdeq" in times else
-            "reached its tolerance (timed once)" if "torchdeq" in once else
+            "reached its tolerance (timed once)" if once.get("torchdeq") else
             f"no solver of the grid arrived within {PATIENCE:g} times lben's evaluations",
             "residual": None, "detail": repr(peer) if peer is not None else "",
         })  # fmt: skip
     record.cells.append(_cell(case, threads, direction, product, results))
     shown = {name: f"{value:.1f} ×" for name, value in ratios.items()}
-    shown |= {name: f"~{value / times['lben']:.0f} ×" for name, value in once.items()}
+    shown |= {name: f"~{value / times['lben']:.0f} ×" for name, value in once.items() if value}
     print(
         f"{problem.name:34} {str(case.dtype)[6:]:7} {case.tol:6.0e} {threads:3} {direction:16} "
         f"{1e3 * times['lben']:9.3f} {steps:6.1f} {floor:7.2f} "
@@ -364,11 +373,16 @@ def cell(
     )
 
 
-def slow(runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Return the times of who takes more than 0.3 s and 20 times lben's: one call is enough."""
-    own = timed(runs["lben"])
-    once = {name: timed(runs[name]) for name in runs if name == "torchdeq"}
-    return {name: seconds for name, seconds in once.items() if seconds > max(0.3, 20 * own)}
+def slow(runs: Mapping[str, Callable[[], Any]]) -> dict[str, float | None]:
+    """Return the times of who takes more than 0.3 s and 20 times lben's, and None for who fails."""
+    once: dict[str, float | None] = {}
+    if "torchdeq" in runs:
+        try:
+            once["torchdeq"] = timed(runs["torchdeq"])
+        except SolveError:
+            return {"torchdeq": None}
+    limit = max(0.3, 20 * timed(runs["lben"]))
+    return {name: seconds for name, seconds in once.items() if seconds and seconds > limit}
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -421,17 +435,19 @@ def violations(case: Case) -> int:
     return int((error - reference.error_bound > bound).sum())
 
 
-def torchdeq_peer(case: Case) -> TorchDEQ | None:
-    """Return the fastest torchdeq solver of the grid, or None when none arrives in time."""
+def torchdeq_peer(case: Case) -> tuple[TorchDEQ | None, int]:
+    """Return the fastest torchdeq solver of the grid on 128 samples, and its evaluations.
+
+    None when no solver arrives in time.
+    """
     small = case.forward.select(torch.arange(min(128, case.forward.bias.shape[0])))
-    _quietly(lambda: solve(small, tol=case.tol))
     ours = statistics.median(
         interleaved({"lben": lambda: _quietly(lambda: solve(small, tol=case.tol))}, 5)["lben"]
     )
     x, W = small.bias, case.forward.operator.tensors[0]
     product = statistics.median(interleaved({"": lambda: torch.mm(x, W)}, 5)[""])
     most = max(30, int(PATIENCE * ours / product))
-    best, fastest = None, math.inf
+    best, steps, fastest = None, 0, math.inf
     for name in PEER_SOLVERS:
         for alpha in PEER_STEPS:
             peer = TorchDEQ(solver=name, step_size=alpha)
@@ -442,17 +458,16 @@ def torchdeq_peer(case: Case) -> TorchDEQ | None:
             solution = _quietly(attempt)
             seconds = time.perf_counter() - start
             if solution.converged and seconds < fastest:
-                best, fastest = peer, seconds
-    return best
+                best, steps, fastest = peer, solution.stats.max_steps, seconds
+    return best, steps
 
 
-def gradients_work(case: Case, peer: Method) -> bool:
-    """Say whether the peer solves the adjoint problem too."""
-    return bool(
-        _quietly(
-            lambda: solve(case.adjoint, peer, tol=case.tol, max_steps=1000, require_monotone=False)
-        ).converged
+def gradients_work(case: Case, peer: Method, limit: int) -> bool:
+    """Say whether the peer solves the adjoint problem too, within `limit` evaluations."""
+    attempt = partial(
+        solve, case.adjoint, peer, tol=case.tol, max_steps=limit, require_monotone=False
     )
+    return bool(_quietly(attempt).converged)
 
 
 def report(details: Mapping[str, Any], record: Record) -> None:

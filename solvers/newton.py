@@ -66,7 +66,7 @@ class SemismoothNewton(Method):
             waiting = torch.zeros_like(waiting)
             if left.numel():
                 patience = max(2 * patience, 16)
-                steps = min(patience, request.max_steps - int(found.steps[left].min()))
+                steps = min(patience, request.max_steps - int(found.steps[left].max()))
                 again = Request(tol=request.tol, max_steps=steps, z0=found.value[left])
                 more = self.method.run(part.select(left), again)
                 # One that ended before its steps were used up has stalled.

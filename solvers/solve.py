@@ -140,6 +140,8 @@ def _check_monotone(problem: Inclusion) -> None:
     if operator.is_monotone():
         return
     problem.check_finite()
+    if not bool((operator.metric > 0).all()):
+        raise ValueError(f"the metric must be positive, got {float(operator.metric.min()):.3g}")
     raise NotMonotoneError(
         f"I − W is not strongly monotone in the Λ norm: m = {operator.constants().m:.3g} ≤ 0, so "
         "the equilibrium need not exist or be unique. Check the weights with the layer's "

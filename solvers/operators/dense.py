@@ -84,7 +84,7 @@ class DenseOperator(LinearOperator):
 
     def __post_init__(self) -> None:
         W = self.W
-        if W.ndim != 2 or W.shape[0] != W.shape[1]:
+        if W.ndim != 2 or W.shape[0] != W.shape[1] or W.shape[0] == 0:
             raise ValueError(f"W must be a square matrix, got shape {tuple(W.shape)}")
         if self.metric is None:
             object.__setattr__(self, "metric", torch.ones_like(W.detach()[0]))

@@ -72,7 +72,11 @@ def test_a_failing_solver_is_counted_and_shown(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "Auto", lambda: PeacemanRachford(step_size=1e9))
     record = benchmark.Record()
     peers = benchmark.Peers(
-        torchdeq=None, torchdeq_backward=False, published=None, with_torchdeq=False
+        torchdeq=None,
+        torchdeq_steps=0,
+        torchdeq_backward=False,
+        published=None,
+        with_torchdeq=False,
     )
     benchmark.cell(record, case, 1, "forward+backward", 1e-6, peers)
     assert record.failures == 1

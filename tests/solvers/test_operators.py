@@ -78,6 +78,7 @@ def test_singular_resolvent_is_an_error():
     ("W", "metric", "message"),
     [
         (torch.zeros(2, 3), None, r"square matrix, got shape \(2, 3\)"),
+        (torch.zeros(0, 0), None, r"square matrix, got shape \(0, 0\)"),
         (torch.zeros(2, 2), torch.ones(3), r"shape \(2,\), got \(3,\)"),
         (torch.zeros(2, 2), torch.ones(2, dtype=torch.float64), "metric is torch.float64"),
     ],

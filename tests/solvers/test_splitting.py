@@ -381,12 +381,35 @@ def test_bad_step_sizes_are_refused(step):
     [
         (torch.zeros(3, 11, dtype=torch.float64), "must have 12 units"),
         (torch.zeros(3, 12), "bias is torch.float32 on cpu, W is torch.float64"),
+        (torch.zeros(3, 12, dtype=torch.float64, device="meta"), "on meta, W is torch.float64 on"),
     ],
 )
 def test_bias_that_does_not_fit_is_refused(bias, message):
     problem = random_inclusion()
     with pytest.raises(ValueError, match=message):
         solve(Inclusion(problem.operator, bias, ReLU()))
+
+
+def test_a_metric_that_is_not_positive_is_named():
+    problem = random_inclusion()
+    metric = problem.operator.metric.clone()
+    metric[3] = -1.0
+    operator = DenseOperator(problem.operator.W, metric)
+    with pytest.raises(ValueError, match="the metric must be positive, got -1"):
+        solve(Inclusion(operator, problem.bias, ReLU()))
+
+
+def test_weights_that_are_not_finite_are_named():
+    problem = random_inclusion()
+    W = problem.operator.W.clone()
+    W[2, 3] = torch.nan
+    for required in (True, False):
+        with pytest.raises((NonFiniteError, NotMonotoneError), match="not finite|NaN or Inf"):
+            solve(
+                Inclusion(DenseOperator(W), problem.bias, ReLU()),
+                PeacemanRachford(step_size=1.0),
+                require_monotone=required,
+            )
 
 
 def test_method_repr_is_python():

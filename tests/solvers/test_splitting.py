@@ -404,7 +404,7 @@ def test_weights_that_are_not_finite_are_named():
     W = problem.operator.W.clone()
     W[2, 3] = torch.nan
     for required in (True, False):
-        with pytest.raises((NonFiniteError, NotMonotoneError), match="not finite|NaN or Inf"):
+        with pytest.raises((NonFiniteError, NotMonotoneError), match=r"not finite|NaN or Inf"):
             solve(
                 Inclusion(DenseOperator(W), problem.bias, ReLU()),
                 PeacemanRachford(step_size=1.0),

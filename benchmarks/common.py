@@ -28,12 +28,10 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def find_root(given: str | None) -> str:
     """Return the data folder: the one given, or the first usual place that holds MNIST."""
-    for candidate in [given] if given else ["data", "../data", "../shared/data"]:
+    for candidate in [given] if given else ["data", "../data"]:
         if candidate and (Path(candidate) / "MNIST" / "raw").is_dir():
             return candidate
-    raise DataError(
-        "no MNIST/raw folder found in data, ../data or ../shared/data: name its parent with --root"
-    )
+    raise DataError("no MNIST/raw folder found in data or ../data: name its parent with --root")
 
 
 def _commit() -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.case import Case, quietly
 from benchmarks.common import interleaved, ratio
 from benchmarks.problems import Problem, random_problem, trained_problems
 from solvers import (
@@ -95,9 +96,53 @@ def _curve(problem: Problem, method: Method, ladder: tuple[int, ...]) -> dict[st
 
 
 def _attempt(inclusion: Inclusion, method: Method, limit: int) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SolveWarning)
-        return solve(inclusion, method, tol=1e-13, max_steps=limit)
+    return quietly(partial(solve, inclusion, method, tol=1e-13, max_steps=limit))
+
+
+def every_method(root: str, *, quick: bool) -> list[dict[str, Any]]:
+    """Return a cell per problem, tolerance and direction with the time of every method.
+
+    Medians of 7; a method that misses its tolerance within 1000 steps is a failure.
+    """
+    problems = [
+        random_problem(80, 128, 1.0, 1.0),
+        random_problem(80, 128, 0.1, 10.0),
+        *(p for p in trained_problems(root, (128,)) if "γ=1 " in p.name),
+    ]
+    tolerances = [
+        (torch.float32, 1e-3), (torch.float32, 1e-5), (torch.float64, 1e-8), (torch.float64, 1e-10),
+    ]  # fmt: skip
+    if quick:
+        problems, tolerances = problems[:1], tolerances[:1]
+    return [
+        _cell_of_every_method(Case(problem, dtype, tol), direction)
+        for problem in problems
+        for dtype, tol in tolerances
+        for direction in ("forward", "adjoint")
+    ]
+
+
+def _cell_of_every_method(case: Case, direction: str) -> dict[str, Any]:
+    inclusion = case.forward if direction == "forward" else case.adjoint
+    results = []
+    calls = {}
+    for method in METHODS:
+        call = partial(
+            solve, inclusion, method, tol=case.tol, max_steps=1000, require_monotone=False
+        )
+        solution = quietly(call)
+        results.append({
+            "method": repr(method), "seconds": None, "steps": solution.stats.max_steps,
+            "status": solution.status.value, "residual": float(solution.residual.max()),
+            "detail": solution.stats.loop,
+        })  # fmt: skip
+        if solution.converged:
+            calls[repr(method)] = call
+    times = interleaved(calls, 7, warmup=1)
+    for result in results:
+        if result["method"] in times:
+            result["seconds"] = statistics.median(times[str(result["method"])])
+    return case.cell(torch.get_num_threads(), f"every method, {direction}", None, results)
 
 
 def scaling(*, quick: bool) -> dict[str, Any]:
@@ -124,9 +169,7 @@ def _fifty_steps(n: int, batch: int) -> float:
 
 
 def _attempt_single(inclusion: Inclusion) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SolveWarning)
-        solve(inclusion, PeacemanRachford(), tol=1e-6, max_steps=50)
+    quietly(partial(solve, inclusion, PeacemanRachford(), tol=1e-6, max_steps=50))
 
 
 def _slope(sizes: tuple[int, ...], seconds: list[float]) -> float:

@@ -361,7 +361,7 @@ function makeCells() {
   const choose = (id, all, values) => byId(id).append(
     html("option", { value: "" }, all), ...unique(values).map((v) => html("option", { value: v }, v)));
   choose("method", "all", METHODS);
-  choose("direction", "both", record.cells.map((cell) => cell.direction));
+  choose("direction", "all", record.cells.map((cell) => cell.direction));
   byId("cell-heads").append(...heads);
   for (const id of ["words", "method", "direction", "failed"]) byId(id).oninput = draw;
   draw();

@@ -114,7 +114,7 @@ def performance_profile(
 
 
 def _profiles(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the profile of each direction; a method not run in a cell counts as not solving it."""
+    """Return the profile of each direction, over the cells in which all its methods took part."""
     profiles = {}
     for direction in dict.fromkeys(cell["direction"] for cell in cells):
         timed = [
@@ -123,6 +123,7 @@ def _profiles(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             if cell["direction"] == direction
         ]
         methods = dict.fromkeys(method for cell in timed for method in cell)
+        timed = [cell for cell in timed if cell.keys() == methods.keys()]
         profiles[direction] = {
             "cells": len(timed),
             "methods": performance_profile(

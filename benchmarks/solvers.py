@@ -8,7 +8,9 @@ Every cell is one problem, tolerance, number of threads and direction:
   (`benchmarks.published`, batch 128) and the torchdeq solver that is fastest of a grid;
 - backward: the adjoint problem alone, factors kept; lben and the published loop (batch 128);
 - forward+backward: the same factors, gradients of W and v; lben and torchdeq;
-- new weights: the same after a change of W, with everything factored anew.
+- new weights: the same after a change of W, with everything factored anew;
+- every method, forward and every method, adjoint: all methods of the package and torchdeq's three
+  solvers on three problems, tolerances 1e-3 to 1e-10, at most 1000 steps each.
 
 Times are medians of rounds in which all methods take turns. A ratio is the median over rounds of
 the other's time by lben's. A torchdeq solver is given as many evaluations as there are products in
@@ -19,48 +21,32 @@ part of the figures. Errors are measured against a float64 reference.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from benchmarks.case import Case
 from benchmarks.common import circumstances, find_root, interleaved, parser, ratio, write
-from benchmarks.curves import convergence_curves, gradient_bias, peak_memory, scaling, warm_starts
+from benchmarks.curves import (
+    convergence_curves,
+    every_method,
+    gradient_bias,
+    peak_memory,
+    scaling,
+    warm_starts,
+)  # fmt: skip
+from benchmarks.peers import PATIENCE, Peers
 from benchmarks.problems import SEED, Problem, random_problems, trained_problems
-from benchmarks.published import Published, search
 from benchmarks.report import render
 from lben.data import DataError
-from solvers import (
-    Auto,
-    DenseOperator,
-    Inclusion,
-    LinearSlope,
-    Method,
-    PeacemanRachford,
-    Solution,
-    SolveError,
-    SolveWarning,
-    equilibrium,
-    solve,
-)  # fmt: skip
-from solvers.interop import TorchDEQ
+from solvers import SolveError
 
 TOLERANCES = ((torch.float32, 1e-3), (torch.float32, 1e-5), (torch.float64, 1e-8))
-PATIENCE = 8.0  # torchdeq is given so many times lben's time
-PEER_SOLVERS: tuple[Literal["fixed_point_iter", "anderson", "broyden"], ...] = (
-    "fixed_point_iter",
-    "anderson",
-    "broyden",
-)
-PEER_STEPS = (1.0, 0.5, 0.25, 0.1, 0.03)
 ROUNDS = 7
 DIRECTIONS = ("forward", "backward", "forward+backward", "new weights")
 
@@ -73,9 +59,10 @@ class Plan:
         sizes, batches: of the random families.
         tolerances: (dtype, tol).
         threads: numbers of threads.
-        trained: batches of the trained layers; empty without MNIST.
+        trained: batches of the trained layers.
         peer_sizes: sizes at which torchdeq takes part.
-        hardest: how many of the difficulties, from the easiest.
+        hardest: how many of the difficulties, from the easiest; m and the skew part grow hard
+            together.
     """
 
     sizes: tuple[int, ...] = (80, 250, 400, 1000)
@@ -122,56 +109,6 @@ class Record:
         }
 
 
-@dataclass(frozen=True)
-class Case:
-    """One problem at one precision and tolerance, with all that its cells share."""
-
-    problem: Problem
-    dtype: torch.dtype
-    tol: float
-
-    @cached_property
-    def forward(self) -> Inclusion:
-        """The problem, with factors that are kept."""
-        return self.problem.inclusion(self.dtype)
-
-    @cached_property
-    def solution(self) -> Solution:
-        """lben's solution."""
-        return _quietly(lambda: solve(self.forward, tol=self.tol))
-
-    @cached_property
-    def cotangent(self) -> Tensor:
-        """A standard normal cotangent of z."""
-        g = torch.Generator().manual_seed(SEED + 1)
-        return torch.randn(self.forward.bias.shape, generator=g, dtype=self.dtype)
-
-    @cached_property
-    def adjoint(self) -> Inclusion:
-        """The adjoint problem at the solution."""
-        slope = self.forward.activation.slope(self.solution.value)
-        return Inclusion(self.forward.operator.T, self.cotangent, LinearSlope(slope))
-
-    @property
-    def adjoint_method(self) -> Method:
-        """What `Auto` takes for the adjoint after this forward solve."""
-        return Auto().adjoint(float(self.solution.stats.steps.double().mean()), self.adjoint)
-
-    def gradients(self, method: Method, *, new_weights: bool, max_steps: int = 5000) -> Solution:
-        """Solve, and pass the cotangent back to W and v."""
-        forward = self.forward
-        W = forward.operator.tensors[0].detach().clone().requires_grad_()
-        v = forward.bias.detach().clone().requires_grad_()
-        kept = forward.operator.rebuild((W,))
-        operator = DenseOperator(W, forward.metric) if new_weights else kept
-        solution = equilibrium(
-            Inclusion(operator, v, forward.activation), method, tol=self.tol, max_steps=max_steps,
-            require_monotone=not isinstance(method, TorchDEQ), on_failure="raise",
-        )  # fmt: skip
-        solution.value.backward(self.cotangent)
-        return solution
-
-
 def main(words: Sequence[str] | None = None) -> None:
     """Run the benchmark with the command line's words, or with those given."""
     options = parser("solvers against torchdeq's and the published loop")
@@ -207,7 +144,7 @@ def main(words: Sequence[str] | None = None) -> None:
         },
         "torchdeq_new_weights": _round(min(record.torchdeq_new, default=None)),
         "seconds": round(time.perf_counter() - started, 1),
-        "cells": record.cells,
+        "cells": [*record.cells, *every_method(root, quick=arguments.quick)],
     }
     report(details, record)
     whole = {**details, "figures": record.figures(), **circumstances()}
@@ -236,18 +173,9 @@ def measure(record: Record, case: Case, plan: Plan) -> None:
     """Measure all cells of a case, for every number of threads."""
     problem = case.problem
     torch.set_num_threads(max(plan.threads))
-    record.bound_violations += violations(case)
-    with_peer = problem.n in plan.peer_sizes or problem.family == "trained"
-    peer, steps = torchdeq_peer(case) if with_peer else (None, 0)
-    peers = Peers(
-        torchdeq=peer,
-        torchdeq_steps=4 * steps,
-        torchdeq_backward=peer is not None and gradients_work(case, peer, 4 * steps),
-        with_torchdeq=with_peer,
-        published=search(case.forward, case.adjoint, case.tol, 3000)
-        if problem.batch == 128
-        else None,
-    )
+    record.bound_violations += case.violations()
+    with_torchdeq = problem.n in plan.peer_sizes or problem.family == "trained"
+    peers = Peers.of(case, with_torchdeq=with_torchdeq)
     for threads in plan.threads:
         torch.set_num_threads(threads)
         product = product_seconds(case)
@@ -257,75 +185,24 @@ def measure(record: Record, case: Case, plan: Plan) -> None:
             cell(record, case, threads, direction, product, peers)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Peers:
-    """Whom lben is compared with on one case.
-
-    Attributes:
-        torchdeq: the fastest solver of the grid; None when none arrives in time.
-        torchdeq_steps: four times the evaluations that it needed on 128 samples: its limit.
-        torchdeq_backward: whether it solves the adjoint problem too.
-        published: the published loop, or None where it does not take part.
-        with_torchdeq: whether torchdeq takes part.
-    """
-
-    torchdeq: TorchDEQ | None
-    torchdeq_steps: int
-    torchdeq_backward: bool
-    published: Published | None
-    with_torchdeq: bool
-
-    def runs(self, case: Case, direction: str) -> dict[str, Callable[[], Any]]:
-        """Return the calls of all who take part in this direction and arrive."""
-        runs: dict[str, Callable[[], Any]] = {}
-        forward, adjoint, loop, peer = case.forward, case.adjoint, self.published, self.torchdeq
-        new_weights = direction == "new weights"
-        match direction:
-            case "forward":
-                runs["lben"] = lambda: solve(forward, tol=case.tol)
-            case "backward":
-                method = case.adjoint_method
-                runs["lben"] = lambda: solve(adjoint, method, tol=case.tol)
-            case _:
-                runs["lben"] = lambda: case.gradients(Auto(), new_weights=new_weights)
-        if loop is not None and loop.forward_steps is not None:
-            inverse = loop.inverse(forward.operator.tensors[0])
-            if direction == "forward":
-                runs["published"] = lambda: loop.forward(forward, inverse)
-            elif direction == "backward" and loop.backward_steps is not None:
-                runs["published"] = lambda: loop.backward(adjoint, inverse)
-        if peer is not None and direction == "forward":
-            runs["torchdeq"] = lambda: solve(
-                forward, peer, tol=case.tol, max_steps=self.torchdeq_steps, on_failure="raise",
-                require_monotone=False,
-            )  # fmt: skip
-        elif peer is not None and direction != "backward" and self.torchdeq_backward:
-            runs["torchdeq"] = lambda: case.gradients(
-                peer, new_weights=new_weights, max_steps=self.torchdeq_steps
-            )
-        return runs
-
-
 def cell(
     record: Record, case: Case, threads: int, direction: str, product: float, peers: Peers
 ) -> None:
     """Time the methods of a cell, print its line and keep it."""
-    loop, peer = peers.published, peers.torchdeq
     problem = case.problem
     try:
         runs = peers.runs(case, direction)
         solution = runs["lben"]()
-        once = slow(runs)
-        for name in once:
-            del runs[name]
-        seconds = interleaved(runs, ROUNDS, warmup=1)
-    except Exception as error:  # a failure is a result: it is counted and shown
+    except SolveError as error:
         record.failures += 1
-        record.cells.append(_cell(case, threads, direction, product, [_failed("lben", error)]))
+        record.cells.append(case.cell(threads, direction, product, [_failed("lben", error)]))
         print(f"{problem.name:34} {direction}: {error}")
         return
-    failed = not solution.converged
-    record.failures += failed
+    once = slow(runs)
+    for name in once:
+        del runs[name]
+    seconds = interleaved(runs, ROUNDS, warmup=1)
+    record.failures += not solution.converged
     times = {name: statistics.median(values) for name, values in seconds.items()}
     steps = float(solution.stats.steps.double().mean())
     floor = times["lben"] / (steps * product)
@@ -341,11 +218,13 @@ def cell(
         loops[direction].append(ratios["published"])
     results = [
         {
-            "method": "lben", "seconds": times["lben"], "steps": solution.stats.max_steps,
+            "method": "lben", "seconds": times["lben"] if solution.converged else None,
+            "steps": solution.stats.max_steps, "mean_steps": steps,
             "status": solution.status.value, "residual": float(solution.residual.max()),
             "detail": solution.method,
         }
     ]  # fmt: skip
+    loop, peer = peers.published, peers.torchdeq_in(direction)
     if loop is not None and direction in ("forward", "backward"):
         done = loop.forward_steps if direction == "forward" else loop.backward_steps
         results.append({
@@ -359,16 +238,17 @@ def cell(
             "status": "reached its tolerance" if "torchdeq" in times else
             "reached its tolerance (timed once)" if once.get("torchdeq") else
             f"no solver of the grid arrived within {PATIENCE:g} times lben's evaluations",
-            "residual": None, "detail": repr(peer) if peer is not None else "",
+            "residual": None, "detail": repr(peer.method) if peer is not None else "",
         })  # fmt: skip
-    record.cells.append(_cell(case, threads, direction, product, results))
+    record.cells.append(case.cell(threads, direction, product, results))
+    shown_floor = f"{floor:.2f}" if direction == "forward" else ""
     shown = {name: f"{value:.1f} ×" for name, value in ratios.items()}
     shown |= {name: f"~{value / times['lben']:.0f} ×" for name, value in once.items() if value}
     print(
         f"{problem.name:34} {str(case.dtype)[6:]:7} {case.tol:6.0e} {threads:3} {direction:16} "
-        f"{1e3 * times['lben']:9.3f} {steps:6.1f} {floor:7.2f} "
+        f"{1e3 * times['lben']:9.3f} {steps:6.1f} {shown_floor:>7} "
         f"{shown.get('published', '–'):>9} {shown.get('torchdeq', '–'):>9}"
-        + (f"  {solution.status.value}" if failed else ""),
+        + ("" if solution.converged else f"  {solution.status.value}"),
         flush=True,
     )
 
@@ -392,18 +272,6 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _cell(
-    case: Case, threads: int, direction: str, product: float, results: list[dict[str, Any]]
-) -> dict[str, Any]:
-    problem = case.problem
-    return {
-        "problem": problem.name, "family": problem.family, "n": problem.n,
-        "batch": problem.batch, "m": problem.m, "skew": problem.skew, "threads": threads,
-        "tol": case.tol, "dtype": str(case.dtype)[6:], "direction": direction,
-        "product_seconds": product, "results": results,
-    }  # fmt: skip
-
-
 def _failed(method: str, error: Exception) -> dict[str, Any]:
     return {
         "method": method, "seconds": None, "steps": None, "status": type(error).__name__,
@@ -417,57 +285,6 @@ def product_seconds(case: Case) -> float:
     out = torch.empty_like(x)
     times = interleaved({"product": lambda: torch.mm(x, W, out=out)}, 21)["product"]
     return statistics.median(times)
-
-
-def violations(case: Case) -> int:
-    """Count samples whose error, against a float64 reference, exceeds the returned bound."""
-    sample = slice(0, 128)
-    exact = case.problem.inclusion(torch.float64)
-    # The reference solves the problem as the solver saw it: with the rounded weights.
-    exact = Inclusion(
-        DenseOperator(case.forward.operator.tensors[0].double(), case.forward.metric.double()),
-        case.forward.bias[sample].double(),
-        exact.activation,
-    )
-    reference = _quietly(lambda: solve(exact, PeacemanRachford(), tol=1e-13, max_steps=20000))
-    error = exact.operator.norm(case.solution.value[sample].double() - reference.value)
-    bound = case.solution.error_bound[sample]
-    return int((error - reference.error_bound > bound).sum())
-
-
-def torchdeq_peer(case: Case) -> tuple[TorchDEQ | None, int]:
-    """Return the fastest torchdeq solver of the grid on 128 samples, and its evaluations.
-
-    None when no solver arrives in time.
-    """
-    small = case.forward.select(torch.arange(min(128, case.forward.bias.shape[0])))
-    ours = statistics.median(
-        interleaved({"lben": lambda: _quietly(lambda: solve(small, tol=case.tol))}, 5)["lben"]
-    )
-    x, W = small.bias, case.forward.operator.tensors[0]
-    product = statistics.median(interleaved({"": lambda: torch.mm(x, W)}, 5)[""])
-    most = max(30, int(PATIENCE * ours / product))
-    best, steps, fastest = None, 0, math.inf
-    for name in PEER_SOLVERS:
-        for alpha in PEER_STEPS:
-            peer = TorchDEQ(solver=name, step_size=alpha)
-            attempt = partial(
-                solve, small, peer, tol=case.tol, max_steps=most, require_monotone=False
-            )
-            start = time.perf_counter()
-            solution = _quietly(attempt)
-            seconds = time.perf_counter() - start
-            if solution.converged and seconds < fastest:
-                best, steps, fastest = peer, solution.stats.max_steps, seconds
-    return best, steps
-
-
-def gradients_work(case: Case, peer: Method, limit: int) -> bool:
-    """Say whether the peer solves the adjoint problem too, within `limit` evaluations."""
-    attempt = partial(
-        solve, case.adjoint, peer, tol=case.tol, max_steps=limit, require_monotone=False
-    )
-    return bool(_quietly(attempt).converged)
 
 
 def report(details: Mapping[str, Any], record: Record) -> None:
@@ -498,12 +315,6 @@ def report(details: Mapping[str, Any], record: Record) -> None:
         f"backward {large['backward']} ×"
     )
     print(f"{len(record.cells)} cells in {details['seconds']} s\n")
-
-
-def _quietly(call: Callable[[], Any]) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SolveWarning)
-        return call()
 
 
 def _geomean(values: list[float]) -> float | None:

@@ -50,6 +50,9 @@ class Anderson(Splitting):
     Walker and Ni (2011); safeguard of Zhang, O'Donoghue and Boyd (2020), in the type-II form of
     Fu, Zhang and Boyd (2020).
 
+    Differences are measured in the plain norm, in which least squares are cheapest; which candidate
+    is tried depends on it, what is accepted as solved does not.
+
     A step costs 2·memory + O(memory²) vector operations per sample beyond the method's own.
 
     Args:

@@ -193,3 +193,7 @@ class LinearSlope(ProximalActivation):
 
     def part(self, units: slice) -> LinearSlope:
         return LinearSlope(self.d[..., units])
+
+
+PIECEWISE_LINEAR = (ReLU, LeakyReLU, LinearSlope)
+"""Activations with two slopes, or one per sample, that change at zero only."""

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from solvers import fused
+from solvers.activations import PIECEWISE_LINEAR
 from solvers.inclusion import Inclusion
 from solvers.method import Method, Outcome, Request
-from solvers.newton import PIECEWISE_LINEAR, SemismoothNewton
+from solvers.newton import SemismoothNewton
 from solvers.operators import BlockTriangularOperator, DenseOperator
 from solvers.splitting import DouglasRachford, PeacemanRachford
 from solvers.step_size import Determinant
@@ -27,9 +28,10 @@ class Auto(Method):
     - Block triangular W, as of multilayer nets: one `Sweep` over its blocks.
     - Everything else: `PeacemanRachford`, which converges at any step size, in the compiled loop
       where there is one.
-    - The adjoint of a forward solve that took more than 500 steps, dense on a CPU: one LU per
-      sample on its active units, `SemismoothNewton(patience=0)`. Both solves need about the same
-      number of steps, and the LU costs as much as 350 to 600 of them at any n from 80 to 1000.
+    - Adjoint problems, dense on a CPU: Peaceman–Rachford for as many steps as one LU per sample on
+      its active units costs, then that LU: `SemismoothNewton(patience=500)` in the compiled loop
+      (measured: 350 to 600 at n from 80 to 1000), 100 in PyTorch (65 to 130). Where the forward
+      solve took more steps than that, the LU at once (patience=0): both need about the same.
 
     Never chosen, because they won no measurement: forward–backward (2 to 100 times the steps at
     the same cost) and Anderson acceleration (its vector operations cost more than the products
@@ -49,16 +51,14 @@ class Auto(Method):
 
     def adjoint(self, forward_steps: float, problem: Inclusion) -> Method:
         """Return the method for an adjoint problem whose forward solve took so many steps."""
-        if forward_steps > _LU_STEPS and problem.bias.device.type == "cpu":
-            return SemismoothNewton(patience=0) if _has_active_set(problem) else self
-        return self
+        if problem.bias.device.type != "cpu" or not _has_active_set(problem):
+            return self
+        patience = 500 if fused.supports(problem) is None else 100
+        return SemismoothNewton(patience=0 if forward_steps > patience else patience)
 
     def run(self, problem: Inclusion, request: Request) -> Outcome:
         """Solve by the method chosen."""
         return self.chosen(problem).run(problem, request)
-
-
-_LU_STEPS = 500
 
 
 def _has_active_set(problem: Inclusion) -> bool:

@@ -26,7 +26,7 @@ from solvers.inclusion import Inclusion
 from solvers.method import Method
 from solvers.operators import LinearOperator
 from solvers.solution import OnFailure, Solution
-from solvers.solve import solve
+from solvers.solve import full_precision, solve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,8 @@ def equilibrium(
 
     Args, returns and raises are those of `solve`; `Solution.value` carries the graph. The adjoint
     solve warns or raises like the forward one. `gradient` says what is passed back,
-    `ImplicitGradient()` when omitted.
+    `ImplicitGradient()` when omitted; a biased one raises NotImplementedError when it is to be
+    differentiated again. Forward-mode derivatives raise RuntimeError.
     """
     options = _Options(
         method=Auto() if method is None else method,
@@ -168,6 +169,11 @@ class _Equilibrium(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        with full_precision(g.device.type):
+            return _Equilibrium._backward(ctx, g)
+
+    @staticmethod
+    def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         z, *rest = ctx.saved_tensors
         if ctx.activation is None:
             bias, slope, *tensors = rest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -113,26 +112,29 @@ class Inclusion:
     ) -> Float[Tensor, " *batch"]:
         """Return ‖z̃ − z‖_Λ / max(‖z̃‖_Λ, ‖z‖_Λ) with z̃ = σ(Wz + v), per sample.
 
-        16 roundoffs of ‖v‖_Λ are taken off the numerator first: z̃ itself is not known better, and
-        where ‖z‖ ≪ ‖v‖ (nearly all units dropped) no tolerance could be met otherwise. What they
-        may hide is part of `error_bound`.
+        16 roundoffs of v, in the Λ norm, are taken off the numerator first: z̃ itself is not known
+        better. They are those of the units that are not zero in z or z̃, for the others are exact.
 
         Args:
             z: approximate solution.
-            hidden: what is taken off instead, when the problem is the double of a float32 one.
+            hidden: what is taken off instead: `noise` for samples that have come to rest where
+                ‖z‖ ≪ ‖v‖ (nearly all units dropped, so an iteration through all of v gets no
+                nearer), or that of a float32 problem for its double.
         """
         image, norm = self.image(z), self.operator.norm
-        residual = torch.relu(norm(image - z) - (self._noise if hidden is None else hidden))
+        if hidden is None:
+            hidden = self.noise_factor * norm(self.bias * ((image != 0) | (z != 0)))
+        residual = torch.relu(norm(image - z) - hidden)
         return residual / torch.maximum(norm(image), norm(z)).clamp_min(torch.finfo(z.dtype).tiny)
 
     @property
     def noise_factor(self) -> float:
-        """The share of ‖v‖_Λ that a residual may hide: 16 roundoffs."""
+        """The share of v that a residual may hide: 16 roundoffs."""
         return 16 * torch.finfo(self.bias.dtype).eps
 
-    @cached_property
-    def _noise(self) -> Float[Tensor, " *batch"]:
-        """What a residual may hide, evaluated once for all checks of a solve."""
+    @property
+    def noise(self) -> Float[Tensor, " *batch"]:
+        """16 roundoffs of ‖v‖_Λ: the most that a residual may hide."""
         return self.noise_factor * self.operator.norm(self.bias)
 
     def error_bound(

@@ -301,7 +301,7 @@ def torchdeq_solver(
                 name="forward solve for torchdeq",
             )  # fmt: skip
             z = solution.value
-            steps += solution.stats.steps.reshape(len(steps), -1).amax(-1)
+            steps += solution.stats.steps.reshape(len(steps), math.prod(z.shape[1:-1])).amax(-1)
             left -= solution.stats.max_steps
             info = _measure(map_, z)
             worst = _largest(info[f"{stop_mode}_lowest"])

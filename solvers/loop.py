@@ -65,8 +65,8 @@ class Splitting(Method):
 # from two residuals the rate predicts where the slowest sample will pass, and the next check is
 # put there, but never more than twice the steps done so far ahead. Finished samples leave when
 # at least half of the batch is done: below that, gathering costs more than it saves. The loop
-# stops early when the worst residual is within _STALL roundoffs and has not halved while the
-# steps grew by a quarter: what is left is rounding.
+# stops early when the worst residual has not halved while the steps grew by a quarter and 64, and
+# is within _STALL roundoffs or the rounding of v explains it.
 _FIRST_CHECK = 6
 _LEAVE_SHARE = 0.5
 _STALL = 4096
@@ -85,7 +85,7 @@ def drive(problem: Inclusion, method: Splitting, request: Request) -> Outcome:
 
     state = method.init(problem, request.z0)
     done_steps, checks, worst_before, steps_before = 0, 0, math.inf, 0
-    stall = _Stall(limit=_STALL * torch.finfo(problem.bias.dtype).eps)
+    stall, limit = _Stall(), _STALL * torch.finfo(problem.bias.dtype).eps
     next_check = min(_FIRST_CHECK, max_steps)
     finished = torch.zeros(samples, dtype=torch.bool, device=device)
     while True:
@@ -99,7 +99,11 @@ def drive(problem: Inclusion, method: Splitting, request: Request) -> Outcome:
         # in the batch have their answer: what they do now does not matter.
         worst = float(torch.where(finished, 0.0, r).max())
         last = worst <= tol or done_steps >= max_steps or not math.isfinite(worst)
-        last = last or stall.seen(done_steps, worst)
+        if not last and stall.at_rest(done_steps, worst):
+            # What is left of the residual may be rounding of all of v.
+            granted = torch.where(r <= tol, r, problem.relative_residual(z, problem.noise))
+            if float(torch.where(finished, 0.0, granted).max()) <= tol or worst <= limit:
+                last, r = True, granted
         if last and open_samples is None and not bool(finished.any()):
             return Outcome(value=z, residual=r, steps=steps.fill_(done_steps), checks=checks)
         newly = (torch.ones_like(finished) if last else r <= tol) & ~finished
@@ -121,18 +125,17 @@ def drive(problem: Inclusion, method: Splitting, request: Request) -> Outcome:
 
 @dataclass
 class _Stall:
-    """Notices that the worst residual has come to rest near rounding."""
+    """Notices that the worst residual has come to rest."""
 
-    limit: float
     mark: float = math.inf
     mark_steps: int = 0
 
-    def seen(self, steps: int, worst: float) -> bool:
-        if steps < self.mark_steps * 5 // 4 + 16:
+    def at_rest(self, steps: int, worst: float) -> bool:
+        if steps < self.mark_steps * 5 // 4 + 64:
             return False
-        stalled = worst > 0.5 * self.mark and worst <= self.limit
+        resting = worst > 0.5 * self.mark
         self.mark, self.mark_steps = worst, steps
-        return stalled
+        return resting
 
 
 def _predict(

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from solvers.activations import LeakyReLU, LinearSlope, ReLU
+from solvers.activations import PIECEWISE_LINEAR, LinearSlope
 from solvers.inclusion import Inclusion
 from solvers.method import Method, Outcome, Request
 from solvers.splitting import PeacemanRachford
-
-PIECEWISE_LINEAR = (ReLU, LeakyReLU, LinearSlope)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

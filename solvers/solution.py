@@ -6,6 +6,7 @@ import enum
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from jaxtyping import Float, Int
@@ -87,9 +88,9 @@ class Solution:
         """Whether every sample reached the tolerance."""
         return self.status is Status.CONVERGED
 
-    @property
+    @cached_property
     def error_bound(self) -> Float[Tensor, " *batch"]:
-        """Upper bound of ‖z − z*‖_Λ per sample, float64, evaluated on first use.
+        """Upper bound of ‖z − z*‖_Λ per sample, float64, for the weights as they are at first use.
 
         See `Inclusion.error_bound` for the statement and its proof.
         """

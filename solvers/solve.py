@@ -39,7 +39,7 @@ def solve(
         problem: the inclusion; gradients do not flow (use `equilibrium` for that).
         method: how to solve; `Auto()` when omitted.
         tol: relative tolerance in the Λ norm, per sample.
-        max_steps: limit of iterations.
+        max_steps: limit of iterations, in each precision.
         z0: warm start, of the shape of the bias.
         on_failure: what to do when a sample misses its tolerance: "warn" or "raise".
         require_monotone: refuse weights with m ≤ 0, whose equilibrium need not exist or be unique.
@@ -49,8 +49,9 @@ def solve(
         The solution with its evidence.
 
     Raises:
-        ValueError: if shapes or dtypes of the problem disagree, tol is below what the dtype can
-            hold, max_steps < 1, or z0 has another shape or dtype or is not finite.
+        ValueError: if shapes or dtypes of the problem disagree, the metric is not positive, tol is
+            below what the dtype can hold, max_steps < 1, on_failure is unknown, z0 has another
+            shape or dtype or is not finite, or a step-size rule or method refuses the problem.
         NonFiniteError: if the bias or the weights contain NaN or Inf.
         NotMonotoneError: if m ≤ 0 and `require_monotone`.
         SolveError: on failure, when `on_failure` is "raise".
@@ -58,7 +59,8 @@ def solve(
     method = Auto() if method is None else method
     problem.check()
     _check_options(problem, tol, max_steps, z0, on_failure)
-    with torch.no_grad(), _full_precision(problem.bias.device.type):
+    with torch.no_grad(), full_precision(problem.bias.device.type):
+        _check_metric(problem)
         if require_monotone:
             _check_monotone(problem)
         shape = problem.bias.shape
@@ -120,7 +122,7 @@ def _check_options(
             raise ValueError("z0 contains NaN or Inf")
 
 
-def _full_precision(device: str) -> contextlib.AbstractContextManager[None]:
+def full_precision(device: str) -> contextlib.AbstractContextManager[None]:
     """Leave autocast, which would round products to a precision in which no tolerance is met."""
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
@@ -135,13 +137,17 @@ def _held(tol: float, dtype: torch.dtype) -> float:
     return float(held if float(held) <= tol else np.nextafter(held, np.float32(0)))
 
 
+def _check_metric(problem: Inclusion) -> None:
+    metric = problem.operator.metric
+    if not problem.operator.memo("metric is positive", lambda: bool((metric > 0).all())):
+        raise ValueError(f"the metric must be positive, got {float(metric.min()):.3g}")
+
+
 def _check_monotone(problem: Inclusion) -> None:
     operator = problem.operator
     if operator.is_monotone():
         return
     problem.check_finite()
-    if not bool((operator.metric > 0).all()):
-        raise ValueError(f"the metric must be positive, got {float(operator.metric.min()):.3g}")
     raise NotMonotoneError(
         f"I − W is not strongly monotone in the Λ norm: m = {operator.constants().m:.3g} ≤ 0, so "
         "the equilibrium need not exist or be unique. Check the weights with the layer's "
@@ -159,12 +165,11 @@ def _continue_in_double(
     left = Request(
         # Rounding back moves the residual by about a roundoff of float32.
         tol=0.5 * request.tol,
-        max_steps=request.max_steps - int(outcome.steps[index].min()),
+        max_steps=request.max_steps,
         z0=outcome.value[index].double(),
     )
     better = method.run(double, left)
     value = better.value.float()
-    hidden = single.noise_factor * double.operator.norm(double.bias)
-    residual = double.relative_residual(value.double(), hidden)
+    residual = double.relative_residual(value.double(), single.noise.double())
     found = dataclasses.replace(better, value=value, residual=residual)
     return outcome.continued(index, found)

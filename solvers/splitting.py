@@ -53,9 +53,12 @@ class SteppedSplitting(Splitting):
         reason = fused.supports(problem)
         if reason is None:
             iteration = self.iteration(problem)
-            if iteration is not None:
+            if iteration is None:
+                reason = f"it does not know {type(self).__name__}"
+            elif request.max_steps <= iteration.done:
+                reason = "it enters with the first step done"
+            else:
                 return fused.run(problem, iteration, request)
-            reason = f"it does not know {type(self).__name__}"
         if self.compiled:
             raise ValueError(f"the compiled loop was demanded, but {reason}")
         return super().run(problem, request)

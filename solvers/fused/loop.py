@@ -13,7 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from solvers.activations import LeakyReLU, LinearSlope, ProximalActivation, ReLU, Step
+from solvers.activations import (
+    PIECEWISE_LINEAR,
+    LeakyReLU,
+    LinearSlope,
+    ProximalActivation,
+    Step,
+)
 from solvers.fused.build import Build, build
 from solvers.inclusion import Inclusion
 from solvers.method import Outcome, Request
@@ -38,6 +44,11 @@ class Iteration:
     alpha: Step
     reflected: bool
     relaxation: float = 1.0
+
+    @property
+    def done(self) -> int:
+        """Steps that the loop has done when it enters: forward–backward's first."""
+        return 0 if self.reflected else 1
 
 
 class _Problem(ctypes.Structure):
@@ -64,7 +75,7 @@ def supports(problem: Inclusion) -> str | None:
         return f"the problem is on {v.device}, not on the CPU"
     if v.dtype not in _KINDS:
         return f"the problem is {v.dtype}, neither float32 nor float64"
-    if type(problem.activation) not in (ReLU, LeakyReLU, LinearSlope):
+    if type(problem.activation) not in PIECEWISE_LINEAR:
         return f"{problem.activation!r} is not piecewise linear"
     try:
         v.data_ptr(), operator.W.data_ptr()
@@ -85,15 +96,14 @@ def run(problem: Inclusion, iteration: Iteration, request: Request) -> Outcome:
     residual = v.new_empty(samples, dtype=torch.float64)
     steps, checks = v.new_empty(2, samples, dtype=torch.int64)
     slope, negative = _coefficients(problem.activation)
-    # Forward–backward enters with its first step done.
-    done = 0 if iteration.reflected else 1
+    done = iteration.done
     start = None if request.z0 is None else _plain(request.z0)
     arguments = _Problem(
         n=operator.n, samples=samples, map=prepared.map.data_ptr(),
         rough=_pointer(prepared.rough), weights=prepared.weights.data_ptr(), bias=v.data_ptr(),
         start=_pointer(start), alpha=prepared.alpha.data_ptr(), root=prepared.root.data_ptr(),
         slope=_pointer(slope), negative=negative, reflected=iteration.reflected,
-        max_steps=max(1, request.max_steps - done), threads=torch.get_num_threads(),
+        max_steps=request.max_steps - done, threads=torch.get_num_threads(),
         theta=iteration.relaxation, tol=request.tol, noise=problem.noise_factor,
         z=z.data_ptr(), residual=residual.data_ptr(), steps=steps.data_ptr(),
         checks=checks.data_ptr(),

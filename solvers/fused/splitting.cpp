@@ -233,6 +233,7 @@ class Group {
     double mark = std::numeric_limits<double>::infinity();
     int64_t mark_steps = 0;        // where stalling was last excluded, and the change there
     bool stalled = false;
+    double size = 0;               // |v| in the metric
   };
 
   // The prox of slope a at step alpha, written without division by zero: a x / (a + alpha (1 - a)).
@@ -255,8 +256,14 @@ class Group {
       const T *v = p_.bias + (first + s) * n_, *alpha = p_.alpha;
       slot_[s] = Slot{first + s, unit_of(v, n_)};
       const T inverse = 1 / slot_[s].unit;
-      T *u = u_[s], *x = x_[s], *shift = shift_[s];
-      for (int64_t i = 0; i < n_; ++i) shift[i] = x[i] = u[i] = alpha[i] * (v[i] * inverse);
+      T *u = u_[s], *x = x_[s], *shift = shift_[s], size = 0;
+#pragma omp simd reduction(+ : size)
+      for (int64_t i = 0; i < n_; ++i) {
+        const T g = v[i] * inverse;
+        shift[i] = x[i] = u[i] = alpha[i] * g;
+        size += (p_.root[i] * g) * (p_.root[i] * g);
+      }
+      slot_[s].size = std::sqrt(static_cast<double>(size));
       if (p_.slope) {
         const T* d = p_.slope + (first + s) * n_;
         T* c = factor_[s];
@@ -355,18 +362,21 @@ class Group {
     }
   }
 
-  // A change near rounding that has not halved while the steps grew by a quarter will not.
+  static constexpr double kRest = 1024 * static_cast<double>(std::numeric_limits<T>::epsilon());
+
+  // A change near the rounding of v or z that has not halved while the steps grew by a quarter and
+  // 64 is at rest.
   static void note_stalling(Slot& slot) {
-    if (slot.steps < slot.mark_steps * 5 / 4 + 16) return;
-    const double floor = 1024 * std::numeric_limits<T>::epsilon() * slot.scale;
+    if (slot.change == 0) slot.stalled = true;
+    if (slot.stalled || slot.steps < slot.mark_steps * 5 / 4 + 64) return;
+    const double floor = kRest * std::max(slot.scale, slot.size);
     slot.stalled = slot.change > 0.5 * slot.mark && slot.change <= floor;
     slot.mark = slot.change;
     slot.mark_steps = slot.steps;
   }
 
   bool ends(const Slot& slot) const {
-    return slot.steps >= p_.max_steps || slot.stalled || slot.change == 0 ||
-           !std::isfinite(slot.change);
+    return slot.steps >= p_.max_steps || slot.stalled || !std::isfinite(slot.change);
   }
 
   void check() {
@@ -386,7 +396,9 @@ class Group {
       Slot& slot = slot_[order_[at]];
       const double r = residual_[at];
       ++slot.checks;
-      if (slot.change > 0 && slot.scale > 0 && r > 0) {
+      if (slot.stalled && r > p_.tol && slot.change > kRest * slot.scale) {
+        slot.stalled = false;  // more than the rounding of v is left, and z is far from its own
+      } else if (slot.change > 0 && slot.scale > 0 && r > 0) {
         const double seen = r * slot.scale / slot.change;
         ratio_ = calibrated_ ? 0.5 * (ratio_ + seen) : seen;
         calibrated_ = true;
@@ -416,12 +428,13 @@ class Group {
       const T *d = linear ? p_.slope + row : nullptr, negative = static_cast<T>(p_.negative);
       const T inverse = 1 / slot_[order_[at]].unit;
       double gap = 0, size = 0, image = 0, bias = 0;
+      const bool resting = slot_[order_[at]].stalled;  // all of v may be rounding then
 #pragma omp simd reduction(+ : gap, size, image, bias)
       for (int64_t i = 0; i < n_; ++i) {
         const T g = v[i] * inverse, y = w[i] + g;
         const T s = linear ? d[i] * y : (y < 0 ? negative * y : y);
         const double a = root[i] * (s - z[i]), b = root[i] * z[i], e = root[i] * s;
-        const double f = root[i] * g;
+        const double f = resting || s != 0 || z[i] != 0 ? root[i] * g : T(0);
         gap += a * a;
         size += b * b;
         image += e * e;

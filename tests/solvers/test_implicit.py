@@ -144,7 +144,7 @@ def test_failed_adjoint_solve_warns():
     problem = Inclusion(DenseOperator(W, metric), v, Softplus())
     z0 = solve(problem, tol=1e-14, max_steps=2000).value
     z = equilibrium(problem, tol=1e-13, max_steps=6, z0=z0).value
-    with pytest.warns(SolveWarning, match="adjoint solve by PeacemanRachford"):
+    with pytest.warns(SolveWarning, match="adjoint solve by SemismoothNewton"):
         z.sum().backward()
 
 

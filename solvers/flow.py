@@ -34,6 +34,8 @@ _STAGES = {
 class NeuralODE(Splitting):
     """An explicit Runge–Kutta method on ż = prox_{αf}((1 − α)z + α(Wz + v)) − z.
 
+    Equilibrium networks as limits of neural ODEs: Revay, Wang and Manchester (2020).
+
     Order 1 is Euler's method, z ← (1 − h)z + hT(z): relaxed forward–backward splitting. It
     contracts with factor 1 − h(1 − q) in the Λ norm. Order 4 is the classical method. Proved is a
     factor of at most √(1 − h(1 − q²)/6), see Note [Circle contractivity], and for linear T at most

@@ -30,7 +30,8 @@ class Determinant(StepSizeRule):
     """α = |det(I − W)|^(−1/n), the inverse geometric mean of the eigenvalues' moduli.
 
     Any α > 0 converges with Peaceman–Rachford; this one lies within a few per cent of the best
-    constant step in practice, and costs one LU. The determinant is the same for W and Wᵀ and in
+    constant step in practice, and costs one LU. It centres the spectrum of I − W on a logarithmic
+    scale, where (1 − αλ)/(1 + αλ) is the same for αλ and 1/(αλ). The determinant is the same for W and Wᵀ and in
     every diagonal scaling similar to W. Where I − W is singular, so not strongly monotone, α = 1.
     """
 
@@ -82,7 +83,8 @@ class InverseGeometricMean(StepSizeRule):
 class ForwardStep(StepSizeRule):
     """α = m/L², half the limit 2m/L² below which forward–backward splitting contracts.
 
-    It minimises the bound √(1 − 2αm + α²L²) of the factor in the Λ norm.
+    It minimises the bound √(1 − 2αm + α²L²) of the factor in the Λ norm. Ryu and Boyd (2016),
+    section 5.
 
     Raises:
         ValueError: if m ≤ 0.

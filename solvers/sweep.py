@@ -29,7 +29,8 @@ class Sweep(Method):
 
     Block i is z_i = σ(W_ii z_i + v_i + Σⱼ W_ij zⱼ) with the zⱼ already found, in reverse order for
     a transpose; a `ZeroOperator` block is evaluated. `max_steps` limits the sum of the steps of
-    all blocks, and that sum is what is reported.
+    all blocks, and that sum is what is reported. Forward substitution by blocks (Golub and Van
+    Loan 2013, section 3.1), with an equilibrium in the place of each pivot.
 
     Args:
         method: how a block is solved.

@@ -43,6 +43,11 @@ class Problem:
     bias: Tensor
 
     @property
+    def layer(self) -> str:
+        """The name without the batch."""
+        return " ".join(word for word in self.name.split() if not word.startswith("batch="))
+
+    @property
     def n(self) -> int:
         """Number of units."""
         return self.W.shape[0]

@@ -14,8 +14,9 @@ Every cell is one problem, tolerance, number of threads and direction:
 
 Times are medians of rounds in which all methods take turns. A ratio is the median over rounds of
 the other's time by lben's. A torchdeq solver is given as many evaluations as there are products in
-8 times lben's time; one that takes more than 0.3 s and 20 times lben's time is timed once and not
-part of the figures. Errors are measured against a float64 reference.
+4 times lben's time; one that takes more than 30 times lben's time on 128 samples is not timed, and
+one that takes more than 0.3 s and 20 times lben's time in a cell is timed once and not part of the
+figures. Errors are measured against a float64 reference.
 """
 
 from __future__ import annotations
@@ -237,7 +238,7 @@ def cell(
             "method": "torchdeq", "seconds": {**once, **times}.get("torchdeq"), "steps": None,
             "status": "reached its tolerance" if "torchdeq" in times else
             "reached its tolerance (timed once)" if once.get("torchdeq") else
-            f"no solver of the grid arrived within {PATIENCE:g} times lben's evaluations",
+            f"no solver of the grid arrived within {PATIENCE:g} times lben's time",
             "residual": None, "detail": repr(peer.method) if peer is not None else "",
         })  # fmt: skip
     record.cells.append(case.cell(threads, direction, product, results))

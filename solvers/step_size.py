@@ -31,8 +31,9 @@ class Determinant(StepSizeRule):
 
     Any α > 0 converges with Peaceman–Rachford; this one lies within a few per cent of the best
     constant step in practice, and costs one LU. It centres the spectrum of I − W on a logarithmic
-    scale, where (1 − αλ)/(1 + αλ) is the same for αλ and 1/(αλ). The determinant is the same for W and Wᵀ and in
-    every diagonal scaling similar to W. Where I − W is singular, so not strongly monotone, α = 1.
+    scale, where |1 − αλ| / |1 + αλ| is the same for αλ and 1/(αλ). The determinant is the same for
+    W and Wᵀ and in every diagonal scaling similar to W. Where I − W is singular, so not strongly
+    monotone, α = 1.
     """
 
     def __call__(self, operator: LinearOperator) -> float:

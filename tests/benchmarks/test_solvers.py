@@ -42,6 +42,7 @@ def test_the_published_loop_finds_the_same_solution_and_adjoint():
 
 def test_a_plan_fills_every_cell_and_the_figures(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "ROUNDS", 2)
+    monkeypatch.setattr(peers_module, "PATIENCE", 1e6)
     plan = benchmark.Plan(
         sizes=(24,),
         batches=(128, 9),

@@ -205,6 +205,11 @@ class LinearOperator(ABC):
             return memo.setdefault(key, build())
         return memo[key]
 
+    def _dual_metric(self) -> Tensor:
+        """Return Λ⁻¹, the metric in which Wᵀ is monotone where W is in Λ."""
+        key = ("metric of the transpose", self.transposed)
+        return self.memo(key, lambda: 1 / self.metric.detach())
+
     def norm(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, " *batch"]:
         """Return ‖z‖_Λ per sample."""
         key = ("root metric", self.transposed)
@@ -235,3 +240,16 @@ def check_metric(metric: Tensor, n: int, like: Tensor) -> None:
 def step_key(step: Step) -> Hashable:
     """Return what names α in a memo: itself, or the identity of a tensor that the memo keeps."""
     return step if isinstance(step, float | int) else id(step)
+
+
+def column(step: Step) -> Step:
+    """Return α to scale the rows of a matrix: one number, or a column of one per unit."""
+    return step[:, None] if isinstance(step, Tensor) and step.ndim else step
+
+
+def singular(step: Step) -> NotMonotoneError:
+    """Return the error for a matrix I + α(I − W) without an inverse."""
+    return NotMonotoneError(
+        "I + α(I − W) is singular or not finite, so W is not monotone (or not finite) "
+        f"at step size {step}: check the weights with their certificate"
+    )

@@ -211,12 +211,13 @@ class BlockTriangularOperator(LinearOperator):
 
     @property
     def T(self) -> BlockTriangularOperator:
-        key = ("metric of the transpose", self.transposed)
-        metric = self.memo(key, lambda: 1 / self.metric.detach())
         return BlockTriangularOperator(
             tuple(block.T for block in self.blocks),
-            _transposed(self.layout).couplings, metric, not self.transposed, self._shared(),
-        )  # fmt: skip
+            _transposed(self.layout).couplings,
+            self._dual_metric(),
+            not self.transposed,
+            self._shared(),
+        )
 
     def rebuild(self, tensors: tuple[Tensor, ...]) -> BlockTriangularOperator:
         left = iter(tensors)

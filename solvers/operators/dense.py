@@ -16,9 +16,10 @@ from solvers.operators.base import (
     Constants,
     LinearOperator,
     Map,
-    NotMonotoneError,
     Resolvent,
     check_metric,
+    column,
+    singular,
     step_key,
 )
 
@@ -105,9 +106,7 @@ class DenseOperator(LinearOperator):
         # W and Wᵀ share one memo. Resolvents are factored from W as first given and transposed
         # on demand, so one factorization serves forward and backward; step sizes, determinant
         # and constants do not change under transposition. The memo holds no tensor with a graph.
-        key = ("metric of the transpose", self.transposed)
-        metric = self.memo(key, lambda: 1 / self.metric.detach())
-        return DenseOperator(self.W.T, metric, not self.transposed, self._shared())
+        return DenseOperator(self.W.T, self._dual_metric(), not self.transposed, self._shared())
 
     def rebuild(self, tensors: tuple[Tensor, ...]) -> DenseOperator:
         (W,) = tensors
@@ -155,16 +154,11 @@ class DenseOperator(LinearOperator):
 
     def _factor(self, step: Step) -> DenseResolvent:
         A = self._I_minus_W()
-        A = (A.T if self.transposed else A) * (
-            step[:, None] if isinstance(step, Tensor) and step.ndim else step
-        )
+        A = (A.T if self.transposed else A) * column(step)
         A.diagonal().add_(1)
         inverse, info = torch.linalg.inv_ex(A)
         if int(info) != 0 or not bool(torch.isfinite(inverse).all()):
-            raise NotMonotoneError(
-                "I + α(I − W) is singular or not finite, so W is not monotone (or not finite) "
-                f"at step size {step}: check the weights with their certificate"
-            )
+            raise singular(step)
         return DenseResolvent(inverse, step)
 
     def relaxed(self, step: Step) -> DenseMap:

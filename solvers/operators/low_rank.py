@@ -16,9 +16,10 @@ from solvers.operators.base import (
     Constants,
     LinearOperator,
     Map,
-    NotMonotoneError,
     Resolvent,
     check_metric,
+    column,
+    singular,
     step_key,
 )
 from solvers.operators.definiteness import DiagonalPlusLowRank
@@ -116,9 +117,9 @@ class LowRankOperator(LinearOperator):
     @property
     def T(self) -> LowRankOperator:
         # One memo for both: see Note [Shared factors] of the dense operator.
-        key = ("metric of the transpose", self.transposed)
-        metric = self.memo(key, lambda: 1 / self.metric.detach())
-        return LowRankOperator(self.d, self.B, self.A, metric, not self.transposed, self._shared())
+        return LowRankOperator(
+            self.d, self.B, self.A, self._dual_metric(), not self.transposed, self._shared()
+        )
 
     def rebuild(self, tensors: tuple[Tensor, ...]) -> LowRankOperator:
         d, A, B = tensors
@@ -180,21 +181,18 @@ class LowRankOperator(LinearOperator):
         d, A, B = (t.detach() for t in self.tensors)
         if self.transposed:
             A, B = B, A
-        alpha = step[:, None] if isinstance(step, Tensor) and step.ndim else step
+        alpha = column(step)
         E, left, right = _strong_pivots(1 + step * (1 - d), alpha * A, B)
         inverse, info = torch.linalg.inv_ex(_core(E, left, right))
         left, right = (left / E[:, None]) @ inverse, right / E[:, None]
         finite = all(bool(torch.isfinite(t).all()) for t in (1 / E, left, right))
         if int(info) != 0 or not finite:
-            raise NotMonotoneError(
-                "I + α(I − W) is singular or not finite, so W is not monotone (or not finite) "
-                f"at step size {step}: check the weights with their certificate"
-            )
+            raise singular(step)
         return LowRankResolvent(1 / E, left, right, step)
 
     def relaxed(self, step: Step) -> LowRankMap:
         d, A, B = (t.detach() for t in self.tensors)
-        alpha = step[:, None] if isinstance(step, Tensor) and step.ndim else step
+        alpha = column(step)
         return LowRankMap((1 - step) + step * d, alpha * A, B.contiguous())
 
     def is_monotone(self) -> bool:

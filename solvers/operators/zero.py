@@ -72,9 +72,7 @@ class ZeroOperator(LinearOperator):
 
     @property
     def T(self) -> ZeroOperator:
-        key = ("metric of the transpose", self.transposed)
-        metric = self.memo(key, lambda: 1 / self.metric.detach())
-        return ZeroOperator(metric, not self.transposed, self._shared())
+        return ZeroOperator(self._dual_metric(), not self.transposed, self._shared())
 
     def rebuild(self, tensors: tuple[Tensor, ...]) -> ZeroOperator:
         return self

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lben import EquilibriumClassifier, checkpoints
 from lben.data import DataError
 from lben.evaluation import environment
 
@@ -32,6 +33,13 @@ def find_root(given: str | None) -> str:
         if candidate and (Path(candidate) / "MNIST" / "raw").is_dir():
             return candidate
     raise DataError("no MNIST/raw folder found in data or ../data: name its parent with --root")
+
+
+def trained(name: str) -> EquilibriumClassifier:
+    """Return a model that `benchmarks.mnist` has left in results/mnist."""
+    model = checkpoints.load_model(RESULTS / "mnist" / name)
+    assert isinstance(model, EquilibriumClassifier)
+    return model
 
 
 def _commit() -> str:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.common import RESULTS
-from lben import checkpoints
+from benchmarks.common import trained
 from lben.data import load, pixels
 from solvers import DenseOperator, Inclusion, ReLU
 
@@ -106,7 +105,7 @@ def trained_problems(root: str, batches: tuple[int, ...]) -> Iterator[Problem]:
     """
     images = pixels(load("mnist", root).test_images[: max(batches)], torch.float64)
     for gamma in TRAINED:
-        model = checkpoints.load_model(RESULTS / "mnist" / gamma).double()
+        model = trained(gamma).double()
         for batch in batches:
             with torch.no_grad():
                 inclusion = model.layer.inclusion(model.normalize(images[:batch]).flatten(1))

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.common import RESULTS, finish, interleaved, parser, ratio
-from lben import checkpoints
+from benchmarks.common import finish, interleaved, parser, ratio, trained
 from lben.layers import EquilibriumLinear
 
 BATCH, TOL, SEED = 128, 1e-4, 0
@@ -36,7 +35,7 @@ def main() -> None:
     arguments = parser("one training step against an MLP and torchdeq's Anderson").parse_args()
     rounds = 50 if arguments.quick else 300
     torch.manual_seed(SEED)
-    layer = checkpoints.load_model(RESULTS / "mnist" / "1").layer.train()
+    layer = trained("1").layer.train()
     layer.tol = TOL
     x = torch.rand(BATCH, layer.in_features).sub_(0.1307).div_(0.3081)
     labels = torch.randint(10, (BATCH,))

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lben.certificates import check_labels
+from lben.radii import check_labels
 
 Images = Float[Tensor, "batch channels height width"]
 

@@ -23,11 +23,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lben.models import EquilibriumClassifier, EquilibriumClassifierConfig
+from lben.models import Classifier, EquilibriumClassifierConfig, ResidualClassifierConfig
 
 FORMAT = 1
 CONFIG, MODEL, CERTIFICATE = "config.json", "model.safetensors", "certificate.json"
 TRAINING, METRICS = "training.safetensors", "metrics.jsonl"
+
+ModelConfig = EquilibriumClassifierConfig | ResidualClassifierConfig
+_KINDS: dict[str, type[ModelConfig]] = {
+    "equilibrium_classifier": EquilibriumClassifierConfig,
+    "residual_classifier": ResidualClassifierConfig,
+}
 
 
 class CheckpointError(Exception):
@@ -44,21 +50,20 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
-def save_config(
-    folder: Path, model: EquilibriumClassifierConfig, training: Mapping[str, Any]
-) -> None:
+def save_config(folder: Path, model: ModelConfig, training: Mapping[str, Any]) -> None:
     """Write config.json."""
     folder.mkdir(parents=True, exist_ok=True)
+    kind = next(name for name, cls in _KINDS.items() if isinstance(model, cls))
     config = {
         "format": FORMAT,
         "library": "lben",
-        "model": {"kind": "equilibrium_classifier", **asdict(model)},
+        "model": {"kind": kind, **asdict(model)},
         "training": dict(training),
     }
     write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
-def load_config(folder: Path | str) -> tuple[EquilibriumClassifierConfig, dict[str, Any]]:
+def load_config(folder: Path | str) -> tuple[ModelConfig, dict[str, Any]]:
     """Read config.json: the model's configuration and the training's as a dictionary.
 
     Raises:
@@ -75,22 +80,21 @@ def load_config(folder: Path | str) -> tuple[EquilibriumClassifierConfig, dict[s
     try:
         fields = dict(config["model"])
         kind = fields.pop("kind")
-        if kind != "equilibrium_classifier":
+        if kind not in _KINDS:
             raise CheckpointError(f"{path}: unknown kind of model {kind!r}")
-        for name in ("shape", "mean", "std"):
-            fields[name] = tuple(fields[name])
-        return EquilibriumClassifierConfig(**fields), dict(config["training"])
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return _KINDS[kind](**values), dict(config["training"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} lacks a field or has one too many: {error}") from error
 
 
-def save_model(folder: Path, model: EquilibriumClassifier) -> None:
+def save_model(folder: Path, model: Classifier) -> None:
     """Write model.safetensors."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     write_atomically(folder / MODEL, save(tensors, metadata={"format": "pt"}))
 
 
-def load_model(folder: Path | str) -> EquilibriumClassifier:
+def load_model(folder: Path | str) -> Classifier:
     """Build the model of a checkpoint and load its parameters, on the CPU, in eval mode.
 
     Raises:
@@ -105,7 +109,7 @@ def load_model(folder: Path | str) -> EquilibriumClassifier:
 
 
 def save_training(
-    folder: Path, model: EquilibriumClassifier, optimizer: torch.optim.Optimizer, epoch: int
+    folder: Path, model: Classifier, optimizer: torch.optim.Optimizer, epoch: int
 ) -> None:
     """Write training.safetensors: all that resuming needs, in one file."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
@@ -116,9 +120,7 @@ def save_training(
     write_atomically(folder / TRAINING, save(tensors, metadata=metadata))
 
 
-def load_training(
-    folder: Path, model: EquilibriumClassifier, optimizer: torch.optim.Optimizer
-) -> int:
+def load_training(folder: Path, model: Classifier, optimizer: torch.optim.Optimizer) -> int:
     """Load model and optimiser state in place and return the number of finished epochs.
 
     Raises:
@@ -150,7 +152,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path} is truncated or corrupt: {error}") from error
 
 
-def _load_state(path: Path, model: EquilibriumClassifier, tensors: dict[str, Tensor]) -> None:
+def _load_state(path: Path, model: Classifier, tensors: dict[str, Tensor]) -> None:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import platform
 import time
@@ -13,9 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lben.attacks import ascend_quotient, pgd_l2, quotients, random_pairs
-from lben.certificates import NetworkCertificate, certified_radius
+from lben.certificates import NetworkCertificate
 from lben.data import Dataset, pixels
-from lben.models import EquilibriumClassifier
+from lben.models import Classifier
+from lben.radii import certified_radius
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Report:
         certified_accuracy: share with certified radius above each radius.
         certified_attacked: the same on the attacked images only.
         pgd_accuracy: share of the attacked images that PGD did not break at each radius.
-        gamma: promised bound on the normalised input; None when there is none.
+        gamma: promised bound of y on the normalised input; None when there is none.
         bound: proved bound from pixels to logits that the radii rest on.
         promised_bound: gamma in pixels, proved; None when there is none.
         quotient: largest Lipschitz quotient found, in pixels.
@@ -76,8 +76,8 @@ class Report:
         pairs: pairs checked against the bound, random and attacked.
         violations: pairs whose quotient exceeds the bound, and attacked images broken within
             their certified radius. Anything but 0 is a defect of the library.
-        smallest_eigenvalue: of M(Λ, γ) for the bound used.
-        m: proved strong monotonicity.
+        smallest_eigenvalue: of M(Λ, γ) for the bound used, the least of all layers.
+        m: proved strong monotonicity, the least of all layers.
         max_logit_error: largest proved distance of the evaluated to the exact logits.
         solver_steps: most iterations that a test image needed.
         seconds: of the whole evaluation.
@@ -131,7 +131,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def evaluate(model: EquilibriumClassifier, data: Dataset, config: EvaluationConfig) -> Report:
+def evaluate(model: Classifier, data: Dataset, config: EvaluationConfig) -> Report:
     """Certify and attack a model in float64.
 
     Raises:
@@ -139,20 +139,16 @@ def evaluate(model: EquilibriumClassifier, data: Dataset, config: EvaluationConf
         SolveError: if a solve of a test image misses the tolerance.
     """
     started = time.perf_counter()
-    exact = copy.deepcopy(model).to("cpu", torch.float64).eval()
-    exact.layer.tol, exact.layer.on_failure = config.tol, "raise"
-    exact.layer.max_steps = 20 * exact.layer.max_steps
-    promised = None if exact.layer.gamma is None else exact.certificate()
-    needs_tightening = config.tightened or promised is None
-    if needs_tightening and not exact.config.feedthrough:
+    exact = model.exact(config.tol)
+    promised = None if exact.gamma is None else exact.certificate()
+    if promised is None or (config.tightened and exact.tightens):
         certificate = exact.certificate(tightened=True)
     else:
-        assert promised is not None
         certificate = promised
 
     x, labels = pixels(data.test_images, torch.float64), data.test_labels
     logits, errors, steps = _all_logits(exact, x, certificate)
-    radius = certified_radius(logits, labels, certificate.bound, logit_error=errors)
+    radius = certified_radius(logits, labels, certificate.radius_bound(), logit_error=errors)
     attacked = min(config.attack_samples, len(x))
     robust, broken_within = _attack(exact, x[:attacked], labels[:attacked], radius, config)
     quotient, pairs, over = _pairs(exact, x, certificate, config)
@@ -172,15 +168,15 @@ def evaluate(model: EquilibriumClassifier, data: Dataset, config: EvaluationConf
         certified_accuracy=tuple(certified(r, len(x)) for r in config.radii),
         certified_attacked=tuple(certified(r, attacked) for r in config.radii),
         pgd_accuracy=robust,
-        gamma=exact.layer.gamma,
+        gamma=exact.gamma,
         bound=certificate.bound,
         promised_bound=None if promised is None else promised.bound,
         quotient=quotient,
         tightness=proved.bound / quotient,
         pairs=pairs,
         violations=over + broken_within,
-        smallest_eigenvalue=certificate.layers[0].smallest_eigenvalue,
-        m=certificate.layers[0].m,
+        smallest_eigenvalue=min(layer.smallest_eigenvalue for layer in certificate.layers),
+        m=min(layer.m for layer in certificate.layers),
         max_logit_error=float(errors.max()),
         solver_steps=steps,
         seconds=round(time.perf_counter() - started, 2),
@@ -190,7 +186,7 @@ def evaluate(model: EquilibriumClassifier, data: Dataset, config: EvaluationConf
 
 
 def _all_logits(
-    model: EquilibriumClassifier, x: Tensor, certificate: NetworkCertificate
+    model: Classifier, x: Tensor, certificate: NetworkCertificate
 ) -> tuple[Tensor, Tensor, int]:
     logits, errors, steps = [], [], 0
     for batch in tqdm(x.split(2000), desc="certify", unit="batch", disable=None, leave=False):
@@ -202,7 +198,7 @@ def _all_logits(
 
 
 def _attack(
-    model: EquilibriumClassifier,
+    model: Classifier,
     x: Tensor,
     labels: Tensor,
     radius: Tensor,
@@ -223,7 +219,7 @@ def _attack(
 
 
 def _pairs(
-    model: EquilibriumClassifier,
+    model: Classifier,
     x: Tensor,
     certificate: NetworkCertificate,
     config: EvaluationConfig,

@@ -16,9 +16,9 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from lben import checkpoints
-from lben.certificates import check_labels
 from lben.data import Dataset, DatasetName, load, pixels
 from lben.models import ActivationName, EquilibriumClassifier, EquilibriumClassifierConfig
+from lben.radii import check_labels
 
 
 @dataclass(frozen=True, kw_only=True)

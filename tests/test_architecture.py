@@ -16,7 +16,8 @@ ROOMS = {
         "acceleration flow newton sweep auto solve interop gradient implicit"
     ),
     "lben": (
-        "_companion weights rigorous parameterizations certificates layers models data checkpoints "
+        "_companion weights rigorous inequality spectrum parameterizations certificates tightening "
+        "radii layers models data checkpoints "
         "attacks training evaluation reports cli __main__"
     ),
 }

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lben.certificates import Certificate, certify
-from lben.parameterizations import DirectParameterization
+from lben.parameterizations import CompleteParameterization, DirectParameterization
 from lben.weights import ExplicitWeights
 from solvers import (
     Auto,
@@ -27,64 +27,36 @@ from solvers import (
 from solvers.solution import OnFailure
 
 
-class EquilibriumLinear(nn.Module):
-    """y = Cz + Dx + b_y with z = σ(Wz + Ux + b), γ-Lipschitz in l2 for every parameter value.
+class EquilibriumLayer(nn.Module):
+    """y = Cz + Dx + b_y with z = σ(Wz + Ux + b), the weights from a parameterization.
 
     Args:
-        in_features: p.
-        hidden_features: n, equilibrium units.
-        out_features: q.
-        gamma: l2 Lipschitz bound of x ↦ y; None for a layer that is only well-posed.
-        activation: σ.
-        feedthrough: whether y has a term Dx.
-        learn_metric: whether Λ is trained. gamma=None with learn_metric=False is monDEQ.
-        epsilon: slack of the certificate, m ≥ epsilon.
+        parameterization: a module that returns `ExplicitWeights` and has their γ as `gamma`.
+        activation: σ; ReLU when omitted.
         method: how forward and backward are solved; `Auto()` when omitted.
         gradient: what is passed back; the exact `ImplicitGradient()` when omitted.
         tol: relative tolerance of both solves, per sample, in the Λ norm.
         max_steps: iteration limit of both solves.
         on_failure: "warn" or "raise" when a sample misses the tolerance.
-        device, dtype: as in torch.nn.
-
-    Raises:
-        ValueError: for sizes, gamma or epsilon that are not positive.
-
-    Reference: Revay, Wang and Manchester (2020), arXiv 2010.01732.
     """
 
     def __init__(
         self,
-        in_features: int,
-        hidden_features: int,
-        out_features: int,
+        parameterization: DirectParameterization | CompleteParameterization,
         *,
-        gamma: float | None = 1.0,
         activation: ProximalActivation | None = None,
-        feedthrough: bool = False,
-        learn_metric: bool = True,
-        epsilon: float = 1e-3,
         method: Method | None = None,
         gradient: Gradient | None = None,
         tol: float = 1e-4,
         max_steps: int = 5000,
         on_failure: OnFailure = "warn",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.parameterization = DirectParameterization(
-            in_features,
-            hidden_features,
-            out_features,
-            gamma=gamma,
-            feedthrough=feedthrough,
-            learn_metric=learn_metric,
-            epsilon=epsilon,
-            device=device,
-            dtype=dtype,
-        )
-        self.in_features, self.hidden_features = in_features, hidden_features
-        self.out_features = out_features
+        self.parameterization = parameterization
+        with torch.no_grad():
+            weights = parameterization()
+        self.in_features, self.hidden_features = weights.in_features, weights.hidden_features
+        self.out_features = weights.out_features
         self.activation = ReLU() if activation is None else activation
         self.method = Auto() if method is None else method
         self.gradient = ImplicitGradient() if gradient is None else gradient
@@ -180,7 +152,7 @@ class EquilibriumLinear(nn.Module):
         return {**self.__dict__, "_cache": None}
 
     def _check_input(self, x: Tensor) -> None:
-        reference = self.parameterization.U
+        reference = self.parameterization.b
         if x.ndim < 1 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"expected {self.in_features} features in the last dimension of x, "
@@ -214,6 +186,60 @@ class EquilibriumLinear(nn.Module):
             f"gamma={self.gamma}, activation={self.activation}, method={self.method}, "
             f"tol={self.tol}"
         )
+
+
+class EquilibriumLinear(EquilibriumLayer):
+    """y = Cz + Dx + b_y with z = σ(Wz + Ux + b), γ-Lipschitz in l2 for every parameter value.
+
+    Args:
+        in_features: p.
+        hidden_features: n, equilibrium units.
+        out_features: q.
+        gamma: l2 Lipschitz bound of x ↦ y; None for a layer that is only well-posed.
+        activation: σ.
+        feedthrough: whether y has a term Dx.
+        learn_metric: whether Λ is trained. gamma=None with learn_metric=False is monDEQ.
+        epsilon: slack of the certificate, m ≥ epsilon.
+        method: how forward and backward are solved; `Auto()` when omitted.
+        gradient: what is passed back; the exact `ImplicitGradient()` when omitted.
+        tol: relative tolerance of both solves, per sample, in the Λ norm.
+        max_steps: iteration limit of both solves.
+        on_failure: "warn" or "raise" when a sample misses the tolerance.
+        device, dtype: as in torch.nn.
+
+    Raises:
+        ValueError: for sizes, gamma or epsilon that are not positive.
+
+    Reference: Revay, Wang and Manchester (2020), arXiv 2010.01732.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        *,
+        gamma: float | None = 1.0,
+        activation: ProximalActivation | None = None,
+        feedthrough: bool = False,
+        learn_metric: bool = True,
+        epsilon: float = 1e-3,
+        method: Method | None = None,
+        gradient: Gradient | None = None,
+        tol: float = 1e-4,
+        max_steps: int = 5000,
+        on_failure: OnFailure = "warn",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            DirectParameterization(
+                in_features, hidden_features, out_features, gamma=gamma, feedthrough=feedthrough,
+                learn_metric=learn_metric, epsilon=epsilon, device=device, dtype=dtype,
+            ),
+            activation=activation, method=method, gradient=gradient, tol=tol,
+            max_steps=max_steps, on_failure=on_failure,
+        )  # fmt: skip
 
 
 @dataclass(eq=False)

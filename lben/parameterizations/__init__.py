@@ -1,5 +1,22 @@
 """Free tensors to `ExplicitWeights`: maps whose range satisfies the certificate by construction."""
 
+from lben.parameterizations.complete import CompleteParameterization
+from lben.parameterizations.contraction import ContractionParameterization
 from lben.parameterizations.direct import DirectParameterization
+from lben.parameterizations.explicit import ExplicitParameterization
+from lben.parameterizations.multipliers import Gershgorin, MultiplierRule, Orthonormal, Spectral
+from lben.parameterizations.residual import ResidualParameterization
+from lben.parameterizations.sandwich import SandwichParameterization
 
-__all__ = ["DirectParameterization"]
+__all__ = [
+    "CompleteParameterization",
+    "ContractionParameterization",
+    "DirectParameterization",
+    "ExplicitParameterization",
+    "Gershgorin",
+    "MultiplierRule",
+    "Orthonormal",
+    "ResidualParameterization",
+    "SandwichParameterization",
+    "Spectral",
+]

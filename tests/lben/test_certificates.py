@@ -15,8 +15,8 @@ from lben import (
     compose,
     tighten,
 )
-from lben.certificates import logit_error
 from lben.parameterizations import DirectParameterization
+from lben.radii import logit_error
 from solvers import DenseOperator, Inclusion, ReLU, solve
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lben import EquilibriumClassifierConfig
-from lben.models import activation
+from lben.models.equilibrium import activation
 from solvers import LeakyReLU, ReLU, Tanh
 
 CONFIG = EquilibriumClassifierConfig(

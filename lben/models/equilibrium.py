@@ -1,4 +1,4 @@
-"""Which networks have a name? Frozen configurations, and `build`, which makes modules of them."""
+"""A fully connected equilibrium classifier: what is it made of, and what does it prove?"""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
-from lben.certificates import (
-    NetworkCertificate,
-    certified_radius,
-    certify,
-    compose,
-    logit_error,
-    tighten,
-)
-from lben.layers import EquilibriumLinear, Normalize
+from lben.certificates import NetworkCertificate, certify, compose
+from lben.layers import EquilibriumLinear
+from lben.models.base import CertifiedLogits, Classifier
+from lben.radii import logit_error
+from lben.tightening import tighten
 from solvers import LeakyReLU, ProximalActivation, ReLU, Tanh
 
 ActivationName = Literal["relu", "leaky_relu", "tanh"]
@@ -61,28 +57,12 @@ class EquilibriumClassifierConfig:
         return EquilibriumClassifier(self)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CertifiedLogits:
-    """Logits with a proved bound of their distance to the exact network's.
-
-    Attributes:
-        logits: y.
-        error: bound of ‖y − y*‖₂ per sample.
-        steps: most solver iterations that a sample needed.
-    """
-
-    logits: Float[Tensor, "batch classes"]
-    error: Float[Tensor, " batch"]
-    steps: int
-
-
-class EquilibriumClassifier(nn.Module):
+class EquilibriumClassifier(Classifier):
     """Normalisation, flattening and one `EquilibriumLinear`: images in [0, 1] to logits."""
 
     def __init__(self, config: EquilibriumClassifierConfig) -> None:
-        super().__init__()
+        super().__init__(config.shape, config.mean, config.std)
         self.config = config
-        self.normalize = Normalize(config.mean, config.std)
         self.layer = EquilibriumLinear(
             math.prod(config.shape),
             config.hidden,
@@ -96,23 +76,22 @@ class EquilibriumClassifier(nn.Module):
             max_steps=config.max_steps,
         )
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch classes"]:
-        """Return logits.
+    def logits(self, x: Float[Tensor, "batch channels height width"]) -> Tensor:
+        return self.layer(x.flatten(1))
 
-        Raises:
-            ValueError: if the images have another shape or dtype, or contain NaN or Inf.
-        """
-        return self.layer(self._features(x))
+    @property
+    def gamma(self) -> float | None:
+        return self.layer.gamma
 
-    def _features(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or tuple(x.shape[1:]) != self.config.shape:
-            raise ValueError(
-                f"expected images of shape (batch, {', '.join(map(str, self.config.shape))}), "
-                f"got {tuple(x.shape)}"
-            )
-        return self.normalize(x).flatten(1)
+    @property
+    def tightens(self) -> bool:
+        return not self.config.feedthrough
+
+    def exact(self, tol: float) -> EquilibriumClassifier:
+        exact = super().exact(tol)
+        exact.layer.tol, exact.layer.on_failure = tol, "raise"
+        exact.layer.max_steps = 20 * exact.layer.max_steps
+        return exact
 
     def certificate(self, *, tightened: bool = False) -> NetworkCertificate:
         """Prove the bound of the whole network from pixels to logits.
@@ -133,22 +112,9 @@ class EquilibriumClassifier(nn.Module):
     def certified_logits(
         self, x: Float[Tensor, "batch channels height width"], certificate: NetworkCertificate
     ) -> CertifiedLogits:
-        """Return logits with a bound of their l2 distance to the exact network's.
-
-        The exact network is the one with these float64 weights, an exact equilibrium and no
-        rounding; the bound covers solver error and float64 rounding from pixels to logits.
-
-        Raises:
-            ValueError: if the model is not float64 (`model.double()` converts it).
-        """
+        features = self.prepared(x).flatten(1)
         weights = self.layer.weights()
-        if weights.W.dtype != torch.float64:
-            raise ValueError(
-                f"certified logits are evaluated in float64, the model is {weights.W.dtype}: "
-                "use model.double()"
-            )
         (proof,) = certificate.layers
-        features = self._features(x)
         problem = self.layer.inclusion(features)
         solution = self.layer.equilibrium(features)
         state_error = problem.error_bound(solution.value, proof.constants)
@@ -160,17 +126,6 @@ class EquilibriumClassifier(nn.Module):
             error=error,
             steps=solution.stats.max_steps,
         )
-
-    def certified_radius(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        labels: Int[Tensor, " batch"],
-        certificate: NetworkCertificate | None = None,
-    ) -> Float[Tensor, " batch"]:
-        """Return certified radii in the l2 norm of pixels in [0, 1]; 0 where misclassified."""
-        certificate = self.certificate() if certificate is None else certificate
-        result = self.certified_logits(x, certificate)
-        return certified_radius(result.logits, labels, certificate.bound, logit_error=result.error)
 
 
 def activation(name: ActivationName) -> ProximalActivation:

@@ -1,0 +1,232 @@
+"""Which fixed maps are 1-Lipschitz? Padding, down-sampling, pooling, activations without ReLU.
+
+Each is an isometry, an orthogonal projection or a pointwise contraction in l2, so its bound is
+exactly 1 and needs no certificate. `rounding` bounds what floating point adds.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Companion(nn.Module):
+    """A 1-Lipschitz map without certificate. `terms` products and sums make an output."""
+
+    terms = 0
+
+    def rounding(self, x: Tensor) -> Tensor:
+        """Bound ‖fl(y) − y‖₂ per sample."""
+        size = torch.linalg.vector_norm(x.flatten(1), dim=1)
+        return self.terms * torch.finfo(x.dtype).eps * size
+
+
+class Flatten(Companion):
+    """Images to features."""
+
+    def forward(self, x: Float[Tensor, batch * features]) -> Float[Tensor, "batch p"]:
+        """Return the features."""
+        return x.flatten(1)
+
+
+class ChannelPadding(Companion):
+    """Append channels of zeros: an isometry.
+
+    Args:
+        channels: after padding.
+
+    Raises:
+        ValueError: if channels is not positive.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels must be at least 1, got {channels}")
+        self.channels = channels
+
+    def forward(self, x: Float[Tensor, "batch p h w"]) -> Float[Tensor, "batch q h w"]:
+        """Return the padded images.
+
+        Raises:
+            ValueError: if x has more channels than that.
+        """
+        if x.ndim != 4 or x.shape[1] > self.channels:
+            raise ValueError(
+                f"expected images of at most {self.channels} channels, got {tuple(x.shape)}"
+            )
+        return functional.pad(x, (0, 0, 0, 0, 0, self.channels - x.shape[1]))
+
+    def extra_repr(self) -> str:
+        """Describe the map in `repr`."""
+        return str(self.channels)
+
+
+class InvertibleDownsampling(Companion):
+    """Move s × s pixels into channels: a permutation (pixel unshuffle).
+
+    Args:
+        stride: s.
+
+    Raises:
+        ValueError: if stride is not positive.
+    """
+
+    def __init__(self, stride: int = 2) -> None:
+        super().__init__()
+        _check_positive("stride", stride)
+        self.stride = stride
+
+    def forward(self, x: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch d i j"]:
+        """Return images of s² times the channels and 1/s of the height and width."""
+        _check_divisible(x, self.stride)
+        return functional.pixel_unshuffle(x, self.stride)
+
+    def extra_repr(self) -> str:
+        """Describe the map in `repr`."""
+        return str(self.stride)
+
+
+class AveragePooling(Companion):
+    """Sum of s × s pixels divided by s: orthonormal rows, so the norm is exactly 1.
+
+    Araujo et al. (2023) use s = 4 between convolutions and dense layers.
+
+    Args:
+        size: s.
+
+    Raises:
+        ValueError: if size is not positive.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        _check_positive("size", size)
+        self.size, self.terms = size, size * size + 1
+
+    def forward(self, x: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c i j"]:
+        """Return the pooled images."""
+        _check_divisible(x, self.size)
+        return functional.avg_pool2d(x, self.size, divisor_override=self.size)
+
+    def extra_repr(self) -> str:
+        """Describe the map in `repr`."""
+        return str(self.size)
+
+
+class NormPooling(Companion):
+    """l2 norm of s × s pixels: 1-Lipschitz by the triangle inequality (Boureau et al. 2010).
+
+    Args:
+        size: s.
+
+    Raises:
+        ValueError: if size is not positive.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        _check_positive("size", size)
+        self.size, self.terms = size, size * size + 2
+
+    def forward(self, x: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c i j"]:
+        """Return the pooled images; where all pixels are 0 the gradient is 0."""
+        _check_divisible(x, self.size)
+        patches = functional.pixel_unshuffle(x, self.size).unflatten(1, (x.shape[1], -1))
+        return torch.linalg.vector_norm(patches, dim=2)
+
+    def extra_repr(self) -> str:
+        """Describe the map in `repr`."""
+        return str(self.size)
+
+
+class GroupSort(Companion):
+    """Sort channels within groups: a permutation that depends on x. Anil, Lucas and Grosse (2019).
+
+    Args:
+        group: channels per group; 2 is MaxMin.
+
+    Raises:
+        ValueError: if group is below 2.
+    """
+
+    def __init__(self, group: int = 2) -> None:
+        super().__init__()
+        if group < 2:
+            raise ValueError(f"group must be at least 2, got {group}")
+        self.group = group
+
+    def forward(self, x: Float[Tensor, "batch c *grid"]) -> Float[Tensor, "batch c *grid"]:
+        """Return x with its channels sorted."""
+        grouped = _groups(x, self.group)
+        if self.group == 2:
+            low, high = torch.minimum(*grouped.unbind(2)), torch.maximum(*grouped.unbind(2))
+            return torch.stack([low, high], dim=2).flatten(1, 2)
+        return grouped.sort(dim=2).values.flatten(1, 2)
+
+    def extra_repr(self) -> str:
+        """Describe the map in `repr`."""
+        return str(self.group)
+
+
+class Householder(Companion):
+    """Reflect pairs of channels (a, b) where they lie on the far side of a trained line.
+
+    With the line's normal (sin ½θ, −cos ½θ) the pair is reflected if the inner product is positive:
+    piecewise orthogonal and continuous. Singla, Singla and Feizi (2022).
+
+    Args:
+        channels: even.
+        device, dtype: as in torch.nn.
+
+    Raises:
+        ValueError: if channels is odd or not positive.
+    """
+
+    terms = 16
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if channels < 2 or channels % 2:
+            raise ValueError(f"channels must be even and positive, got {channels}")
+        start = torch.full((channels // 2,), math.pi / 2, device=device, dtype=dtype)
+        self.theta = nn.Parameter(start)
+
+    def forward(self, x: Float[Tensor, "batch c *grid"]) -> Float[Tensor, "batch c *grid"]:
+        """Return the reflected channels."""
+        a, b = _groups(x, 2).unbind(2)
+        theta = self.theta.reshape(-1, *[1] * (x.ndim - 2))
+        across = torch.sin(theta / 2) * a - torch.cos(theta / 2) * b
+        beyond = 2 * torch.relu(across)
+        pair = (a - beyond * torch.sin(theta / 2), b + beyond * torch.cos(theta / 2))
+        return torch.stack(pair, dim=2).flatten(1, 2)
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _check_divisible(x: Tensor, size: int) -> None:
+    if x.ndim != 4 or x.shape[2] % size or x.shape[3] % size:
+        raise ValueError(
+            f"expected images whose height and width are multiples of {size}, got {tuple(x.shape)}"
+        )
+
+
+def _groups(x: Tensor, group: int) -> Tensor:
+    if x.ndim < 2 or x.shape[1] % group:
+        raise ValueError(
+            f"expected a number of channels that is a multiple of {group}, got {tuple(x.shape)}"
+        )
+    return x.unflatten(1, (-1, group))

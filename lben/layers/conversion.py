@@ -1,0 +1,58 @@
+"""How does an explicit layer, or a stack of them, become an equilibrium layer to be trained on?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lben.layers.equilibrium import EquilibriumLayer
+from lben.parameterizations import CompleteParameterization
+from lben.weights import ExplicitWeights, stack
+
+
+def from_explicit(
+    weights: ExplicitWeights | Sequence[ExplicitWeights], **options: Any
+) -> EquilibriumLayer:
+    """Return a trainable equilibrium layer with the function and the bound of explicit weights.
+
+    A residual, sandwich, linear or equilibrium layer is one set of weights; a stack of them is
+    assembled first, with the product of their bounds. Havens, Araujo, Garg, Khorrami and Hu (2023),
+    "Exploiting connections between Lipschitz structures for certifiably robust deep equilibrium
+    models": here by the complete parameterization, so that every later value of the free tensors
+    keeps the bound.
+
+    Args:
+        weights: of one layer, or of several, first to last; `layer.weights()` in float64.
+        options: of `EquilibriumLayer`; the activation must be that of the explicit layers.
+
+    Raises:
+        ValueError: if the weights claim no bound or do not satisfy the certificate, do not fit
+            each other, or have no hidden units.
+    """
+    layers = [weights] if isinstance(weights, ExplicitWeights) else weights
+    whole = reduce(stack, [layer.apply(Tensor.double) for layer in layers])
+    if whole.hidden_features == 0:
+        raise ValueError("the weights have no hidden units: there is nothing to solve for")
+    with torch.no_grad():
+        parameterization = CompleteParameterization(whole)
+    return EquilibriumLayer(parameterization, **options)
+
+
+def feedback(W: Float[Tensor, "n n"], sizes: Sequence[int]) -> Float[Tensor, ""]:
+    """Return the squared Frobenius norm of what W has beyond a strictly block lower triangle.
+
+    It is 0 for a stack of explicit layers with these numbers of units; as a penalty it keeps a
+    layer near the structure that it came from.
+
+    Raises:
+        ValueError: if the sizes do not add up to n.
+    """
+    if sum(sizes) != len(W):
+        raise ValueError(f"sizes {tuple(sizes)} do not add up to the {len(W)} units of W")
+    layer = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(W.device)
+    return (W * (layer[:, None] <= layer)).square().sum()

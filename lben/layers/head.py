@@ -1,0 +1,106 @@
+"""How do features become logits, and how far can two logits move apart?"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrizations
+
+from lben.certificates import Certificate, certify
+from lben.rigorous import Enclosure, norm_bound, sum_up, up
+from lben.weights import ExplicitWeights
+
+
+class NormalizedLinear(nn.Module):
+    """y = Qx + b whose rows have norm 1: `rows` scales each, `orthonormal` makes Q orthogonal.
+
+    Logits i and j differ by (qᵢ − qⱼ)ᵀx, so `pair_bounds` holds ‖qᵢ − qⱼ‖₂: at most 2 for
+    normalised rows, √2 for orthonormal ones, and exact for the weights as stored. Singla, Singla
+    and Feizi (2022); the margin rule of Araujo et al. (2023).
+
+    Args:
+        in_features: p.
+        out_features: q, classes.
+        kind: "rows" or "orthonormal".
+        device, dtype: as in torch.nn.
+
+    Raises:
+        ValueError: if a size is not positive, or orthonormal rows do not fit into p features.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        kind: Literal["rows", "orthonormal"] = "rows",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if min(in_features, out_features) < 1:
+            raise ValueError(f"sizes must be at least 1, got {in_features} and {out_features}")
+        if kind == "orthonormal" and out_features > in_features:
+            raise ValueError(
+                f"{out_features} orthonormal rows do not fit into {in_features} features"
+            )
+        self.in_features, self.out_features, self.kind = in_features, out_features, kind
+        linear = nn.Linear(in_features, out_features, device=device, dtype=dtype)
+        self.bias, self.weight = linear.bias, linear.weight
+        if kind == "orthonormal":
+            parametrizations.orthogonal(self, "weight", orthogonal_map="cayley")
+
+    def matrix(self) -> Float[Tensor, "q p"]:
+        """Return Q."""
+        return functional.normalize(self.weight, dim=1) if self.kind == "rows" else self.weight
+
+    def forward(self, x: Float[Tensor, "batch p"]) -> Float[Tensor, "batch q"]:
+        """Return logits, in the precision of the parameters also under autocast."""
+        if x.ndim < 1 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"expected {self.in_features} features in the last dimension of x, "
+                f"got {tuple(x.shape)}"
+            )
+        with torch.autocast(x.device.type, enabled=False):
+            return functional.linear(x.to(self.bias.dtype), self.matrix(), self.bias)
+
+    @torch.no_grad()
+    def pair_bounds(self) -> Float[Tensor, "q q"]:
+        """Return proved upper bounds of ‖qᵢ − qⱼ‖₂ in float64; 1 on the diagonal."""
+        Q = Enclosure(self.matrix().double().cpu().numpy())
+        bounds = torch.ones(self.out_features, self.out_features, dtype=torch.float64)
+        for i in range(self.out_features):
+            row = Enclosure(Q.mid[i : i + 1])
+            gap = (Q - row).magnitude
+            squares = sum_up(gap * gap * (1 + 2.0**-51), axis=1)
+            for j, square in enumerate(squares):
+                if i != j:
+                    bounds[i, j] = up(math.sqrt(float(square)), 2)
+        return bounds
+
+    def weights(self) -> ExplicitWeights:
+        """Return the float64 weights, with a bound of ‖Q‖₂ as claim."""
+        with torch.no_grad():
+            Q = self.matrix().double()
+            claim = norm_bound(Enclosure(Q.cpu().numpy())) * (1 + 1e-9)
+            return ExplicitWeights.affine(Q, self.bias.double(), max(claim, 2.0**-500))
+
+    def certificate(self) -> Certificate:
+        """Prove the bound of ‖Q‖₂."""
+        return certify(self.weights())
+
+    @torch.no_grad()
+    def rounding(self, x: Float[Tensor, "batch p"]) -> Float[Tensor, " batch"]:
+        """Bound ‖fl(y) − y‖₂ per sample."""
+        unit = (self.in_features + 4) * torch.finfo(x.dtype).eps
+        size = torch.linalg.vector_norm(x, dim=1)
+        return unit * (torch.linalg.matrix_norm(self.matrix()) * size + self.bias.norm())
+
+    def extra_repr(self) -> str:
+        """Describe the layer in `repr`."""
+        return f"{self.in_features}, {self.out_features}, kind={self.kind!r}"

@@ -1,0 +1,88 @@
+"""What is the bound of a chain of layers, and of the error that floating point adds to it?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lben.certificates import Certificate
+from lben.layers.companions import Companion
+from lben.layers.equilibrium import EquilibriumLayer
+from lben.layers.explicit import ExplicitLayer
+from lben.radii import logit_error
+
+
+class LipschitzSequential(nn.Sequential):
+    """torch.nn.Sequential of layers with proved bounds and of 1-Lipschitz companions.
+
+    Raises:
+        ValueError: if a module has no bound.
+    """
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        for layer in self:
+            if not isinstance(layer, ExplicitLayer | Companion | EquilibriumLayer):
+                raise ValueError(
+                    f"{type(layer).__name__} has no proved Lipschitz bound: use the layers and "
+                    "companions of lben.layers"
+                )
+
+    def certificates(self, shape: tuple[int, int, int]) -> list[Certificate]:
+        """Prove every layer that is not a companion, first to last.
+
+        Args:
+            shape: channels, height and width of the input.
+
+        Raises:
+            CertificateError: if a proof fails.
+        """
+        x = torch.zeros(1, *shape)
+        x = x.to(next(self.parameters(), x))
+        proofs = []
+        with torch.no_grad():
+            for layer in self:
+                if isinstance(layer, ExplicitLayer):
+                    proofs.append(
+                        layer.certificate((x.shape[2], x.shape[3]) if x.ndim == 4 else None)
+                    )
+                elif isinstance(layer, EquilibriumLayer):
+                    proofs.append(layer.certificate())
+                x = layer(x)
+        return proofs
+
+    @torch.no_grad()
+    def with_error(self, x: Tensor, proofs: Sequence[Certificate]) -> tuple[Tensor, Tensor, int]:
+        """Return y, a bound of its l2 distance to the exact y, and the most solver steps.
+
+        The exact y has the same weights, exact equilibria and no rounding. What a layer adds is
+        multiplied by the bounds of those after it.
+
+        Args:
+            x: float64 where equilibrium layers are in the chain.
+            proofs: of `certificates`.
+        """
+        error, steps = x.new_zeros(len(x)), 0
+        for layer, proof in self._with_proofs(proofs):
+            gain = 1.0 if proof is None else proof.bound
+            if isinstance(layer, EquilibriumLayer):
+                assert proof is not None
+                solution, problem = layer.equilibrium(x), layer.inclusion(x)
+                state = problem.error_bound(solution.value, proof.constants)
+                own = logit_error(layer.weights(), proof, x, solution.value, state)
+                steps = max(steps, solution.stats.max_steps)
+                x = layer.readout(x, solution.value)
+            else:
+                assert isinstance(layer, ExplicitLayer | Companion)
+                own, x = layer.rounding(x), layer(x)
+            error = (error * gain + own) * (1 + 16 * torch.finfo(x.dtype).eps)
+        return x, error, steps
+
+    def _with_proofs(
+        self, proofs: Sequence[Certificate]
+    ) -> Iterator[tuple[nn.Module, Certificate | None]]:
+        left = iter(proofs)
+        for layer in self:
+            yield layer, None if isinstance(layer, Companion) else next(left)

@@ -1,0 +1,30 @@
+"""Which networks have a name? Frozen configurations, and `build`, which makes modules of them."""
+
+from lben.models.base import CertifiedLogits, Classifier
+from lben.models.equilibrium import (
+    ActivationName,
+    EquilibriumClassifier,
+    EquilibriumClassifierConfig,
+)
+from lben.models.residual import (
+    Block,
+    Head,
+    ResidualClassifier,
+    ResidualClassifierConfig,
+    Size,
+    published,
+)
+
+__all__ = [
+    "ActivationName",
+    "Block",
+    "CertifiedLogits",
+    "Classifier",
+    "EquilibriumClassifier",
+    "EquilibriumClassifierConfig",
+    "Head",
+    "ResidualClassifier",
+    "ResidualClassifierConfig",
+    "Size",
+    "published",
+]

@@ -1,0 +1,84 @@
+"""Which free tensors reach every (W, U, C, D, Λ) with M(Λ, γ) ⪰ 0, its boundary included?
+
+The direct parameterization needs ‖D‖₂ < γ; residual layers live at ‖D‖₂ = γ.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from lben.parameterizations.explicit import UNIT_BOUND
+from lben.weights import ExplicitWeights
+
+
+class CompleteParameterization(nn.Module):
+    """Unconstrained parameters of every layer that the certificate admits at γ.
+
+    With [Q₁; Q₂] = F R⁻¹, RᵀR = FᵀF (orthonormal columns), γ₀ just below γ and Λ = diag eᵈ,
+
+        D = γ₀Q₁,   U = −Λ⁻¹(CᵀQ₁ + √γ₀ YᵀQ₂),
+        W = I − Λ⁻¹(CᵀC/2γ₀ + YᵀY/2 + εΛ + N − Nᵀ),
+
+    for which M(Λ, γ₀) = [√γ₀Q₂, Y]ᵀ[√γ₀Q₂, Y] + diag(0, 2εΛ) ⪰ 0; the room between γ₀ and γ is for
+    the proof in floating point. Conversely every M(Λ, γ₀) ⪰ diag(0, 2εΛ) has such a square root,
+    and its blocks are these equations.
+
+    Args:
+        weights: with a bound γ, from which the tensors start; best in float64.
+
+    Raises:
+        ValueError: if the weights claim no bound, or do not satisfy the certificate with some room.
+    """
+
+    def __init__(self, weights: ExplicitWeights) -> None:
+        super().__init__()
+        if weights.gamma is None:
+            raise ValueError("weights without a bound cannot be parameterized by one")
+        w = weights
+        self.gamma = weights.gamma
+        gamma, identity = self._inner(), torch.eye(w.in_features).to(w.U)
+        D = w.C.new_zeros(w.out_features, w.in_features) if w.D is None else w.D
+        G = w.Lambda[:, None] * w.U + w.C.T @ D / gamma
+        rest = w.Lambda[:, None] * (torch.eye(w.hidden_features).to(w.U) - w.W)
+        S = rest + rest.T - w.C.T @ w.C / gamma
+        # The block Cholesky factor [A B; 0 E] of M(Λ, γ₀) − diag(0, 2εΛ).
+        A, failed = torch.linalg.cholesky_ex(gamma * identity - D.T @ D / gamma, upper=True)
+        if int(failed):
+            raise ValueError(f"‖D‖₂ must be below gamma = {self.gamma}")
+        B = -torch.linalg.solve_triangular(A.T, G.T, upper=False)
+        S = S - B.T @ B
+        scale = w.Lambda.rsqrt()
+        smallest = float(torch.linalg.eigvalsh(S * scale[:, None] * scale)[0])
+        if not smallest > 100 * torch.finfo(S.dtype).eps:
+            raise ValueError(
+                "the weights do not satisfy the certificate with room to move: smallest "
+                f"eigenvalue in the Λ norm {smallest:.3g}"
+            )
+        self.epsilon = smallest / 8
+        E = torch.linalg.cholesky(S - torch.diag(2 * self.epsilon * w.Lambda), upper=True)
+        Q2 = torch.cat([A, A.new_zeros(len(E), A.shape[1])]) / math.sqrt(gamma)
+        self.F = nn.Parameter(torch.cat([D / gamma, Q2]))
+        self.Y = nn.Parameter(torch.cat([B, E]))
+        self.C, self.log_metric = nn.Parameter(w.C.clone()), nn.Parameter(w.Lambda.log())
+        self.b, self.b_y = nn.Parameter(w.b.clone()), nn.Parameter(w.b_y.clone())
+        self.N = nn.Parameter((rest - rest.T) / 4)
+
+    def _inner(self) -> float:
+        return self.gamma / math.sqrt(UNIT_BOUND)
+
+    def forward(self) -> ExplicitWeights:
+        """Return the explicit weights, differentiable in the free tensors."""
+        gamma, q = self._inner(), len(self.C)
+        R = torch.linalg.cholesky(self.F.T @ self.F, upper=True)
+        Q = torch.linalg.solve_triangular(R, self.F, upper=True, left=False)
+        Lambda = self.log_metric.exp()[:, None]
+        U = -(self.C.T @ Q[:q] + math.sqrt(gamma) * self.Y.T @ Q[q:]) / Lambda
+        half = self.C.T @ self.C / (2 * gamma) + self.Y.T @ self.Y / 2 + self.N - self.N.T
+        W = (1 - self.epsilon) * torch.eye(len(U), dtype=U.dtype, device=U.device) - half / Lambda
+        return ExplicitWeights(
+            W=W, U=U, b=self.b, C=self.C, D=gamma * Q[:q], b_y=self.b_y,
+            Lambda=Lambda[:, 0], gamma=self.gamma,
+        )  # fmt: skip

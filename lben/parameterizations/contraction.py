@@ -1,0 +1,76 @@
+"""Which linear maps are 1-Lipschitz? y = V T^(−½) x + b for every T ⪰ VᵀV."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lben.parameterizations.explicit import ROOM, UNIT_BOUND, ExplicitParameterization, taps
+from lben.parameterizations.multipliers import MultiplierRule
+from lben.weights import ConvolutionalWeights, ExplicitWeights
+
+
+class ContractionParameterization(ExplicitParameterization):
+    """Free V and b of y = V T^(−½) x + b: ‖VT^(−½)‖₂ ≤ 1. What runs is (V, b, T^(−½)).
+
+    AOL (Prach and Lampert 2022) with `Gershgorin(p, learn_q=False)`; with trained q the linear map
+    of Araujo et al. (2023), Theorem 2; spectral normalisation with `Spectral()`; an orthogonal
+    map with `Orthonormal()` and a parametrization of V that keeps it orthogonal.
+
+    Args:
+        shape: of V: (q, p), or (q, p, k, k) for a convolution.
+        rule: T, one entry for each of the p columns of V.
+        device, dtype: as in torch.nn.
+
+    Raises:
+        ValueError: if a size is not positive.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        rule: MultiplierRule,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(shape)
+        self.V = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.b_y = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype))
+        self.rule = rule
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw a linear residual map (identity plus noise) where q = p, else an orthogonal one.
+
+        In a kernel they stand in the centre tap, with noise around. b is drawn as torch.nn.Linear
+        draws it. The residual start is that of LiResNet (Hu, Zou, Wang, Leino and Fredrikson 2023).
+        """
+        V, (rows, columns) = self.V, (self.shape[-2] // 2, self.shape[-1] // 2)
+        centre = V if V.ndim == 2 else V[:, :, rows, columns]
+        bound = 1 / math.sqrt(self.V[0].numel())
+        with torch.no_grad():
+            nn.init.normal_(V, std=0.3 * bound)
+            if self.shape[0] == self.shape[1]:
+                centre.add_(torch.eye(self.shape[0], device=centre.device, dtype=centre.dtype))
+            else:
+                centre.copy_(nn.init.orthogonal_(torch.empty_like(centre)))
+        nn.init.uniform_(self.b_y, -bound, bound)
+
+    def forward(self, run: torch.dtype) -> tuple[Tensor, ...]:
+        V = self.rounded(self.V, run)
+        return V, self.b_y, (1 - ROOM / 2) * self.rule(V.transpose(0, 1)).rsqrt()
+
+    def dense(self, run: torch.dtype) -> ExplicitWeights:
+        V, b_y, scale = self.exact(run)
+        return ExplicitWeights.affine(V * scale, b_y, UNIT_BOUND)
+
+    def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
+        V, b_y, scale = self.exact(run)
+        q, p = V.shape[:2]
+        return ConvolutionalWeights(
+            U=V.new_zeros(0, p, 1, 1), b=V.new_zeros(0), C=V.new_zeros(q, 0, 1, 1),
+            D=V * taps(scale), b_y=b_y, Lambda=V.new_zeros(0), gamma=UNIT_BOUND, circular=circular,
+        )  # fmt: skip

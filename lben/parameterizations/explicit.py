@@ -1,0 +1,70 @@
+"""What has every parameterization of an explicit layer (W = 0)?"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from lben.weights import ConvolutionalWeights, ExplicitWeights
+
+# Note [Room for the proof]
+# M(Λ, γ) of these layers is singular at γ = 1: in a residual layer its upper left block
+# γI − DᵀD/γ is zero, and 2Λ − CᵀC touches zero where T touches UUᵀ. A proof in floating point needs
+# room, so the claim is a millionth above 1, and T⁻¹ is two millionths smaller than it may be (which
+# also covers the few roundings of its evaluation in float32).
+UNIT_BOUND = 1.0 + 1e-6
+ROOM = 2.0**-19
+
+
+class ExplicitParameterization(nn.Module, ABC):
+    """Free tensors of a layer that is 1-Lipschitz for each of their values.
+
+    Args:
+        shape: of the weight: two sizes for a matrix, four for the kernel of a convolution.
+
+    Raises:
+        ValueError: if a size is not positive.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        if len(shape) not in (2, 4) or min(shape) < 1:
+            raise ValueError(f"every size of a weight must be at least 1, got {shape}")
+        self.shape = tuple(shape)
+
+    @abstractmethod
+    def forward(self, run: torch.dtype) -> tuple[Tensor, ...]:
+        """Return the tensors with which the layer runs in a precision, differentiable.
+
+        They keep the precision of the parameters; a weight is rounded to `run` before its
+        multiplier is computed, so that the bound is that of the rounded weight.
+        """
+
+    @abstractmethod
+    def dense(self, run: torch.dtype) -> ExplicitWeights:
+        """Return the float64 weights of a linear layer that runs in a precision, exactly."""
+
+    @abstractmethod
+    def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
+        """Return the float64 weights of a convolutional layer that runs in a precision, exactly."""
+
+    def exact(self, run: torch.dtype) -> tuple[Tensor, ...]:
+        """Return what runs, in float64: products of two float32 numbers are exact there."""
+        return tuple(t.double() for t in self(run))
+
+    @staticmethod
+    def rounded(weight: Tensor, run: torch.dtype) -> Tensor:
+        """Return the weight rounded to a precision, in its own."""
+        return weight if run == weight.dtype else weight.to(run).to(weight.dtype)
+
+
+def taps(vector: Tensor) -> Tensor:
+    """Return one number per channel, shaped to scale the pixels of images and kernels."""
+    return vector[:, None, None]
+
+
+def mirrored(kernel: Tensor) -> Tensor:
+    """Return the kernel of the adjoint convolution."""
+    return kernel.transpose(0, 1).flip(2, 3)

@@ -1,0 +1,264 @@
+"""Which diagonal T lies above UUᵀ, for every U and with every rounding of its evaluation?
+
+U is a matrix n × p, or the kernel n × p × k × k of a convolution: then UUᵀ is the convolution
+whose kernel is U correlated with itself, n × n × (2k−1) × (2k−1), and T has one entry per channel.
+Both are treated by the same lines, since sums over taps are sums over columns: a convolution on
+a torus, or cut out of one by zero padding, is a matrix with these rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+# Entries of T below it are raised to it: T⁻¹ stays finite, and rounding below the smallest normal
+# number (2⁻¹²⁶ in float32) stays below its rounding.
+FLOOR = 2.0**-60
+
+
+class MultiplierRule(nn.Module, ABC):
+    """T(U), a diagonal with T ⪰ UUᵀ."""
+
+    @abstractmethod
+    def forward(self, U: Float[Tensor, "n p *taps"]) -> Float[Tensor, " n"]:
+        """Return T, differentiable in U and in the rule's own parameters.
+
+        Args:
+            U: float32 or float64.
+        """
+
+
+class Gershgorin(MultiplierRule):
+    """Tᵢ = (Σⱼ |Gᵢⱼ| qⱼ/qᵢ)^(1/2ˢ) with G = (UUᵀ)^(2ˢ) and q > 0.
+
+    With s = 0 and trained q this is the T of SLL, with q = 1 that of AOL: diag(Σⱼ|G|ᵢⱼqⱼ/qᵢ) − G is
+    diagonally dominant in coordinates scaled by q, hence positive semi-definite (Araujo et al.
+    2023, Theorem 3 and Corollary; Prach and Lampert 2022). For s > 0 the same holds for the power,
+    and the root preserves the order: A ⪰ B ⪰ 0 implies A^r ⪰ B^r for 0 ≤ r ≤ 1 (Löwner–Heinz). As s
+    grows T approaches ‖U‖₂² I from above.
+
+    Args:
+        units: n.
+        squarings: s.
+        learn_q: whether q is trained; otherwise q = 1.
+        device, dtype: as in torch.nn.
+
+    Raises:
+        ValueError: if units is not positive or squarings negative.
+    """
+
+    def __init__(
+        self,
+        units: int,
+        *,
+        squarings: int = 0,
+        learn_q: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if units < 1 or squarings < 0:
+            raise ValueError(
+                f"units must be at least 1 and squarings at least 0, got {units} and {squarings}"
+            )
+        self.units, self.squarings = units, squarings
+        q = torch.zeros(units, device=device, dtype=dtype)
+        self.log_q = nn.Parameter(q) if learn_q else None
+
+    def forward(self, U: Tensor) -> Tensor:
+        q = U.new_ones(self.units) if self.log_q is None else self.log_q.exp()
+        if self.squarings == 0:
+            sums = absolute_row_sums(U, q) * (1 + gamma(_width(U) + 4, U))
+            return ((sums + _missed(U, q.detach())) / q).clamp_min(FLOOR)
+        power, scale, error = _power(U, self.squarings)
+        sums = absolute_row_sums_of(power, q) / q * (1 + gamma(_width(power) + 8, U))
+        return (_root(sums + error, self.squarings) * scale).clamp_min(FLOOR)
+
+    def extra_repr(self) -> str:
+        """Describe the rule in `repr`."""
+        return f"{self.units}, squarings={self.squarings}, learn_q={self.log_q is not None}"
+
+
+class Spectral(MultiplierRule):
+    """T = τI with τ ≥ ‖U‖₂²: the largest row sum of |(UUᵀ)^(2ˢ)|, to the power 2⁻ˢ.
+
+    The Gram iteration of Delattre, Barthélemy, Araujo and Allauzen (2023): a bound from above at
+    every s, unlike a power iteration, and for a matrix at most n^(1/2ˢ⁺¹) too large. CPL (Meunier,
+    Delattre, Araujo and Allauzen 2022) and spectral normalisation rest on it.
+
+    Args:
+        squarings: s. The kernel of a k × k convolution grows to 2ˢ(2k − 2) + 1 pixels.
+
+    Raises:
+        ValueError: if squarings is negative.
+    """
+
+    def __init__(self, squarings: int = 2) -> None:
+        super().__init__()
+        if squarings < 0:
+            raise ValueError(f"squarings must be at least 0, got {squarings}")
+        self.squarings = squarings
+
+    def forward(self, U: Tensor) -> Tensor:
+        n = U.shape[0]
+        if U.shape[1] < n:
+            U = U.transpose(0, 1)  # UᵀU has the same norm
+        power, scale, error = _power(U, self.squarings)
+        sums = absolute_row_sums_of(power, power.new_ones(len(power)))
+        largest = sums.amax() * (1 + gamma(_width(power) + 4, U)) + error
+        return (_root(largest, self.squarings) * scale).clamp_min(FLOOR).expand(n)
+
+    def extra_repr(self) -> str:
+        """Describe the rule in `repr`."""
+        return f"squarings={self.squarings}"
+
+
+class Orthonormal(MultiplierRule):
+    """T = (1 + ‖UUᵀ − I‖₂) I, for a matrix that is orthogonal up to rounding. No gradient.
+
+    The defect is evaluated in float64, on the smaller side of U, and bounded by its row sums: the
+    rule is right for every matrix, and tight for one that a parametrization keeps orthogonal.
+    """
+
+    def forward(self, U: Tensor) -> Tensor:
+        if U.ndim != 2:
+            raise ValueError(f"orthogonality is defined here for matrices, got {tuple(U.shape)}")
+        A = U.detach().double()
+        A = A.T if A.shape[1] < A.shape[0] else A
+        defect = gram(A)
+        defect.diagonal().sub_(1)
+        missed = _missed(A, A.new_ones(len(A))) + gamma(4, A)
+        bound = (1 + 1e-12) * (defect.abs().sum(1) + missed).amax()
+        return (1 + bound).to(U.dtype).mul(1 + torch.finfo(U.dtype).eps).expand(len(U))
+
+
+_CHUNK = 256
+
+
+def gram(U: Tensor) -> Tensor:
+    """Return UUᵀ: a matrix, or the kernel of the convolution that it is.
+
+    A matrix product is summed over chunks of 256 columns, so that the bound of its rounding grows
+    with 256 + p/256 and not with p.
+    """
+    if U.ndim > 2:
+        return functional.conv2d(U, U, padding=U.shape[-1] - 1)
+    return _product(U, U)
+
+
+def _product(A: Tensor, B: Tensor) -> Tensor:
+    """Return ABᵀ, summed over chunks."""
+    parts = zip(A.split(_CHUNK, dim=1), B.split(_CHUNK, dim=1), strict=True)
+    first, *rest = parts
+    total = first[0] @ first[1].T
+    for a, b in rest:
+        total = torch.addmm(total, a, b.T)
+    return total
+
+
+def gamma(k: int, like: Tensor) -> float:
+    """Return γ_k = ku/(1 − ku) of the dtype, the relative error of k roundings in any order."""
+    unit = k * torch.finfo(like.dtype).eps / 2
+    if unit >= 0.5:
+        raise ValueError(f"sums of {k} terms cannot be bounded in {like.dtype}")
+    return unit / (1 - unit) * (1 + 2.0**-20)
+
+
+def absolute_row_sums(U: Tensor, q: Tensor) -> Tensor:
+    """Return Σⱼ |UUᵀ|ᵢⱼ qⱼ, for a matrix by half of the products."""
+    if U.ndim == 2 and not torch.compiler.is_compiling():
+        return _AbsoluteRowSums.apply(U, q)  # type: ignore[no-untyped-call]
+    return absolute_row_sums_of(gram(U), q)
+
+
+def absolute_row_sums_of(G: Tensor, q: Tensor) -> Tensor:
+    """Return Σⱼ |G|ᵢⱼ qⱼ, summed over the taps of a kernel."""
+    return G.abs().flatten(2).sum(2) @ q if G.ndim > 2 else G.abs() @ q
+
+
+def _depth(U: Tensor) -> int:
+    """Return how many roundings an entry of `gram(U)` has."""
+    terms = U[0].numel()
+    return terms if U.ndim > 2 else min(terms, _CHUNK) + -(-terms // _CHUNK)
+
+
+def _width(U: Tensor) -> int:
+    """Return at least the number of entries of UUᵀ, taps included, that a row sum adds."""
+    return len(U) * 4 * U[0, 0].numel()
+
+
+def _missed(U: Tensor, q: Tensor) -> Tensor:
+    """Bound Σⱼ |fl(UUᵀ) − UUᵀ|ᵢⱼ qⱼ: γ |U||U|ᵀq, two products with a vector."""
+    size = U.detach().abs().flatten(2).sum(2) if U.ndim > 2 else U.detach().abs()
+    return (size @ (size.T @ q)) * (1.01 * gamma(_depth(U) + 4, U))
+
+
+def _power(U: Tensor, squarings: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return P, c and e with (UUᵀ)^(2ˢ) = c^(2ˢ)(P + E) and ‖E‖₂ ≤ e.
+
+    P is scaled by powers of two, which is exact. Squaring P + E misses (P + E)² − P² and the
+    rounding of P²: at most 2e‖P‖ + e² + γ‖ |P||P| ‖, where norms are bounded by row sums.
+    """
+    P = gram(U)
+    error = _missed(U, U.new_ones(len(U))).amax()
+    scale = U.new_ones(())
+    for step in range(squarings):
+        size = _size(P)
+        unit = torch.exp2(torch.ceil(torch.log2(size.clamp_min(torch.finfo(P.dtype).tiny))))
+        P, error, size = P / unit, error / unit, size / unit
+        scale = scale * _root(unit, step)
+        rounding = 1.01 * gamma(_depth(P) + 4, P) * size**2
+        error = (2 * error * size + error**2 + rounding) * (1 + 2.0**-20)
+        P = gram(P)
+    return P, scale, error
+
+
+def _size(P: Tensor) -> Tensor:
+    """Bound ‖P‖₂ by the largest row or column sum of |P|."""
+    size = P.detach().abs()
+    size = size.flatten(2).sum(2) if size.ndim > 2 else size
+    return torch.maximum(size.sum(0).amax(), size.sum(1).amax()) * (1 + gamma(_width(P) + 4, P))
+
+
+def _root(x: Tensor, squarings: int) -> Tensor:
+    """Return x^(1/2ˢ), rounded upwards."""
+    for _ in range(squarings):
+        x = x.sqrt() * (1 + torch.finfo(x.dtype).eps)
+    return x
+
+
+class _AbsoluteRowSums(torch.autograd.Function):
+    """Σⱼ |UUᵀ|ᵢⱼ qⱼ of a matrix in 9/16 of the work of UUᵀ, and its gradient in one product.
+
+    Note [Half of a symmetric product]
+    Rows are taken in eight blocks; each is multiplied with itself and the blocks after it, and the
+    part above the diagonal is copied below it. With w the incoming gradient and s the signs of
+    G = UUᵀ, the gradient in q is |G|w and that in U is (s ∘ (wqᵀ + qwᵀ))U: as G is symmetric, one
+    product where differentiating UUᵀ takes two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, U: Tensor, q: Tensor) -> Tensor:
+        n = U.shape[0]
+        G = U.new_empty(n, n)
+        step = max(128, -(-n // 8))
+        for start in range(0, n, step):
+            end = min(start + step, n)
+            G[start:end, start:] = _product(U[start:end], U[start:])
+            G[end:, start:end] = G[start:end, end:].T
+        ctx.save_for_backward(U, q, G)
+        return G.abs() @ q
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, w: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        U, q, G = ctx.saved_tensors
+        weight = torch.outer(w, q)
+        weight = (weight + weight.T).mul_(G.sign())
+        return weight @ U, G.abs() @ w

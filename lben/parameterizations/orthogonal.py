@@ -1,0 +1,85 @@
+"""Which convolutions of a torus are orthogonal? The Cayley transform at every frequency."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lben.parameterizations.explicit import ROOM, UNIT_BOUND, ExplicitParameterization
+from lben.weights import ConvolutionalWeights, ExplicitWeights
+
+
+class CayleyConvolution(ExplicitParameterization):
+    """Free k × k kernel V and b of y = Q ∗ x + b, QᵀQ = I (QQᵀ = I for fewer outputs than inputs).
+
+    With [A; B] = V̂(ω), A square, and S = A − Aᴴ + BᴴB the symbol of Q is
+
+        Q̂(ω) = [(I − S)(I + S)⁻¹; −2B(I + S)⁻¹],
+
+    unitary in its columns at every ω. Trockman and Kolter (2021), "Orthogonalizing convolutional
+    layers with the Cayley transform". What runs is (Q̂, b, s): s ≤ 1 takes back what rounding
+    adds to ‖Q̂‖₂, measured in float64.
+
+    Args:
+        shape: of V: (q, p, k, k).
+        image: height and width of the torus.
+        device, dtype: as in torch.nn.
+
+    Raises:
+        ValueError: if a size is not positive, or the image smaller than the kernel.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        image: tuple[int, int],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(shape)
+        if min(image) < shape[-1]:
+            raise ValueError(
+                f"a circular image of {image[0]} × {image[1]} is smaller than the kernel "
+                f"({shape[-1]} × {shape[-1]})"
+            )
+        self.image = tuple(image)
+        self.V = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.b_y = nn.Parameter(torch.zeros(shape[0], device=device, dtype=dtype))
+        nn.init.xavier_normal_(self.V)
+
+    def forward(self, run: torch.dtype) -> tuple[Tensor, ...]:
+        V = torch.fft.rfft2(self.V, s=self.image).permute(2, 3, 0, 1)
+        wide = V.shape[2] < V.shape[3]
+        V = V.mH if wide else V
+        p = V.shape[3]
+        A, B = V[..., :p, :], V[..., p:, :]
+        identity = torch.eye(p, dtype=V.dtype, device=V.device)
+        S = A - A.mH + B.mH @ B
+        inverse = torch.linalg.inv(identity + S)
+        Q = torch.cat([(identity - S) @ inverse, -2 * B @ inverse], dim=-2)
+        return (Q.mH if wide else Q), self.b_y, self._shrink(Q)
+
+    @staticmethod
+    def _shrink(Q: Tensor) -> Tensor:
+        """Return s ≤ 1/‖Q̂‖₂ over all frequencies: ‖QᴴQ − I‖₂ by its row sums, in float64."""
+        Q = Q.detach().to(torch.complex128)
+        gap = Q.mH @ Q - torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+        defect = gap.abs().sum(-1).amax() + 64 * Q.shape[-2] ** 2 * 2.0**-52
+        return ((1 - ROOM / 4) / (1 + defect).sqrt()).to(torch.float32).double()
+
+    def exact(self, run: torch.dtype) -> tuple[Tensor, ...]:
+        Q, b_y, s = self(run)
+        return Q.to(torch.complex128), b_y.double(), s
+
+    def dense(self, run: torch.dtype) -> ExplicitWeights:
+        raise ValueError("a convolution has no weights without its image: use convolutional()")
+
+    def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
+        Q, b_y, s = self.exact(run)
+        D = torch.fft.irfft2((Q * s).permute(2, 3, 0, 1), s=self.image)
+        q, p = D.shape[:2]
+        return ConvolutionalWeights(
+            U=D.new_zeros(0, p, 1, 1), b=D.new_zeros(0), C=D.new_zeros(q, 0, 1, 1), D=D,
+            b_y=b_y, Lambda=D.new_zeros(0), gamma=UNIT_BOUND, circular=True,
+        )  # fmt: skip

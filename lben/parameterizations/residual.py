@@ -1,0 +1,77 @@
+"""Which residual layers are 1-Lipschitz? y = x − 2UᵀT⁻¹σ(Ux + b) for every T ⪰ UUᵀ.
+
+Araujo, Havens, Delattre, Allauzen and Hu (2023), Theorem 1, with K = Uᵀ. With W = 0,
+C = −2UᵀT⁻¹, D = I and Λ = 2T⁻¹ the matrix M(Λ, 1) is zero but for its block 4T⁻¹(T − UUᵀ)T⁻¹.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lben.parameterizations.explicit import (
+    ROOM,
+    UNIT_BOUND,
+    ExplicitParameterization,
+    mirrored,
+    taps,
+)
+from lben.parameterizations.multipliers import MultiplierRule
+from lben.weights import ConvolutionalWeights, ExplicitWeights
+
+
+class ResidualParameterization(ExplicitParameterization):
+    """Free U and b of y = x − 2UᵀT⁻¹σ(Ux + b), 1-Lipschitz for every value.
+
+    What runs is (U, b, 2T⁻¹).
+
+    Args:
+        shape: of U: (n, p), or (n, p, k, k) for a convolution.
+        rule: T ⪰ UUᵀ.
+        device, dtype: as in torch.nn.
+
+    Raises:
+        ValueError: if a size is not positive.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        rule: MultiplierRule,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(shape)
+        self.U = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.b = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype))
+        self.rule = rule
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw U from the normal distribution of Glorot and Bengio, b as torch.nn.Linear does."""
+        nn.init.xavier_normal_(self.U)
+        bound = 1 / math.sqrt(self.U[0].numel())
+        nn.init.uniform_(self.b, -bound, bound)
+
+    def forward(self, run: torch.dtype) -> tuple[Tensor, ...]:
+        U = self.rounded(self.U, run)
+        return U, self.b, 2 * (1 - ROOM) / self.rule(U)
+
+    def dense(self, run: torch.dtype) -> ExplicitWeights:
+        U, b, scale = self.exact(run)
+        p = U.shape[1]
+        return ExplicitWeights(
+            W=U.new_zeros(len(U), len(U)), U=U, b=b, C=-U.T * scale,
+            D=torch.eye(p, dtype=U.dtype, device=U.device), b_y=U.new_zeros(p),
+            Lambda=scale, gamma=UNIT_BOUND,
+        )  # fmt: skip
+
+    def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
+        U, b, scale = self.exact(run)
+        return ConvolutionalWeights(
+            U=U, b=b, C=-mirrored(U) * taps(scale), D=1.0, b_y=U.new_zeros(U.shape[1]),
+            Lambda=scale, gamma=UNIT_BOUND, circular=circular,
+        )  # fmt: skip

@@ -1,0 +1,92 @@
+"""Which layers without a skip are 1-Lipschitz? y = √2 AᵀS Ψσ(√2 Ψ⁻¹S Bx + b), S² T ⪯ I.
+
+Wang and Manchester (2023), "Direct parameterization of Lipschitz-bounded deep networks", where
+S = I and [A B] has orthonormal rows. Here T ⪰ AAᵀ + BBᵀ is any rule's, so convolutions are as
+easy. With Λ = Ψ² the matrix M(Λ, 1) is [I, ·; ·, 2Ψ² − 2ΨS AAᵀ SΨ], whose Schur complement
+2Ψ(I − S(AAᵀ + BBᵀ)S)Ψ is positive semi-definite.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lben.parameterizations.explicit import (
+    ROOM,
+    UNIT_BOUND,
+    ExplicitParameterization,
+    mirrored,
+    taps,
+)
+from lben.parameterizations.multipliers import MultiplierRule
+from lben.weights import ConvolutionalWeights, ExplicitWeights
+
+
+class SandwichParameterization(ExplicitParameterization):
+    """Free [A B], log Ψ, b and b_y. What runs is (A, B, b, b_y, √2 SΨ⁻¹, √2 SΨ).
+
+    Args:
+        shape: of [A B]: (n, q + p), or (n, q + p, k, k) for a convolution.
+        outputs: q.
+        rule: T ⪰ [A B][A B]ᵀ.
+        device, dtype: as in torch.nn.
+
+    Raises:
+        ValueError: if a size is not positive, or no input is left.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        outputs: int,
+        rule: MultiplierRule,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(shape)
+        if not 0 < outputs < shape[1]:
+            raise ValueError(f"outputs must lie in [1, {shape[1] - 1}], got {outputs}")
+
+        def parameter(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+
+        self.outputs, self.rule = outputs, rule
+        self.AB = parameter(*shape)
+        self.log_psi, self.b, self.b_y = (
+            parameter(shape[0]),
+            parameter(shape[0]),
+            parameter(outputs),
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw [A B] from the normal distribution of Glorot and Bengio; Ψ = I; b as torch.nn."""
+        nn.init.xavier_normal_(self.AB)
+        nn.init.zeros_(self.log_psi)
+        nn.init.zeros_(self.b_y)
+        bound = 1 / math.sqrt(self.AB[0].numel())
+        nn.init.uniform_(self.b, -bound, bound)
+
+    def forward(self, run: torch.dtype) -> tuple[Tensor, ...]:
+        AB = self.rounded(self.AB, run)
+        S = math.sqrt(2.0) * (1 - ROOM / 2) * self.rule(AB).rsqrt()
+        psi = self.log_psi.exp()
+        A, B = AB[:, : self.outputs], AB[:, self.outputs :]
+        return A, B, self.b, self.b_y, S / psi, S * psi
+
+    def dense(self, run: torch.dtype) -> ExplicitWeights:
+        A, B, b, b_y, inner, outer = self.exact(run)
+        return ExplicitWeights(
+            W=A.new_zeros(len(A), len(A)), U=inner[:, None] * B, b=b, C=A.T * outer, D=None,
+            b_y=b_y, Lambda=outer / inner, gamma=UNIT_BOUND,
+        )  # fmt: skip
+
+    def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
+        A, B, b, b_y, inner, outer = self.exact(run)
+        return ConvolutionalWeights(
+            U=taps(inner)[:, None] * B, b=b, C=mirrored(A) * taps(outer), D=None, b_y=b_y,
+            Lambda=outer / inner, gamma=UNIT_BOUND, circular=circular,
+        )  # fmt: skip

@@ -1,0 +1,109 @@
+"""Within which radius can a prediction not change? From logits, their error and a proved bound."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lben.certificates import Certificate
+from lben.rigorous import gamma_k, up
+from lben.weights import ExplicitWeights
+
+
+def certified_radius(
+    logits: Float[Tensor, "batch classes"],
+    labels: Int[Tensor, " batch"],
+    bound: float | Float[Tensor, "classes classes"],
+    *,
+    logit_error: Float[Tensor, " batch"] | float = 0.0,
+) -> Float[Tensor, " batch"]:
+    """Return a radius in the l2 norm of raw inputs within which the prediction cannot change.
+
+    r = max(0, min over j ≠ i of (yᵢ − yⱼ − √2 e) / Lᵢⱼ), rounded downwards, where Lᵢⱼ bounds
+    (eᵢ − eⱼ)ᵀy: √2γ for every pair, or the pair's own bound. An error of at most e in y moves the
+    difference by at most √2e. 0 for a sample that is misclassified.
+
+    Args:
+        logits: y.
+        labels: i, integers in [0, classes).
+        bound: γ of the whole network from raw input to logits, or Lᵢⱼ of every pair.
+        logit_error: e, a bound of ‖y − y*‖₂ per sample (solver and rounding).
+
+    Raises:
+        ValueError: if shapes disagree, a label is out of range, there are fewer than two classes,
+            logits are not finite, or a bound is not positive.
+    """
+    check_labels(logits, labels)
+    classes = logits.shape[1]
+    root = up(math.sqrt(2.0))
+    if isinstance(bound, Tensor):
+        pairs = bound.detach().to(logits.device, torch.float64)
+    else:
+        pairs = torch.full((classes, classes), up(root * bound), dtype=torch.float64)
+        pairs = pairs.to(logits.device)
+    if pairs.shape != (classes, classes):
+        raise ValueError(f"pair bounds must be {classes} × {classes}, got {tuple(pairs.shape)}")
+    if not (bool((pairs > 0).all()) and (isinstance(bound, Tensor) or bound > 0)):
+        raise ValueError(f"bound must be positive, got {bound}")
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError("logits contain NaN or Inf")
+    y = logits.detach().double()
+    error = torch.as_tensor(logit_error, dtype=torch.float64, device=y.device)
+    error = root * error.expand(len(y))[:, None]
+    constants = pairs[labels]
+    radius = (y.gather(1, labels[:, None]) - y - error) / constants
+    # The subtraction of logits, the error term and the quotient round by under 4 u each.
+    slack = 8 * 2.0**-53 * (y.abs().amax(1, keepdim=True) + error) / constants
+    radius = radius - slack - radius.abs() * 2.0**-50
+    return radius.scatter(1, labels[:, None], math.inf).amin(1).clamp_min(0)
+
+
+def check_labels(logits: Tensor, labels: Tensor) -> None:
+    """Raise ValueError unless labels are integers in [0, classes), one per row of logits."""
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(f"logits must be (batch, classes ≥ 2), got {tuple(logits.shape)}")
+    if labels.shape != logits.shape[:1] or labels.is_floating_point():
+        raise ValueError(
+            f"labels must be {logits.shape[0]} integers, got {tuple(labels.shape)} {labels.dtype}"
+        )
+    classes = logits.shape[1]
+    if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= classes):
+        raise ValueError(
+            f"labels must lie in [0, {classes}), "
+            f"got values from {int(labels.min())} to {int(labels.max())}"
+        )
+
+
+def logit_error(
+    weights: ExplicitWeights,
+    certificate: Certificate,
+    x: Float[Tensor, "batch p"],
+    z: Float[Tensor, "batch n"],
+    state_error: Float[Tensor, " batch"],
+) -> Float[Tensor, " batch"]:
+    """Bound ‖y − y*‖₂ for y evaluated in float64 from an inexact state z.
+
+    y* is the output at the exact equilibrium of x. Three parts: the state error ‖z − z*‖_Λ as the
+    solver saw it, through ‖CΛ^(−½)‖; rounding of v = Ux + b, which moves z* by at most
+    ‖δv‖_Λ / m; and rounding of Cz + Dx + b_y.
+
+    Args:
+        weights: float64 weights of the layer.
+        certificate: of the same weights.
+        x: inputs of the layer, float64.
+        z: states that the outputs were evaluated from, float64.
+        state_error: bound of ‖z − z*‖_Λ for the problem with the rounded v.
+    """
+    w = weights
+    u_n, u_p = gamma_k(w.hidden_features + 4), gamma_k(w.in_features + 4)
+    v_error = u_p * (x.abs() @ w.U.abs().T + w.b.abs())
+    v_error = torch.linalg.vector_norm(v_error * w.Lambda.sqrt(), dim=-1) / certificate.m
+    y_error = u_n * (z.abs() @ w.C.abs().T) + 4 * 2.0**-53 * w.b_y.abs()
+    if w.D is not None:
+        y_error = y_error + u_p * (x.abs() @ w.D.abs().T)
+    inflate = 1 + 1e-9
+    y_norm = 4 * torch.linalg.vector_norm(y_error, dim=-1)
+    return (certificate.output_gain * (state_error + 2 * v_error) + y_norm) * inflate

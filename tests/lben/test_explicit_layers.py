@@ -1,0 +1,436 @@
+"""Explicit layers: proved, attacked, approached, evaluated as certified, and cached soundly."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck
+from torch.nn import functional
+from torch.nn.utils.parametrize import is_parametrized
+
+from lben import (
+    AOLConv2d,
+    AOLLinear,
+    CertificateError,
+    ConvolutionalWeights,
+    CPLConv2d,
+    CPLLinear,
+    ExplicitWeights,
+    OrthogonalConv2d,
+    OrthogonalLinear,
+    SandwichConv2d,
+    SandwichLinear,
+    SLLConv2d,
+    SLLLinear,
+    SpectralConv2d,
+    SpectralLinear,
+    certify,
+    certify_convolution,
+)
+from lben.layers.maps import Convolution, Dense
+from lben.parameterizations.explicit import UNIT_BOUND
+from solvers import Tanh
+
+DENSE = {
+    "SLL": lambda **o: SLLLinear(6, 4, **o),
+    "SLL squared": lambda **o: SLLLinear(6, 9, squarings=2, **o),
+    "CPL": lambda **o: CPLLinear(6, 4, **o),
+    "AOL": lambda **o: AOLLinear(6, 4, **o),
+    "AOL with q": lambda **o: AOLLinear(4, 6, learn_q=True, **o),
+    "spectral": lambda **o: SpectralLinear(6, 4, **o),
+    "Cayley": lambda **o: OrthogonalLinear(6, 4, **o),
+    "Householder": lambda **o: OrthogonalLinear(4, 6, orthogonal_map="householder", **o),
+    "sandwich": lambda **o: SandwichLinear(6, 4, **o),
+}
+CONVOLUTIONAL = {
+    "SLL": lambda **o: SLLConv2d(3, 2, **o),
+    "SLL 1 x 1": lambda **o: SLLConv2d(3, 2, 1, **o),
+    "SLL even": lambda **o: SLLConv2d(3, 2, 2, **o),
+    "SLL squared": lambda **o: SLLConv2d(2, 3, squarings=1, **o),
+    "CPL": lambda **o: CPLConv2d(3, 2, **o),
+    "AOL": lambda **o: AOLConv2d(3, 2, **o),
+    "spectral": lambda **o: SpectralConv2d(2, 3, **o),
+    "sandwich": lambda **o: SandwichConv2d(3, 2, **o),
+}
+IMAGE = (5, 6)
+
+
+def drawn(layer):
+    """Move every parameter away from where it starts, as training does."""
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(torch.randn_like(p), alpha=0.7)
+    return layer
+
+
+def sample(layer, count=1):
+    shape = (layer.inputs,) if isinstance(layer.map, Dense) else (layer.inputs, *IMAGE)
+    return torch.randn(count, *shape, dtype=next(layer.parameters()).dtype)
+
+
+def ascend(layer, steps=200):
+    """Return the largest Lipschitz quotient that gradient ascent finds, in float64."""
+    x = sample(layer, 16)
+    delta = torch.randn_like(x)
+    best = 0.0
+    optimizer = torch.optim.Adam([x.requires_grad_(), delta.requires_grad_()], lr=0.03)
+    for _ in range(steps):
+        change = (layer(x + delta) - layer(x)).flatten(1).norm(dim=1)
+        quotient = change / delta.flatten(1).norm(dim=1)
+        best = max(best, float(quotient.detach().max()))
+        optimizer.zero_grad()
+        (-quotient.log().sum()).backward(inputs=[x, delta])
+        optimizer.step()
+    return best
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", DENSE)
+def test_dense_layers_are_proved(kind, dtype):
+    certificate = drawn(DENSE[kind](dtype=dtype)).certificate()
+    assert certificate.bound == UNIT_BOUND
+    assert certificate.margin > 0
+
+
+@pytest.mark.parametrize("circular", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", CONVOLUTIONAL)
+def test_convolutions_are_proved_at_every_frequency(kind, dtype, circular):
+    certificate = drawn(CONVOLUTIONAL[kind](dtype=dtype, circular=circular)).certificate(IMAGE)
+    assert certificate.bound == UNIT_BOUND
+    assert certificate.margin > 0
+    assert "frequencies" in certificate.method
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", [(3, 3), (2, 5), (5, 2)])
+def test_cayley_convolutions_are_proved_and_keep_norms(channels, dtype):
+    layer = drawn(OrthogonalConv2d(*channels, image=IMAGE, dtype=dtype))
+    assert layer.certificate(IMAGE).bound == UNIT_BOUND
+    x = sample(layer, 4)
+    change = (layer(x) - layer(torch.zeros_like(x))).flatten(1).norm(dim=1)
+    ratio = (change / x.flatten(1).norm(dim=1)).detach()
+    assert float(ratio.max()) <= 1 + 1e-6
+    if channels[0] <= channels[1]:
+        assert float(ratio.min()) > 1 - 1e-5
+    error = (copy.deepcopy(layer).double()(x.double()) - layer(x).double()).flatten(1).norm(dim=1)
+    assert (error <= layer.rounding(x).double() + 1e-5).all()
+    shifted = layer(x.roll((1, 2), (2, 3)))
+    torch.testing.assert_close(shifted, layer(x).roll((1, 2), (2, 3)), rtol=1e-4, atol=1e-4)
+
+
+def test_cayley_convolutions_are_those_of_one_image():
+    layer = OrthogonalConv2d(2, 2, image=IMAGE)
+    with pytest.raises(ValueError, match="made for images of 5 × 6"):
+        layer(torch.zeros(1, 2, 6, 6))
+    with pytest.raises(ValueError, match="smaller than the kernel"):
+        OrthogonalConv2d(2, 2, 7, image=IMAGE)
+    check_gradients(drawn(OrthogonalConv2d(2, 3, image=IMAGE, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_dense_layers_compute_what_is_certified(kind):
+    layer = drawn(DENSE[kind](dtype=torch.float32))
+    w, x = layer.weights(), sample(layer, 50)
+    exact = x.double()
+    expected = torch.relu(exact @ w.U.T + w.b) @ w.C.T + w.b_y
+    if w.D is not None:
+        expected = expected + exact @ w.D.T
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("circular", [False, True])
+@pytest.mark.parametrize("kind", CONVOLUTIONAL)
+def test_convolutions_compute_what_is_certified(kind, circular):
+    """The layer on a large enough torus is the circular convolution of the certified kernels."""
+    layer = drawn(CONVOLUTIONAL[kind](dtype=torch.float64, circular=circular))
+    w, x = layer.weights(), sample(layer, 3)
+    assert isinstance(w, ConvolutionalWeights)
+    height, width = w.grid(IMAGE)
+    padded = functional.pad(x, (0, width - IMAGE[1], 0, height - IMAGE[0]))
+
+    def convolve(kernel, image, anchor):
+        k = kernel.shape[-1]
+        wrapped = functional.pad(
+            image, (anchor, k - 1 - anchor, anchor, k - 1 - anchor), "circular"
+        )
+        return functional.conv2d(wrapped, kernel)
+
+    k = w.U.shape[-1]
+    y = w.b_y[:, None, None].expand(3, -1, height, width).clone()
+    if w.U.shape[0]:
+        v = convolve(w.U, padded, k // 2) + w.b[:, None, None]
+        z = torch.relu(v)
+        if not circular:  # hidden pixels that zero padding does not have
+            inside = torch.zeros(height, width, dtype=torch.bool)
+            pad = layer.map.padding
+            rows, columns = (s + 2 * pad - k + 1 for s in IMAGE)
+            shift = k // 2 - pad
+            assert shift == 0
+            inside[:rows, :columns] = True
+            z = z * inside
+        y = y + convolve(w.C, z, k - 1 - k // 2)
+    if isinstance(w.D, float):
+        y = y + w.D * padded
+    elif w.D is not None:
+        y = y + convolve(w.D, padded, w.D.shape[-1] // 2)
+    got = layer(x)
+    torch.testing.assert_close(got, y[:, :, : got.shape[2], : got.shape[3]])
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_dense_quotients_come_near_one_and_never_above(kind):
+    assert 0.9 < ascend(drawn(DENSE[kind](dtype=torch.float64))) <= UNIT_BOUND
+
+
+@pytest.mark.parametrize("kind", ["SLL", "SLL even", "CPL", "sandwich", "spectral"])
+@pytest.mark.parametrize("circular", [False, True])
+def test_convolutional_quotients_never_exceed_one(kind, circular):
+    layer = drawn(CONVOLUTIONAL[kind](dtype=torch.float64, circular=circular))
+    found = ascend(layer)
+    assert found <= UNIT_BOUND
+    assert found > (0.9 if "SLL" in kind or kind == "CPL" else 0.3)
+
+
+@pytest.mark.parametrize("kind", ["SLL", "AOL", "sandwich"])
+def test_float32_quotients_stay_within_a_millionth(kind):
+    layer = drawn(DENSE[kind](dtype=torch.float32))
+    a, b = sample(layer, 2000), 3 * sample(layer, 2000)
+    quotient = (layer(a) - layer(b)).norm(dim=1) / (a - b).norm(dim=1)
+    assert float(quotient.detach().max()) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("fault", ["sign", "no absolute value", "half"])
+def test_a_wrong_T_is_refused(fault):
+    w = drawn(SLLLinear(12, 12, dtype=torch.float64)).weights()
+    gram = w.U @ w.U.T
+    T = {
+        "sign": (2 * gram.diagonal() - gram.abs().sum(1)).abs(),
+        "no absolute value": gram.sum(1).abs(),
+        "half": 0.4 * torch.linalg.matrix_norm(gram, 2) * torch.ones(12, dtype=torch.float64),
+    }[fault]
+    wrong = ExplicitWeights(
+        W=w.W, U=w.U, b=w.b, C=-2 * w.U.T / T, D=w.D, b_y=w.b_y, Lambda=2 / T, gamma=w.gamma
+    )
+    with pytest.raises(CertificateError, match="could not be proved"):
+        certify(wrong)
+
+
+def test_a_T_of_too_few_taps_is_refused():
+    """The padding of the kernel's correlation with itself must be k − 1, not ⌊k/2⌋."""
+    w = SLLConv2d(2, 2, dtype=torch.float64).weights()
+    U = torch.ones_like(w.U)
+    T = functional.conv2d(U, U, padding=1).abs().sum((1, 2, 3))
+    C = -U.transpose(0, 1).flip(2, 3) * (2 / T)[:, None, None]
+    wrong = ConvolutionalWeights(
+        U=U, b=w.b, C=C, D=1.0, b_y=w.b_y, Lambda=2 / T, gamma=w.gamma, circular=False
+    )
+    with pytest.raises(CertificateError, match="could not be proved"):
+        certify_convolution(wrong, (16, 16))
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_dense_gradients(kind):
+    layer = drawn(DENSE[kind](dtype=torch.float64))
+    check_gradients(layer)
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONAL)
+def test_convolutional_gradients(kind):
+    check_gradients(drawn(CONVOLUTIONAL[kind](dtype=torch.float64, circular=True)))
+
+
+def check_gradients(layer):
+    if hasattr(layer, "activation"):
+        layer.activation = Tanh()
+    x = sample(layer, 2).requires_grad_()
+    parameters = dict(layer.parameterization.named_parameters())
+    for p in parameters.values():
+        layer(x).square().sum().backward()
+        direction = torch.randn_like(p)
+        found = float((p.grad * direction).sum())
+        p.grad, h, value = None, 1e-5, []
+        for sign in (1, -1):
+            with torch.no_grad():
+                p.add_(direction, alpha=sign * h)
+                value.append(float(layer(x).square().sum()))
+                p.add_(direction, alpha=-sign * h)
+        assert found == pytest.approx((value[0] - value[1]) / (2 * h), rel=1e-4, abs=1e-6)
+        for other in parameters.values():
+            other.grad = None
+    assert gradcheck(layer, (x[:1],))
+
+
+@pytest.mark.parametrize("map", [
+    Dense(), Convolution(kernel_size=3, padding=1), Convolution(kernel_size=3, padding=0),
+    Convolution(kernel_size=3, padding=2, stride=1), Convolution(kernel_size=2, padding=1),
+    Convolution(kernel_size=3, padding=1, circular=True),
+    Convolution(kernel_size=4, padding=2, circular=True),
+])  # fmt: skip
+def test_adjoints(map):
+    dense = isinstance(map, Dense)
+    U = torch.randn(2, 3, *([] if dense else [map.kernel_size] * 2), dtype=torch.float64)
+    x = torch.randn(1, 3, *([] if dense else [5, 6]), dtype=torch.float64)
+    y = map.apply(x, U)
+    h = torch.randn_like(y)
+    torch.testing.assert_close((y * h).sum(), (x * map.adjoint(h, U)).sum())
+
+
+def test_stride_only_leaves_pixels_out():
+    layer, strided = AOLConv2d(3, 2), AOLConv2d(3, 2, stride=2)
+    strided.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(strided(x), layer(x)[:, :, ::2, ::2])
+    assert strided.certificate((8, 8)).margin > 0
+
+
+@pytest.mark.parametrize("kind", ["SLL", "AOL", "Cayley", "sandwich"])
+def test_what_is_kept_follows_the_parameters(kind):
+    layer = drawn(DENSE[kind](dtype=torch.float64)).eval()
+    x = sample(layer, 3)
+    with torch.no_grad():
+        first, kept = layer(x), layer._tensors(torch.float64)
+        assert all(map(torch.is_tensor, kept))
+        assert layer._tensors(torch.float64)[0] is kept[0]
+        parameter = next(layer.parameters())
+        for change in (
+            lambda: parameter.mul_(1.5),
+            lambda: parameter.data.mul_(0.7),
+            lambda: setattr(parameter, "data", parameter.data * 1.3),
+        ):
+            change()
+            twin = copy.deepcopy(layer)
+            assert torch.equal(layer(x), twin(x))
+        assert not torch.equal(layer(x), first)
+    if not is_parametrized(layer.parameterization):  # torch refuses to pickle those
+        assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+
+
+def test_T_is_computed_once_under_gradient_accumulation():
+    layer, calls = SLLLinear(6, 4), []
+    layer.parameterization.rule.register_forward_hook(lambda *_: calls.append(1))
+    whole, x = torch.zeros(()), torch.randn(4, 5, 6)
+    for part in x:
+        layer(part).square().sum().backward()
+    assert len(calls) == 1
+    accumulated = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    whole = layer(x.flatten(0, 1)).square().sum()
+    whole.backward()
+    for p, expected in zip(layer.parameters(), accumulated, strict=True):
+        torch.testing.assert_close(p.grad, expected)
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    layer(x)
+    assert len(calls) == 2
+
+
+def test_a_layer_may_be_used_twice_in_one_graph():
+    layer = SLLLinear(6, 4, dtype=torch.float64)
+    x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda x: layer(layer(x)), (x,))
+    (first,) = torch.autograd.grad(layer(layer(x)).square().sum(), x, create_graph=True)
+    first.square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
+
+
+def test_autocast_runs_and_certifies_the_rounded_weights():
+    layer = drawn(SLLLinear(8, 12))
+    x = torch.randn(40, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, layer(x), rtol=0, atol=0.1)
+    assert not torch.equal(y, layer(x))
+    certificate = layer.certificate(run=torch.bfloat16)
+    assert certificate.bound == UNIT_BOUND
+    assert certificate.fingerprint != layer.certificate().fingerprint
+    # A T of the weights before rounding does not hold for those after it.
+    U, b, scale = layer.parameterization.exact(torch.float32)
+    U = U.bfloat16().double()
+    w = layer.weights()
+    bad = ExplicitWeights(
+        W=w.W, U=U, b=b, C=-U.T * scale * 1.01, D=w.D, b_y=w.b_y, Lambda=scale, gamma=w.gamma
+    )
+    with pytest.raises(CertificateError):
+        certify(bad)
+
+
+@pytest.mark.parametrize("make", [lambda: SLLLinear(8, 6), lambda: SLLConv2d(3, 2)])
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_without_graph_breaks(make, training):
+    layer = make().train(training)
+    x = sample(layer, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        y = compiled(x)
+    torch.testing.assert_close(y, layer(x))
+    y.sum().backward()
+    got = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    layer(x).sum().backward()
+    for p, g in zip(layer.parameters(), got, strict=True):
+        torch.testing.assert_close(p.grad, g)
+
+
+def test_channels_last_is_kept():
+    layer = SLLConv2d(4, 3)
+    x = torch.randn(2, 4, 8, 8).to(memory_format=torch.channels_last)
+    y = layer.to(memory_format=torch.channels_last)(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, layer(x.contiguous()))
+
+
+@pytest.mark.parametrize("kind", [*DENSE, *CONVOLUTIONAL])
+def test_rounding_is_bounded(kind):
+    layer = drawn((DENSE | CONVOLUTIONAL)[kind]())
+    x = sample(layer, 20)
+    exact = copy.deepcopy(layer).double()
+    weights = layer.parameterization.exact(torch.float32)
+    y = exact.evaluate(x.double(), torch.float64, weights)
+    error = (layer(x).double() - y).flatten(1).norm(dim=1)
+    bound = layer.rounding(x).double()
+    assert (error <= bound).all()
+    assert (bound <= 1e-2 * (1 + x.flatten(1).norm(dim=1))).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: SLLLinear(3, 2)(torch.zeros(4, 5)), "expected 3 features"),
+        (lambda: SLLLinear(3, 2)(torch.zeros(())), "expected 3 features"),
+        (lambda: SLLLinear(3, 2)(torch.zeros(4, 3).double()), "x is torch.float64, the layer is"),
+        (lambda: SLLLinear(3, 2)(torch.zeros(4, 3).half()), "use torch.autocast"),
+        (lambda: SLLLinear(3, 2).half()(torch.zeros(4, 3).half()), "parameters must be float32"),
+        (lambda: SLLConv2d(3, 2)(torch.zeros(1, 4, 8, 8)), "images of 3 channels"),
+        (lambda: SLLConv2d(3, 2, 5)(torch.zeros(1, 3, 4, 9)), "smaller than the kernel"),
+        (lambda: SLLConv2d(3, 2, padding=3), "padding must lie in"),
+        (lambda: SLLConv2d(3, 2, padding=0, circular=True), "circular padding of a 3 × 3"),
+        (lambda: AOLConv2d(3, 2, stride=2, circular=True), "stride with circular padding"),
+        (lambda: AOLConv2d(3, 2, stride=0), "kernel_size and stride must be at least 1"),
+        (lambda: SLLConv2d(3, 2).certificate(), "proved for a size"),
+        (lambda: SLLConv2d(3, 2, 5, circular=True).certificate((4, 4)), "smaller than the kernel"),
+        (lambda: SandwichLinear(3, 0), "at least 1"),
+        (lambda: SLLLinear(0, 3), "at least 1"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_autocast_to_float16_is_refused():
+    with (
+        torch.autocast("cpu", torch.float16),
+        pytest.raises(ValueError, match="overflows in T"),
+    ):
+        SLLLinear(3, 2)(torch.zeros(4, 3))
+
+
+def test_layers_are_modules_that_repeat_themselves():
+    layer = nn.Sequential(SLLLinear(3, 2), SLLConv2d(3, 2))
+    assert "Gershgorin" in repr(layer)
+    assert "Convolution(kernel_size=3" in repr(layer)

@@ -37,17 +37,16 @@ def certified_radius(
             logits are not finite, or a bound is not positive.
     """
     check_labels(logits, labels)
+    if not bool((torch.as_tensor(bound) > 0).all()):
+        raise ValueError(f"bound must be positive, got {bound}")
     classes = logits.shape[1]
     root = up(math.sqrt(2.0))
     if isinstance(bound, Tensor):
         pairs = bound.detach().to(logits.device, torch.float64)
     else:
-        pairs = torch.full((classes, classes), up(root * bound), dtype=torch.float64)
-        pairs = pairs.to(logits.device)
+        pairs = logits.new_full((classes, classes), up(root * bound), dtype=torch.float64)
     if pairs.shape != (classes, classes):
         raise ValueError(f"pair bounds must be {classes} × {classes}, got {tuple(pairs.shape)}")
-    if not (bool((pairs > 0).all()) and (isinstance(bound, Tensor) or bound > 0)):
-        raise ValueError(f"bound must be positive, got {bound}")
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("logits contain NaN or Inf")
     y = logits.detach().double()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lben.parameterizations.explicit import UNIT_BOUND
 from lben.weights import ExplicitWeights
@@ -37,8 +37,7 @@ class CompleteParameterization(nn.Module):
         super().__init__()
         if weights.gamma is None:
             raise ValueError("weights without a bound cannot be parameterized by one")
-        w = weights
-        self.gamma = weights.gamma
+        self.gamma, w = weights.gamma, weights.apply(Tensor.detach)
         gamma, identity = self._inner(), torch.eye(w.in_features).to(w.U)
         D = w.C.new_zeros(w.out_features, w.in_features) if w.D is None else w.D
         G = w.Lambda[:, None] * w.U + w.C.T @ D / gamma

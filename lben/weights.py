@@ -198,9 +198,11 @@ class ConvolutionalWeights:
 
     def to(self, dtype: torch.dtype) -> ConvolutionalWeights:
         """Return the weights in another precision, cut from the graph, on the CPU."""
-        changes: dict[str, Any] = {
-            k: v.detach().to("cpu", dtype) for k, v in self.tensors().items()
-        }
+        return self.apply(lambda t: t.detach().to("cpu", dtype))
+
+    def apply(self, transform: Callable[[Tensor], Tensor]) -> ConvolutionalWeights:
+        """Return the weights with every tensor transformed."""
+        changes: dict[str, Any] = {k: transform(v) for k, v in self.tensors().items()}
         return replace(self, **changes)
 
     @property

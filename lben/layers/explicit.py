@@ -101,8 +101,9 @@ class ExplicitLayer(nn.Module, ABC):
         run = next(self.parameters()).dtype if run is None else run
         with torch.no_grad():
             if isinstance(self.map, Convolution):
-                return self.parameterization.convolutional(run, circular=self.map.circular)
-            return self.parameterization.dense(run)
+                kernels = self.parameterization.convolutional(run, circular=self.map.circular)
+                return kernels.apply(Tensor.detach)
+            return self.parameterization.dense(run).apply(Tensor.detach)
 
     def certificate(
         self, image: tuple[int, int] | None = None, *, run: torch.dtype | None = None

@@ -153,3 +153,18 @@ def test_the_gram_kernel_is_the_operator_times_its_transpose():
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_reduced_precision_of_products_does_not_reach_T():
+    U = torch.randn(40, 300)
+    rule = Gershgorin(40)
+    before = rule(U)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        after = rule(U)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    exact = (U.double() @ U.double().T).abs().sum(1)
+    assert (after.double() >= exact).all()
+    assert (after <= before).all()  # float64 has less rounding to add
+    assert (after.double() <= exact * (1 + 1e-6)).all()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from lben import precision
 from lben.certificates import Certificate, certify, certify_convolution
 from lben.layers.maps import Convolution, LinearMap
 from lben.parameterizations import (
@@ -31,7 +32,9 @@ class ExplicitLayer(nn.Module, ABC):
     parameters (those in the input are exact to any order). Under `torch.compile` nothing is kept
     and T is part of the compiled graph.
 
-    Under autocast weights are rounded to its type first, and T is that of the rounded weights:
+    float32 runs in float32, whatever torch allows its products to be rounded to (TF32 convolutions
+    are torch's default on CUDA); a compiled graph obeys the settings of torch.backends, which have
+    to be "ieee" for the certificate to be about it. Under autocast weights are rounded to its type first, and T is that of the rounded weights:
     the bound holds for what runs. The skip connection keeps the precision of the input.
 
     Args:
@@ -64,7 +67,10 @@ class ExplicitLayer(nn.Module, ABC):
         self.map.check(tuple(x.shape), self.inputs)
         run = self._precision(x)
         with torch.autocast(x.device.type, enabled=False):
-            return self.evaluate(x, run, self._tensors(run))
+            if torch.compiler.is_compiling():
+                return self.evaluate(x, run, self._tensors(run))
+            with precision.full():
+                return self.evaluate(x, run, self._tensors(run))
 
     def _precision(self, x: Tensor) -> torch.dtype:
         reference = next(self.parameters())

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from lben import precision
+
 # Entries of T below it are raised to it: T⁻¹ stays finite, and rounding below the smallest normal
 # number (2⁻¹²⁶ in float32) stays below its rounding.
 FLOOR = 2.0**-60
@@ -38,7 +40,7 @@ class MultiplierRule(nn.Module, ABC):
         Args:
             U: float32 or float64.
         """
-        wide = U.double() if U.ndim > 2 or _reduced_precision() else U
+        wide = U.double() if U.ndim > 2 or precision.may_be_reduced() else U
         T = self.bound(wide).clamp_min(FLOOR)
         return T if wide is U else T.to(U.dtype) * (1 + 2 * torch.finfo(U.dtype).eps)
 
@@ -173,15 +175,6 @@ def _product(A: Tensor, B: Tensor) -> Tensor:
     for a, b in rest:
         total = total + a @ b.T
     return total
-
-
-def _reduced_precision() -> bool:
-    """Say whether float32 products may run in less than float32, now or later."""
-    if torch.compiler.is_compiling():
-        return True
-    settings = (torch.backends, torch.backends.mkldnn, torch.backends.mkldnn.matmul,
-                torch.backends.cuda.matmul)  # fmt: skip
-    return any(s.fp32_precision not in ("none", "ieee") for s in settings)
 
 
 def gamma(k: int, like: Tensor) -> float:

@@ -1,0 +1,46 @@
+"""Do products of float32 numbers run in float32?
+
+torch may run them in TF32 or bfloat16: convolutions on CUDA do so by default. A weight that is
+rounded inside a product is another weight than the one that was certified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_FULL = ("none", "ieee")
+
+
+def _settings() -> tuple[Any, ...]:
+    """What decides it, from general to particular; a particular one that is set wins."""
+    b = torch.backends
+    return b, b.mkldnn, b.mkldnn.matmul, b.mkldnn.conv, b.cuda.matmul, b.cudnn, b.cudnn.conv
+
+
+def may_be_reduced() -> bool:
+    """Say whether float32 matrix products may run in less, now or later.
+
+    A compiled graph would outlive the settings, so there the answer is yes.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    b = torch.backends
+    matrix = (b, b.mkldnn, b.mkldnn.matmul, b.cuda.matmul)
+    return any(setting.fp32_precision not in _FULL for setting in matrix)
+
+
+@contextmanager
+def full() -> Iterator[None]:
+    """Within the block float32 products, matrices and convolutions, run in float32."""
+    changed = [(s, s.fp32_precision) for s in _settings() if s.fp32_precision not in _FULL]
+    for setting, _ in changed:
+        setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for setting, before in changed:
+            setting.fp32_precision = before

@@ -1,0 +1,44 @@
+"""Products are full where it matters, and the settings come back."""
+
+import pytest
+import torch
+
+from lben import SLLConv2d, precision
+
+
+@pytest.fixture
+def reduced():
+    matmul, conv = torch.backends.mkldnn.matmul, torch.backends.cudnn.conv
+    before = matmul.fp32_precision, conv.fp32_precision
+    matmul.fp32_precision, conv.fp32_precision = "bf16", "tf32"
+    yield
+    matmul.fp32_precision, conv.fp32_precision = before
+
+
+def test_reduced_products_are_seen_and_switched_off(reduced):
+    assert precision.may_be_reduced()
+    with precision.full():
+        assert not precision.may_be_reduced()
+        assert torch.backends.cudnn.conv.fp32_precision in ("none", "ieee")
+    assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def test_settings_come_back_after_an_error(reduced):
+    with pytest.raises(ZeroDivisionError), precision.full():
+        raise ZeroDivisionError
+    assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+
+
+def test_layers_run_within(reduced):
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, v):
+            seen.append(precision.may_be_reduced())
+            return torch.relu(v)
+
+    layer = SLLConv2d(3, 2)
+    layer.activation = Spy()
+    layer(torch.randn(1, 3, 5, 5))
+    assert seen == [False]

@@ -16,8 +16,8 @@ ROOMS = {
         "acceleration flow newton sweep auto solve interop gradient implicit"
     ),
     "lben": (
-        "_companion precision weights rigorous inequality spectrum parameterizations certificates tightening "
-        "radii layers models data checkpoints "
+        "_companion precision weights rigorous inequality spectrum parameterizations certificates "
+        "tightening radii layers models data checkpoints "
         "attacks training evaluation reports cli __main__"
     ),
 }

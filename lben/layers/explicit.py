@@ -34,8 +34,9 @@ class ExplicitLayer(nn.Module, ABC):
 
     float32 runs in float32, whatever torch allows its products to be rounded to (TF32 convolutions
     are torch's default on CUDA); a compiled graph obeys the settings of torch.backends, which have
-    to be "ieee" for the certificate to be about it. Under autocast weights are rounded to its type first, and T is that of the rounded weights:
-    the bound holds for what runs. The skip connection keeps the precision of the input.
+    to be "ieee" for the certificate to be about it. Under autocast weights are rounded to its type
+    first, and T is that of the rounded weights: the bound holds for what runs. The skip connection
+    keeps the precision of the input.
 
     Args:
         parameterization: of the weights.

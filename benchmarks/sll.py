@@ -7,6 +7,7 @@ until their quotient stops growing. Then the layers of SLL Small (45 channels wi
 3 × 3, 32 × 32; dense 2880 features with 2048 hidden units) are timed at batch 64 against
 
 - naive: the layer written from its formula, with T from UUᵀ at every call (Araujo et al. 2023);
+- orthogonium: the layer of that package, where it is installed (extra `benchmarks`);
 - floor: the same two products, bias, activation and skip without any T;
 
 in training (forward and backward, weights new at every step) and in eval mode.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import reduce
 
@@ -75,10 +77,11 @@ def main() -> None:
     proved, violations, family = _prove(arguments)
     joint = _joint()
     rounds = 7 if arguments.quick else 21
+    peers = _orthogonium()
     dense = _time("dense 2880 → 2048", NaiveLinear(2880, 2048), SLLLinear(2880, 2048),
-                  torch.randn(BATCH, 2880), rounds)  # fmt: skip
+                  peers.get("dense"), torch.randn(BATCH, 2880), rounds)  # fmt: skip
     convolution = _time("convolution 45, 5, 3 × 3", NaiveConv2d(45, 5), SLLConv2d(45, 5),
-                        torch.randn(BATCH, 45, 32, 32), rounds)  # fmt: skip
+                        peers.get("convolution"), torch.randn(BATCH, 45, 32, 32), rounds)  # fmt: skip
     figures = {
         "layers_proved": proved,
         "violations": violations,
@@ -210,24 +213,47 @@ class NaiveConv2d(nn.Module):
         return x - functional.conv_transpose2d(h, self.U, padding=1)
 
 
+def _orthogonium() -> dict[str, nn.Module]:
+    """Return the layers of orthogonium, or none where it is not installed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            from orthogonium.layers.conv.SLL import sll_layer
+        except ImportError:
+            print("orthogonium is not installed and left out")
+            return {}
+        return {
+            "dense": sll_layer.SDPBasedLipschitzDense(2880, 2880, 2048),
+            "convolution": sll_layer.SDPBasedLipschitzResBlock(45, 5.01 / 45),
+        }
+
+
 def _time(
-    name: str, naive: NaiveLinear | NaiveConv2d, layer: ExplicitLayer, x: Tensor, rounds: int
+    name: str,
+    naive: NaiveLinear | NaiveConv2d,
+    layer: ExplicitLayer,
+    peer: nn.Module | None,
+    x: Tensor,
+    rounds: int,
 ) -> dict[str, dict[str, float]]:
     """Time training steps and evaluation; return time(candidate) ÷ time(lben) and milliseconds."""
     result = {}
     for mode in ("train", "eval"):
         layer.train(mode == "train")
-        calls: dict[str, Callable[[], object]] = {}
-        for label, owner, forward in (
+        candidates: list[tuple[str, nn.Module, Callable[[Tensor], Tensor]]] = [
             ("lben", layer, layer.forward),
             ("naive", naive, naive.forward),
             ("floor", naive, naive.products),
-        ):
-            step = _step if mode == "train" else _evaluation
-            calls[label] = step(owner, forward, x)
+        ]
+        if peer is not None:
+            candidates.append(("orthogonium", peer.train(mode == "train"), peer.forward))
+        calls: dict[str, Callable[[], object]] = {}
+        step = _step if mode == "train" else _evaluation
+        for label, owner, forward in candidates:
+            calls[label] = step(owner, forward, x.clone())
         seconds = interleaved(calls, rounds)
         result[mode] = {
-            **{label: ratio(seconds, label, "lben") for label in ("naive", "floor")},
+            **{label: ratio(seconds, label, "lben") for label in calls if label != "lben"},
             **{f"{label}_ms": 1e3 * statistics.median(v) for label, v in seconds.items()},
         }
         times = ", ".join(f"{k} {1e3 * statistics.median(v):.2f} ms" for k, v in seconds.items())

@@ -16,8 +16,8 @@ ROOMS = {
         "acceleration flow newton sweep auto solve interop gradient implicit"
     ),
     "lben": (
-        "_companion weights rigorous parameterizations certificates layers models data checkpoints "
-        "attacks training evaluation reports cli __main__"
+        "_companion weights rigorous parameterizations certificates layers models data "
+        "losses checkpoints attacks training evaluation reports cli __main__"
     ),
 }
 FILES = [path for package in ROOMS for path in sorted((ROOT / package).rglob("*.py"))]

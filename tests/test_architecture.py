@@ -17,7 +17,7 @@ ROOMS = {
     ),
     "lben": (
         "_companion weights rigorous parameterizations certificates layers models data "
-        "losses checkpoints attacks training evaluation reports cli __main__"
+        "losses augmentation checkpoints attacks training evaluation reports cli __main__"
     ),
 }
 FILES = [path for package in ROOMS for path in sorted((ROOT / package).rglob("*.py"))]

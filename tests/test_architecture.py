@@ -16,8 +16,9 @@ ROOMS = {
         "acceleration flow newton sweep auto solve interop gradient implicit"
     ),
     "lben": (
-        "_companion weights rigorous parameterizations certificates layers models data "
-        "losses augmentation checkpoints attacks training evaluation reports cli __main__"
+        "_companion weights rigorous parameterizations certificates layers models data losses "
+        "augmentation optimization records recipes checkpoints attacks parallel training "
+        "evaluation reports cli __main__"
     ),
 }
 FILES = [path for package in ROOMS for path in sorted((ROOT / package).rglob("*.py"))]

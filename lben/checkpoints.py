@@ -3,7 +3,7 @@
     config.json            model and training configuration, format version
     model.safetensors      parameters of the model
     certificate.json       what was proved about them
-    training.safetensors   parameters, optimiser state and position, for resuming
+    training.safetensors   parameters, their average, optimiser state and position, for resuming
     metrics.jsonl          one JSON object per epoch
 
 Every file is written beside its place and moved there in one step. Nothing is pickled.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lben.models import EquilibriumClassifier, EquilibriumClassifierConfig
+from lben.models import (
+    Classifier,
+    ClassifierConfig,
+    EquilibriumClassifier,
+    EquilibriumClassifierConfig,
+)
+from lben.optimization import EMA
+from lben.records import decode, encode
 
 FORMAT = 1
 CONFIG, MODEL, CERTIFICATE = "config.json", "model.safetensors", "certificate.json"
 TRAINING, METRICS = "training.safetensors", "metrics.jsonl"
+MODELS = {"equilibrium_classifier": EquilibriumClassifierConfig}  # what config.json calls them
 
 
 class CheckpointError(Exception):
@@ -44,15 +51,20 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
-def save_config(
-    folder: Path, model: EquilibriumClassifierConfig, training: Mapping[str, Any]
-) -> None:
-    """Write config.json."""
+def save_config(folder: Path, model: ClassifierConfig, training: Mapping[str, Any]) -> None:
+    """Write config.json.
+
+    Raises:
+        CheckpointError: if no kind of model in `MODELS` is configured like this.
+    """
+    kind = next((k for k, cls in MODELS.items() if type(model) is cls), None)
+    if kind is None:
+        raise CheckpointError(f"{type(model).__name__} has no name in lben.checkpoints.MODELS")
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "format": FORMAT,
         "library": "lben",
-        "model": {"kind": "equilibrium_classifier", **asdict(model)},
+        "model": {**encode(model), "kind": kind},
         "training": dict(training),
     }
     write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
@@ -73,18 +85,15 @@ def load_config(folder: Path | str) -> tuple[EquilibriumClassifierConfig, dict[s
         raise CheckpointError(f"{path} is truncated or corrupt: {error}") from error
     _check_format(path, config.get("format") if isinstance(config, dict) else None)
     try:
-        fields = dict(config["model"])
-        kind = fields.pop("kind")
-        if kind != "equilibrium_classifier":
+        kind = config["model"]["kind"]
+        if kind not in MODELS:
             raise CheckpointError(f"{path}: unknown kind of model {kind!r}")
-        for name in ("shape", "mean", "std"):
-            fields[name] = tuple(fields[name])
-        return EquilibriumClassifierConfig(**fields), dict(config["training"])
+        return decode(config["model"], MODELS), dict(config["training"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} lacks a field or has one too many: {error}") from error
 
 
-def save_model(folder: Path, model: EquilibriumClassifier) -> None:
+def save_model(folder: Path, model: Classifier) -> None:
     """Write model.safetensors."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     write_atomically(folder / MODEL, save(tensors, metadata={"format": "pt"}))
@@ -105,21 +114,30 @@ def load_model(folder: Path | str) -> EquilibriumClassifier:
 
 
 def save_training(
-    folder: Path, model: EquilibriumClassifier, optimizer: torch.optim.Optimizer, epoch: int
+    folder: Path,
+    model: Classifier,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    ema: EMA | None = None,
 ) -> None:
     """Write training.safetensors: all that resuming needs, in one file."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
+    if ema is not None:
+        tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     metadata = {"format": str(FORMAT), "epoch": str(epoch)}
     write_atomically(folder / TRAINING, save(tensors, metadata=metadata))
 
 
 def load_training(
-    folder: Path, model: EquilibriumClassifier, optimizer: torch.optim.Optimizer
+    folder: Path,
+    model: Classifier,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA | None = None,
 ) -> int:
-    """Load model and optimiser state in place and return the number of finished epochs.
+    """Load model, average and optimiser state in place and return the number of finished epochs.
 
     Raises:
         CheckpointError: if the file is missing, truncated, of another format, or does not fit.
@@ -128,14 +146,22 @@ def load_training(
     tensors, metadata = _read(path)
     _check_format(path, int(metadata.get("format", "0")))
     states: dict[int, dict[str, Tensor]] = {}
+    average: dict[str, Tensor] = {}
     for name, value in tensors.items():
         part, _, rest = name.partition(".")
+        if part == "ema":
+            average[rest] = value
         if part == "optimizer":
             index, _, key = rest.partition(".")
             states.setdefault(int(index), {})[key] = value
     _load_state(path, model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
+    if ema is not None:
+        try:
+            ema.load_state_dict(average)
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{path} holds no average of this model: {error}") from error
     return int(metadata["epoch"])
 
 
@@ -150,7 +176,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path} is truncated or corrupt: {error}") from error
 
 
-def _load_state(path: Path, model: EquilibriumClassifier, tensors: dict[str, Tensor]) -> None:
+def _load_state(path: Path, model: Classifier, tensors: dict[str, Tensor]) -> None:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

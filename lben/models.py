@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +22,26 @@ from lben.layers import EquilibriumLinear, Normalize
 from solvers import LeakyReLU, ProximalActivation, ReLU, Tanh
 
 ActivationName = Literal["relu", "leaky_relu", "tanh"]
+
+
+class ClassifierConfig(Protocol):
+    """What training and checkpoints need of a configuration: a frozen dataclass that builds."""
+
+    def build(self) -> Classifier:
+        """Return a freshly initialised model."""
+        ...
+
+
+class Classifier(nn.Module):
+    """What training and checkpoints need of a model: images in [0, 1] to logits, with a proof."""
+
+    def certificate(self) -> NetworkCertificate:
+        """Prove the bound of the whole network from pixels to logits.
+
+        Raises:
+            CertificateError: if the proof fails.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +96,7 @@ class CertifiedLogits:
     steps: int
 
 
-class EquilibriumClassifier(nn.Module):
+class EquilibriumClassifier(Classifier):
     """Normalisation, flattening and one `EquilibriumLinear`: images in [0, 1] to logits."""
 
     def __init__(self, config: EquilibriumClassifierConfig) -> None:

@@ -18,13 +18,17 @@ from pathlib import Path
 
 from benchmarks.common import RESULTS, find_root, finish, parser
 from lben import checkpoints
+from lben.augmentation import Augmentation
 from lben.data import DataError, Dataset, load
 from lben.evaluation import EvaluationConfig, Report, evaluate
+from lben.recipes import EquilibriumTraining
 from lben.reports import table
-from lben.training import TrainingConfig, train
+from lben.training import train
 
 FOLDER = RESULTS / "mnist"
-RECIPE = TrainingConfig(data="mnist", hidden=80, epochs=40, lr=4e-3, shift=1, tol=1e-4)
+RECIPE = EquilibriumTraining(
+    data="mnist", hidden=80, epochs=40, lr=4e-3, augmentation=Augmentation(shift=1), tol=1e-4
+)
 MODELS: dict[str, dict[str, object]] = {
     "0.2": {"gamma": 0.2},
     "0.5": {"gamma": 0.5},
@@ -66,7 +70,7 @@ def main() -> None:
         arguments.out or (None if arguments.quick else RESULTS / "mnist.json"),
         seed=RECIPE.seed,
         quick=arguments.quick,
-        recipe={"epochs": RECIPE.epochs, "lr": RECIPE.lr, "shift": RECIPE.shift},
+        recipe={"epochs": RECIPE.epochs, "lr": RECIPE.lr, "shift": RECIPE.augmentation.shift},
         reports={name: report.to_dict() for name, report in reports.items()},
     )
 

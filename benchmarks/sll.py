@@ -78,10 +78,14 @@ def main() -> None:
     joint = _joint()
     rounds = 7 if arguments.quick else 21
     peers = _orthogonium()
-    dense = _time("dense 2880 → 2048", NaiveLinear(2880, 2048), SLLLinear(2880, 2048),
-                  peers.get("dense"), torch.randn(BATCH, 2880), rounds)  # fmt: skip
-    convolution = _time("convolution 45, 5, 3 × 3", NaiveConv2d(45, 5), SLLConv2d(45, 5),
-                        peers.get("convolution"), torch.randn(BATCH, 45, 32, 32), rounds)  # fmt: skip
+    dense = _time(
+        "dense 2880 → 2048", NaiveLinear(2880, 2048), SLLLinear(2880, 2048),
+        peers.get("dense"), torch.randn(BATCH, 2880), rounds,
+    )  # fmt: skip
+    convolution = _time(
+        "convolution 45, 5, 3 × 3", NaiveConv2d(45, 5), SLLConv2d(45, 5),
+        peers.get("convolution"), torch.randn(BATCH, 45, 32, 32), rounds,
+    )  # fmt: skip
     figures = {
         "layers_proved": proved,
         "violations": violations,

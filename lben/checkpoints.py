@@ -3,7 +3,7 @@
     config.json            model and training configuration, format version
     model.safetensors      parameters of the model
     certificate.json       what was proved about them
-    training.safetensors   parameters, optimiser state and position, for resuming
+    training.safetensors   parameters, their average, optimiser state and position, for resuming
     metrics.jsonl          one JSON object per epoch
 
 Every file is written beside its place and moved there in one step. Nothing is pickled.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lben.models import Classifier, EquilibriumClassifierConfig, ResidualClassifierConfig
+from lben.models import (
+    Classifier,
+    ClassifierConfig,
+    EquilibriumClassifierConfig,
+    ResidualClassifierConfig,
+)
+from lben.optimization import EMA
+from lben.records import decode, encode
 
 FORMAT = 1
 CONFIG, MODEL, CERTIFICATE = "config.json", "model.safetensors", "certificate.json"
 TRAINING, METRICS = "training.safetensors", "metrics.jsonl"
-
-ModelConfig = EquilibriumClassifierConfig | ResidualClassifierConfig
-_KINDS: dict[str, type[ModelConfig]] = {
+MODELS: dict[str, type[ClassifierConfig]] = {  # what config.json calls them
     "equilibrium_classifier": EquilibriumClassifierConfig,
     "residual_classifier": ResidualClassifierConfig,
 }
@@ -50,20 +54,26 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
-def save_config(folder: Path, model: ModelConfig, training: Mapping[str, Any]) -> None:
-    """Write config.json."""
+def save_config(folder: Path, model: ClassifierConfig, training: Mapping[str, Any]) -> None:
+    """Write config.json.
+
+    Raises:
+        CheckpointError: if no kind of model in `MODELS` is configured like this.
+    """
+    kind = next((k for k, cls in MODELS.items() if type(model) is cls), None)
+    if kind is None:
+        raise CheckpointError(f"{type(model).__name__} has no name in lben.checkpoints.MODELS")
     folder.mkdir(parents=True, exist_ok=True)
-    kind = next(name for name, cls in _KINDS.items() if isinstance(model, cls))
     config = {
         "format": FORMAT,
         "library": "lben",
-        "model": {"kind": kind, **asdict(model)},
+        "model": {**encode(model), "kind": kind},
         "training": dict(training),
     }
     write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
-def load_config(folder: Path | str) -> tuple[ModelConfig, dict[str, Any]]:
+def load_config(folder: Path | str) -> tuple[ClassifierConfig, dict[str, Any]]:
     """Read config.json: the model's configuration and the training's as a dictionary.
 
     Raises:
@@ -78,12 +88,10 @@ def load_config(folder: Path | str) -> tuple[ModelConfig, dict[str, Any]]:
         raise CheckpointError(f"{path} is truncated or corrupt: {error}") from error
     _check_format(path, config.get("format") if isinstance(config, dict) else None)
     try:
-        fields = dict(config["model"])
-        kind = fields.pop("kind")
-        if kind not in _KINDS:
+        kind = config["model"]["kind"]
+        if kind not in MODELS:
             raise CheckpointError(f"{path}: unknown kind of model {kind!r}")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        return _KINDS[kind](**values), dict(config["training"])
+        return decode(config["model"], MODELS), dict(config["training"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} lacks a field or has one too many: {error}") from error
 
@@ -109,19 +117,30 @@ def load_model(folder: Path | str) -> Classifier:
 
 
 def save_training(
-    folder: Path, model: Classifier, optimizer: torch.optim.Optimizer, epoch: int
+    folder: Path,
+    model: Classifier,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    ema: EMA | None = None,
 ) -> None:
     """Write training.safetensors: all that resuming needs, in one file."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
+    if ema is not None:
+        tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     metadata = {"format": str(FORMAT), "epoch": str(epoch)}
     write_atomically(folder / TRAINING, save(tensors, metadata=metadata))
 
 
-def load_training(folder: Path, model: Classifier, optimizer: torch.optim.Optimizer) -> int:
-    """Load model and optimiser state in place and return the number of finished epochs.
+def load_training(
+    folder: Path,
+    model: Classifier,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA | None = None,
+) -> int:
+    """Load model, average and optimiser state in place and return the number of finished epochs.
 
     Raises:
         CheckpointError: if the file is missing, truncated, of another format, or does not fit.
@@ -130,14 +149,22 @@ def load_training(folder: Path, model: Classifier, optimizer: torch.optim.Optimi
     tensors, metadata = _read(path)
     _check_format(path, int(metadata.get("format", "0")))
     states: dict[int, dict[str, Tensor]] = {}
+    average: dict[str, Tensor] = {}
     for name, value in tensors.items():
         part, _, rest = name.partition(".")
+        if part == "ema":
+            average[rest] = value
         if part == "optimizer":
             index, _, key = rest.partition(".")
             states.setdefault(int(index), {})[key] = value
     _load_state(path, model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
+    if ema is not None:
+        try:
+            ema.load_state_dict(average)
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{path} holds no average of this model: {error}") from error
     return int(metadata["epoch"])
 
 

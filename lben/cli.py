@@ -1,4 +1,4 @@
-"""What can be done from a terminal? `lben demo`, `train`, `resume`, `evaluate` and `bench`."""
+"""What can be done from a terminal? `lben demo`, `train`, `resume`, `evaluate`, `bench` and more."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from lben.certificates import CertificateError
 from lben.checkpoints import CheckpointError
 from lben.data import DataError, load
 from lben.evaluation import EvaluationConfig, Report, evaluate
+from lben.parallel import is_first
+from lben.recipes import EquilibriumTraining, ResidualTraining
 from lben.reports import draw, table
-from lben.training import Interrupted, TrainingConfig, resume, train
+from lben.training import Interrupted, resume, train
 from solvers import SolveError
 
 
@@ -49,8 +51,21 @@ class Train:
         config: of the run.
     """
 
-    config: Annotated[TrainingConfig, tyro.conf.arg(name="")] = field(
-        default_factory=TrainingConfig
+    config: Annotated[EquilibriumTraining, tyro.conf.arg(name="")] = field(
+        default_factory=EquilibriumTraining
+    )
+
+
+@dataclass(frozen=True)
+class TrainExplicit:
+    """Train a network of explicit 1-Lipschitz layers (SLL and its family) into a folder.
+
+    Attributes:
+        config: of the run.
+    """
+
+    config: Annotated[ResidualTraining, tyro.conf.arg(name="")] = field(
+        default_factory=ResidualTraining
     )
 
 
@@ -101,7 +116,7 @@ class Bench:
     html: str | None = None
 
 
-Command = Demo | Train | Resume | Evaluate | Bench
+Command = Demo | Train | TrainExplicit | Resume | Evaluate | Bench
 
 _ERRORS = (CheckpointError, DataError, CertificateError, SolveError, ValueError, ImportError)
 
@@ -115,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 prog="lben",
                 description="Equilibrium networks whose Lipschitz bound holds by construction.",
                 args=None if arguments is None else list(arguments),
+                config=(tyro.conf.CascadeSubcommandArgs,),  # flags may stand in any order
             )
         )
     except Interrupted as stop:
@@ -133,7 +149,7 @@ def _run(command: Command) -> None:
     match command:
         case Demo():
             _demo(command)
-        case Train(config=config):
+        case Train(config=config) | TrainExplicit(config=config):
             train(config)
             _say_trained(config.out)
         case Resume(run=run, root=root):
@@ -161,6 +177,8 @@ def _bench(command: Bench) -> None:
 
 
 def _say_trained(folder: str) -> None:
+    if not is_first():
+        return
     metrics = (Path(folder) / checkpoints.METRICS).read_text().splitlines()
     error = json.loads(metrics[-1])["test_error_percent"]
     print(f"test error {error:.2f} %; model in {folder}; next: lben evaluate {folder}")
@@ -171,7 +189,7 @@ def _demo(command: Demo) -> None:
     for name in (checkpoints.TRAINING, checkpoints.METRICS):
         (folder / name).unlink(missing_ok=True)  # the demo starts afresh
     train(
-        TrainingConfig(
+        EquilibriumTraining(
             data="digits", out=command.out, gamma=command.gamma, epochs=command.epochs,
             batch_size=64, seed=command.seed,
         )

@@ -17,7 +17,7 @@ _FULL = ("none", "ieee")
 
 def _settings() -> tuple[Any, ...]:
     """What decides it, from general to particular; a particular one that is set wins."""
-    b = torch.backends
+    b: Any = torch.backends
     return b, b.mkldnn, b.mkldnn.matmul, b.mkldnn.conv, b.cuda.matmul, b.cudnn, b.cudnn.conv
 
 
@@ -28,7 +28,7 @@ def may_be_reduced() -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    b = torch.backends
+    b: Any = torch.backends
     matrix = (b, b.mkldnn, b.mkldnn.matmul, b.cuda.matmul)
     return any(setting.fp32_precision not in _FULL for setting in matrix)
 

@@ -17,8 +17,8 @@ ROOMS = {
     ),
     "lben": (
         "_companion precision weights rigorous inequality spectrum parameterizations certificates "
-        "tightening radii layers models data checkpoints "
-        "attacks training evaluation reports cli __main__"
+        "tightening radii layers models data losses augmentation optimization records recipes "
+        "checkpoints attacks parallel training evaluation reports cli __main__"
     ),
 }
 FILES = [path for package in ROOMS for path in sorted((ROOT / package).rglob("*.py"))]

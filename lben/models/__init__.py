@@ -1,6 +1,6 @@
 """Which networks have a name? Frozen configurations, and `build`, which makes modules of them."""
 
-from lben.models.base import CertifiedLogits, Classifier
+from lben.models.base import CertifiedLogits, Classifier, ClassifierConfig
 from lben.models.equilibrium import (
     ActivationName,
     EquilibriumClassifier,
@@ -20,6 +20,7 @@ __all__ = [
     "Block",
     "CertifiedLogits",
     "Classifier",
+    "ClassifierConfig",
     "EquilibriumClassifier",
     "EquilibriumClassifierConfig",
     "Head",

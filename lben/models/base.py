@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -29,6 +29,14 @@ class CertifiedLogits:
     logits: Float[Tensor, "batch classes"]
     error: Float[Tensor, " batch"]
     steps: int
+
+
+class ClassifierConfig(Protocol):
+    """What training and checkpoints need of a configuration: a frozen dataclass that builds."""
+
+    def build(self) -> Classifier:
+        """Return a freshly initialised model."""
+        ...
 
 
 class Classifier(nn.Module, ABC):

@@ -7,11 +7,15 @@ import pytest
 import torch
 
 from lben import checkpoints, cli, training
+from lben.augmentation import Augmentation
 from lben.checkpoints import CheckpointError
 from lben.data import load
 from lben.evaluation import EvaluationConfig, evaluate
+from lben.losses import EMMA, CrossEntropy, Hinge
+from lben.optimization import SGD, Adam, AdamW, Constant, PiecewiseLinear, WarmupCosine
+from lben.recipes import EquilibriumTraining, read
 from lben.reports import draw, table
-from lben.training import Interrupted, TrainingConfig, learning_rate, random_shift, resume, train
+from lben.training import Interrupted, resume, train
 
 SHORT = EvaluationConfig(
     radii=(0.0, 0.5), attack_samples=20, pgd_steps=5, pgd_restarts=1, pairs=200, ascent_pairs=5,
@@ -28,7 +32,7 @@ def config(folder, **changes):
         "batch_size": 64,
         "seed": 5,
     }
-    return TrainingConfig(**{**options, **changes})
+    return EquilibriumTraining(**{**options, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +68,7 @@ def test_training_is_seeded(run, tmp_path):
 
 
 def interrupt_after(monkeypatch, steps):
-    original, count = training.learning_rate, [0]
+    original, count = WarmupCosine.__call__, [0]
 
     def counted(*arguments):
         count[0] += 1
@@ -72,7 +76,7 @@ def interrupt_after(monkeypatch, steps):
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(training, "learning_rate", counted)
+    monkeypatch.setattr(WarmupCosine, "__call__", counted)
 
 
 @pytest.mark.parametrize("steps", [0, 5, 40, 170])
@@ -154,25 +158,14 @@ def test_atomic_writes_keep_the_old_content_on_failure(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"epochs": 0}, "epochs must be positive"),
-        ({"lr": -1.0}, "lr must be positive"),
-        ({"shift": -1}, "shift must be at least 0"),
-        ({"tol": float("nan")}, "tol must be positive"),
-    ],
-)
-def test_bad_configurations(changes, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        config(tmp_path, **changes)
-
-
-@pytest.mark.parametrize(
     ("option", "value"),
     [
         ("gamma", 0.1), ("gamma", None), ("feedthrough", True), ("activation", "tanh"),
         ("learn_metric", False), ("epsilon", 0.1), ("lr", 1e-3), ("batch_size", 128),
-        ("weight_decay", 1.0), ("shift", 1), ("temperature", 3.0), ("tol", 2e-6),
+        ("tol", 2e-6), ("loss", CrossEntropy(scale=3.0)), ("loss", Hinge(margin=1.0)),
+        ("optimizer", AdamW(weight_decay=1.0)), ("optimizer", Adam(betas=(0.5, 0.9))),
+        ("optimizer", SGD()), ("augmentation", Augmentation(shift=1)),
+        ("schedule", PiecewiseLinear()), ("schedule", Constant()), ("ema", 0.5),
     ],
 )  # fmt: skip
 def test_every_option_acts(option, value, tmp_path):
@@ -187,7 +180,8 @@ def test_order_and_shifts_are_drawn_from_seed_and_epoch(tmp_path):
     labels = torch.arange(100)
 
     def drawn(seed, epoch):
-        batches = training._batches(images, labels, config(tmp_path, seed=seed, shift=1), epoch)
+        recipe = config(tmp_path, seed=seed, augmentation=Augmentation(shift=1))
+        batches = training._batches(images, labels, recipe, epoch)
         x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
         assert torch.equal(y.sort().values, labels)
         return x
@@ -195,26 +189,6 @@ def test_order_and_shifts_are_drawn_from_seed_and_epoch(tmp_path):
     assert torch.equal(drawn(1, 2), drawn(1, 2))
     assert not torch.equal(drawn(1, 2), drawn(1, 3))
     assert not torch.equal(drawn(1, 2), drawn(2, 2))
-
-
-def test_learning_rate_warms_up_then_falls_to_zero():
-    rates = [learning_rate(step, 100, 2.0) for step in range(101)]
-    assert rates[0] == pytest.approx(0.2)
-    assert max(rates) == pytest.approx(2.0)
-    assert rates[100] == pytest.approx(0.0)
-    assert rates[15:] == sorted(rates[15:], reverse=True)
-
-
-def test_shifts_move_and_fill_with_zeros():
-    x = torch.rand(400, 1, 6, 6) + 0.1
-    g = torch.Generator().manual_seed(0)
-    shifted = random_shift(x, 2, g)
-    assert shifted.shape == x.shape
-    centre = [torch.equal(a, b) for a, b in zip(shifted, x, strict=True)]
-    assert 0 < sum(centre) < 50
-    row = next(i for i, s in enumerate(shifted) if torch.equal(s[0, :4], x[i, 0, 2:]))
-    assert (shifted[row, 0, 4:] == 0).all()
-    assert random_shift(x, 0, g) is x
 
 
 # --- evaluation ------------------------------------------------------------------------------
@@ -297,6 +271,38 @@ def test_train_resume_and_evaluate_on_the_command_line(tmp_path, capsys):
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["radii"] == [0.0, 0.5]
     assert (tmp_path / "run" / "robustness.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_choices_on_the_command_line_reach_the_recipe(tmp_path, capsys):
+    folder = str(tmp_path / "run")
+    words = f"train --out {folder} --hidden 5 --epochs 1 --batch-size 300 --ema 0.9 --accumulate 2"
+    choices = (
+        "loss:emma --loss.radius 0.5 --loss.bound 3.2 optimizer:sgd --optimizer.momentum 0.8 "
+        "schedule:piecewise-linear --shift 1 --reflect"
+    )
+    assert cli.main([*words.split(), *choices.split()]) == 0
+    _, record = checkpoints.load_config(folder)
+    assert read(record) == EquilibriumTraining(
+        out=folder, hidden=5, epochs=1, batch_size=300, ema=0.9, accumulate=2,
+        loss=EMMA(radius=0.5, bound=3.2), optimizer=SGD(momentum=0.8),
+        schedule=PiecewiseLinear(), augmentation=Augmentation(shift=1, reflect=True),
+    )  # fmt: skip
+
+
+def test_options_of_a_default_choice_need_not_name_it(tmp_path):
+    words = f"train --out {tmp_path} --hidden 5 --epochs 1 --loss.offset 0.5 --schedule.warmup 0.3"
+    assert cli.main(words.split()) == 0
+    _, record = checkpoints.load_config(tmp_path)
+    assert read(record).loss == CrossEntropy(offset=0.5)
+    assert read(record).schedule == WarmupCosine(warmup=0.3)
+
+
+def test_the_help_names_the_choices(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    out = capsys.readouterr().out
+    for word in ("loss:emma", "optimizer:sgd", "schedule:piecewise-linear", "--shift", "--gamma"):
+        assert word in out
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,155 @@
+"""Which loss rewards margins? Frozen callables from logits and labels to a scalar.
+
+A certified radius is a margin yᵢ − yⱼ over a Lipschitz constant. Plain cross-entropy, the default,
+loses interest in a sample once it is classified well; the others say how large the margin shall be.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+Logits = Float[Tensor, "batch classes"]
+Labels = Int[Tensor, " batch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropy:
+    """Mean of T·CE((s·y − o·eᵢ)/T, i): cross-entropy that holds out for a margin of o.
+
+    The offset lowers the own logit, so that the loss acts until the margin exceeds o by a few T.
+    Prach and Lampert (2022, AOL), section on the loss; Araujo et al. (2023, SLL), appendix, with
+    T = 1/4 and o = (3/2)√2.
+
+    Attributes:
+        temperature: T, in units of logits; it divides the logits and multiplies the loss.
+        offset: o, in units of logits.
+        scale: s, factor on the logits alone: scale s is s times temperature 1/s (with offset 0).
+    """
+
+    temperature: float = 1.0
+    offset: float = 0.0
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "temperature", "scale")
+        if not 0 <= self.offset < math.inf:
+            raise ValueError(f"offset must be at least 0 and finite, got {self.offset}")
+
+    def __call__(self, logits: Logits, labels: Labels) -> Float[Tensor, ""]:
+        """Return the loss.
+
+        Raises:
+            ValueError: if the shapes do not belong together.
+        """
+        _check_shapes(logits, labels)
+        own = functional.one_hot(labels, logits.shape[1]).to(logits.dtype)
+        held_out = (logits * self.scale - self.offset * own) / self.temperature
+        return functional.cross_entropy(held_out, labels) * self.temperature
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hinge:
+    """Mean of Σ_{j≠i} max(0, margin − yᵢ + yⱼ) / classes: no reward beyond the margin.
+
+    Weston and Watkins (1999); `torch.nn.MultiMarginLoss`.
+
+    Attributes:
+        margin: in units of logits; √2·γ·r for a certified radius r under the bound γ.
+    """
+
+    margin: float
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "margin")
+
+    def __call__(self, logits: Logits, labels: Labels) -> Float[Tensor, ""]:
+        """Return the loss.
+
+        Raises:
+            ValueError: if the shapes do not belong together.
+        """
+        _check_shapes(logits, labels)
+        return functional.multi_margin_loss(logits, labels, margin=self.margin)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMMA:
+    """Efficient margin maximization: `emma` with K = √2·bound for every pair of classes.
+
+    Attributes:
+        radius: to be certified, in the l2 norm of pixels on [0, 1].
+        bound: γ of the network from pixels to logits.
+    """
+
+    radius: float
+    bound: float
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "radius", "bound")
+
+    def __call__(self, logits: Logits, labels: Labels) -> Float[Tensor, ""]:
+        """Return the loss.
+
+        Raises:
+            ValueError: if the shapes do not belong together.
+        """
+        pairs = torch.full((), math.sqrt(2) * self.bound, dtype=logits.dtype, device=logits.device)
+        return emma(logits, labels, self.radius, pairs)
+
+
+Loss = CrossEntropy | Hinge | EMMA
+
+
+def emma(
+    logits: Logits, labels: Labels, radius: float, pairs: Float[Tensor, "*classes_by_classes"]
+) -> Float[Tensor, ""]:
+    """Return the mean of CE(y + εK, i) with εⱼ = clip((yᵢ − yⱼ)/Kᵢⱼ, 0, radius), held constant.
+
+    Every wrong class gets what an adversary of its own radius εⱼ could give it: none where it
+    already wins, a tie while the certified radius is below `radius`, and no more than that
+    beyond. Hu, Zou, Wang, Leino and Fredrikson (2023, "Unlocking Deterministic Robustness
+    Certification on ImageNet"), the definition of the EMMA loss.
+
+    Args:
+        logits: y.
+        labels: i.
+        radius: to be certified, in the norm of K.
+        pairs: K, Lipschitz constants of yᵢ − yⱼ: one number for all, or classes × classes
+            (its diagonal is not read); gradients pass into it.
+
+    Raises:
+        ValueError: if the shapes do not belong together.
+    """
+    _check_shapes(logits, labels)
+    classes = logits.shape[1]
+    if tuple(pairs.shape) not in ((), (classes, classes)):
+        raise ValueError(
+            f"pairs must be one number or {classes} × {classes}, got shape {tuple(pairs.shape)}"
+        )
+    own = functional.one_hot(labels, classes).bool()
+    K = pairs.expand(classes, classes)[labels].masked_fill(own, 1.0)
+    with torch.no_grad():
+        epsilon = ((logits.gather(1, labels[:, None]) - logits) / K).clamp(0, radius)
+    return functional.cross_entropy(logits + epsilon * K, labels)
+
+
+def _check_positive(loss: Loss, *names: str) -> None:
+    for name in names:
+        value = getattr(loss, name)
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def _check_shapes(logits: Tensor, labels: Tensor) -> None:
+    """Shapes alone: looking at values would stall the device at every step."""
+    if logits.ndim != 2 or logits.shape[1] < 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            "expected logits (batch, classes ≥ 2) and one label per sample, "
+            f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
+        )

@@ -1,0 +1,116 @@
+"""Which process does what? Every process a share of each batch, the first one writes.
+
+    python -m torch.distributed.run --nproc-per-node 2 -m lben train …
+
+starts two. Each augments the whole batch, so that all draw alike, and keeps its share; gradients
+are averaged by DistributedDataParallel, over gloo on CPUs and nccl on CUDA devices. The result is
+that of one process up to the order of summation and the tolerance of the solver.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """The processes of one run, as one of them sees them.
+
+    Attributes:
+        device: of this process.
+        rank: number of this process.
+        count: number of processes; 1 for a run that nobody started in parallel.
+    """
+
+    device: torch.device
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def share(self, batch: Tensor) -> Tensor:
+        """Return this process's part of a batch; sizes differ by one at most."""
+        return batch.tensor_split(self.count)[self.rank]
+
+    def check_batches(self, samples: int, batch_size: int) -> None:
+        """Refuse batches that leave a process without a sample.
+
+        Raises:
+            ValueError: naming the smallest batch.
+        """
+        smallest = min(samples % batch_size or batch_size, batch_size)
+        if smallest < self.count:
+            raise ValueError(
+                f"{samples} samples in batches of {batch_size} leave a batch of {smallest} for "
+                f"{self.count} processes: choose another batch_size"
+            )
+
+    def replicate(self, model: nn.Module) -> nn.Module:
+        """Return the model with gradients that are averaged over all processes."""
+        if self.count == 1:
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices)
+
+    def total(self, value: Tensor) -> Tensor:
+        """Return the sum over all processes."""
+        if self.count > 1:
+            distributed.all_reduce(value)
+        return value
+
+    def wait(self) -> None:
+        """Return once every process has come here."""
+        if self.count > 1:
+            distributed.barrier()
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Let the first process go ahead, the others follow."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
+
+def unsynchronised(replica: nn.Module) -> AbstractContextManager[None]:
+    """Within the block, gradients of a replica stay in this process."""
+    if isinstance(replica, DistributedDataParallel):
+        return replica.no_sync()
+    return nullcontext()
+
+
+def is_first() -> bool:
+    """Whether this process is the first of those that torchrun started, or the only one."""
+    return not distributed.is_torchelastic_launched() or int(os.environ["RANK"]) == 0
+
+
+@contextmanager
+def processes(device: str) -> Iterator[Processes]:
+    """Join the processes that torchrun started, or stand alone.
+
+    Args:
+        device: cpu or cuda; with several processes on CUDA each takes the device of its local rank.
+    """
+    if not distributed.is_torchelastic_launched():
+        yield Processes(device=torch.device(device))
+        return
+    own = torch.device(device)
+    if own.type == "cuda":
+        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own)
+    distributed.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    try:
+        yield Processes(device=own, rank=distributed.get_rank(), count=distributed.get_world_size())
+    finally:
+        distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What can be done from a terminal? `lben demo`, `train`, `resume`, `evaluate`, `bench` and more."""
+"""What can be done from a terminal? `lben demo`, `train`, `resume`, `evaluate` and `bench`."""
 
 from __future__ import annotations
 

@@ -99,5 +99,5 @@ def test_bad_recipes(changes, message):
 def test_a_recipe_needs_a_model():
     ours = [c for c in TrainingConfig.__subclasses__() if c.__module__.startswith("lben.")]
     assert set(RECIPES) == {c.__name__ for c in ours}
-    with pytest.raises(TypeError, match="abstract method '?model"):
+    with pytest.raises(TypeError, match=r"abstract method '?model"):
         TrainingConfig()

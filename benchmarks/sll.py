@@ -76,7 +76,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     proved, violations, family = _prove(arguments)
     joint = _joint()
-    rounds = 7 if arguments.quick else 21
+    rounds = 15 if arguments.quick else 41
     peers = _orthogonium()
     dense = _time(
         "dense 2880 → 2048", NaiveLinear(2880, 2048), SLLLinear(2880, 2048),
@@ -255,7 +255,7 @@ def _time(
         step = _step if mode == "train" else _evaluation
         for label, owner, forward in candidates:
             calls[label] = step(owner, forward, x.clone())
-        seconds = interleaved(calls, rounds)
+        seconds = interleaved(calls, rounds if mode == "train" else 5 * rounds)
         result[mode] = {
             **{label: ratio(seconds, label, "lben") for label in calls if label != "lben"},
             **{f"{label}_ms": 1e3 * statistics.median(v) for label, v in seconds.items()},

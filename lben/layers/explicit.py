@@ -174,7 +174,11 @@ class ResidualLayer(ExplicitLayer):
         U, b, scale = tensors
         U = U.to(run)
         h = self.activation(self.map.apply(x.to(run), U, b.to(run)))
-        return x - self.map.adjoint((h * self.map.spread(scale)).to(run), U).to(x.dtype)
+        scale = self.map.spread(scale)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or run != x.dtype:
+            return x - self.map.adjoint((h * scale).to(run), U).to(x.dtype)
+        y = self.map.adjoint(h.mul_(scale), U)  # nobody else holds h and y
+        return torch.sub(x, y, out=y)
 
     def _rounding(self, size: Tensor, tensors: tuple[Tensor, ...], pixels: int) -> Tensor:
         U, b, scale = tensors
@@ -233,7 +237,7 @@ def schur(U: Tensor) -> Tensor:
     return (size.sum(0).amax() * size.sum(1).amax()).sqrt()
 
 
-_SAMPLE = 1024
+_SAMPLE = 200
 
 
 class _Kept:
@@ -241,9 +245,9 @@ class _Kept:
 
     Note [When a parameter has changed]
     In-place updates change a version counter, and new tensors have new addresses. Writes through
-    `.data` change neither: they are looked for in a thousand entries spread over each parameter,
-    which sees every optimizer and every average; comparing all of them would cost as much as the
-    product. `weights` and `certificate` never use what is kept.
+    `.data` change neither: they are looked for in some two hundred entries spread over each
+    parameter, which sees every optimizer and every average; comparing all of them would cost as
+    much as the product. `weights` and `certificate` never use what is kept.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lben.certificates import NetworkCertificate
-from lben.layers import Normalize
+from lben.layers import EquilibriumLayer, Normalize
 from lben.radii import certified_radius
 
 
@@ -124,7 +124,12 @@ class Classifier(nn.Module, ABC):
 
     def exact(self, tol: float) -> Self:
         """Return a copy for evaluation: float64, on the CPU, solved to `tol` or raising."""
-        return copy.deepcopy(self).to("cpu", torch.float64).eval()
+        exact = copy.deepcopy(self).to("cpu", torch.float64).eval()
+        for layer in exact.modules():
+            if isinstance(layer, EquilibriumLayer):
+                layer.tol, layer.on_failure = tol, "raise"
+                layer.max_steps = 20 * layer.max_steps
+        return exact
 
     def certified_radius(
         self,

@@ -87,12 +87,6 @@ class EquilibriumClassifier(Classifier):
     def tightens(self) -> bool:
         return not self.config.feedthrough
 
-    def exact(self, tol: float) -> EquilibriumClassifier:
-        exact = super().exact(tol)
-        exact.layer.tol, exact.layer.on_failure = tol, "raise"
-        exact.layer.max_steps = 20 * exact.layer.max_steps
-        return exact
-
     def certificate(self, *, tightened: bool = False) -> NetworkCertificate:
         """Prove the bound of the whole network from pixels to logits.
 

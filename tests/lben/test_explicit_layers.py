@@ -195,13 +195,13 @@ def test_convolutional_quotients_never_exceed_one(kind, circular):
     assert found > (0.9 if "SLL" in kind or kind == "CPL" else 0.3)
 
 
-@pytest.mark.parametrize("kind", ["SLL", "CPL", "AOL", "spectral", "Cayley", "sandwich"])
+@pytest.mark.parametrize("kind", ["SLL", "CPL", "AOL with q", "spectral", "Cayley", "sandwich"])
 def test_trained_layers_are_proved_and_reach_their_bound(kind):
     layer = drawn(DENSE[kind](dtype=torch.float64))
     outputs = layer(sample(layer)).shape[1]
     target = torch.nn.init.orthogonal_(torch.empty(outputs, layer.inputs, dtype=torch.float64))
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.03)
-    for _ in range(400):
+    for _ in range(150):
         x = sample(layer, 64)
         loss = (layer(x) - x @ target.T).square().mean()
         optimizer.zero_grad()

@@ -15,6 +15,7 @@ accuracy that of PGD. `--jpeg` marks the figures of a JPEG copy of the data.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import tempfile
@@ -113,9 +114,9 @@ def _run(
     else:
         recipe = replace(recipe, epochs=_epochs(recipe, data, 60 * arguments.minutes))
     print(f"\n--- {name}: {recipe.epochs} epochs", flush=True)
-    start = time.perf_counter()
     model = train(recipe, resume=begun)
-    seconds = time.perf_counter() - start
+    lines = (folder / checkpoints.METRICS).read_text().splitlines()
+    seconds = sum(json.loads(line)["seconds"] for line in lines)
     report = evaluate(
         model,
         data,

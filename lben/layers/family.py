@@ -70,7 +70,7 @@ class CPLLinear(ResidualLayer):
         features: int,
         hidden_features: int,
         *,
-        squarings: int = 4,
+        squarings: int = 5,
         activation: ProximalActivation | None = None,
         **factory: Any,
     ) -> None:
@@ -115,7 +115,7 @@ class SpectralLinear(ContractionLayer):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, squarings: int = 4, **factory: Any
+        self, in_features: int, out_features: int, *, squarings: int = 5, **factory: Any
     ) -> None:
         rule = Spectral(squarings)
         super().__init__(_contraction((out_features, in_features), rule, factory), Dense())
@@ -227,7 +227,7 @@ class CPLConv2d(ResidualLayer):
         *,
         padding: int | None = None,
         circular: bool = False,
-        squarings: int = 2,
+        squarings: int = 3,
         activation: ProximalActivation | None = None,
         **factory: Any,
     ) -> None:
@@ -292,7 +292,7 @@ class SpectralConv2d(ContractionLayer):
         padding: int | None = None,
         circular: bool = False,
         stride: int = 1,
-        squarings: int = 2,
+        squarings: int = 3,
         **factory: Any,
     ) -> None:
         shape = (out_channels, in_channels, kernel_size, kernel_size)

@@ -4,9 +4,10 @@ from lben.parameterizations.complete import CompleteParameterization
 from lben.parameterizations.contraction import ContractionParameterization
 from lben.parameterizations.direct import DirectParameterization
 from lben.parameterizations.explicit import ExplicitParameterization
-from lben.parameterizations.multipliers import Gershgorin, MultiplierRule, Orthonormal, Spectral
+from lben.parameterizations.multipliers import Gershgorin, MultiplierRule, Orthonormal
 from lben.parameterizations.residual import ResidualParameterization
 from lben.parameterizations.sandwich import SandwichParameterization
+from lben.parameterizations.spectral import Spectral
 
 __all__ = [
     "CompleteParameterization",

@@ -93,45 +93,11 @@ class Gershgorin(MultiplierRule):
             return (sums + _missed(U, q.detach())) / q
         power, scale, error = _power(U, self.squarings)
         sums = absolute_row_sums_of(power, q) / q * (1 + gamma(_width(power) + 8, U))
-        return _root(sums + error, self.squarings) * scale
+        return root(sums + error, self.squarings) * scale
 
     def extra_repr(self) -> str:
         """Describe the rule in `repr`."""
         return f"{self.units}, squarings={self.squarings}, learn_q={self.log_q is not None}"
-
-
-class Spectral(MultiplierRule):
-    """T = τI with τ ≥ ‖U‖₂²: the largest row sum of |(UUᵀ)^(2ˢ)|, to the power 2⁻ˢ.
-
-    The Gram iteration of Delattre, Barthélemy, Araujo and Allauzen (2023): a bound from above at
-    every s, unlike a power iteration, and for a matrix at most n^(1/2ˢ⁺¹) too large. CPL (Meunier,
-    Delattre, Araujo and Allauzen 2022) and spectral normalisation rest on it.
-
-    Args:
-        squarings: s. The kernel of a k × k convolution grows to 2ˢ(2k − 2) + 1 pixels.
-
-    Raises:
-        ValueError: if squarings is negative.
-    """
-
-    def __init__(self, squarings: int = 2) -> None:
-        super().__init__()
-        if squarings < 0:
-            raise ValueError(f"squarings must be at least 0, got {squarings}")
-        self.squarings = squarings
-
-    def bound(self, U: Tensor) -> Tensor:
-        n = U.shape[0]
-        if U.shape[1] < n:
-            U = U.transpose(0, 1)  # UᵀU has the same norm
-        power, scale, error = _power(U, self.squarings)
-        sums = absolute_row_sums_of(power, power.new_ones(len(power)))
-        largest = sums.amax() * (1 + gamma(_width(power) + 4, U)) + error
-        return (_root(largest, self.squarings) * scale).expand(n)
-
-    def extra_repr(self) -> str:
-        """Describe the rule in `repr`."""
-        return f"squarings={self.squarings}"
 
 
 class Orthonormal(MultiplierRule):
@@ -197,7 +163,7 @@ def absolute_row_sums_of(G: Tensor, q: Tensor) -> Tensor:
     return G.abs().flatten(2).sum(2) @ q if G.ndim > 2 else G.abs() @ q
 
 
-def _depth(U: Tensor) -> int:
+def depth(U: Tensor) -> int:
     """Return how many roundings an entry of `gram(U)` has."""
     terms = U[0].numel()
     return terms if U.ndim > 2 else min(terms, _CHUNK) + -(-terms // _CHUNK)
@@ -211,7 +177,7 @@ def _width(U: Tensor) -> int:
 def _missed(U: Tensor, q: Tensor) -> Tensor:
     """Bound Σⱼ |fl(UUᵀ) − UUᵀ|ᵢⱼ qⱼ: γ |U||U|ᵀq, two products with a vector."""
     size = U.detach().abs().flatten(2).sum(2) if U.ndim > 2 else U.detach().abs()
-    return (size @ (size.T @ q)) * (1.01 * gamma(_depth(U) + 4, U))
+    return (size @ (size.T @ q)) * (1.01 * gamma(depth(U) + 4, U))
 
 
 def _power(U: Tensor, squarings: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,8 +193,8 @@ def _power(U: Tensor, squarings: int) -> tuple[Tensor, Tensor, Tensor]:
         size = _size(P)
         unit = torch.exp2(torch.ceil(torch.log2(size.clamp_min(torch.finfo(P.dtype).tiny))))
         P, error, size = P / unit, error / unit, size / unit
-        scale = scale * _root(unit, step)
-        rounding = 1.01 * gamma(_depth(P) + 4, P) * size**2
+        scale = scale * root(unit, step)
+        rounding = 1.01 * gamma(depth(P) + 4, P) * size**2
         error = (2 * error * size + error**2 + rounding) * (1 + 2.0**-20)
         P = gram(P)
     return P, scale, error
@@ -241,7 +207,7 @@ def _size(P: Tensor) -> Tensor:
     return torch.maximum(size.sum(0).amax(), size.sum(1).amax()) * (1 + gamma(_width(P) + 4, P))
 
 
-def _root(x: Tensor, squarings: int) -> Tensor:
+def root(x: Tensor, squarings: int) -> Tensor:
     """Return x^(1/2ˢ), rounded upwards."""
     for _ in range(squarings):
         x = x.sqrt() * (1 + torch.finfo(x.dtype).eps)

@@ -24,15 +24,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from lben.augmentation import Augmentation
-from lben.losses import CrossEntropy
-from lben.optimization import Adam, PiecewiseLinear
-from lben.recipes import ResidualTraining
 
 from benchmarks.common import RESULTS, finish, parser
 from lben import checkpoints
+from lben.augmentation import Augmentation
 from lben.data import DataError, Dataset, load
 from lben.evaluation import EvaluationConfig, Report, evaluate
+from lben.losses import CrossEntropy
+from lben.optimization import Adam, PiecewiseLinear
+from lben.recipes import ResidualTraining
 from lben.reports import table
 from lben.training import train
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -44,6 +44,8 @@ class Certificate:
         dtype: of the weights as given.
         method: how it was proved.
         versions: library versions that ran the proof.
+        image: height and width that the proof of a convolution is for: exactly these where it is
+            circular, at most these where it is not; None for a dense layer.
     """
 
     bound: float
@@ -56,6 +58,7 @@ class Certificate:
     dtype: str
     method: str
     versions: dict[str, str]
+    image: tuple[int, int] | None = None
 
     @property
     def constants(self) -> Constants:
@@ -68,10 +71,33 @@ class Certificate:
         Raises:
             CertificateError: if the fingerprint differs.
         """
-        if weights.fingerprint != self.fingerprint:
+        self.check_fingerprint(weights.fingerprint)
+
+    def check_fingerprint(self, found: str) -> None:
+        """As `check`, for weights whose fingerprint is known."""
+        if found != self.fingerprint:
             raise CertificateError(
                 "this certificate is for other weights: fingerprint "
-                f"{self.fingerprint[:12]}…, weights have {weights.fingerprint[:12]}…"
+                f"{self.fingerprint[:12]}…, weights have {found[:12]}…"
+            )
+
+    def check_image(self, found: tuple[int, int], *, exactly: bool) -> None:
+        """Refuse images that the proof of a convolution does not cover.
+
+        Args:
+            found: height and width.
+            exactly: whether smaller images are not covered either.
+
+        Raises:
+            CertificateError: naming both sizes.
+        """
+        proved = self.image
+        covered = proved is not None and (
+            found == proved if exactly else found[0] <= proved[0] and found[1] <= proved[1]
+        )
+        if not covered:
+            raise CertificateError(
+                f"this certificate is for images of {proved}, got images of {found}"
             )
 
     def to_json(self) -> str:
@@ -187,11 +213,13 @@ def certify_convolution(weights: ConvolutionalWeights, image: tuple[int, int]) -
         ValueError: if a circular image is smaller than the kernel.
         CertificateError: if the proof fails, with the smallest eigenvalue found.
     """
+    if min(image) < 1:
+        raise ValueError(f"height and width of an image must be at least 1, got {image}")
     _check_entries(weights.to(torch.float64), weights.Lambda.detach().cpu().double())
     grid = weights.grid(image)
     blocks = at_frequencies(weights.to(torch.float64), grid)
     kind = "exactly" if weights.circular else "at most"
-    return _prove(
+    proof = _prove(
         weights,
         weights.gamma,
         blocks,
@@ -199,6 +227,7 @@ def certify_convolution(weights: ConvolutionalWeights, image: tuple[int, int]) -
         f"Cholesky of a shifted Schur complement at {len(blocks)} frequencies, verified "
         f"a posteriori in float64; images of {kind} {image[0]} × {image[1]} pixels",
     )
+    return replace(proof, image=(image[0], image[1]))
 
 
 def _check_entries(weights: ExplicitWeights | ConvolutionalWeights, multiplier: Tensor) -> None:

@@ -6,6 +6,7 @@ rounded inside a product is another weight than the one that was certified.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,14 +34,30 @@ def may_be_reduced() -> bool:
     return any(setting.fp32_precision not in _FULL for setting in matrix)
 
 
+_lock = threading.Lock()
+_inside = 0
+_changed: list[tuple[Any, str]] = []
+
+
 @contextmanager
 def full() -> Iterator[None]:
-    """Within the block float32 products, matrices and convolutions, run in float32."""
-    changed = [(s, s.fp32_precision) for s in _settings() if s.fp32_precision not in _FULL]
-    for setting, _ in changed:
-        setting.fp32_precision = "ieee"
+    """Within the block float32 products, matrices and convolutions, run in float32.
+
+    The settings are those of the process: they come back when the last thread leaves.
+    """
+    global _inside, _changed
+    with _lock:
+        if _inside == 0:
+            _changed = [(s, s.fp32_precision) for s in _settings()]
+            _changed = [(s, before) for s, before in _changed if before not in _FULL]
+            for setting, _ in _changed:
+                setting.fp32_precision = "ieee"
+        _inside += 1
     try:
         yield
     finally:
-        for setting, before in changed:
-            setting.fp32_precision = before
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                for setting, before in _changed:
+                    setting.fp32_precision = before

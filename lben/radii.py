@@ -52,11 +52,14 @@ def certified_radius(
     y = logits.detach().double()
     error = torch.as_tensor(logit_error, dtype=torch.float64, device=y.device)
     error = root * error.expand(len(y))[:, None]
+    if not bool((error >= 0).all()):
+        raise ValueError("logit_error must be at least 0 and not NaN")
     constants = pairs[labels]
     radius = (y.gather(1, labels[:, None]) - y - error) / constants
     # The subtraction of logits, the error term and the quotient round by under 4 u each.
     slack = 8 * 2.0**-53 * (y.abs().amax(1, keepdim=True) + error) / constants
     radius = radius - slack - radius.abs() * 2.0**-50
+    radius = radius.nan_to_num(nan=0.0)  # an infinite margin less an infinite slack
     return radius.scatter(1, labels[:, None], math.inf).amin(1).clamp_min(0)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -199,6 +200,50 @@ class ConvolutionalWeights:
     def to(self, dtype: torch.dtype) -> ConvolutionalWeights:
         """Return the weights in another precision, cut from the graph, on the CPU."""
         return self.apply(lambda t: t.detach().to("cpu", dtype))
+
+    def dense(self, image: tuple[int, int]) -> ExplicitWeights:
+        """Return the same layer as matrices on flattened images, channels first.
+
+        Args:
+            image: height and width.
+
+        Raises:
+            ValueError: if the image is smaller than a circular kernel, or the matrices would have
+                more than 2²⁸ entries.
+        """
+        self.grid(image)
+        k, a = self.U.shape[-1], self.U.shape[-1] // 2
+        hidden = image if self.circular else tuple(s + 2 * a - k + 1 for s in image)
+
+        def matrix(kernel: Tensor, size: tuple[int, ...], anchor: int) -> Tensor:
+            inputs = kernel.shape[1] * size[0] * size[1]
+            if kernel.numel() == 0:  # a layer without units
+                return kernel.new_zeros(kernel.shape[0], inputs)
+            if inputs * kernel.shape[0] * size[0] * size[1] > 2**28:
+                raise ValueError(
+                    f"images of {image[0]} × {image[1]} pixels make too large matrices"
+                )
+            basis = torch.eye(inputs, dtype=kernel.dtype, device=kernel.device)
+            basis = basis.reshape(inputs, kernel.shape[1], *size)
+            if self.circular:
+                after = kernel.shape[-1] - 1 - anchor
+                basis = functional.pad(basis, (anchor, after, anchor, after), mode="circular")
+                return functional.conv2d(basis, kernel).flatten(1).T
+            return functional.conv2d(basis, kernel, padding=anchor).flatten(1).T
+
+        U, C = matrix(self.U, image, a), matrix(self.C, hidden, k - 1 - a)
+        D = self.D
+        if isinstance(D, Tensor):
+            D = matrix(D, image, D.shape[-1] // 2)
+        elif D is not None:
+            D = D * torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
+        units, rows = hidden[0] * hidden[1], len(C if D is None else D)
+        return ExplicitWeights(
+            W=U.new_zeros(len(U), len(U)), U=U, b=self.b.repeat_interleave(units),
+            C=C.reshape(rows, len(U)), D=D,
+            b_y=self.b_y.repeat_interleave(rows // len(self.b_y)),
+            Lambda=self.Lambda.repeat_interleave(units), gamma=self.gamma,
+        )  # fmt: skip
 
     def apply(self, transform: Callable[[Tensor], Tensor]) -> ConvolutionalWeights:
         """Return the weights with every tensor transformed."""

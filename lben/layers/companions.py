@@ -22,7 +22,9 @@ class Companion(nn.Module):
     def rounding(self, x: Tensor) -> Tensor:
         """Bound ‖fl(y) − y‖₂ per sample."""
         size = torch.linalg.vector_norm(x.flatten(1), dim=1)
-        return self.terms * torch.finfo(x.dtype).eps * size
+        info = torch.finfo(x.dtype)
+        vanished = x[0].numel() * info.tiny**0.5 if self.terms and len(x) else 0.0
+        return self.terms * info.eps * size + vanished  # squares of tiny numbers underflow
 
 
 class Flatten(Companion):
@@ -204,6 +206,8 @@ class Householder(Companion):
 
     def forward(self, x: Float[Tensor, "batch c *grid"]) -> Float[Tensor, "batch c *grid"]:
         """Return the reflected channels."""
+        if x.ndim < 2 or x.shape[1] != 2 * len(self.theta):
+            raise ValueError(f"expected {2 * len(self.theta)} channels, got {tuple(x.shape)}")
         a, b = _groups(x, 2).unbind(2)
         theta = self.theta.reshape(-1, *[1] * (x.ndim - 2))
         across = torch.sin(theta / 2) * a - torch.cos(theta / 2) * b

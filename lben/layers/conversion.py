@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lben.layers.equilibrium import EquilibriumLayer
 from lben.parameterizations import CompleteParameterization
-from lben.weights import ExplicitWeights, stack
+from lben.weights import ConvolutionalWeights, ExplicitWeights, stack
 
 
 def from_explicit(
@@ -34,7 +34,12 @@ def from_explicit(
         ValueError: if the weights claim no bound or do not satisfy the certificate, do not fit
             each other, or have no hidden units.
     """
-    layers = [weights] if isinstance(weights, ExplicitWeights) else weights
+    layers = [weights] if isinstance(weights, ExplicitWeights | ConvolutionalWeights) else weights
+    if not layers or any(isinstance(layer, ConvolutionalWeights) for layer in layers):
+        raise ValueError(
+            "from_explicit takes the matrices of at least one layer: of a convolution those of one "
+            "image size, layer.weights().dense((height, width))"
+        )
     whole = reduce(stack, [layer.apply(Tensor.double) for layer in layers])
     if whole.hidden_features == 0:
         raise ValueError("the weights have no hidden units: there is nothing to solve for")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.func import functional_call
 
 from lben import precision
 from lben.certificates import Certificate, certify, certify_convolution
+from lben.layers.kept import Kept, nothing_may_be_kept
 from lben.layers.maps import Convolution, LinearMap
 from lben.parameterizations import (
     ContractionParameterization,
@@ -36,7 +37,7 @@ class ExplicitLayer(nn.Module, ABC):
     are torch's default on CUDA); a compiled graph obeys the settings of torch.backends, which have
     to be "ieee" for the certificate to be about it. Under autocast weights are rounded to its type
     first, and T is that of the rounded weights: the bound holds for what runs. The skip connection
-    keeps the precision of the input.
+    keeps the precision of the input; layers without one return bfloat16.
 
     Args:
         parameterization: of the weights.
@@ -49,7 +50,7 @@ class ExplicitLayer(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.parameterization, self.map, self.inputs = parameterization, map, inputs
-        self._kept: _Kept | None = None
+        self._kept: Kept | None = None
 
     @abstractmethod
     def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
@@ -96,11 +97,11 @@ class ExplicitLayer(nn.Module, ABC):
 
     def _tensors(self, run: torch.dtype) -> tuple[Tensor, ...]:
         """Return what runs, computed or kept."""
-        if torch.compiler.is_compiling():
+        if nothing_may_be_kept():
             return self.parameterization(run)
         track = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if self._kept is None or not self._kept.fits(self.parameterization, run, track):
-            self._kept = _Kept(self.parameterization, run, track)
+            self._kept = Kept(self.parameterization, run, track)
         return self._kept.attach(self.parameterization) if track else self._kept.values
 
     def weights(self, run: torch.dtype | None = None) -> ExplicitWeights | ConvolutionalWeights:
@@ -127,22 +128,40 @@ class ExplicitLayer(nn.Module, ABC):
             ValueError: if a convolution is given no image size.
             CertificateError: if the proof fails.
         """
+        run = next(self.parameters()).dtype if run is None else run
         weights = self.weights(run)
         if isinstance(weights, ExplicitWeights):
-            return certify(weights)
-        if image is None:
+            proof = certify(weights)
+        elif image is None:
             raise ValueError("a convolution is proved for a size: certificate((height, width))")
-        return certify_convolution(weights, image)
+        else:
+            proof = certify_convolution(weights, image)
+        return replace(proof, dtype=str(run).removeprefix("torch."))
+
+    def check(self, proof: Certificate, x: Tensor) -> None:
+        """Refuse a certificate of other weights, or of other images than x.
+
+        Raises:
+            CertificateError: naming the difference.
+        """
+        self._tensors(next(self.parameters()).dtype)
+        assert self._kept is not None
+        if self._kept.fingerprint is None:
+            self._kept.fingerprint = self.weights().fingerprint
+        proof.check_fingerprint(self._kept.fingerprint)
+        if isinstance(self.map, Convolution):
+            proof.check_image((x.shape[-2], x.shape[-1]), exactly=self.map.circular)
 
     @torch.no_grad()
     def rounding(self, x: Tensor) -> Tensor:
         """Bound ‖fl(y) − y‖₂ per sample for the layer in the precision of x."""
         tensors = self._tensors(x.dtype)
-        pixels = x[0, 0].numel() if isinstance(self.map, Convolution) else 1
+        pixels = math.prod(x.shape[2:])
         terms = sum(t.numel() for t in tensors if t.ndim > 1) // min(tensors[0].shape[:2]) + 16
         unit = terms * torch.finfo(x.dtype).eps
         size = torch.linalg.vector_norm(x.flatten(1), dim=1)
-        return 2 * unit * (self._rounding(size, tensors, pixels) + size)
+        tiny = x[0].numel() * torch.finfo(x.dtype).tiny ** 0.5 if len(x) else 0.0
+        return 2 * unit * (self._rounding(size, tensors, pixels) + size) + tiny
 
     def train(self, mode: bool = True) -> ExplicitLayer:
         """Set the mode, and forget what was kept."""
@@ -168,7 +187,7 @@ class ResidualLayer(ExplicitLayer):
         activation: ProximalActivation | None = None,
     ) -> None:
         super().__init__(parameterization, map, parameterization.shape[1])
-        self.activation = ReLU() if activation is None else activation
+        self.activation = _proximal(activation)
 
     def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
         U, b, scale = tensors
@@ -182,7 +201,7 @@ class ResidualLayer(ExplicitLayer):
 
     def _rounding(self, size: Tensor, tensors: tuple[Tensor, ...], pixels: int) -> Tensor:
         U, b, scale = tensors
-        hidden = schur(U) * size + b.norm() * pixels**0.5
+        hidden = schur(U) * size + (b.norm() + _at_zero(self.activation, b)) * pixels**0.5
         return schur(_rows(scale, U) * U) * hidden
 
 
@@ -212,7 +231,7 @@ class SandwichLayer(ExplicitLayer):
     ) -> None:
         inputs = parameterization.shape[1] - parameterization.outputs
         super().__init__(parameterization, map, inputs)
-        self.activation = ReLU() if activation is None else activation
+        self.activation = _proximal(activation)
 
     def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
         A, B, b, b_y, inner, outer = tensors
@@ -222,8 +241,26 @@ class SandwichLayer(ExplicitLayer):
 
     def _rounding(self, size: Tensor, tensors: tuple[Tensor, ...], pixels: int) -> Tensor:
         A, B, b, b_y, inner, outer = tensors
-        hidden = schur(_rows(inner, B) * B) * size + b.norm() * pixels**0.5
+        hidden = schur(_rows(inner, B) * B) * size
+        hidden = hidden + (b.norm() + _at_zero(self.activation, b)) * pixels**0.5
         return schur(_rows(outer, A) * A) * hidden + b_y.norm() * pixels**0.5
+
+
+def _proximal(activation: ProximalActivation | None) -> ProximalActivation:
+    """Return σ, ReLU when omitted; the certificate is for slopes in [0, 1]."""
+    if activation is None:
+        return ReLU()
+    if not isinstance(activation, ProximalActivation):
+        raise TypeError(
+            "the bound is for slopes in [0, 1]: the activation must be a "
+            f"solvers.ProximalActivation, got {type(activation).__name__}"
+        )
+    return activation
+
+
+def _at_zero(activation: ProximalActivation, b: Tensor) -> Tensor:
+    """Return ‖σ(0)‖₂ over the units: |σ(v)| ≤ |v| + |σ(0)|."""
+    return torch.linalg.vector_norm(activation(torch.zeros_like(b)))
 
 
 def _rows(vector: Tensor, weight: Tensor) -> Tensor:
@@ -235,82 +272,3 @@ def schur(U: Tensor) -> Tensor:
     """Bound ‖ |U| ‖₂ by √(largest row sum × largest column sum), for a matrix or a kernel."""
     size = U.abs().flatten(2).sum(2) if U.ndim > 2 else U.abs()
     return (size.sum(0).amax() * size.sum(1).amax()).sqrt()
-
-
-_SAMPLE = 200
-
-
-class _Kept:
-    """What runs for one set of parameter values, with the graph back to them if asked.
-
-    Note [When a parameter has changed]
-    In-place updates change a version counter, and new tensors have new addresses. Writes through
-    `.data` change neither: they are looked for in some two hundred entries spread over each
-    parameter, which sees every optimizer and every average; comparing all of them would cost as
-    much as the product. `weights` and `certificate` never use what is kept.
-    """
-
-    def __init__(
-        self, parameterization: ExplicitParameterization, run: torch.dtype, track: bool
-    ) -> None:
-        self.run, self.track, self.state = run, track, _state(parameterization)
-        self.sample = _sample(parameterization)
-        named = dict(parameterization.named_parameters())
-        # What is kept must outlive an inference mode that it is computed in.
-        with torch.inference_mode(False), torch.set_grad_enabled(track):
-            self.leaves = {
-                k: p.detach().requires_grad_(track and p.requires_grad) for k, p in named.items()
-            }
-            outputs = functional_call(parameterization, self.leaves, (run,))
-        self.outputs = tuple(outputs)
-        self.values = tuple(t.detach() for t in self.outputs)
-
-    def fits(
-        self, parameterization: ExplicitParameterization, run: torch.dtype, track: bool
-    ) -> bool:
-        return (
-            self.run == run
-            and (self.track or not track)
-            and self.state == _state(parameterization)
-            and all(map(torch.equal, self.sample, _sample(parameterization)))
-        )
-
-    def attach(self, parameterization: ExplicitParameterization) -> tuple[Tensor, ...]:
-        """Return the values as functions of the parameters."""
-        return _Attach.apply(  # type: ignore[no-untyped-call]
-            self, *parameterization.parameters()
-        )
-
-
-class _Attach(torch.autograd.Function):
-    """Values computed before, with the gradient of the graph that computed them."""
-
-    @staticmethod
-    def forward(ctx: Any, kept: _Kept, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.kept = kept
-        return tuple(v.view_as(v) for v in kept.values)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        kept = ctx.kept
-        outputs, received = zip(
-            *((o, g) for o, g in zip(kept.outputs, gradients, strict=True) if o.requires_grad),
-            strict=True,
-        )
-        wanted = [leaf for leaf in kept.leaves.values() if leaf.requires_grad]
-        found = iter(
-            torch.autograd.grad(outputs, wanted, received, retain_graph=True, allow_unused=True)
-        )
-        return None, *(next(found) if t.requires_grad else None for t in kept.leaves.values())
-
-
-def _state(parameterization: nn.Module) -> tuple[Any, ...]:
-    return tuple(
-        (p._version, p.data_ptr(), p.dtype, p.requires_grad) for p in parameterization.parameters()
-    )
-
-
-def _sample(parameterization: nn.Module) -> list[Tensor]:
-    flat = (p.detach().reshape(-1) for p in parameterization.parameters())
-    return [v[:: max(1, v.numel() // _SAMPLE)].clone() for v in flat]

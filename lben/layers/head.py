@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
+from lben import precision
 from lben.certificates import Certificate, certify
 from lben.rigorous import Enclosure, norm_bound, sum_up, up
 from lben.weights import ExplicitWeights
@@ -45,6 +46,8 @@ class NormalizedLinear(nn.Module):
         super().__init__()
         if min(in_features, out_features) < 1:
             raise ValueError(f"sizes must be at least 1, got {in_features} and {out_features}")
+        if kind not in ("rows", "orthonormal"):
+            raise ValueError(f"kind must be rows or orthonormal, got {kind!r}")
         if kind == "orthonormal" and out_features > in_features:
             raise ValueError(
                 f"{out_features} orthonormal rows do not fit into {in_features} features"
@@ -66,8 +69,16 @@ class NormalizedLinear(nn.Module):
                 f"expected {self.in_features} features in the last dimension of x, "
                 f"got {tuple(x.shape)}"
             )
+        own = self.bias.dtype
+        if own not in (torch.float32, torch.float64):
+            raise ValueError(f"parameters must be float32 or float64, got {own}")
+        if x.dtype != own and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"x is {x.dtype}, the layer is {own}: convert one of them")
         with torch.autocast(x.device.type, enabled=False):
-            return functional.linear(x.to(self.bias.dtype), self.matrix(), self.bias)
+            if torch.compiler.is_compiling():
+                return functional.linear(x.to(own), self.matrix(), self.bias)
+            with precision.full():
+                return functional.linear(x.to(own), self.matrix(), self.bias)
 
     @torch.no_grad()
     def pair_bounds(self) -> Float[Tensor, "q q"]:
@@ -80,7 +91,8 @@ class NormalizedLinear(nn.Module):
             squares = sum_up(gap * gap * (1 + 2.0**-51), axis=1)
             for j, square in enumerate(squares):
                 if i != j:
-                    bounds[i, j] = up(math.sqrt(float(square)), 2)
+                    # Squares below 2⁻¹⁰²² may have vanished, p of them at most.
+                    bounds[i, j] = up(math.sqrt(float(square) + self.in_features * 2.0**-1022), 2)
         return bounds
 
     def weights(self) -> ExplicitWeights:

@@ -106,7 +106,7 @@ class Convolution(LinearMap):
         return taps(vector)
 
     def check(self, shape: tuple[int, ...], inputs: int) -> None:
-        if len(shape) not in (3, 4) or shape[-3] != inputs:
+        if len(shape) != 4 or shape[1] != inputs:
             raise ValueError(
                 f"expected images of {inputs} channels, (batch, {inputs}, height, width), "
                 f"got {shape}"

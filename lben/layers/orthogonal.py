@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lben.certificates import Certificate
 from lben.layers.explicit import ExplicitLayer
 from lben.layers.maps import Convolution
 from lben.parameterizations.orthogonal import CayleyConvolution
@@ -46,6 +47,19 @@ class OrthogonalConv2d(ExplicitLayer):
             in_channels,
         )
         self.image = tuple(image)
+
+    def certificate(
+        self, image: tuple[int, int] | None = None, *, run: torch.dtype | None = None
+    ) -> Certificate:
+        """Prove the bound, for images of the layer's own size.
+
+        Raises:
+            ValueError: for another size.
+            CertificateError: if the proof fails.
+        """
+        if image is not None and tuple(image) != self.image:
+            raise ValueError(f"the layer was made for images of {self.image}, got {tuple(image)}")
+        return super().certificate((self.image[0], self.image[1]), run=run)
 
     def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
         if tuple(x.shape[-2:]) != self.image:

@@ -23,6 +23,9 @@ class LipschitzSequential(nn.Sequential):
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__(*layers)
+        self._check()
+
+    def _check(self) -> None:
         for layer in self:
             if not isinstance(layer, ExplicitLayer | Companion | EquilibriumLayer):
                 raise ValueError(
@@ -39,6 +42,7 @@ class LipschitzSequential(nn.Sequential):
         Raises:
             CertificateError: if a proof fails.
         """
+        self._check()
         x = torch.zeros(1, *shape)
         x = x.to(next(self.parameters(), x))
         proofs = []
@@ -62,13 +66,19 @@ class LipschitzSequential(nn.Sequential):
 
         Args:
             x: float64 where equilibrium layers are in the chain.
-            proofs: of `certificates`.
+            proofs: of `certificates`, for these weights and images of this size.
+
+        Raises:
+            CertificateError: if a proof is for other weights or images.
+            ValueError: if there are more or fewer proofs than layers.
         """
+        self._check()
         error, steps = x.new_zeros(len(x)), 0
         for layer, proof in self._with_proofs(proofs):
             gain = 1.0 if proof is None else proof.bound
             if isinstance(layer, EquilibriumLayer):
                 assert proof is not None
+                proof.check(layer.weights())
                 solution, problem = layer.equilibrium(x), layer.inclusion(x)
                 state = problem.error_bound(solution.value, proof.constants)
                 own = logit_error(layer.weights(), proof, x, solution.value, state)
@@ -76,6 +86,8 @@ class LipschitzSequential(nn.Sequential):
                 x = layer.readout(x, solution.value)
             else:
                 assert isinstance(layer, ExplicitLayer | Companion)
+                if isinstance(layer, ExplicitLayer) and proof is not None:
+                    layer.check(proof, x)
                 own, x = layer.rounding(x), layer(x)
             error = (error * gain + own) * (1 + 16 * torch.finfo(x.dtype).eps)
         return x, error, steps
@@ -83,6 +95,9 @@ class LipschitzSequential(nn.Sequential):
     def _with_proofs(
         self, proofs: Sequence[Certificate]
     ) -> Iterator[tuple[nn.Module, Certificate | None]]:
+        needed = sum(not isinstance(layer, Companion) for layer in self)
+        if len(proofs) != needed:
+            raise ValueError(f"expected {needed} certificates, got {len(proofs)}")
         left = iter(proofs)
         for layer in self:
             yield layer, None if isinstance(layer, Companion) else next(left)

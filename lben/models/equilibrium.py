@@ -109,6 +109,7 @@ class EquilibriumClassifier(Classifier):
         features = self.prepared(x).flatten(1)
         weights = self.layer.weights()
         (proof,) = certificate.layers
+        proof.check(weights)
         problem = self.layer.inclusion(features)
         solution = self.layer.equilibrium(features)
         state_error = problem.error_bound(solution.value, proof.constants)

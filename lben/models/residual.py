@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -87,6 +87,10 @@ class ResidualClassifierConfig:
     head: Head = "rows"
 
     def __post_init__(self) -> None:
+        if self.block not in get_args(Block):
+            raise ValueError(
+                f"block must be one of {', '.join(get_args(Block))}, got {self.block!r}"
+            )
         if not self.channels or len(self.channels) != len(self.depths):
             raise ValueError(
                 f"channels and depths need one number per stage, got {self.channels} "
@@ -167,6 +171,7 @@ class ResidualClassifier(Classifier):
         self, x: Float[Tensor, "batch channels height width"], certificate: NetworkCertificate
     ) -> CertifiedLogits:
         *layers, head = certificate.layers
+        head.check(self.head.weights())
         features, error, steps = self.features.with_error(self.prepared(x), layers)
         error = error + compose(layers).bound * self.normalize.rounding(x)
         return CertifiedLogits(

@@ -41,7 +41,9 @@ class MultiplierRule(nn.Module, ABC):
             U: float32 or float64.
         """
         wide = U.double() if U.ndim > 2 or precision.may_be_reduced() else U
-        T = self.bound(wide).clamp_min(FLOOR)
+        largest = wide.detach().abs().amax().clamp_min(torch.finfo(wide.dtype).tiny)
+        unit = torch.exp2(largest.log2().ceil())  # dividing by it is exact
+        T = (self.bound(wide / unit) * unit * unit).clamp_min(FLOOR)
         return T if wide is U else T.to(U.dtype) * (1 + 2 * torch.finfo(U.dtype).eps)
 
     @abstractmethod
@@ -87,7 +89,10 @@ class Gershgorin(MultiplierRule):
         self.log_q = nn.Parameter(q) if learn_q else None
 
     def bound(self, U: Tensor) -> Tensor:
-        q = U.new_ones(self.units) if self.log_q is None else self.log_q.to(U.dtype).exp()
+        q = U.new_ones(self.units)
+        if self.log_q is not None:  # T does not change with a factor of q; ratios end at e²⁰
+            relative = self.log_q.to(U.dtype) - self.log_q.detach().amax()
+            q = relative.clamp_min(-20.0).exp()
         if self.squarings == 0:
             sums = absolute_row_sums(U, q) * (1 + gamma(_width(U) + 4, U))
             return (sums + _missed(U, q.detach())) / q
@@ -153,7 +158,8 @@ def gamma(k: int, like: Tensor) -> float:
 
 def absolute_row_sums(U: Tensor, q: Tensor) -> Tensor:
     """Return Σⱼ |UUᵀ|ᵢⱼ qⱼ, for a matrix by half of the products."""
-    if U.ndim == 2 and not torch.compiler.is_compiling():
+    plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if U.ndim == 2 and not plain:
         return _AbsoluteRowSums.apply(U, q)  # type: ignore[no-untyped-call]
     return absolute_row_sums_of(gram(U), q)
 

@@ -140,7 +140,7 @@ def test_rounding_adds_up_along_a_chain():
         (lambda: GroupSort(1), "group must be at least 2"),
         (lambda: GroupSort(2)(torch.zeros(1, 3, 4, 4)), "multiple of 2"),
         (lambda: Householder(3), "channels must be even"),
-        (lambda: Householder(4)(torch.zeros(1, 3)), "multiple of 2"),
+        (lambda: Householder(4)(torch.zeros(1, 6)), "expected 4 channels"),
         (lambda: NormalizedLinear(3, 4, kind="orthonormal"), "do not fit into 3 features"),
         (lambda: NormalizedLinear(3, 0), "sizes must be at least 1"),
         (lambda: NormalizedLinear(3, 2)(torch.zeros(1, 4)), "expected 3 features"),

@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.nn import functional
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils.checkpoint import checkpoint
 
 from lben import (
     AOLConv2d,
@@ -32,7 +33,7 @@ from lben import (
 )
 from lben.layers.maps import Convolution, Dense
 from lben.parameterizations.explicit import UNIT_BOUND
-from solvers import Tanh
+from solvers import Sigmoid, Softplus, Tanh
 
 DENSE = {
     "SLL": lambda **o: SLLLinear(6, 4, **o),
@@ -61,8 +62,11 @@ IMAGE = (5, 6)
 def drawn(layer):
     """Move every parameter away from where it starts, as training does."""
     with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(torch.randn_like(p), alpha=0.7)
+        for name, p in layer.named_parameters():
+            noise = torch.randn_like(p)
+            if "original" in name:  # torch's Householder map keeps signs on the diagonal
+                noise.fill_diagonal_(0)
+            p.add_(noise, alpha=0.7)
     return layer
 
 
@@ -264,9 +268,11 @@ def check_gradients(layer):
         layer.activation = Tanh()
     x = sample(layer, 2).requires_grad_()
     parameters = dict(layer.parameterization.named_parameters())
-    for p in parameters.values():
+    for name, p in parameters.items():
         layer(x).square().sum().backward()
         direction = torch.randn_like(p)
+        if "original" in name:
+            direction.fill_diagonal_(0)
         found = float((p.grad * direction).sum())
         p.grad, h, value = None, 1e-5, []
         for sign in (1, -1):
@@ -341,6 +347,154 @@ def test_T_is_computed_once_under_gradient_accumulation():
     torch.optim.SGD(layer.parameters(), lr=0.1).step()
     layer(x)
     assert len(calls) == 2
+
+
+def test_what_is_missed_breaks_no_bound():
+    """One entry written through `.data` may go unseen in eval: the layer stays what it was."""
+    layer = SLLLinear(300, 200).eval()
+    x = torch.randn(500, 300)
+    with torch.no_grad():
+        before = layer(x)
+        layer.parameterization.U.data[:, 1:].mul_(3.0)
+        assert torch.equal(layer(x), copy.deepcopy(layer)(x))  # all of a matrix is seen
+        before = layer(x)
+        layer.parameterization.U.data[0, 0] += 5.0
+        after = layer(x)
+        assert torch.equal(after, before) or torch.equal(after, copy.deepcopy(layer)(x))
+        y = layer(x.flip(0))
+        quotient = (after - y).norm(dim=1) / (x - x.flip(0)).norm(dim=1).clamp_min(1e-6)
+        assert float(quotient.max()) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_every_step_of_an_optimizer_is_seen(kind, options):
+    layer = CPLLinear(40, 30)
+    layer.parameterization.b.requires_grad_(False)
+    optimizer = kind([p for p in layer.parameters() if p.requires_grad], lr=0.5, **options)
+    x = torch.randn(6, 40)
+    for _ in range(3):
+        y = layer(x)
+        torch.testing.assert_close(y, copy.deepcopy(layer)(x))
+        optimizer.zero_grad()
+        y.square().sum().backward()
+        optimizer.step()
+
+
+def test_buffers_are_watched():
+    layer = OrthogonalLinear(5, 5).eval()
+    x = torch.randn(3, 5)
+    with torch.no_grad():
+        first = layer(x)
+        for name, buffer in layer.named_buffers():
+            if name.endswith("base"):
+                buffer.neg_()
+        w = layer.weights()
+        torch.testing.assert_close(layer(x), (x.double() @ w.D.T + w.b_y).float())
+        assert not torch.allclose(layer(x), first)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_layers_may_be_checkpointed(reentrant):
+    layer = SLLLinear(6, 4)
+    x = torch.randn(3, 6, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
+    found = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    layer(x).square().sum().backward()
+    for p, expected in zip(layer.parameters(), found, strict=True):
+        torch.testing.assert_close(p.grad, expected)
+
+
+def test_transforms_of_torch_func():
+    layer = SLLLinear(5, 4, dtype=torch.float64)
+    x = torch.randn(3, 5, dtype=torch.float64)
+    torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
+    J = torch.func.jacrev(layer)(x[0])
+    assert float(torch.linalg.matrix_norm(J.detach(), 2)) <= UNIT_BOUND
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters):
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    gradients = torch.func.grad(loss)(parameters)
+    layer(x).square().sum().backward()
+    for name, p in layer.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad)
+
+
+@pytest.mark.parametrize("activation", [Sigmoid(), Softplus()])
+def test_rounding_where_the_activation_of_zero_is_not_zero(activation):
+    layer = SLLLinear(6, 50, activation=activation)
+    with torch.no_grad():
+        layer.parameterization.b.zero_()
+        x = torch.zeros(1, 6)
+        tensors = layer.parameterization.exact(torch.float32)
+        exact = layer.evaluate(x.double(), torch.float64, tensors)
+        error = (layer(x).double() - exact).norm()
+    assert 0 < float(error) <= float(layer.rounding(x))
+
+
+def test_large_products_use_another_library_and_lie_above_the_exact_sums():
+    U = torch.randn(700, 400)
+    assert 88 * 400 * 700 >= 2**24
+    T = SLLLinear(400, 700).parameterization.rule(U)
+    exact = (U.double() @ U.double().T).abs().sum(1)
+    assert (T.double() >= exact).all()
+    assert (T.double() <= exact * 1.001).all()
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12, 1e18])
+@pytest.mark.parametrize("kind", ["SLL", "CPL", "AOL", "sandwich"])
+def test_extreme_weights_run_and_are_proved(kind, scale):
+    layer = DENSE[kind]()
+    with torch.no_grad():
+        weight = next(layer.parameters())
+        weight.mul_(scale)
+    assert torch.isfinite(layer(sample(layer, 3))).all()
+    assert layer.certificate().bound == UNIT_BOUND
+
+
+@pytest.mark.parametrize("shift", [-300.0, -90.0, 90.0, 300.0])
+def test_only_ratios_of_q_matter(shift):
+    layer = drawn(SLLLinear(6, 4))
+    before = layer(sample(layer, 2) * 0 + 1)
+    with torch.no_grad():
+        layer.parameterization.rule.log_q.add_(shift)
+    torch.testing.assert_close(layer(sample(layer, 2) * 0 + 1), before, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        layer.parameterization.rule.log_q[0] -= 1000
+    assert layer.certificate().bound == UNIT_BOUND
+
+
+def test_certificates_are_for_their_weights_and_images():
+    layer, other = drawn(SLLConv2d(3, 2)), drawn(SLLConv2d(3, 2))
+    proof = layer.certificate((8, 8))
+    layer.check(proof, torch.zeros(1, 3, 8, 8))
+    layer.check(proof, torch.zeros(1, 3, 5, 8))
+    with pytest.raises(CertificateError, match="for images of"):
+        layer.check(proof, torch.zeros(1, 3, 9, 8))
+    with pytest.raises(CertificateError, match="for other weights"):
+        other.check(proof, torch.zeros(1, 3, 8, 8))
+    circular = drawn(SLLConv2d(3, 2, circular=True))
+    with pytest.raises(CertificateError, match="for images of"):
+        circular.check(circular.certificate((8, 8)), torch.zeros(1, 3, 7, 8))
+    with torch.no_grad():
+        layer.parameterization.U.mul_(2)
+    with pytest.raises(CertificateError, match="for other weights"):
+        layer.check(proof, torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONAL)
+@pytest.mark.parametrize("circular", [False, True])
+def test_matrices_of_a_convolution(kind, circular):
+    layer = drawn(CONVOLUTIONAL[kind](dtype=torch.float64, circular=circular))
+    w, x = layer.weights().dense(IMAGE), sample(layer, 3)
+    flat = x.flatten(1)
+    y = torch.relu(flat @ w.U.T + w.b) @ w.C.T + w.b_y
+    y = y if w.D is None else y + flat @ w.D.T
+    torch.testing.assert_close(y, layer(x).flatten(1))
+    assert certify(w).bound == UNIT_BOUND
 
 
 def test_a_layer_may_be_used_twice_in_one_graph():
@@ -429,6 +583,10 @@ def test_rounding_is_bounded(kind):
         (lambda: AOLConv2d(3, 2, stride=0), "kernel_size and stride must be at least 1"),
         (lambda: SLLConv2d(3, 2).certificate(), "proved for a size"),
         (lambda: SLLConv2d(3, 2, 5, circular=True).certificate((4, 4)), "smaller than the kernel"),
+        (lambda: SLLConv2d(3, 2)(torch.zeros(3, 8, 8)), "images of 3 channels"),
+        (lambda: SLLConv2d(3, 2).certificate((0, 5)), "at least 1"),
+        (lambda: OrthogonalConv2d(2, 2, image=(5, 5)).certificate((7, 7)), "made for images"),
+        (lambda: SLLConv2d(9, 9).weights().dense((64, 64)), "too large matrices"),
         (lambda: SandwichLinear(3, 0), "at least 1"),
         (lambda: SLLLinear(0, 3), "at least 1"),
     ],
@@ -436,6 +594,11 @@ def test_rounding_is_bounded(kind):
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_activations_must_have_slopes_in_the_unit_interval():
+    with pytest.raises(TypeError, match=r"must be a solvers\.ProximalActivation, got GELU"):
+        SLLLinear(3, 2, activation=nn.GELU())
 
 
 def test_autocast_to_float16_is_refused():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lben import SLLConv2d, precision
+from solvers import ReLU
 
 
 @pytest.fixture
@@ -33,12 +34,11 @@ def test_settings_come_back_after_an_error(reduced):
 def test_layers_run_within(reduced):
     seen = []
 
-    class Spy(torch.nn.Module):
-        def forward(self, v):
+    class Spy(ReLU):
+        def __call__(self, v):
             seen.append(precision.may_be_reduced())
             return torch.relu(v)
 
-    layer = SLLConv2d(3, 2)
-    layer.activation = Spy()
+    layer = SLLConv2d(3, 2, activation=Spy())
     layer(torch.randn(1, 3, 5, 5))
     assert seen == [False]

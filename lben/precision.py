@@ -22,18 +22,6 @@ def _settings() -> tuple[Any, ...]:
     return b, b.mkldnn, b.mkldnn.matmul, b.mkldnn.conv, b.cuda.matmul, b.cudnn, b.cudnn.conv
 
 
-def may_be_reduced() -> bool:
-    """Say whether float32 matrix products may run in less, now or later.
-
-    A compiled graph would outlive the settings, so there the answer is yes.
-    """
-    if torch.compiler.is_compiling():
-        return True
-    b: Any = torch.backends
-    matrix = (b, b.mkldnn, b.mkldnn.matmul, b.cuda.matmul)
-    return any(setting.fp32_precision not in _FULL for setting in matrix)
-
-
 _lock = threading.Lock()
 _inside = 0
 _changed: list[tuple[Any, str]] = []

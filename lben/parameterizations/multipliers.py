@@ -28,10 +28,10 @@ class MultiplierRule(nn.Module, ABC):
     """T(U), a diagonal with T ⪰ UUᵀ.
 
     Note [Whose precision]
-    Error bounds are those of float32 or float64 products. Kernels, which are small, are treated in
-    float64, where no setting of a convolution to TF32 reaches them; so is everything when float32
-    products are allowed to run in less (torch.set_float32_matmul_precision, fp32_precision), and in
-    a compiled graph, which would outlive such a setting.
+    Error bounds are those of products in float32 or float64. What torch may round further (TF32
+    convolutions are its default on CUDA) is switched off meanwhile. T is computed in float64 in a compiled
+    graph, which would outlive that, and for convolutions on CUDA, where the float32 algorithms
+    include some (Winograd's) that sum otherwise.
     """
 
     def forward(self, U: Float[Tensor, "n p *taps"]) -> Float[Tensor, " n"]:
@@ -40,11 +40,17 @@ class MultiplierRule(nn.Module, ABC):
         Args:
             U: float32 or float64.
         """
-        wide = U.double() if U.ndim > 2 or precision.may_be_reduced() else U
+        if torch.compiler.is_compiling() or (U.ndim > 2 and U.is_cuda):
+            return self._scaled(U.double(), U.dtype)
+        with precision.full():
+            return self._scaled(U, U.dtype)
+
+    def _scaled(self, wide: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return T of U scaled by a power of two, at least FLOOR, in this dtype."""
         largest = wide.detach().abs().amax().clamp_min(torch.finfo(wide.dtype).tiny)
         unit = torch.exp2(largest.log2().ceil())  # dividing by it is exact
         T = (self.bound(wide / unit) * unit * unit).clamp_min(FLOOR)
-        return T if wide is U else T.to(U.dtype) * (1 + 2 * torch.finfo(U.dtype).eps)
+        return T if T.dtype == dtype else T.to(dtype) * (1 + 2 * torch.finfo(dtype).eps)
 
     @abstractmethod
     def bound(self, U: Float[Tensor, "n p *taps"]) -> Float[Tensor, " n"]:

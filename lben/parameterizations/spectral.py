@@ -49,7 +49,7 @@ class Spectral(MultiplierRule):
         return self._norms(gram(U)[None], 1.01 * gamma(depth(U) + 4, U) * size)[0]
 
     def _convolution(self, U: Float[Tensor, "n p k k"]) -> Float[Tensor, ""]:
-        k = U.shape[-1]
+        U, k = U.double(), U.shape[-1]
         points = max(1, 16 * (k - 1))
         phases = _phases(k, points, U)
         size = U.detach().abs().sum((2, 3)).square().sum()

@@ -537,13 +537,14 @@ def test_compiles_without_graph_breaks(make, training):
         warnings.simplefilter("ignore")
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         y = compiled(x)
-    torch.testing.assert_close(y, layer(x))
+    near = {"rtol": 1e-4, "atol": 1e-4}  # T is rounded upwards in float64 there
+    torch.testing.assert_close(y, layer(x), **near)
     y.sum().backward()
     got = [p.grad.clone() for p in layer.parameters()]
     layer.zero_grad()
     layer(x).sum().backward()
     for p, g in zip(layer.parameters(), got, strict=True):
-        torch.testing.assert_close(p.grad, g)
+        torch.testing.assert_close(p.grad, g, **near)
 
 
 def test_channels_last_is_kept():

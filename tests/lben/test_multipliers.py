@@ -164,7 +164,4 @@ def test_reduced_precision_of_products_does_not_reach_T():
         after = rule(U)
     finally:
         torch.set_float32_matmul_precision("highest")
-    exact = (U.double() @ U.double().T).abs().sum(1)
-    assert (after.double() >= exact).all()
-    assert (after <= before).all()  # float64 has less rounding to add
-    assert (after.double() <= exact * (1 + 1e-6)).all()
+    assert torch.equal(after, before)

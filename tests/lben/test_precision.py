@@ -17,9 +17,8 @@ def reduced():
 
 
 def test_reduced_products_are_seen_and_switched_off(reduced):
-    assert precision.may_be_reduced()
-    with precision.full():
-        assert not precision.may_be_reduced()
+    with precision.full(), precision.full():
+        assert torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
         assert torch.backends.cudnn.conv.fp32_precision in ("none", "ieee")
     assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     assert torch.backends.cudnn.conv.fp32_precision == "tf32"
@@ -36,9 +35,9 @@ def test_layers_run_within(reduced):
 
     class Spy(ReLU):
         def __call__(self, v):
-            seen.append(precision.may_be_reduced())
+            seen.append(torch.backends.cudnn.conv.fp32_precision)
             return torch.relu(v)
 
     layer = SLLConv2d(3, 2, activation=Spy())
     layer(torch.randn(1, 3, 5, 5))
-    assert seen == [False]
+    assert seen == ["ieee"]

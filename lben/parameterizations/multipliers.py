@@ -29,9 +29,9 @@ class MultiplierRule(nn.Module, ABC):
 
     Note [Whose precision]
     Error bounds are those of products in float32 or float64. What torch may round further (TF32
-    convolutions are its default on CUDA) is switched off meanwhile. T is computed in float64 in a compiled
-    graph, which would outlive that, and for convolutions on CUDA, where the float32 algorithms
-    include some (Winograd's) that sum otherwise.
+    convolutions are its default on CUDA) is switched off meanwhile. T is computed in float64 in a
+    compiled graph, which would outlive that, and for convolutions on CUDA, where the float32
+    algorithms include some (Winograd's) that sum otherwise.
     """
 
     def forward(self, U: Float[Tensor, "n p *taps"]) -> Float[Tensor, " n"]:

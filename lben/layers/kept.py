@@ -51,11 +51,12 @@ class Kept:
         self.run, self.track, self.state = run, track, _state(parameterization)
         self.fingerprint: str | None = None
         # What is kept must outlive an inference mode that it is computed in, and is not part of
-        # what a checkpointed block saves.
+        # what a checkpointed block saves. Saved results are detached: a node that held its own
+        # result would never be freed.
         with (
             torch.inference_mode(False),
             torch.set_grad_enabled(track),
-            torch.autograd.graph.saved_tensors_hooks(_same, _same),
+            torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _same),
         ):
             self.leaves = {
                 name: p.detach().clone().requires_grad_(track and p.requires_grad)

@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+import resource
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -404,6 +406,26 @@ def test_layers_may_be_checkpointed(reentrant):
     layer(x).square().sum().backward()
     for p, expected in zip(layer.parameters(), found, strict=True):
         torch.testing.assert_close(p.grad, expected)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: SLLLinear(200, 400), lambda: CPLLinear(200, 400), lambda: AOLConv2d(48, 48),
+    lambda: SandwichLinear(200, 200),
+])  # fmt: skip
+def test_the_graph_of_old_values_is_freed(make):
+    layer = make()
+    x = sample(layer, 2)
+
+    def resident(steps):
+        for _ in range(steps):
+            layer(x).square().sum().backward()
+            with torch.no_grad():
+                for p in layer.parameters():
+                    p.mul_(0.999)
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    before = resident(20)
+    assert resident(60) < before + 25e6
 
 
 def test_transforms_of_torch_func():

@@ -265,8 +265,8 @@ class _AbsoluteRowSums(torch.autograd.Function):
 def _multiply(A: Tensor, B: Tensor) -> Tensor:
     """Return ABᵀ: for large float32 matrices on a CPU by oneDNN.
 
-    It is two times as fast there as the BLAS that torch takes for them (measured: 0.10 against
-    0.21 s for 2048 × 2880 × 2048 on one core of an AMD EPYC), and rounds alike.
+    The BLAS that torch takes for them is slower on some processors (`benchmarks.sll` shows the
+    difference in the dense training step); the bound of the rounding is the same.
     """
     large = A.shape[0] * A.shape[1] * B.shape[0] >= 2**24
     if large and A.dtype == torch.float32 and A.is_cpu and torch.backends.mkldnn.is_available():

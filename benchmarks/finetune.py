@@ -4,8 +4,9 @@
 
 An SLL network of dense layers is trained on MNIST with the published loss. Then it is trained on
 for as many steps at the same rate, once as it is, and once as the equilibrium network that
-`from_explicit` makes of its layers: the same function and bound at the start, with a small penalty on feedback that it did
-not have. Certified accuracy (per-pair margins, solver and rounding error subtracted) is compared.
+`from_explicit` makes of its layers: the same function and bound at the start, with a small penalty
+on feedback that it did not have. Certified accuracy (per-pair margins, solver and rounding error
+subtracted) is compared.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.case import Case, quietly
 from benchmarks.common import interleaved
-from benchmarks.published import Published, search
+from benchmarks.published import DenseInverse, Published, search
 from solvers import Auto, Inclusion, solve
 from solvers.interop import TorchDEQ
 
@@ -133,7 +133,7 @@ class Peers:
             case _:
                 runs["lben"] = lambda: case.gradients(Auto(), new_weights=new_weights)
         if loop is not None and loop.forward_steps is not None:
-            inverse = loop.inverse(forward.operator.tensors[0])
+            inverse = DenseInverse.of(forward.operator.tensors[0], loop.alpha)
             if direction == "forward":
                 runs["published"] = lambda: loop.forward(forward, inverse)
             elif direction == "backward" and loop.backward_steps is not None:

@@ -10,8 +10,10 @@ names, so it evaluates no residual; and the inverse is kept wherever lben keeps 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +21,37 @@ from torch import Tensor
 from solvers import Inclusion, LinearSlope
 
 ALPHAS = tuple(2.0**-k for k in range(-1, 9))
+
+
+class Inverse(ABC):
+    """((1 + α)I − αW)⁻¹, as the published code applies it."""
+
+    @abstractmethod
+    def apply(self, x: Tensor) -> Tensor:
+        """Return the inverse times x."""
+
+    @abstractmethod
+    def adjoint(self, x: Tensor) -> Tensor:
+        """Return the transposed inverse times x."""
+
+
+@dataclass(frozen=True)
+class DenseInverse(Inverse):
+    """A matrix."""
+
+    matrix: Tensor
+
+    @staticmethod
+    def of(W: Tensor, alpha: float) -> DenseInverse:
+        """Invert (1 + α)I − αW."""
+        identity = torch.eye(W.shape[0], dtype=W.dtype)
+        return DenseInverse(torch.inverse((1 + alpha) * identity - alpha * W))
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x @ self.matrix.T
+
+    def adjoint(self, x: Tensor) -> Tensor:
+        return x @ self.matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +67,12 @@ class Published:
     forward_steps: int | None
     backward_steps: int | None
 
-    def inverse(self, W: Tensor) -> Tensor:
-        """Return ((1 + α)I − αW)⁻¹."""
-        identity = torch.eye(W.shape[0], dtype=W.dtype)
-        return torch.inverse((1 + self.alpha) * identity - self.alpha * W)
-
-    def forward(self, problem: Inclusion, inverse: Tensor) -> Tensor:
+    def forward(self, problem: Inclusion, inverse: Inverse) -> Tensor:
         """Return z after the oracle's number of iterations."""
         assert self.forward_steps is not None
         return _last(_forward(problem, inverse, self.alpha), self.forward_steps)
 
-    def backward(self, adjoint: Inclusion, inverse: Tensor) -> Tensor:
+    def backward(self, adjoint: Inclusion, inverse: Inverse) -> Tensor:
         """Return u = D(Wᵀu + g) after the oracle's number of iterations."""
         assert self.backward_steps is not None
         return _last(_backward(adjoint, inverse, self.alpha), self.backward_steps)
@@ -56,18 +84,18 @@ def _last(iterates: Iterator[Tensor], steps: int) -> Tensor:
     return next(iterates)
 
 
-def _forward(problem: Inclusion, inverse: Tensor, alpha: float) -> Iterator[Tensor]:
+def _forward(problem: Inclusion, inverse: Inverse, alpha: float) -> Iterator[Tensor]:
     bias = problem.bias
     z, u = torch.zeros_like(bias), torch.zeros_like(bias)
     while True:
         u_half = 2 * z - u
-        z_half = (u_half + alpha * bias) @ inverse.T
+        z_half = inverse.apply(u_half + alpha * bias)
         u = 2 * z_half - u_half
         z = problem.activation(u)
         yield z
 
 
-def _backward(adjoint: Inclusion, inverse: Tensor, alpha: float) -> Iterator[Tensor]:
+def _backward(adjoint: Inclusion, inverse: Inverse, alpha: float) -> Iterator[Tensor]:
     # λ solves (I − WᵀD)λ = g; with the elementwise resolvent of D⁻¹ − I the loop finds u = Dλ.
     g = adjoint.bias
     assert isinstance(adjoint.activation, LinearSlope)
@@ -76,13 +104,19 @@ def _backward(adjoint: Inclusion, inverse: Tensor, alpha: float) -> Iterator[Ten
     z, u = torch.zeros_like(g), torch.zeros_like(g)
     while True:
         u_half = 2 * z - u
-        z_half = (u_half + alpha * g) @ inverse
+        z_half = inverse.adjoint(u_half + alpha * g)
         u = 2 * z_half - u_half
         z = torch.where(dropped, 0.0, u / (1 + alpha * inverse_slope))
         yield z
 
 
-def search(problem: Inclusion, adjoint: Inclusion, tol: float, limit: int) -> Published:
+def search(
+    problem: Inclusion,
+    adjoint: Inclusion,
+    tol: float,
+    limit: int,
+    invert: Callable[[float], Inverse] | None = None,
+) -> Published:
     """Return the loops at the α that needs the fewest iterations forward.
 
     A loop has arrived when lben's own criterion, the relative residual in the Λ norm of every
@@ -92,18 +126,21 @@ def search(problem: Inclusion, adjoint: Inclusion, tol: float, limit: int) -> Pu
         problem, adjoint: both problems.
         tol: relative tolerance.
         limit: iterations after which an α is given up.
+        invert: the inverse for an α; of a dense W when omitted.
     """
+    if invert is None:
+        (W,) = problem.operator.tensors
+        invert = partial(DenseInverse.of, W)
     best = Published(alpha=1.0, forward_steps=None, backward_steps=None)
     for alpha in ALPHAS:
-        trial = Published(alpha=alpha, forward_steps=None, backward_steps=None)
-        inverse = trial.inverse(problem.operator.tensors[0])
+        inverse = invert(alpha)
         most = limit if best.forward_steps is None else best.forward_steps - 1
         steps = _arrival(problem, _forward(problem, inverse, alpha), tol, most)
         if steps is not None:
             best = Published(alpha=alpha, forward_steps=steps, backward_steps=None)
     if best.forward_steps is None:
         return best
-    inverse = best.inverse(problem.operator.tensors[0])
+    inverse = invert(best.alpha)
     backward = _arrival(adjoint, _backward(adjoint, inverse, best.alpha), tol, limit)
     return replace(best, backward_steps=backward)
 

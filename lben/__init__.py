@@ -8,8 +8,10 @@ from lben.certificates import (
     NetworkCertificate,
     certify,
     certify_convolution,
+    certify_pooled,
     compose,
 )
+from lben.convolutional import ConvolutionalWeights, PooledWeights
 from lben.layers import (
     AOLConv2d,
     AOLLinear,
@@ -17,6 +19,7 @@ from lben.layers import (
     ChannelPadding,
     CPLConv2d,
     CPLLinear,
+    EquilibriumConv2d,
     EquilibriumLinear,
     Flatten,
     GroupSort,
@@ -28,6 +31,7 @@ from lben.layers import (
     NormPooling,
     OrthogonalConv2d,
     OrthogonalLinear,
+    PooledEquilibriumConv2d,
     SandwichConv2d,
     SandwichLinear,
     SLLConv2d,
@@ -38,14 +42,16 @@ from lben.layers import (
     from_explicit,
 )
 from lben.models import (
+    ConvolutionalEquilibriumClassifier,
+    ConvolutionalEquilibriumClassifierConfig,
     EquilibriumClassifier,
     EquilibriumClassifierConfig,
     ResidualClassifier,
     ResidualClassifierConfig,
 )
 from lben.radii import certified_radius
-from lben.tightening import tighten, tighten_jointly
-from lben.weights import ConvolutionalWeights, ExplicitWeights, stack
+from lben.tightening import tighten, tighten_jointly, tighten_pooled
+from lben.weights import ExplicitWeights, stack
 
 __version__ = "0.1.0"
 
@@ -59,9 +65,12 @@ __all__ = [
     "CertificateError",
     "ChannelPadding",
     "Claim",
+    "ConvolutionalEquilibriumClassifier",
+    "ConvolutionalEquilibriumClassifierConfig",
     "ConvolutionalWeights",
     "EquilibriumClassifier",
     "EquilibriumClassifierConfig",
+    "EquilibriumConv2d",
     "EquilibriumLinear",
     "ExplicitWeights",
     "Flatten",
@@ -75,6 +84,8 @@ __all__ = [
     "NormalizedLinear",
     "OrthogonalConv2d",
     "OrthogonalLinear",
+    "PooledEquilibriumConv2d",
+    "PooledWeights",
     "ResidualClassifier",
     "ResidualClassifierConfig",
     "SLLConv2d",
@@ -86,10 +97,12 @@ __all__ = [
     "certified_radius",
     "certify",
     "certify_convolution",
+    "certify_pooled",
     "compose",
     "feedback",
     "from_explicit",
     "stack",
     "tighten",
     "tighten_jointly",
+    "tighten_pooled",
 ]

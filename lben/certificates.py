@@ -16,11 +16,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lben.convolutional import ConvolutionalWeights, PooledWeights
 from lben.inequality import Inequality
-from lben.rigorous import up
+from lben.rigorous import Enclosure, down, norm_bound, sum_up, up
 from lben.spectrum import at_frequencies
-from lben.weights import ConvolutionalWeights, ExplicitWeights, check_gamma
+from lben.weights import ExplicitWeights, check_gamma
 from solvers import Constants
+
+AnyWeights = ExplicitWeights | ConvolutionalWeights | PooledWeights
 
 
 class CertificateError(RuntimeError):
@@ -65,7 +68,7 @@ class Certificate:
         """The proved (m, L) as a solver takes them."""
         return Constants(m=self.m, L=self.L)
 
-    def check(self, weights: ExplicitWeights) -> None:
+    def check(self, weights: AnyWeights) -> None:
         """Refuse other weights than those of the proof.
 
         Raises:
@@ -199,7 +202,7 @@ def certify_convolution(weights: ConvolutionalWeights, image: tuple[int, int]) -
     """Prove M(Λ, γ) ⪰ 0 for a convolutional layer at every frequency of its grid, or raise.
 
     On a torus all convolutions become block diagonal under the Fourier transform, M(Λ, γ) with
-    them, and its blocks are the same inequality for the symbols Û(ω), Ĉ(ω), D̂(ω). Zero padding
+    them, and its blocks are the same inequality for the symbols of W, U, C and D. Zero padding
     embeds the image into a torus of (height + k − 1) × (width + k − 1), and cuts the result out: M
     of the layer is M of the torus compressed, plus the positive semi-definite part of
     [D C]ᵀ[D C]/γ that was cut off. So the proof holds for every smaller image and every padding.
@@ -215,30 +218,106 @@ def certify_convolution(weights: ConvolutionalWeights, image: tuple[int, int]) -
     """
     if min(image) < 1:
         raise ValueError(f"height and width of an image must be at least 1, got {image}")
-    _check_entries(weights.to(torch.float64), weights.Lambda.detach().cpu().double())
-    grid = weights.grid(image)
-    blocks = at_frequencies(weights.to(torch.float64), grid)
-    kind = "exactly" if weights.circular else "at most"
+    return _prove_frequencies(weights, weights, image, weights.gamma)
+
+
+def certify_pooled(weights: PooledWeights, claim: Claim | None = None) -> Certificate:
+    """Prove M(Λ, γ) ⪰ 0 for a convolutional layer with a pooled-linear read-out, or raise.
+
+    The claim is the weights' own γ and Λ when omitted. With F = −ΛAᵀ − Cᵀ/2γ the Schur complement
+    of M is that of the state alone, without outputs, plus FC + CᵀFᵀ: zero where A = −CΛ⁻¹/2γ, and
+    otherwise (A is rounded) at least −2‖F‖‖C‖. So the frequencies of the state prove the whole,
+    when that much is taken off. Another claim is proved with CᵀC ⪯ ‖CΛ^(−½)‖²Λ in place of CᵀC, at
+    every frequency.
+
+    Args:
+        weights: as they run.
+        claim: γ and one multiplier per channel, for weights that claim no bound of their own.
+
+    Raises:
+        ValueError: if a circular image is smaller than the kernel, or the weights claim a bound and
+            another is to be proved.
+        CertificateError: if the proof fails, with the smallest eigenvalue found.
+    """
+    if claim is not None:
+        return _certify_through_state(weights, claim)
+    proof = _prove_frequencies(weights, weights.state, weights.image, weights.gamma)
+    exact = weights.to(torch.float64)
+    root = exact.state.Lambda.sqrt().numpy()[:, None]
+    A, C = (
+        Enclosure(t.transpose(0, 1).flatten(1).numpy()) * Enclosure(scale)
+        for t, scale in ((exact.A, root), (exact.C, 1 / root))
+    )
+    F = A if weights.gamma is None else A + C / (2 * weights.gamma)
+    size, excess = _frobenius(C), _frobenius(F)
+    # Λ^(−½) is within two roundings of `root`, and within a factor √2 of the scale of `margin`.
+    excess = up(2 * excess * size * (1 + 2.0**-48))
+    margin = down(proof.margin - 2 * excess)
+    _require(margin, proof.smallest_eigenvalue - excess, weights.gamma)
+    return replace(
+        proof,
+        margin=margin,
+        m=max(down(proof.m - excess), 0.0),
+        L=up(proof.L + up(_frobenius(A) * size * (1 + 2.0**-48))),
+        output_gain=up(size * (1 + 2.0**-48)),
+    )
+
+
+def _certify_through_state(weights: PooledWeights, claim: Claim) -> Certificate:
+    exact = weights.to(torch.float64)
+    if bool(exact.A.any()):
+        raise ValueError("another claim can only be proved for weights that claim no bound (A = 0)")
+    root = exact.state.Lambda.sqrt()
+    scaled = Enclosure((exact.C / root[:, None, None]).flatten(1).numpy())
+    gain = up(norm_bound(scaled) * (1 + 2.0**-50))
+    outputs = torch.diag(gain * root * (1 + 2.0**-50))[:, :, None, None]
+    state = replace(
+        exact.state, C=outputs, b_y=root, Lambda=claim.Lambda.detach().to("cpu", torch.float64)
+    )
+    proof = _prove_frequencies(weights, state, weights.image, claim.gamma, exact.state)
+    return replace(proof, output_gain=gain)
+
+
+def _frobenius(matrix: Enclosure) -> float:
+    return up(math.sqrt(float(sum_up(matrix.magnitude**2 * (1 + 2.0**-50)))))
+
+
+def _prove_frequencies(
+    weights: ConvolutionalWeights | PooledWeights,
+    state: ConvolutionalWeights,
+    image: tuple[int, int],
+    gamma: float | None,
+    own: ConvolutionalWeights | None = None,
+) -> Certificate:
+    """Prove the inequality of the state at every frequency of its grid.
+
+    `own` has the Λ in which the layer is solved, where that of the claim is another.
+    """
+    _check_entries(weights.to(torch.float64), state.Lambda.detach().cpu().double())
+    blocks = at_frequencies(state.to(torch.float64), state.grid(image))
+    solved = blocks if own is None else at_frequencies(own.to(torch.float64), state.grid(image))
+    kind = "exactly" if state.circular else "at most"
     proof = _prove(
         weights,
-        weights.gamma,
+        gamma,
         blocks,
-        blocks,
+        solved,
         f"Cholesky of a shifted Schur complement at {len(blocks)} frequencies, verified "
         f"a posteriori in float64; images of {kind} {image[0]} × {image[1]} pixels",
     )
     return replace(proof, image=(image[0], image[1]))
 
 
-def _check_entries(weights: ExplicitWeights | ConvolutionalWeights, multiplier: Tensor) -> None:
+def _check_entries(weights: AnyWeights, multiplier: Tensor) -> None:
     if not all(bool(torch.isfinite(t).all()) for t in weights.tensors().values()):
         raise CertificateError("the weights contain NaN or Inf")
-    if not bool((weights.Lambda > 0).all() and (multiplier > 0).all()):
+    own = weights.state.Lambda if isinstance(weights, PooledWeights) else weights.Lambda
+    if not bool((own > 0).all() and (multiplier > 0).all()):
         raise CertificateError("Λ must be positive in every entry")
 
 
 def _prove(
-    weights: ExplicitWeights | ConvolutionalWeights,
+    weights: AnyWeights,
     gamma: float | None,
     claimed: Sequence[Inequality],
     own: Sequence[Inequality],
@@ -247,14 +326,7 @@ def _prove(
     """Prove every block of M for the claim; the solver's constants are those of the own Λ."""
     margin = min(block.margin(gamma) for block in claimed)
     computed = min(block.smallest_eigenvalue(gamma) for block in claimed)
-    if not margin > 0:
-        statement = "well-posedness" if gamma is None else f"the Lipschitz bound γ = {gamma:g}"
-        raise CertificateError(
-            f"{statement} could not be proved: M has smallest eigenvalue {computed:.3e}, and the "
-            f"proved lower bound {margin:.3e} is not positive. Causes: the weights do not satisfy "
-            "the condition (a parameterization is broken or was rounded to low precision), or the "
-            "slack ε is smaller than rounding. Try float64 or a larger epsilon."
-        )
+    _require(margin, computed, gamma)
     return Certificate(
         bound=math.inf if gamma is None else gamma,
         margin=margin,
@@ -263,7 +335,18 @@ def _prove(
         L=max(block.norm() for block in own),
         output_gain=max(block.output_gain() for block in own),
         fingerprint=weights.fingerprint,
-        dtype=str(weights.U.dtype).removeprefix("torch."),
+        dtype=str(next(iter(weights.tensors().values())).dtype).removeprefix("torch."),
         method=method,
         versions={"torch": torch.__version__, "numpy": np.__version__},
     )
+
+
+def _require(margin: float, computed: float, gamma: float | None) -> None:
+    if not margin > 0:
+        statement = "well-posedness" if gamma is None else f"the Lipschitz bound γ = {gamma:g}"
+        raise CertificateError(
+            f"{statement} could not be proved: M has smallest eigenvalue {computed:.3e}, and the "
+            f"proved lower bound {margin:.3e} is not positive. Causes: the weights do not satisfy "
+            "the condition (a parameterization is broken or was rounded to low precision), or the "
+            "slack ε is smaller than rounding. Try float64 or a larger epsilon."
+        )

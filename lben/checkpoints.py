@@ -25,6 +25,7 @@ from torch import Tensor
 from lben.models import (
     Classifier,
     ClassifierConfig,
+    ConvolutionalEquilibriumClassifierConfig,
     EquilibriumClassifierConfig,
     ResidualClassifierConfig,
 )
@@ -35,6 +36,7 @@ FORMAT = 1
 CONFIG, MODEL, CERTIFICATE = "config.json", "model.safetensors", "certificate.json"
 TRAINING, METRICS = "training.safetensors", "metrics.jsonl"
 MODELS: dict[str, type[ClassifierConfig]] = {  # what config.json calls them
+    "convolutional_equilibrium_classifier": ConvolutionalEquilibriumClassifierConfig,
     "equilibrium_classifier": EquilibriumClassifierConfig,
     "residual_classifier": ResidualClassifierConfig,
 }

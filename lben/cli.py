@@ -20,7 +20,11 @@ from lben.checkpoints import CheckpointError
 from lben.data import DataError, load
 from lben.evaluation import EvaluationConfig, Report, evaluate
 from lben.parallel import is_first
-from lben.recipes import EquilibriumTraining, ResidualTraining
+from lben.recipes import (
+    ConvolutionalEquilibriumTraining,
+    EquilibriumTraining,
+    ResidualTraining,
+)
 from lben.reports import draw, table
 from lben.training import Interrupted, resume, train
 from solvers import SolveError
@@ -53,6 +57,19 @@ class Train:
 
     config: Annotated[EquilibriumTraining, tyro.conf.arg(name="")] = field(
         default_factory=EquilibriumTraining
+    )
+
+
+@dataclass(frozen=True)
+class TrainConv:
+    """Train a convolutional equilibrium classifier into a folder.
+
+    Attributes:
+        config: of the run.
+    """
+
+    config: Annotated[ConvolutionalEquilibriumTraining, tyro.conf.arg(name="")] = field(
+        default_factory=ConvolutionalEquilibriumTraining
     )
 
 
@@ -116,7 +133,7 @@ class Bench:
     html: str | None = None
 
 
-Command = Demo | Train | TrainExplicit | Resume | Evaluate | Bench
+Command = Demo | Train | TrainConv | TrainExplicit | Resume | Evaluate | Bench
 
 _ERRORS = (CheckpointError, DataError, CertificateError, SolveError, ValueError, ImportError)
 
@@ -149,7 +166,7 @@ def _run(command: Command) -> None:
     match command:
         case Demo():
             _demo(command)
-        case Train(config=config) | TrainExplicit(config=config):
+        case Train(config=config) | TrainConv(config=config) | TrainExplicit(config=config):
             train(config)
             _say_trained(config.out)
         case Resume(run=run, root=root):

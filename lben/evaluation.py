@@ -172,7 +172,7 @@ def evaluate(model: Classifier, data: Dataset, config: EvaluationConfig) -> Repo
         bound=certificate.bound,
         promised_bound=None if promised is None else promised.bound,
         quotient=quotient,
-        tightness=proved.bound / quotient,
+        tightness=proved.bound / quotient if quotient else math.inf,
         pairs=pairs,
         violations=over + broken_within,
         smallest_eigenvalue=min(layer.smallest_eigenvalue for layer in certificate.layers),

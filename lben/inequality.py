@@ -118,7 +118,9 @@ class Inequality:
 
     def output_gain(self) -> float:
         """Return a proved upper bound of ‖CΛ^(−½)‖₂."""
-        return norm_bound(self.C * self.Lambda.sqrt().reciprocal().T) if self.n else 0.0
+        if self.C.mid.size == 0:
+            return 0.0
+        return norm_bound(self.C * self.Lambda.sqrt().reciprocal().T)
 
     def smallest_eigenvalue(self, gamma: float | None) -> float:
         """Compute λmin of M(Λ, γ) (or of 2Λ − ΛW − WᵀΛ), in coordinates that shrink the input.

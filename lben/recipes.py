@@ -17,6 +17,7 @@ from lben.models import (
     ActivationName,
     Block,
     ClassifierConfig,
+    ConvolutionalEquilibriumClassifierConfig,
     EquilibriumClassifierConfig,
     Head,
     ResidualClassifierConfig,
@@ -95,6 +96,17 @@ class TrainingConfig(ABC):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
 
+    def _shared(self, config: type[Any], data: Dataset) -> dict[str, Any]:
+        """Return the fields of a model's configuration that the data or this run decide."""
+        own = {f.name for f in fields(self)} & {f.name for f in fields(config)}
+        return {
+            "shape": data.shape,
+            "classes": data.classes,
+            "mean": data.mean,
+            "std": data.std,
+            **{name: getattr(self, name) for name in own},
+        }
+
     @abstractmethod
     def model(self, data: Dataset) -> ClassifierConfig:
         """Return the configuration of the model for this data."""
@@ -128,15 +140,45 @@ class EquilibriumTraining(TrainingConfig):
 
     def model(self, data: Dataset) -> EquilibriumClassifierConfig:
         """Return the configuration of the model for this data."""
-        shared = {f.name for f in fields(self)} & {
-            f.name for f in fields(EquilibriumClassifierConfig)
-        }
-        return EquilibriumClassifierConfig(
-            shape=data.shape,
-            classes=data.classes,
-            mean=data.mean,
-            std=data.std,
-            **{name: getattr(self, name) for name in shared},
+        return EquilibriumClassifierConfig(**self._shared(EquilibriumClassifierConfig, data))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvolutionalEquilibriumTraining(TrainingConfig):
+    """Configuration of one training run of a convolutional equilibrium classifier.
+
+    The defaults are the single convolution of the papers, --channels 16 32 64 the multi-tier one.
+
+    Attributes:
+        gamma: l2 Lipschitz bound on the normalised input; None for no bound.
+        learn_metric: train Λ (with gamma None and this off: monDEQ).
+        channels: hidden channels of every scale, finest first, each of half the resolution.
+        kernel_size: of all convolutions, odd.
+        pool: size of the pooling windows in pixels.
+        circular: the image is a torus; otherwise it is surrounded by zeros.
+        activation: relu, leaky_relu or tanh.
+        epsilon: slack of the certificate.
+        tol: relative tolerance of forward and backward solves.
+    """
+
+    gamma: float | None = 1.0
+    learn_metric: bool = True
+    channels: tuple[int, ...] = (81,)
+    kernel_size: int = 3
+    pool: int = 4
+    circular: bool = False
+    activation: ActivationName = "relu"
+    epsilon: float = 1e-3
+    tol: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_positive("kernel_size", "pool", "epsilon", "tol")
+
+    def model(self, data: Dataset) -> ConvolutionalEquilibriumClassifierConfig:
+        """Return the configuration of the model for this data."""
+        return ConvolutionalEquilibriumClassifierConfig(
+            **self._shared(ConvolutionalEquilibriumClassifierConfig, data)
         )
 
 
@@ -155,6 +197,7 @@ class ResidualTraining(TrainingConfig):
         dense_depth: dense layers.
         dense_hidden: hidden units of residual dense layers.
         head: rows of the last layer, each normalised or orthonormal.
+        core: hidden channels of a residual equilibrium convolution after the last stage, or 0.
     """
 
     supports: ClassVar[frozenset[str]] = frozenset({"channels_last", "autocast"})
@@ -169,24 +212,26 @@ class ResidualTraining(TrainingConfig):
     dense_depth: int = 7
     dense_hidden: int = 2048
     head: Head = "rows"
+    core: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.core and self.autocast:
+            raise ValueError("equilibrium layers do not support autocast: leave it or core off")
 
     def model(self, data: Dataset) -> ResidualClassifierConfig:
         """Return the configuration of the model for this data: shifted by its mean only."""
-        shared = {f.name for f in fields(self)} & {f.name for f in fields(ResidualClassifierConfig)}
-        return ResidualClassifierConfig(
-            shape=data.shape,
-            classes=data.classes,
-            mean=data.mean,
-            std=(1.0,) * len(data.mean),
-            **{name: getattr(self, name) for name in shared},
-        )
+        shared = self._shared(ResidualClassifierConfig, data)
+        return ResidualClassifierConfig(**{**shared, "std": (1.0,) * len(data.mean)})
 
     def published(self, size: Size) -> ResidualTraining:
         """Return the same recipe for SLL Small, Medium, Large or X-Large."""
         return replace(self, **published(size))
 
 
-RECIPES = by_name(EquilibriumTraining, ResidualTraining)  # what config.json may ask for
+RECIPES = by_name(  # what config.json may ask for
+    EquilibriumTraining, ConvolutionalEquilibriumTraining, ResidualTraining
+)
 
 
 def read(record: Mapping[str, Any]) -> TrainingConfig:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
+from torch import Tensor
 
+from lben.convolutional import ConvolutionalWeights
 from lben.inequality import Inequality
 from lben.rigorous import Array, Enclosure, block
-from lben.weights import ConvolutionalWeights
 
 
 def at_frequencies(weights: ConvolutionalWeights, grid: tuple[int, int]) -> list[Inequality]:
@@ -22,18 +24,26 @@ def at_frequencies(weights: ConvolutionalWeights, grid: tuple[int, int]) -> list
         weights: float64, on the CPU.
         grid: height and width of the torus.
     """
-    k = weights.U.shape[-1]
-    U = _symbols(weights.U.numpy(), grid, k // 2)
-    C = _symbols(weights.C.numpy(), grid, k - 1 - k // 2)
-    D = weights.D
-    if D is None or isinstance(D, float):
-        through: list[Enclosure] | list[float | None] = [D] * len(U)
-    else:
-        through = _symbols(D.numpy(), grid, D.shape[-1] // 2)
+
+    def at(kernel: Tensor, anchor: int) -> list[Enclosure]:
+        return _symbols(kernel.numpy(), grid, anchor)
+
+    W, U, C, D = weights.W, weights.U, weights.C, weights.D
+    inputs = at(U, U.shape[-1] // 2)
+    outputs = at(C, C.shape[-1] - 1 - C.shape[-1] // 2)
+    count = len(inputs)
+    states: Sequence[Enclosure | None] = [None] * count
+    if W is not None:
+        states = at(W, W.shape[-1] // 2)
+    through: Sequence[Enclosure | float | None] = [None] * count
+    if isinstance(D, Tensor):
+        through = at(D, D.shape[-1] // 2)
+    elif D is not None:
+        through = [D] * count
     Lambda = Enclosure(np.tile(weights.Lambda.numpy(), 2)[:, None])
     return [
-        Inequality(W=None, U=u, C=c, D=d, Lambda=Lambda)
-        for u, c, d in zip(U, C, through, strict=True)
+        Inequality(W=w, U=u, C=c, D=d, Lambda=Lambda)
+        for w, u, c, d in zip(states, inputs, outputs, through, strict=True)
     ]
 
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from lben.certificates import CertificateError, Claim
+from lben.convolutional import PooledWeights
 from lben.rigorous import Array
 from lben.weights import ExplicitWeights
+from solvers.operators import Torus
 
 
 def tighten(weights: ExplicitWeights) -> Claim:
@@ -123,3 +125,45 @@ def tighten_jointly(weights: ExplicitWeights, *, steps: int = 200) -> Claim:
     if gamma >= weights.gamma:
         return Claim(weights.gamma, weights.Lambda)
     return Claim(gamma, best.exp() / gamma)
+
+
+def tighten_pooled(weights: PooledWeights) -> Claim:
+    """Propose the least γ that Λ, up to a common factor t, supports through a bound of the state.
+
+    With CᵀC ⪯ g²Λ, g = ‖CΛ^(−½)‖₂, the condition is block diagonal over frequencies:
+    γ(t) = max over ω of λmax(S(ω)⁻¹(g²Λ/t + tΛÛÛᴴΛ)), minimised as in `tighten`. The result is a
+    proposal: `certify_pooled` proves it.
+
+    Raises:
+        ValueError: if the weights claim a bound of their own.
+        CertificateError: if S is not positive definite at some frequency.
+    """
+    if weights.gamma is not None:
+        raise ValueError(f"the weights claim a bound of their own, {weights.gamma:g}")
+    double = weights.to(torch.float64)
+    state = double.state
+    root = state.Lambda.sqrt()
+    assert state.W is not None
+    torus = Torus(len(root), *state.grid(weights.image))
+    W = torus.symbols(state.W)
+    U = torus.symbols(state.U)
+    identity = torch.eye(len(root), dtype=torch.float64)
+    H = root[:, None] * (identity - W) / root
+    values, vectors = torch.linalg.eigh(H + H.mH)
+    if not bool((values > 0).all()):
+        raise CertificateError("2Λ − ΛW − WᵀΛ is not positive definite at some frequency")
+    half = vectors / values.sqrt()[:, None, :]
+    G = half.mH @ (root[:, None] * U)
+    gain = float(torch.linalg.matrix_norm((double.C / root[:, None, None]).flatten(1), 2))
+
+    def gamma(log_t: float) -> float:
+        t = math.exp(log_t)
+        top = torch.diag_embed(gain**2 / (t * values)).to(G.dtype) + t * G @ G.mH
+        return float(torch.linalg.eigvalsh(top)[:, -1].max())
+
+    centre = math.log(gain) - math.log(float(torch.linalg.matrix_norm(G, 2).max()))
+    best = scipy.optimize.minimize_scalar(
+        gamma, bounds=(centre - 5, centre + 5), method="bounded", options={"xatol": 1e-3}
+    )
+    found = gamma(float(best.x)) * (1 + 1e-6)  # room for the proof
+    return Claim(found, state.Lambda * math.exp(float(best.x)))

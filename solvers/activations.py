@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 Step = float | Tensor
@@ -193,6 +193,44 @@ class LinearSlope(ProximalActivation):
 
     def part(self, units: slice) -> LinearSlope:
         return LinearSlope(self.d[..., units])
+
+
+@dataclass(frozen=True, eq=False)
+class Masked(ProximalActivation):
+    """σ where a mask is set and 0 elsewhere: the prox of f plus the indicator of 0.
+
+    With it a convolution on a torus computes what zero padding does: units outside the image stay
+    0. The sector condition holds with slope 0.
+
+    Args:
+        activation: σ.
+        mask: one truth value per unit.
+    """
+
+    activation: ProximalActivation
+    mask: Bool[Tensor, " n"] = field(repr=False)
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return self._cut(self.activation(v))
+
+    def slope(self, z: Tensor) -> Tensor:
+        return self._cut(self.activation.slope(z))
+
+    def prox(self, x: Tensor, step: Step) -> Tensor:
+        return self._cut(self.activation.prox(x, step))
+
+    def _cut(self, values: Tensor) -> Tensor:
+        return torch.where(self.mask, values, 0.0)
+
+    def reflector(self, step: Step) -> Callable[[Tensor], Tensor]:
+        inner = self.activation.reflector(step)
+        return lambda x: torch.where(self.mask, inner(x.clone()), -x)
+
+    def select(self, index: Tensor) -> Masked:
+        return Masked(self.activation.select(index), self.mask)
+
+    def part(self, units: slice) -> Masked:
+        return Masked(self.activation.part(units), self.mask[units])
 
 
 PIECEWISE_LINEAR = (ReLU, LeakyReLU, LinearSlope)

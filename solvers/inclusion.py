@@ -149,10 +149,9 @@ class Inclusion:
 
             ‖z − z*‖_Λ ≤ ‖z − z̃‖_Λ + ‖W(z̃ − z)‖_Λ / m.
 
-        Everything is evaluated in float64 on the problem as stored. Rounding there is covered by
-        e = γ_{k+4}(|W||z| + |v|) with k the summands of W, plus a few ulps of |z̃|, per entry of z̃,
-        which moves the bound by
-        at most (1 + ‖W‖/m) ‖e‖_Λ with ‖W‖ ≤ 1 + L.
+        Everything is evaluated in float64 on the problem as stored. The rounding e of z̃, that of
+        the product (`LinearOperator.rounding`) and a few ulps of Wz + v and of z̃, moves the bound
+        by at most (1 + ‖W‖/m) ‖e‖_Λ with ‖W‖ ≤ 1 + L.
 
         Args:
             z: approximate solution.
@@ -164,14 +163,13 @@ class Inclusion:
         constants = operator.constants() if constants is None else constants
         if constants.m <= 0:
             return torch.full(z.shape[:-1], torch.inf, dtype=torch.float64, device=z.device)
-        image = exact.image(z)
+        sum_ = operator.affine(z, exact.bias)
+        image = exact.activation(sum_)
         u = torch.finfo(torch.float64).eps
-        magnitude = operator.magnitude(z.abs()) + exact.bias.abs()
-        rounding = operator.norm((operator.summands + 4) * u * magnitude + 8 * u * image.abs())
+        rounding = operator.rounding(z) + operator.norm(4 * u * sum_.abs() + 8 * u * image.abs())
         norm_W = 1 + constants.L
         moved = image - z
-        product = operator.norm(operator.mv(moved))
-        product += operator.norm((operator.summands + 4) * u * operator.magnitude(moved.abs()))
+        product = operator.norm(operator.mv(moved)) + operator.rounding(moved)
         bound = operator.norm(moved) + product / constants.m
         if isinstance(exact.activation, LinearSlope):
             d = exact.activation.d

@@ -72,8 +72,8 @@ class PeacemanRachford(SteppedSplitting):
     √(1 − 4αm/(1 + 2αm + α²L²)) in the Λ norm. Lions and Mercier (1979); for equilibrium
     networks Winston and Kolter (2020), section 3.3.
 
-    One iteration is ū ← K r(ū) + (I + K) αv with K = 2R_α − I and the reflected prox r (for ReLU
-    the absolute value): one product and one elementwise pass.
+    One iteration is ū ← K(r(ū) + αv) + αv with K = 2R_α − I and the reflected prox r (for ReLU the
+    absolute value): one product and elementwise passes.
     """
 
     step_size: float | StepSizeRule = JacobiDeterminant()
@@ -82,15 +82,14 @@ class PeacemanRachford(SteppedSplitting):
         operator, v = problem.operator, problem.bias
         alpha = resolve(self.step_size, operator)
         map_ = self._map(operator)
-        alpha_v = v * alpha
-        shift = map_.add(alpha_v, alpha_v, None)
+        shift = v * alpha
         # The point u = −αv has resolvent 0, so ū = αv: a cold start needs no product. At the
         # solution ū = z + α(Wz + v − z); a z0 near it gives a ū near it.
-        x = alpha_v if z0 is None else z0 + alpha * (operator.affine(z0, v) - z0)
+        x = shift.clone() if z0 is None else z0 + alpha * (operator.affine(z0, v) - z0)
         return State(x, map_, shift, problem.activation.reflector(alpha), torch.empty_like(x))
 
     def step(self, problem: Inclusion, state: State) -> State:
-        u = state.apply(state.x)
+        u = state.apply(state.x).add_(state.shift)
         state.map.add(u, state.shift, state.spare)
         state.x, state.spare = state.spare, u
         return state
@@ -136,7 +135,7 @@ class DouglasRachford(PeacemanRachford):
             raise ValueError(f"relaxation must lie in (0, 1], got {self.relaxation}")
 
     def step(self, problem: Inclusion, state: State) -> State:
-        u = state.apply(state.spare.copy_(state.x))
+        u = state.apply(state.spare.copy_(state.x)).add_(state.shift)
         state.x = state.x.lerp_(state.map.add(u, state.shift, None), self.relaxation)
         return state
 

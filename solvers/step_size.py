@@ -37,8 +37,8 @@ class Determinant(StepSizeRule):
     """
 
     def __call__(self, operator: LinearOperator) -> float:
-        log_determinant = operator.log_determinant()
-        return math.exp(-log_determinant / operator.n) if math.isfinite(log_determinant) else 1.0
+        mean = operator.mean_log_eigenvalue()
+        return math.exp(-mean) if math.isfinite(mean) else 1.0
 
 
 @dataclass(frozen=True)
@@ -46,22 +46,23 @@ class JacobiDeterminant(StepSizeRule):
     """αᵢ = δ / (1 − Wᵢᵢ) with δ the determinant rule of the Jacobi-scaled problem.
 
     δ = |det(I − W) / Πᵢ(1 − Wᵢᵢ)|^(−1/n). Scaling z to unit diagonal of Λ(I − W) is the diagonal
-    preconditioner of Jacobi; in the original variables it is one step per unit. 1 − Wᵢᵢ ≥ m > 0
-    whenever I − W is monotone in any diagonal metric.
+    preconditioner of Jacobi; in the original variables it is one step per unit. Where the resolvent
+    cannot take the whole diagonal, `preconditioner()` stands for it. 1 − Wᵢᵢ ≥ m > 0 whenever I − W
+    is monotone in any diagonal metric.
 
     Raises:
         ValueError: if some 1 − Wᵢᵢ ≤ 0.
     """
 
     def __call__(self, operator: LinearOperator) -> torch.Tensor:
-        diagonal = 1 - operator.diagonal()
+        diagonal = 1 - operator.preconditioner()
         if not bool((diagonal > 0).all()):
             raise ValueError(
                 f"1 − Wᵢᵢ must be positive for every unit, got {float(diagonal.min()):.3g}: "
                 "I − W is not monotone in any diagonal metric (check the weights' certificate)"
             )
-        log_scale = float(diagonal.double().log().sum()) - operator.log_determinant()
-        return math.exp(log_scale / operator.n) / diagonal
+        log_scale = float(diagonal.double().log().mean()) - operator.mean_log_eigenvalue()
+        return math.exp(log_scale) / diagonal
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ import torch
 
 from solvers import (
     BlockTriangularOperator,
+    ConvolutionOperator,
     DenseOperator,
     Inclusion,
     LowRankOperator,
+    LowRankUpdate,
     ProximalActivation,
     ReLU,
     ZeroOperator,
@@ -63,6 +65,41 @@ def low_rank_operator(
         for i in range(weak):
             left[i, i], right[i, i] = -(1 / 0.3 + m + spread) * Lambda[i], 1
     return LowRankOperator(1 - D, left / Lambda[:, None], right, Lambda)
+
+
+class SpectralConvolution(ConvolutionOperator):
+    """A convolution whose products are by the Fourier transform however small it is."""
+
+    _is_direct = False
+
+
+def convolution_operator(
+    channels: int,
+    size: int,
+    image: tuple[int, int],
+    *,
+    m: float = 0.3,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    kind: type[ConvolutionOperator] = SpectralConvolution,
+) -> ConvolutionOperator:
+    """Kernels so small that I − W is monotone by more than m in a metric per channel."""
+    g = torch.Generator().manual_seed(seed)
+    Lambda = torch.rand(channels, generator=g, dtype=dtype) + 0.5
+    kernel = torch.randn(channels, channels, size, size, generator=g, dtype=dtype)
+    similar = kernel * (Lambda[:, None] / Lambda).sqrt()[:, :, None, None]
+    kernel = kernel * ((1 - m) / similar.abs().sum())
+    return kind(kernel, image, Lambda)
+
+
+def updated_convolution_operator(
+    *, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> LowRankUpdate:
+    """A convolution less a positive semi-definite matrix of rank 2 in the Λ norm."""
+    base = convolution_operator(2, 3, (4, 3), seed=seed, dtype=dtype)
+    g = torch.Generator().manual_seed(seed + 1)
+    C = torch.randn(base.n, 2, generator=g, dtype=dtype) / base.n**0.5
+    return LowRankUpdate(base, -C / base.metric[:, None], C)
 
 
 def block_triangular_operator(

@@ -16,9 +16,10 @@ ROOMS = {
         "acceleration flow newton sweep auto solve interop gradient implicit"
     ),
     "lben": (
-        "_companion precision weights rigorous inequality spectrum parameterizations certificates "
-        "tightening radii layers models data losses augmentation optimization records recipes "
-        "checkpoints attacks parallel training evaluation reports cli __main__"
+        "_companion precision weights convolutional rigorous inequality spectrum "
+        "parameterizations certificates tightening radii layers models data losses augmentation "
+        "optimization records recipes checkpoints attacks parallel training evaluation reports "
+        "cli __main__"
     ),
 }
 FILES = [path for package in ROOMS for path in sorted((ROOT / package).rglob("*.py"))]

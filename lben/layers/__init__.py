@@ -11,7 +11,16 @@ from lben.layers.companions import (
     NormPooling,
 )
 from lben.layers.conversion import feedback, from_explicit
-from lben.layers.equilibrium import EquilibriumLayer, EquilibriumLinear
+from lben.layers.equilibrium import (
+    DenseEquilibriumLayer,
+    EquilibriumLayer,
+    EquilibriumLinear,
+)
+from lben.layers.equilibrium_images import (
+    EquilibriumConv2d,
+    ImageEquilibriumLayer,
+    PooledEquilibriumConv2d,
+)
 from lben.layers.explicit import ContractionLayer, ExplicitLayer, ResidualLayer, SandwichLayer
 from lben.layers.family import (
     AOLConv2d,
@@ -40,12 +49,15 @@ __all__ = [
     "ChannelPadding",
     "Companion",
     "ContractionLayer",
+    "DenseEquilibriumLayer",
+    "EquilibriumConv2d",
     "EquilibriumLayer",
     "EquilibriumLinear",
     "ExplicitLayer",
     "Flatten",
     "GroupSort",
     "Householder",
+    "ImageEquilibriumLayer",
     "InvertibleDownsampling",
     "LipschitzSequential",
     "NormPooling",
@@ -53,6 +65,7 @@ __all__ = [
     "NormalizedLinear",
     "OrthogonalConv2d",
     "OrthogonalLinear",
+    "PooledEquilibriumConv2d",
     "ResidualLayer",
     "SLLConv2d",
     "SLLLinear",

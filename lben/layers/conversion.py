@@ -10,14 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lben.layers.equilibrium import EquilibriumLayer
+from lben.convolutional import ConvolutionalWeights
+from lben.layers.equilibrium import DenseEquilibriumLayer
 from lben.parameterizations import CompleteParameterization
-from lben.weights import ConvolutionalWeights, ExplicitWeights, stack
+from lben.weights import ExplicitWeights, stack
 
 
 def from_explicit(
     weights: ExplicitWeights | Sequence[ExplicitWeights], **options: Any
-) -> EquilibriumLayer:
+) -> DenseEquilibriumLayer:
     """Return a trainable equilibrium layer with the function and the bound of explicit weights.
 
     A residual, sandwich, linear or equilibrium layer is one set of weights; a stack of them is
@@ -28,7 +29,7 @@ def from_explicit(
 
     Args:
         weights: of one layer, or of several, first to last; `layer.weights()` in float64.
-        options: of `EquilibriumLayer`; the activation must be that of the explicit layers.
+        options: of `DenseEquilibriumLayer`; the activation must be that of the explicit layers.
 
     Raises:
         ValueError: if the weights claim no bound or do not satisfy the certificate, do not fit
@@ -45,7 +46,7 @@ def from_explicit(
         raise ValueError("the weights have no hidden units: there is nothing to solve for")
     with torch.no_grad():
         parameterization = CompleteParameterization(whole)
-    return EquilibriumLayer(parameterization, **options)
+    return DenseEquilibriumLayer(parameterization, **options)
 
 
 def feedback(W: Float[Tensor, "n n"], sizes: Sequence[int]) -> Float[Tensor, ""]:

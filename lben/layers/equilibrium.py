@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from lben.certificates import Certificate, certify
 from lben.parameterizations import CompleteParameterization, DirectParameterization
+from lben.radii import logit_error
+from lben.rigorous import UNIT, gamma_k
 from lben.weights import ExplicitWeights
 from solvers import (
     Auto,
@@ -18,6 +21,7 @@ from solvers import (
     Gradient,
     ImplicitGradient,
     Inclusion,
+    LinearOperator,
     Method,
     ProximalActivation,
     ReLU,
@@ -27,11 +31,14 @@ from solvers import (
 from solvers.solution import OnFailure
 
 
-class EquilibriumLayer(nn.Module):
+class EquilibriumLayer(nn.Module, ABC):
     """y = Cz + Dx + b_y with z = σ(Wz + Ux + b), the weights from a parameterization.
 
+    A subclass says how inputs become v = Ux + b and states become y, and which operator W is; the
+    solver, its gradient and the reuse of weights and factors are the same for all.
+
     Args:
-        parameterization: a module that returns `ExplicitWeights` and has their γ as `gamma`.
+        parameterization: a module that returns explicit weights and has their γ as `gamma`.
         activation: σ; ReLU when omitted.
         method: how forward and backward are solved; `Auto()` when omitted.
         gradient: what is passed back; the exact `ImplicitGradient()` when omitted.
@@ -40,9 +47,11 @@ class EquilibriumLayer(nn.Module):
         on_failure: "warn" or "raise" when a sample misses the tolerance.
     """
 
+    _sample_dimensions, _entry = 1, "feature"
+
     def __init__(
         self,
-        parameterization: DirectParameterization | CompleteParameterization,
+        parameterization: nn.Module,
         *,
         activation: ProximalActivation | None = None,
         method: Method | None = None,
@@ -53,10 +62,6 @@ class EquilibriumLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.parameterization = parameterization
-        with torch.no_grad():
-            weights = parameterization()
-        self.in_features, self.hidden_features = weights.in_features, weights.hidden_features
-        self.out_features = weights.out_features
         self.activation = ReLU() if activation is None else activation
         self.method = Auto() if method is None else method
         self.gradient = ImplicitGradient() if gradient is None else gradient
@@ -66,54 +71,61 @@ class EquilibriumLayer(nn.Module):
     @property
     def gamma(self) -> float | None:
         """The Lipschitz bound that the parameterization promises."""
-        return self.parameterization.gamma
+        gamma: float | None = self.parameterization.gamma  # type: ignore[assignment]
+        return gamma
 
-    def forward(self, x: Float[Tensor, "*batch p"]) -> Float[Tensor, "*batch q"]:
+    def forward(self, x: Tensor) -> Tensor:
         """Return y.
 
         Raises:
-            ValueError: for a wrong feature count, dtype, device, or NaN or Inf in x.
+            ValueError: for a wrong shape, dtype, device, or NaN or Inf in x.
             SolveError: if a solve misses its tolerance and on_failure is "raise".
         """
         weights = self.weights()
-        return self.readout(x, self._solve(weights, x, None).value, weights)
+        return self._readout(weights, x, self._solve(weights, x, None).value)
 
-    def readout(self, x: Tensor, z: Tensor, weights: ExplicitWeights | None = None) -> Tensor:
-        """Return Cz + Dx + b_y."""
-        weights = self.weights() if weights is None else weights
-        y = nn.functional.linear(z, weights.C, weights.b_y)
-        return y if weights.D is None else y + x @ weights.D.T
+    def readout(self, x: Tensor, z: Float[Tensor, "*batch n"], weights: Any = None) -> Tensor:
+        """Return Cz + Dx + b_y, for the weights that run now or for those given."""
+        return self._readout(self.weights() if weights is None else weights, x, z)
 
-    def equilibrium(
-        self, x: Float[Tensor, "*batch p"], z0: Float[Tensor, "*batch n"] | None = None
-    ) -> Solution:
+    def equilibrium(self, x: Tensor, z0: Float[Tensor, "*batch n"] | None = None) -> Solution:
         """Solve for z, optionally from a warm start, and return it with its evidence."""
         return self._solve(self.weights(), x, z0)
 
-    def _solve(self, weights: ExplicitWeights, x: Tensor, z0: Tensor | None) -> Solution:
-        return equilibrium(
-            self._inclusion(weights, x),
-            self.method,
-            tol=self.tol,
-            max_steps=self.max_steps,
-            z0=z0,
-            gradient=self.gradient,
-            on_failure=self.on_failure,
-            require_monotone=False,  # m ≥ epsilon by construction
-        )
-
-    def inclusion(self, x: Float[Tensor, "*batch p"]) -> Inclusion:
+    def inclusion(self, x: Tensor) -> Inclusion:
         """Return the fixed-point problem of x."""
         return self._inclusion(self.weights(), x)
 
-    def _inclusion(self, weights: ExplicitWeights, x: Tensor) -> Inclusion:
-        self._check_input(x)
-        v = nn.functional.linear(x, weights.U, weights.b)
-        if not bool(torch.isfinite(v.detach()).all()):
-            self._explain_non_finite(x)
-        return Inclusion(self._operator(weights), v, self.activation)
+    @torch.no_grad()
+    def with_error(self, x: Tensor, proof: Certificate) -> tuple[Tensor, Tensor, int]:
+        """Return y, a bound of its l2 distance to the exact y of x, and the most solver steps.
 
-    def weights(self) -> ExplicitWeights:
+        Args:
+            x: float64.
+            proof: for these weights.
+
+        Raises:
+            CertificateError: if the proof is for other weights.
+        """
+        weights = self.weights()
+        proof.check(weights)
+        problem, solution = self._inclusion(weights, x), self._solve(weights, x, None)
+        z = solution.value
+        error = logit_error(
+            proof, problem.error_bound(z, proof.constants), *self._rounding(weights, x, z)
+        )
+        return self._readout(weights, x, z), error, solution.stats.max_steps
+
+    def certificate(self) -> Certificate:
+        """Prove the layer's bound for the weights that run now.
+
+        Raises:
+            CertificateError: if the proof fails.
+        """
+        with torch.no_grad():
+            return self._prove(self.weights())
+
+    def weights(self) -> Any:
         """Return the explicit weights.
 
         Without grad mode, or when no parameter requires a gradient, they are computed once and
@@ -127,20 +139,63 @@ class EquilibriumLayer(nn.Module):
                 cache.weights = self.parameterization().apply(Tensor.detach)
         return cache.weights
 
-    def certificate(self) -> Certificate:
-        """Prove the layer's bound for the weights that run now.
+    @abstractmethod
+    def _bias(self, weights: Any, x: Tensor) -> Float[Tensor, "*batch n"]:
+        """Return v = Ux + b."""
 
-        Raises:
-            CertificateError: if the proof fails.
-        """
-        with torch.no_grad():
-            return certify(self.weights())
+    @abstractmethod
+    def _readout(self, weights: Any, x: Tensor, z: Float[Tensor, "*batch n"]) -> Tensor:
+        """Return Cz + Dx + b_y."""
 
-    def _operator(self, weights: ExplicitWeights) -> DenseOperator:
+    @abstractmethod
+    def _new_operator(self, weights: Any) -> LinearOperator:
+        """Return W as an operator."""
+
+    @abstractmethod
+    def _operator_tensors(self, weights: Any) -> tuple[Tensor, ...]:
+        """Return the tensors that define W, as `LinearOperator.tensors`."""
+
+    @abstractmethod
+    def _prove(self, weights: Any) -> Certificate:
+        """Prove the bound of these weights."""
+
+    @abstractmethod
+    def _rounding(self, weights: Any, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Bound the rounding of v in the Λ norm and that of y, given z, in l2; per sample."""
+
+    @abstractmethod
+    def _check_shape(self, x: Tensor) -> None:
+        """Raise ValueError unless x has the layer's shape."""
+
+    @property
+    def _sigma(self) -> ProximalActivation:
+        """The activation of the problem that is solved."""
+        return self.activation
+
+    def _solve(self, weights: Any, x: Tensor, z0: Tensor | None) -> Solution:
+        return equilibrium(
+            self._inclusion(weights, x),
+            self.method,
+            tol=self.tol,
+            max_steps=self.max_steps,
+            z0=z0,
+            gradient=self.gradient,
+            on_failure=self.on_failure,
+            require_monotone=False,  # m ≥ epsilon by construction
+        )
+
+    def _inclusion(self, weights: Any, x: Tensor) -> Inclusion:
+        self._check_input(x)
+        v = self._bias(weights, x)
+        if not bool(torch.isfinite(v.detach()).all()):
+            self._explain_non_finite(x)
+        return Inclusion(self._operator(weights), v, self._sigma)
+
+    def _operator(self, weights: Any) -> LinearOperator:
         cache = self._current_cache()
         if cache.operator is None:
-            cache.operator = DenseOperator(weights.W.detach(), weights.Lambda.detach())
-        return cache.operator.rebuild((weights.W,))
+            cache.operator = self._new_operator(weights.apply(Tensor.detach))
+        return cache.operator.rebuild(self._operator_tensors(weights))
 
     def _current_cache(self) -> _Cache:
         parameters = tuple(self.parameters())
@@ -152,12 +207,8 @@ class EquilibriumLayer(nn.Module):
         return {**self.__dict__, "_cache": None}
 
     def _check_input(self, x: Tensor) -> None:
-        reference = self.parameterization.b
-        if x.ndim < 1 or x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"expected {self.in_features} features in the last dimension of x, "
-                f"got shape {tuple(x.shape)}"
-            )
+        self._check_shape(x)
+        reference = next(self.parameters())
         if x.dtype != reference.dtype:
             raise ValueError(
                 f"x is {x.dtype}, the layer is {reference.dtype}: "
@@ -167,17 +218,68 @@ class EquilibriumLayer(nn.Module):
             raise ValueError(f"x is on {x.device}, the layer on {reference.device}")
 
     def _explain_non_finite(self, x: Tensor) -> None:
-        bad = (~torch.isfinite(x.detach())).reshape(-1, self.in_features)
+        bad = (~torch.isfinite(x.detach())).flatten(-self._sample_dimensions)
+        bad = bad.reshape(-1, bad.shape[-1])
         if bool(bad.any()):
-            sample, feature = (int(i) for i in bad.nonzero()[0])
+            sample, entry = (int(i) for i in bad.nonzero()[0])
             raise ValueError(
                 f"x contains NaN or Inf in {int(bad.any(1).sum())} of {len(bad)} samples "
-                f"(first at sample {sample}, feature {feature})"
+                f"(first at sample {sample}, {self._entry} {entry})"
             )
         for name, parameter in self.named_parameters():
             if not bool(torch.isfinite(parameter.detach()).all()):
                 raise ValueError(f"parameter {name} contains NaN or Inf: training diverged?")
         raise ValueError(f"Ux + b overflows {x.dtype}: scale the input or use float64")
+
+
+class DenseEquilibriumLayer(EquilibriumLayer):
+    """An equilibrium layer of vectors, with any parameterization that returns `ExplicitWeights`.
+
+    Args:
+        parameterization: of the weights.
+        options: of `EquilibriumLayer`.
+    """
+
+    def __init__(
+        self, parameterization: DirectParameterization | CompleteParameterization, **options: Any
+    ) -> None:
+        super().__init__(parameterization, **options)
+        with torch.no_grad():
+            weights = parameterization()
+        self.in_features, self.hidden_features = weights.in_features, weights.hidden_features
+        self.out_features = weights.out_features
+
+    def _bias(self, weights: ExplicitWeights, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, weights.U, weights.b)
+
+    def _readout(self, weights: ExplicitWeights, x: Tensor, z: Tensor) -> Tensor:
+        y = nn.functional.linear(z, weights.C, weights.b_y)
+        return y if weights.D is None else y + x @ weights.D.T
+
+    def _new_operator(self, weights: ExplicitWeights) -> DenseOperator:
+        return DenseOperator(weights.W, weights.Lambda)
+
+    def _operator_tensors(self, weights: ExplicitWeights) -> tuple[Tensor, ...]:
+        return (weights.W,)
+
+    def _prove(self, weights: ExplicitWeights) -> Certificate:
+        return certify(weights)
+
+    def _rounding(self, weights: ExplicitWeights, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        w, size = weights, x.abs()
+        u_n, u_p = gamma_k(w.hidden_features + 4), gamma_k(w.in_features + 4)
+        v = u_p * (size @ w.U.abs().T + w.b.abs()) * w.Lambda.sqrt()
+        y = u_n * (z.abs() @ w.C.abs().T) + 4 * UNIT * w.b_y.abs()
+        if w.D is not None:
+            y = y + u_p * (size @ w.D.abs().T)
+        return torch.linalg.vector_norm(v, dim=-1), torch.linalg.vector_norm(y, dim=-1)
+
+    def _check_shape(self, x: Tensor) -> None:
+        if x.ndim < 1 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"expected {self.in_features} features in the last dimension of x, "
+                f"got shape {tuple(x.shape)}"
+            )
 
     def extra_repr(self) -> str:
         """Describe the layer in `repr`."""
@@ -188,7 +290,7 @@ class EquilibriumLayer(nn.Module):
         )
 
 
-class EquilibriumLinear(EquilibriumLayer):
+class EquilibriumLinear(DenseEquilibriumLayer):
     """y = Cz + Dx + b_y with z = σ(Wz + Ux + b), γ-Lipschitz in l2 for every parameter value.
 
     Args:
@@ -254,8 +356,8 @@ class _Cache:
 
     versions: tuple[int, ...]
     snapshot: tuple[Tensor, ...]
-    weights: ExplicitWeights | None = None
-    operator: DenseOperator | None = None
+    weights: Any = None
+    operator: LinearOperator | None = None
 
     @classmethod
     def of(cls, parameters: tuple[Tensor, ...]) -> _Cache:

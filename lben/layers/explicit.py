@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lben import precision
 from lben.certificates import Certificate, certify, certify_convolution
+from lben.convolutional import ConvolutionalWeights
 from lben.layers.kept import Kept, nothing_may_be_kept
 from lben.layers.maps import Convolution, LinearMap
 from lben.parameterizations import (
@@ -20,7 +21,7 @@ from lben.parameterizations import (
     ResidualParameterization,
     SandwichParameterization,
 )
-from lben.weights import ConvolutionalWeights, ExplicitWeights
+from lben.weights import ExplicitWeights
 from solvers import ProximalActivation, ReLU
 
 

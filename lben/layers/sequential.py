@@ -11,7 +11,6 @@ from lben.certificates import Certificate
 from lben.layers.companions import Companion
 from lben.layers.equilibrium import EquilibriumLayer
 from lben.layers.explicit import ExplicitLayer
-from lben.radii import logit_error
 
 
 class LipschitzSequential(nn.Sequential):
@@ -78,12 +77,8 @@ class LipschitzSequential(nn.Sequential):
             gain = 1.0 if proof is None else proof.bound
             if isinstance(layer, EquilibriumLayer):
                 assert proof is not None
-                proof.check(layer.weights())
-                solution, problem = layer.equilibrium(x), layer.inclusion(x)
-                state = problem.error_bound(solution.value, proof.constants)
-                own = logit_error(layer.weights(), proof, x, solution.value, state)
-                steps = max(steps, solution.stats.max_steps)
-                x = layer.readout(x, solution.value)
+                x, own, needed = layer.with_error(x, proof)
+                steps = max(steps, needed)
             else:
                 assert isinstance(layer, ExplicitLayer | Companion)
                 if isinstance(layer, ExplicitLayer) and proof is not None:

@@ -3,6 +3,8 @@
 from lben.models.base import CertifiedLogits, Classifier, ClassifierConfig
 from lben.models.equilibrium import (
     ActivationName,
+    ConvolutionalEquilibriumClassifier,
+    ConvolutionalEquilibriumClassifierConfig,
     EquilibriumClassifier,
     EquilibriumClassifierConfig,
 )
@@ -21,6 +23,8 @@ __all__ = [
     "CertifiedLogits",
     "Classifier",
     "ClassifierConfig",
+    "ConvolutionalEquilibriumClassifier",
+    "ConvolutionalEquilibriumClassifierConfig",
     "EquilibriumClassifier",
     "EquilibriumClassifierConfig",
     "Head",

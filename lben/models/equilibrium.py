@@ -1,8 +1,9 @@
-"""A fully connected equilibrium classifier: what is it made of, and what does it prove?"""
+"""A classifier of one equilibrium layer: what is it made of, and what does it prove?"""
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,11 +11,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lben.certificates import NetworkCertificate, certify, compose
-from lben.layers import EquilibriumLinear
+from lben.certificates import (
+    Certificate,
+    NetworkCertificate,
+    certify,
+    certify_pooled,
+    compose,
+)
+from lben.layers import EquilibriumLayer, EquilibriumLinear, PooledEquilibriumConv2d
 from lben.models.base import CertifiedLogits, Classifier
-from lben.radii import logit_error
-from lben.tightening import tighten
+from lben.tightening import tighten, tighten_pooled
 from solvers import LeakyReLU, ProximalActivation, ReLU, Tanh
 
 ActivationName = Literal["relu", "leaky_relu", "tanh"]
@@ -57,8 +63,99 @@ class EquilibriumClassifierConfig:
         return EquilibriumClassifier(self)
 
 
-class EquilibriumClassifier(Classifier):
+@dataclass(frozen=True, kw_only=True)
+class ConvolutionalEquilibriumClassifierConfig:
+    """A convolutional equilibrium classifier of images in [0, 1].
+
+    The defaults are the single convolution of the papers (81 channels, 3 × 3, 4 × 4 pooling and a
+    matrix; Winston and Kolter 2020, Revay, Wang and Manchester 2020), here with one bound of the
+    whole; several numbers of channels are the multi-tier network.
+
+    Attributes:
+        shape: channels, height, width.
+        classes: number of classes.
+        mean: per channel, subtracted from the pixels.
+        std: per channel, divides them; the bound in pixels is gamma / min(std).
+        channels: hidden channels of every scale, finest first.
+        kernel_size: of all convolutions, odd.
+        pool: size of the pooling windows in pixels.
+        circular: whether the image is a torus; otherwise it is surrounded by zeros.
+        gamma: l2 Lipschitz bound on the normalised input; None for no bound.
+        learn_metric: whether Λ is trained (False with gamma None is monDEQ).
+        activation: σ.
+        epsilon: slack of the certificate.
+        tol: relative tolerance of the solver during training.
+        max_steps: iteration limit of the solver.
+    """
+
+    shape: tuple[int, int, int]
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    channels: tuple[int, ...] = (81,)
+    kernel_size: int = 3
+    pool: int = 4
+    circular: bool = False
+    gamma: float | None = 1.0
+    learn_metric: bool = True
+    activation: ActivationName = "relu"
+    epsilon: float = 1e-3
+    tol: float = 1e-3
+    max_steps: int = 5000
+
+    def build(self) -> ConvolutionalEquilibriumClassifier:
+        """Return a freshly initialised model."""
+        return ConvolutionalEquilibriumClassifier(self)
+
+
+class SingleLayerClassifier(Classifier):
+    """Normalisation and one equilibrium layer: images in [0, 1] to logits."""
+
+    layer: EquilibriumLayer
+
+    def logits(self, x: Float[Tensor, "batch channels height width"]) -> Tensor:
+        return self.layer(self._features(x))
+
+    def _features(self, x: Tensor) -> Tensor:
+        """Return what the layer takes."""
+        return x
+
+    @abstractmethod
+    def _certify(self, tightened: bool) -> Certificate:
+        """Prove the layer."""
+
+    @property
+    def gamma(self) -> float | None:
+        return self.layer.gamma
+
+    def certificate(self, *, tightened: bool = False) -> NetworkCertificate:
+        """Prove the bound of the whole network from pixels to logits.
+
+        Args:
+            tightened: prove the least bound that the layer's Λ is known to support instead of the
+                promised one; the only bound there is when gamma is None.
+
+        Raises:
+            CertificateError: if the proof fails.
+        """
+        with torch.no_grad():
+            return compose([self._certify(tightened)], input_gain=self.normalize.gain)
+
+    @torch.no_grad()
+    def certified_logits(
+        self, x: Float[Tensor, "batch channels height width"], certificate: NetworkCertificate
+    ) -> CertifiedLogits:
+        (proof,) = certificate.layers
+        logits, error, steps = self.layer.with_error(self._features(self.prepared(x)), proof)
+        if math.isfinite(proof.bound):
+            error = error + proof.bound * self.normalize.rounding(x)
+        return CertifiedLogits(logits=logits, error=error, steps=steps)
+
+
+class EquilibriumClassifier(SingleLayerClassifier):
     """Normalisation, flattening and one `EquilibriumLinear`: images in [0, 1] to logits."""
+
+    layer: EquilibriumLinear
 
     def __init__(self, config: EquilibriumClassifierConfig) -> None:
         super().__init__(config.shape, config.mean, config.std)
@@ -76,51 +173,48 @@ class EquilibriumClassifier(Classifier):
             max_steps=config.max_steps,
         )
 
-    def logits(self, x: Float[Tensor, "batch channels height width"]) -> Tensor:
-        return self.layer(x.flatten(1))
-
-    @property
-    def gamma(self) -> float | None:
-        return self.layer.gamma
+    def _features(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
 
     @property
     def tightens(self) -> bool:
         return not self.config.feedthrough
 
-    def certificate(self, *, tightened: bool = False) -> NetworkCertificate:
-        """Prove the bound of the whole network from pixels to logits.
-
-        Args:
-            tightened: prove the least bound that the layer's Λ supports instead of the promised
-                one; the only bound there is when gamma is None.
-
-        Raises:
-            CertificateError: if the proof fails.
-        """
-        with torch.no_grad():
-            weights = self.layer.weights()
-            layer = certify(weights, tighten(weights) if tightened else None)
-        return compose([layer], input_gain=self.normalize.gain)
-
-    @torch.no_grad()
-    def certified_logits(
-        self, x: Float[Tensor, "batch channels height width"], certificate: NetworkCertificate
-    ) -> CertifiedLogits:
-        features = self.prepared(x).flatten(1)
+    def _certify(self, tightened: bool) -> Certificate:
         weights = self.layer.weights()
-        (proof,) = certificate.layers
-        proof.check(weights)
-        problem = self.layer.inclusion(features)
-        solution = self.layer.equilibrium(features)
-        state_error = problem.error_bound(solution.value, proof.constants)
-        error = logit_error(weights, proof, features, solution.value, state_error)
-        if math.isfinite(proof.bound):
-            error = error + proof.bound * self.normalize.rounding(x)
-        return CertifiedLogits(
-            logits=self.layer.readout(features, solution.value),
-            error=error,
-            steps=solution.stats.max_steps,
+        return certify(weights, tighten(weights) if tightened else None)
+
+
+class ConvolutionalEquilibriumClassifier(SingleLayerClassifier):
+    """Normalisation and one `PooledEquilibriumConv2d`: images in [0, 1] to logits."""
+
+    def __init__(self, config: ConvolutionalEquilibriumClassifierConfig) -> None:
+        super().__init__(config.shape, config.mean, config.std)
+        self.config = config
+        channels, *size = config.shape
+        self.layer = PooledEquilibriumConv2d(
+            channels,
+            config.channels,
+            config.classes,
+            config.kernel_size,
+            image=(size[0], size[1]),
+            pool=config.pool,
+            circular=config.circular,
+            gamma=config.gamma,
+            activation=activation(config.activation),
+            learn_metric=config.learn_metric,
+            epsilon=config.epsilon,
+            tol=config.tol,
+            max_steps=config.max_steps,
         )
+
+    @property
+    def tightens(self) -> bool:
+        return self.gamma is None
+
+    def _certify(self, tightened: bool) -> Certificate:
+        weights = self.layer.weights()
+        return certify_pooled(weights, tighten_pooled(weights) if tightened else None)
 
 
 def activation(name: ActivationName) -> ProximalActivation:

@@ -19,6 +19,7 @@ from lben.layers import (
     ChannelPadding,
     CPLConv2d,
     CPLLinear,
+    EquilibriumConv2d,
     Flatten,
     GroupSort,
     InvertibleDownsampling,
@@ -69,6 +70,7 @@ class ResidualClassifierConfig:
         dense_depth: dense layers.
         dense_hidden: hidden units of residual dense layers.
         head: rows of the last layer, each normalised or orthonormal.
+        core: hidden channels of a residual equilibrium convolution after the last stage, or 0.
     """
 
     shape: tuple[int, int, int]
@@ -85,6 +87,7 @@ class ResidualClassifierConfig:
     dense_depth: int = 7
     dense_hidden: int = 2048
     head: Head = "rows"
+    core: int = 0
 
     def __post_init__(self) -> None:
         if self.block not in get_args(Block):
@@ -98,6 +101,8 @@ class ResidualClassifierConfig:
             )
         if self.stem < 1 or self.pool < 1:
             raise ValueError(f"stem and pool must be at least 1, got {self.stem} and {self.pool}")
+        if self.core < 0:
+            raise ValueError(f"core must be at least 0, got {self.core}")
         if min(self.depths) < 0 or self.dense_depth < 0:
             raise ValueError(
                 f"depths must be at least 0, got {self.depths} and dense_depth {self.dense_depth}"
@@ -199,6 +204,10 @@ def _features(config: ResidualClassifierConfig) -> Iterator[nn.Module]:
             channels = wanted
         for _ in range(depth):
             yield from _convolution(config, channels)
+    if config.core:
+        yield EquilibriumConv2d(
+            channels, config.core, channels, config.kernel_size, image=(height, width), skip=1.0
+        )
     if config.pool > 1:
         yield AveragePooling(config.pool)
     yield Flatten()

@@ -2,6 +2,10 @@
 
 from lben.parameterizations.complete import CompleteParameterization
 from lben.parameterizations.contraction import ContractionParameterization
+from lben.parameterizations.convolutional import (
+    ConvolutionalParameterization,
+    PooledParameterization,
+)
 from lben.parameterizations.direct import DirectParameterization
 from lben.parameterizations.explicit import ExplicitParameterization
 from lben.parameterizations.multipliers import Gershgorin, MultiplierRule, Orthonormal
@@ -12,11 +16,13 @@ from lben.parameterizations.spectral import Spectral
 __all__ = [
     "CompleteParameterization",
     "ContractionParameterization",
+    "ConvolutionalParameterization",
     "DirectParameterization",
     "ExplicitParameterization",
     "Gershgorin",
     "MultiplierRule",
     "Orthonormal",
+    "PooledParameterization",
     "ResidualParameterization",
     "SandwichParameterization",
     "Spectral",

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lben.convolutional import ConvolutionalWeights
 from lben.parameterizations.explicit import ROOM, UNIT_BOUND, ExplicitParameterization, taps
 from lben.parameterizations.multipliers import MultiplierRule
-from lben.weights import ConvolutionalWeights, ExplicitWeights
+from lben.weights import ExplicitWeights
 
 
 class ContractionParameterization(ExplicitParameterization):

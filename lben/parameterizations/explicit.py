@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from lben.weights import ConvolutionalWeights, ExplicitWeights
+from lben.convolutional import ConvolutionalWeights
+from lben.weights import ExplicitWeights
 
 # Note [Room for the proof]
 # M(Λ, γ) of these layers is singular at γ = 1: in a residual layer its upper left block

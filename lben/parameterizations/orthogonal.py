@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lben.convolutional import ConvolutionalWeights
 from lben.parameterizations.explicit import ROOM, UNIT_BOUND, ExplicitParameterization
-from lben.weights import ConvolutionalWeights, ExplicitWeights
+from lben.weights import ExplicitWeights
 
 
 class CayleyConvolution(ExplicitParameterization):

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lben.convolutional import ConvolutionalWeights
 from lben.parameterizations.explicit import (
     ROOM,
     UNIT_BOUND,
@@ -19,7 +20,7 @@ from lben.parameterizations.explicit import (
     taps,
 )
 from lben.parameterizations.multipliers import MultiplierRule
-from lben.weights import ConvolutionalWeights, ExplicitWeights
+from lben.weights import ExplicitWeights
 
 
 class ResidualParameterization(ExplicitParameterization):

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lben.convolutional import ConvolutionalWeights
 from lben.parameterizations.explicit import (
     ROOM,
     UNIT_BOUND,
@@ -21,7 +22,7 @@ from lben.parameterizations.explicit import (
     taps,
 )
 from lben.parameterizations.multipliers import MultiplierRule
-from lben.weights import ConvolutionalWeights, ExplicitWeights
+from lben.weights import ExplicitWeights
 
 
 class SandwichParameterization(ExplicitParameterization):

@@ -8,18 +8,24 @@ from solvers.operators.base import (
     Resolvent,
 )
 from solvers.operators.block_triangular import BlockTriangularOperator
+from solvers.operators.convolution import ConvolutionOperator
 from solvers.operators.dense import DenseOperator
 from solvers.operators.low_rank import LowRankOperator
+from solvers.operators.low_rank_update import LowRankUpdate
+from solvers.operators.torus import Torus
 from solvers.operators.zero import ZeroOperator
 
 __all__ = [
     "BlockTriangularOperator",
     "Constants",
+    "ConvolutionOperator",
     "DenseOperator",
     "LinearOperator",
     "LowRankOperator",
+    "LowRankUpdate",
     "Map",
     "NotMonotoneError",
     "Resolvent",
+    "Torus",
     "ZeroOperator",
 ]

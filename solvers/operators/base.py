@@ -146,9 +146,18 @@ class LinearOperator(ABC):
         """The longest chain of roundings in one entry of Wz."""
         return self.n
 
+    def rounding(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, " *batch"]:
+        """Return a bound of the rounding error of `mv(z)` in the Λ norm."""
+        unit = (self.summands + 4) * torch.finfo(z.dtype).eps
+        return self.norm(unit * self.magnitude(z.abs()))
+
     @abstractmethod
     def diagonal(self) -> Float[Tensor, " n"]:
         """Return the diagonal of W."""
+
+    def preconditioner(self) -> Float[Tensor, " n"]:
+        """Return the diagonal of W as far as step sizes per unit can follow it."""
+        return self.diagonal()
 
     @abstractmethod
     def submatrix(self, rows: Tensor, columns: Tensor) -> Float[Tensor, "... r c"]:
@@ -157,6 +166,10 @@ class LinearOperator(ABC):
     @abstractmethod
     def log_determinant(self) -> float:
         """Return log |det(I − W)|."""
+
+    def mean_log_eigenvalue(self) -> float:
+        """Return log |det(I − W)| / n, or an approximation that is cheaper: any step converges."""
+        return self.log_determinant() / self.n
 
     @abstractmethod
     def resolvent(self, step: Step) -> Resolvent:

@@ -10,7 +10,7 @@ from benchmarks.case import Case
 from benchmarks.curves import METHODS, convergence_curves, use_memory
 from benchmarks.peers import Peers
 from benchmarks.problems import DIFFICULTIES, random_problem
-from benchmarks.published import Published, search
+from benchmarks.published import DenseInverse, Published, search
 from lben import cli
 from solvers import Inclusion, LinearSlope, PeacemanRachford, solve
 
@@ -31,7 +31,7 @@ def test_the_published_loop_finds_the_same_solution_and_adjoint():
     loop = search(inclusion, adjoint, 1e-9, 5000)
     assert loop.forward_steps is not None
     assert loop.backward_steps is not None
-    inverse = loop.inverse(inclusion.operator.tensors[0])
+    inverse = DenseInverse.of(inclusion.operator.tensors[0], loop.alpha)
     z = loop.forward(inclusion, inverse)
     assert (inclusion.relative_residual(z) <= 1e-9).all()
     assert (adjoint.relative_residual(loop.backward(adjoint, inverse)) <= 1e-9).all()

@@ -9,6 +9,7 @@ import torch
 from lben import (
     CertificateError,
     Claim,
+    EquilibriumLinear,
     ExplicitWeights,
     certified_radius,
     certify,
@@ -16,7 +17,6 @@ from lben import (
     tighten,
 )
 from lben.parameterizations import DirectParameterization
-from lben.radii import logit_error
 from solvers import DenseOperator, Inclusion, ReLU, solve
 
 
@@ -280,15 +280,10 @@ def test_bad_logits_and_bounds_are_refused():
 @pytest.mark.parametrize("tol", [1e-2, 1e-6, 1e-12])
 def test_logit_error_covers_an_inexact_solve_and_is_not_idle(tol):
     weights = random_weights(feedthrough=True)
-    certificate = certify(weights)
+    layer = EquilibriumLinear(7, 6, 3, gamma=weights.gamma, feedthrough=True, tol=tol).double()
+    layer.parameterization.forward = lambda: weights
     x = torch.randn(200, 7, dtype=torch.float64)
-    problem = Inclusion(
-        DenseOperator(weights.W, weights.Lambda), x @ weights.U.T + weights.b, ReLU()
-    )
-    z = solve(problem, tol=tol).value
-    y = z @ weights.C.T + x @ weights.D.T + weights.b_y
+    y, bound, _ = layer.with_error(x, certify(weights))
     true_error = (y - forward(weights, x)).norm(dim=1)
-    state_error = problem.error_bound(z, certificate.constants)
-    bound = logit_error(weights, certificate, x, z, state_error)
     assert (true_error <= bound + 1e-11).all()
     assert (bound <= 1000 * true_error.max() + 1e-9).all()

@@ -1,30 +1,55 @@
+import dataclasses
+import math
+
 import pytest
 import torch
 
-from lben import EquilibriumClassifierConfig
+from lben import (
+    ConvolutionalEquilibriumClassifierConfig,
+    EquilibriumClassifierConfig,
+    ResidualClassifierConfig,
+)
 from lben.models.equilibrium import activation
 from solvers import LeakyReLU, ReLU, Tanh
 
-CONFIG = EquilibriumClassifierConfig(
-    shape=(1, 4, 4), classes=3, mean=(0.3,), std=(0.25,), hidden=9, gamma=0.5
-)
+DATA = {"shape": (1, 4, 4), "classes": 3, "mean": (0.3,), "std": (0.25,)}
+CONFIGS = {
+    "dense": EquilibriumClassifierConfig(**DATA, hidden=9, gamma=0.5),
+    "convolutional": ConvolutionalEquilibriumClassifierConfig(
+        **DATA, channels=(4,), pool=2, gamma=0.5, tol=1e-4
+    ),
+    "two scales": ConvolutionalEquilibriumClassifierConfig(
+        **{**DATA, "shape": (1, 8, 8)}, channels=(2, 3), pool=4, gamma=0.5, activation="tanh"
+    ),
+    "circular": ConvolutionalEquilibriumClassifierConfig(
+        **{**DATA, "shape": (1, 6, 6)}, channels=(3,), pool=2, gamma=0.5, circular=True
+    ),
+}
+CONFIG = CONFIGS["dense"]
 
 
-def images(count=8, dtype=torch.float64):
-    return torch.rand(count, 1, 4, 4, dtype=dtype)
+@pytest.fixture(params=CONFIGS)
+def config(request):
+    return CONFIGS[request.param]
 
 
-def test_bound_counts_the_normalization():
-    model = CONFIG.build().double()
+def images(count=8, dtype=torch.float64, config=CONFIG):
+    return torch.rand(count, *config.shape, dtype=dtype)
+
+
+def test_bound_counts_the_normalization(config):
+    model = config.build().double()
     certificate = model.certificate()
     assert certificate.bound == pytest.approx(0.5 / 0.25)
     assert certificate.bound >= 2.0
-    assert model.certificate(tightened=True).bound <= certificate.bound
+    assert model.tightens == isinstance(config, EquilibriumClassifierConfig)
+    if model.tightens:
+        assert model.certificate(tightened=True).bound <= certificate.bound
 
 
-def test_radius_holds_under_perturbation_and_pays_for_an_inexact_solve():
-    model = CONFIG.build().double().requires_grad_(False)
-    x = images(200)
+def test_radius_holds_under_perturbation_and_pays_for_an_inexact_solve(config):
+    model = config.build().double().requires_grad_(False)
+    x = images(200, config=config)
     labels = model(x).argmax(1)
     model.layer.tol = 1e-10
     radius = model.certified_radius(x, labels)
@@ -40,17 +65,17 @@ def test_radius_holds_under_perturbation_and_pays_for_an_inexact_solve():
     assert held[radius > 0].all()
 
 
-def test_misclassified_samples_have_no_radius():
-    model = CONFIG.build().double()
-    x = images()
+def test_misclassified_samples_have_no_radius(config):
+    model = config.build().double()
+    x = images(config=config)
     with torch.no_grad():
         wrong = (model(x).argmax(1) + 1) % 3
     assert (model.certified_radius(x, wrong) == 0).all()
 
 
-def test_certified_logits_are_near_the_exact_ones():
-    model = CONFIG.build().double().requires_grad_(False)
-    x = images(50)
+def test_certified_logits_are_near_the_exact_ones(config):
+    model = config.build().double().requires_grad_(False)
+    x = images(50, config=config)
     model.layer.tol = 1e-13
     exact = model(x)
     for tol in (1e-2, 1e-6):
@@ -59,10 +84,10 @@ def test_certified_logits_are_near_the_exact_ones():
         assert ((result.logits - exact).norm(dim=1) <= result.error + 1e-11).all()
 
 
-def test_certified_logits_need_float64():
-    model = CONFIG.build()
+def test_certified_logits_need_float64(config):
+    model = config.build()
     with pytest.raises(ValueError, match=r"evaluated in float64.*use model\.double\(\)"):
-        model.certified_logits(images(dtype=torch.float32), model.certificate())
+        model.certified_logits(images(dtype=torch.float32, config=config), model.certificate())
 
 
 @pytest.mark.parametrize("shape", [(8, 16), (8, 1, 4, 5), (1, 4, 4)])
@@ -82,3 +107,29 @@ def test_activations_by_name():
     assert activation("leaky_relu") == LeakyReLU()
     with pytest.raises(ValueError, match="activation must be one of relu, leaky_relu, tanh"):
         activation("gelu")
+
+
+def test_a_convolution_without_a_bound_is_bounded_afterwards():
+    config = dataclasses.replace(CONFIGS["convolutional"], gamma=None, epsilon=0.1)
+    model = config.build().double().requires_grad_(False)
+    assert model.tightens
+    assert model.certificate().bound == math.inf
+    certificate = model.certificate(tightened=True)
+    x = images(100, config=config)
+    y = x + 0.1 * torch.randn_like(x)
+    quotient = (model(x) - model(y)).norm(dim=1) / (x - y).flatten(1).norm(dim=1)
+    assert quotient.max() <= certificate.bound < 100 * quotient.max()
+
+
+def test_a_chain_with_an_equilibrium_core():
+    config = ResidualClassifierConfig(
+        shape=(3, 8, 8), classes=4, mean=(0.5,) * 3, std=(1.0,) * 3, channels=(6,), depths=(1,),
+        conv_hidden=3, pool=4, dense_depth=1, dense_hidden=8, core=5,
+    )  # fmt: skip
+    model = config.build().exact(1e-9)
+    x = torch.rand(10, 3, 8, 8, dtype=torch.float64)
+    result = model.certified_logits(x, model.certificate())
+    assert result.steps > 0
+    torch.testing.assert_close(result.logits, model(x))
+    with pytest.raises(ValueError, match="core must be at least 0"):
+        dataclasses.replace(config, core=-1)

@@ -11,7 +11,13 @@ from lben import checkpoints
 from lben.augmentation import Augmentation
 from lben.losses import EMMA, CrossEntropy
 from lben.optimization import SGD, Adam, Constant, PiecewiseLinear
-from lben.recipes import RECIPES, EquilibriumTraining, TrainingConfig, read
+from lben.recipes import (
+    RECIPES,
+    ConvolutionalEquilibriumTraining,
+    EquilibriumTraining,
+    TrainingConfig,
+    read,
+)
 from lben.records import by_name, decode, encode
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "mnist"
@@ -22,7 +28,11 @@ FULL = EquilibriumTraining(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("config", [EquilibriumTraining(), FULL], ids=["default", "full"])
+@pytest.mark.parametrize(
+    "config",
+    [EquilibriumTraining(), FULL, ConvolutionalEquilibriumTraining(channels=(8, 16))],
+    ids=["default", "full", "convolutional"],
+)
 def test_a_recipe_survives_json(config):
     assert read(json.loads(json.dumps(encode(config)))) == config
 

@@ -13,7 +13,7 @@ from lben.data import load
 from lben.evaluation import EvaluationConfig, evaluate
 from lben.losses import EMMA, CrossEntropy, Hinge
 from lben.optimization import SGD, Adam, AdamW, Constant, PiecewiseLinear, WarmupCosine
-from lben.recipes import EquilibriumTraining, read
+from lben.recipes import EquilibriumTraining, ResidualTraining, read
 from lben.reports import draw, table
 from lben.training import Interrupted, resume, train
 
@@ -330,3 +330,19 @@ def test_demo_starts_afresh_and_writes_everything(tmp_path, capsys):
     assert cli.main(["demo", "--out", str(tmp_path), "--epochs", "2"]) == 0
     assert "certificate.json, report.json, robustness.png" in capsys.readouterr().out
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_convolutional_run_learns_and_is_evaluated(tmp_path):
+    folder = str(tmp_path / "conv")
+    words = ["train-conv", "--channels", "6", "--pool", "2", "--epochs", "4", "--lr", "0.02"]
+    assert cli.main([*words, "--out", folder, "--gamma", "2", "--batch-size", "64"]) == 0
+    model = checkpoints.load_model(folder)
+    report = evaluate(model, load("digits"), SHORT)
+    assert report.clean_accuracy > 0.7
+    assert report.violations == 0
+    assert report.certified_accuracy[1] <= report.pgd_accuracy[1]
+
+
+def test_a_core_and_autocast_do_not_go_together():
+    with pytest.raises(ValueError, match="do not support autocast"):
+        ResidualTraining(core=4, autocast=True)

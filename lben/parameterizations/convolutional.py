@@ -1,0 +1,292 @@
+"""Which convolution W makes the certificate hold for every value of the free kernels?
+
+At every frequency the formulas are those of the direct parameterization (Revay, Wang and
+Manchester 2020, section 4.2 and 5); products of convolutions are convolutions, so they are formed
+from kernels and never from matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lben.convolutional import ConvolutionalWeights, PooledWeights
+from lben.parameterizations.explicit import UNIT_BOUND, mirrored, taps
+from lben.parameterizations.multipliers import gram
+from lben.parameterizations.polyphase import Polyphase
+from lben.weights import check_gamma
+
+
+class ConvolutionalParameterization(nn.Module):
+    """Images to images: every matrix of the direct parameterization is a k × k convolution.
+
+    With one entry of Λ per channel, G = ΛU + sCᵀ/γ and r = γ − s²/γ,
+
+        W = I − Λ⁻¹ ( ½CᵀC/γ + ½GGᵀ/r + VᵀV + εΛ + N − Nᵀ ),   D = sI.
+
+    At s = γ, where residual layers live, r is zero: then G has to be, and U = −Λ⁻¹Cᵀ.
+
+    Args:
+        in_channels: p.
+        hidden_channels: n.
+        out_channels: q; None for y = z (C = I).
+        kernel_size: k, odd.
+        gamma: l2 Lipschitz bound of x ↦ y, or None.
+        skip: s in [0, γ]; 0 for no feed-through.
+        learn_metric: whether Λ is trained; otherwise Λ = I.
+        epsilon: slack, m ≥ ε.
+        circular: whether the image is a torus; otherwise it is surrounded by zeros.
+        device, dtype: as in torch.nn.
+
+    Raises:
+        ValueError: if a size, gamma or epsilon is not positive, the kernel size even, or a skip
+            lies outside [0, γ], has no γ, or joins unequal numbers of channels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        out_channels: int | None,
+        kernel_size: int = 3,
+        *,
+        gamma: float | None = 1.0,
+        skip: float = 0.0,
+        learn_metric: bool = True,
+        epsilon: float = 1e-3,
+        circular: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        outputs = hidden_channels if out_channels is None else out_channels
+        _check_sizes((in_channels, hidden_channels, outputs), kernel_size, gamma, epsilon)
+        if skip and (gamma is None or not 0 <= skip <= gamma):
+            raise ValueError(f"skip must lie in [0, gamma], got {skip} with gamma = {gamma}")
+        if skip and (in_channels != out_channels):
+            raise ValueError(
+                f"a skip needs as many output channels as inputs, got {in_channels} and "
+                f"{out_channels}"
+            )
+        # At s = γ the room between γ and s is for the proof in floating point.
+        self.skip = skip / math.sqrt(UNIT_BOUND) if skip == gamma else float(skip)
+        self.gamma, self.epsilon, self.circular = gamma, epsilon, circular
+        k, n = kernel_size, hidden_channels
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.C = None if out_channels is None else parameter(outputs, n, k, k)
+        self.U = None if skip == gamma else parameter(n, in_channels, k, k)
+        self.V, self.N = parameter(n, n, k, k), parameter(n, n, k, k)
+        self.b, self.b_y = parameter(n), None if self.C is None else parameter(outputs)
+        self.log_metric = parameter(n) if learn_metric else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw fresh kernels: those of U and C with norm near 1, V and N at 0.3 of that."""
+        for kernel, size in ((self.U, 1.0), (self.C, 1.0), (self.V, 0.3), (self.N, 0.3)):
+            if kernel is not None:
+                _draw(kernel, size)
+        for vector in (self.b, self.b_y, self.log_metric):
+            if vector is not None:
+                nn.init.zeros_(vector)
+
+    def forward(self) -> ConvolutionalWeights:
+        """Return the explicit weights, differentiable in the free kernels."""
+        Lambda = torch.ones_like(self.b) if self.log_metric is None else self.log_metric.exp()
+        C = _identity(self.b) if self.C is None else self.C
+        b_y = torch.zeros_like(self.b) if self.b_y is None else self.b_y
+        U, terms = self._bound_terms(Lambda, C)
+        W = _state_kernel(self.V, self.N, terms, Lambda, self.epsilon)
+        return ConvolutionalWeights(
+            W=W, U=U, b=self.b, C=C, D=self.skip or None, b_y=b_y, Lambda=Lambda,
+            gamma=self.gamma, circular=self.circular,
+        )  # fmt: skip
+
+    def _bound_terms(self, Lambda: Tensor, C: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return U and the kernels ½CᵀC/γ and ½GGᵀ/r."""
+        row = Lambda[:, None, None, None]
+        if self.gamma is None:
+            assert self.U is not None
+            return self.U, []
+        if self.U is None:
+            return -mirrored(C) / row, [_outer(C) / (2 * self.skip)]
+        G = row * self.U
+        if self.skip:
+            G = G + (self.skip / self.gamma) * mirrored(C)
+        rest = self.gamma - self.skip**2 / self.gamma
+        return self.U, [_outer(C) / (2 * self.gamma), gram(G) / (2 * rest)]
+
+
+class PooledParameterization(nn.Module):
+    """Images to numbers: states at one or more resolutions, averaged over windows, then a matrix.
+
+        y = Cz + b_y,   C = G · (sum over windows ÷ side of the windows),
+        W = I − Λ⁻¹ ( ½CᵀC/γ + ½ΛUUᵀΛ/γ + VᵀV + εΛ + N − Nᵀ ).
+
+    The pooling preserves norms: ‖C‖₂ = ‖G‖₂. CᵀC has rank q and is kept apart: W is a convolution
+    plus A⟨C, ·⟩ with A = −½CΛ⁻¹/γ. So the bound is that of y, and not the product of a bound of z
+    with the norm of the read-out.
+
+    With several numbers of hidden channels the state has as many scales, each of half the
+    resolution of the one before: V and N couple a scale with itself and, by convolutions of stride
+    2, with the next; the input enters the finest (the multi-tier layer of Winston and Kolter 2020,
+    section 5). Everything is written on the coarsest grid, where a pixel of a finer scale is a
+    channel of its own (`Polyphase`), so that one convolution is the whole of W.
+
+    Args:
+        in_channels: p.
+        hidden_channels: of every scale, finest first; one number for one scale.
+        out_features: q.
+        kernel_size: k, odd.
+        image: height and width of the input, multiples of the windows and of the coarsest pixels.
+        pool: size of the windows in pixels of the input.
+        gamma: l2 Lipschitz bound of x ↦ y, or None.
+        learn_metric: whether Λ is trained; otherwise Λ = I.
+        epsilon: slack, m ≥ ε.
+        circular: whether the image is a torus; otherwise it is surrounded by zeros.
+        device, dtype: as in torch.nn.
+
+    Raises:
+        ValueError: if a size, gamma or epsilon is not positive, the kernel size even, or the image
+            not a multiple of the windows or of the coarsest pixels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int | Sequence[int],
+        out_features: int,
+        kernel_size: int = 3,
+        *,
+        image: tuple[int, int],
+        pool: int = 4,
+        gamma: float | None = 1.0,
+        learn_metric: bool = True,
+        epsilon: float = 1e-3,
+        circular: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        scales = (hidden_channels,) if isinstance(hidden_channels, int) else tuple(hidden_channels)
+        _check_sizes((in_channels, *scales, out_features, pool), kernel_size, gamma, epsilon)
+        self.layout = Polyphase(in_channels, scales, kernel_size)
+        coarsest = self.layout.factors[0]  # a coarsest pixel in pixels of the input
+        for unit, what in ((pool, "windows"), (coarsest, "coarsest pixels")):
+            if image[0] % unit or image[1] % unit:
+                raise ValueError(
+                    f"images of {image[0]} × {image[1]} pixels do not divide into {what} of "
+                    f"{unit} × {unit}"
+                )
+        if pool % coarsest:
+            raise ValueError(f"pool = {pool} must be a multiple of the coarsest pixel, {coarsest}")
+        self.gamma, self.epsilon, self.circular, self.pool = gamma, epsilon, circular, pool
+        self.image = image
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        k, windows = kernel_size, (image[0] // pool, image[1] // pool)
+        couplings = [(n, n, k, k) for n in scales]
+        couplings += [(to, of, k, k) for of, to in pairwise(scales)]
+        self.U = parameter(scales[0], in_channels, k, k)
+        self.V = nn.ParameterList(parameter(*shape) for shape in couplings)
+        self.N = nn.ParameterList(parameter(*shape) for shape in couplings)
+        self.G = parameter(out_features, sum(scales), *windows)
+        self.b, self.b_y = parameter(sum(scales)), parameter(out_features)
+        self.log_metric = parameter(sum(scales)) if learn_metric else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw fresh kernels: those of U and C with norm near 1, V and N at 0.3 of that."""
+        _draw(self.U, 1.0)
+        for kernel in (*self.V, *self.N):
+            _draw(kernel, 0.3)
+        nn.init.orthogonal_(self.G.detach().flatten(1))
+        nn.init.zeros_(self.b)
+        nn.init.zeros_(self.b_y)
+        if self.log_metric is not None:
+            nn.init.zeros_(self.log_metric)
+
+    def forward(self) -> PooledWeights:
+        """Return the explicit weights on the coarsest grid, differentiable in the free kernels."""
+        layout = self.layout
+        b = layout.spread(self.b)
+        Lambda = torch.ones_like(b)
+        if self.log_metric is not None:
+            Lambda = layout.spread(self.log_metric.exp())
+        U, V, N = layout.input(self.U), layout.state(list(self.V)), layout.state(list(self.N))
+        C, terms, A = self._readout(), [], None
+        if self.gamma is not None:
+            terms = [gram(Lambda[:, None, None, None] * U) / (2 * self.gamma)]
+            A = C / taps(-2 * self.gamma * Lambda)
+        W = _state_kernel(V, N, terms, Lambda, self.epsilon)
+        state = ConvolutionalWeights(
+            W=W, U=U, b=b, C=W.new_zeros(0, len(b), 1, 1), D=None, b_y=b.new_zeros(0),
+            Lambda=Lambda, gamma=None, circular=self.circular,
+        )  # fmt: skip
+        return PooledWeights(
+            state=state, A=torch.zeros_like(C) if A is None else A, C=C, b_y=self.b_y,
+            gamma=self.gamma,
+        )  # fmt: skip
+
+    def _readout(self) -> Tensor:
+        """Return C: G spread over the pixels of its windows, with the norm of G."""
+        finest = self.layout.factors[0]
+        window = self.pool // finest
+        sides = self.layout.sides(self.G) * window
+        C = self.layout.spread_channels(self.G / taps(sides))
+        return C.repeat_interleave(window, 2).repeat_interleave(window, 3)
+
+
+def _check_sizes(
+    sizes: tuple[int, ...], kernel_size: int, gamma: float | None, epsilon: float
+) -> None:
+    if min(*sizes, kernel_size) < 1:
+        raise ValueError(
+            f"every size must be at least 1, got {sizes} and kernel_size {kernel_size}"
+        )
+    if kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+    check_gamma(gamma)
+    if not 0 < epsilon < math.inf:
+        raise ValueError(f"epsilon must be positive and finite, got {epsilon}")
+
+
+def _draw(kernel: Tensor, size: float) -> None:
+    """Draw a kernel whose convolution has a norm of about `size`."""
+    spread = math.sqrt(kernel[0].numel()) + math.sqrt(kernel[:, 0].numel())
+    nn.init.normal_(kernel, std=size / spread)
+
+
+def _identity(b: Tensor) -> Tensor:
+    return torch.eye(len(b), dtype=b.dtype, device=b.device)[:, :, None, None]
+
+
+def _outer(C: Tensor) -> Tensor:
+    """Return the kernel of CᵀC."""
+    return gram(C.transpose(0, 1)).flip(2, 3)
+
+
+def _state_kernel(
+    V: Tensor, N: Tensor, terms: list[Tensor], Lambda: Tensor, epsilon: float
+) -> Tensor:
+    """Return the kernel of I − Λ⁻¹(VᵀV + N − Nᵀ + εΛ + Σ terms), of size 2k − 1."""
+    size, n = 2 * V.shape[-1] - 1, len(Lambda)
+    monotone = _outer(V)
+    for kernel in (N - mirrored(N), *terms):
+        monotone = monotone + _grown(kernel, size)
+    diagonal = (1 - epsilon) * torch.eye(n, dtype=V.dtype, device=V.device)
+    return _grown(diagonal[:, :, None, None], size) - monotone / Lambda[:, None, None, None]
+
+
+def _grown(kernel: Tensor, size: int) -> Tensor:
+    """Return the kernel with zeros around it, of an odd size."""
+    return functional.pad(kernel, [(size - kernel.shape[-1]) // 2] * 4)

@@ -1,0 +1,113 @@
+"""How do states of several resolutions become channels of one image?
+
+A pixel of the coarsest grid covers f × f pixels of a scale with factor f. Written as f² channels of
+the coarsest grid (as PixelUnshuffle orders them) that scale becomes an image on it, and a
+convolution between scales, strided or not, a convolution of stride 1 between such images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Polyphase:
+    """Scales that halve their resolution one after the other, and an input at the finest.
+
+    Args:
+        in_channels: of the input.
+        scales: channels of every scale, finest first.
+        kernel_size: k of all convolutions, odd.
+    """
+
+    in_channels: int
+    scales: tuple[int, ...]
+    kernel_size: int
+
+    @cached_property
+    def factors(self) -> tuple[int, ...]:
+        """Pixels of every scale along a side of a pixel of the coarsest."""
+        return tuple(2**i for i in reversed(range(len(self.scales))))
+
+    def spread(self, values: Float[Tensor, " channels"]) -> Float[Tensor, " n"]:
+        """Return one number per channel of the coarsest grid from one per channel of the scales."""
+        return values.repeat_interleave(self._counts(values), 0)
+
+    def spread_channels(self, G: Float[Tensor, "q channels h w"]) -> Float[Tensor, "q n h w"]:
+        """Return G with every channel repeated as often as `spread` does."""
+        return G.repeat_interleave(self._counts(G), 1)
+
+    def sides(self, like: Tensor) -> Float[Tensor, " channels"]:
+        """Return the factor of every channel of the scales."""
+        return self._counts(like).to(like.dtype).sqrt()
+
+    def _counts(self, like: Tensor) -> Tensor:
+        counts = [f * f for n, f in zip(self.scales, self.factors, strict=True) for _ in range(n)]
+        return torch.tensor(counts, device=like.device)
+
+    def input(self, U: Float[Tensor, "n p k k"]) -> Float[Tensor, "m r k k"]:
+        """Return the convolution from the input to the state; only the finest scale receives."""
+        fine = phases(U, self.factors[0], self.factors[0])
+        units = sum(n * f * f for n, f in zip(self.scales, self.factors, strict=True))
+        rest = U.new_zeros(units - len(fine), *fine.shape[1:])
+        return torch.cat([fine, rest]) if len(rest) else fine
+
+    def state(self, kernels: Sequence[Tensor]) -> Float[Tensor, "n n k k"]:
+        """Return the convolution of the whole state.
+
+        Args:
+            kernels: of every scale with itself, then from every scale to the next.
+        """
+        count = len(self.scales)
+        own, down = kernels[:count], kernels[count:]
+        rows = []
+        for i, n in enumerate(self.scales):
+            row = []
+            for j, m in enumerate(self.scales):
+                to, of = self.factors[i], self.factors[j]
+                if i == j:
+                    row.append(phases(own[i], to, of))
+                elif j == i - 1:
+                    row.append(phases(down[j], to, of))
+                else:
+                    k = self.kernel_size
+                    row.append(own[0].new_zeros(n * to * to, m * of * of, k, k))
+            rows.append(torch.cat(row, 1))
+        return torch.cat(rows)
+
+
+def phases(kernel: Float[Tensor, "n m k k"], to: int, of: int) -> Float[Tensor, "n_to m_of k k"]:
+    """Return a convolution of stride of/to as one between images of the coarsest grid.
+
+    The output pixel `to`·Y + r sees the input pixels of·Y + r·of/to + t − ⌊k/2⌋, t in [0, k).
+
+    Args:
+        kernel: with odd k.
+        to, of: pixels of the output and of the input along a side of a coarsest pixel.
+    """
+    n, m, k, _ = kernel.shape
+    if to == of == 1:
+        return kernel
+    table = _tap_table(k, to, of, kernel.device)  # to, of, k: which tap, or k where none
+    index = table[:, None, :, None, :, None] * (k + 1) + table[None, :, None, :, None, :]
+    padded = torch.nn.functional.pad(kernel, (0, 1, 0, 1)).flatten(2)
+    image = padded[:, :, index.flatten()].reshape(n, m, to, to, of, of, k, k)
+    image = image.permute(0, 2, 3, 1, 4, 5, 6, 7)
+    return image.reshape(n * to * to, m * of * of, k, k)
+
+
+def _tap_table(k: int, to: int, of: int, device: torch.device) -> Tensor:
+    """Return the tap t with r·of/to + t − ⌊k/2⌋ = of·Y + p, at [r, p, Y + ⌊k/2⌋]; k where none."""
+    table = torch.full((to, of, k), k)
+    for r in range(to):
+        for t in range(k):
+            position = r * of // to + t - k // 2
+            table[r, position % of, math.floor(position / of) + k // 2] = t
+    return table.to(device)

@@ -1,0 +1,266 @@
+"""Equilibria of images: gradients, matrices, proofs and the bound under attack."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from lben import (
+    CertificateError,
+    Claim,
+    EquilibriumConv2d,
+    LipschitzSequential,
+    PooledEquilibriumConv2d,
+    SLLConv2d,
+    certify,
+    certify_pooled,
+    tighten_pooled,
+)
+from lben.parameterizations.polyphase import Polyphase, phases
+from solvers import LeakyReLU, PeacemanRachford, SemismoothNewton, Tanh
+
+DOUBLE = {"dtype": torch.float64, "epsilon": 0.05, "tol": 1e-13, "on_failure": "raise"}
+IMAGE = (4, 6)
+
+
+def conv(*sizes, **options):
+    sizes = sizes or (2, 3, 2)
+    return EquilibriumConv2d(*sizes, image=IMAGE, **{**DOUBLE, **options})
+
+
+def pooled(channels=3, **options):
+    options = {**DOUBLE, "pool": 2, **options}
+    return PooledEquilibriumConv2d(2, channels, 3, image=IMAGE, **options)
+
+
+LAYERS = {
+    "zeros": lambda: conv(gamma=0.7),
+    "circular": lambda: conv(gamma=0.7, circular=True, kernel_size=1),
+    "circular 3 × 3": lambda: EquilibriumConv2d(2, 3, 2, image=(5, 6), circular=True, **DOUBLE),
+    "state": lambda: conv(2, 3, gamma=2.0),
+    "unbounded": lambda: conv(gamma=None, activation=Tanh()),
+    "monotone": lambda: conv(gamma=None, learn_metric=False),
+    "skip": lambda: conv(skip=0.5, activation=LeakyReLU(0.1)),
+    "residual": lambda: conv(skip=1.0),
+    "stride": lambda: conv(2, 3, 2, stride=2, kernel_size=1),
+    "pooled": lambda: pooled(),
+    "pooled, circular": lambda: pooled(circular=True, kernel_size=1, gamma=3.0),
+    "pooled, unbounded": lambda: pooled(gamma=None),
+    "two scales": lambda: PooledEquilibriumConv2d(2, (2, 3), 3, image=(6, 8), pool=2, **DOUBLE),
+    "two scales, circular": lambda: PooledEquilibriumConv2d(
+        2, (2, 1), 3, image=(10, 10), pool=2, circular=True, **DOUBLE
+    ),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def layer(request):
+    layer = LAYERS[request.param]()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return layer
+
+
+def draw(layer, samples=3):
+    return torch.randn(samples, layer.in_channels, *layer.image, dtype=torch.float64)
+
+
+def dense(layer):
+    weights = layer.weights()
+    return weights.dense(layer.grid) if isinstance(layer, EquilibriumConv2d) else weights.dense()
+
+
+def test_it_is_the_layer_of_its_matrices(layer):
+    x = draw(layer)
+    solution = layer.equilibrium(x)
+    state = layer.images(solution.value)
+    w, z = dense(layer), state.flatten(1)
+    inputs = torch.nn.functional.pixel_unshuffle(x, layer.unshuffle).flatten(1)
+    again = layer.activation(z @ w.W.T + inputs @ w.U.T + w.b)
+    torch.testing.assert_close(z, again, rtol=1e-9, atol=1e-10)
+    y = z @ w.C.T + w.b_y + (0 if w.D is None else inputs @ w.D.T)
+    torch.testing.assert_close(layer(x).flatten(1), y, rtol=1e-9, atol=1e-10)
+
+
+def test_gradients_of_every_parameter_and_the_input(layer):
+    names = [n for n, _ in layer.named_parameters()]
+    values = tuple(p.detach().clone().requires_grad_() for p in layer.parameters())
+    x = draw(layer, 1).requires_grad_()
+
+    def f(x, *values):
+        state = dict(zip(names, values, strict=True))
+        return torch.func.functional_call(layer, state, (x,))
+
+    assert torch.autograd.gradcheck(f, (x, *values), fast_mode=True)
+
+
+def test_the_proof_is_that_of_the_matrices(layer):
+    proof = layer.certificate()
+    whole = certify(dense(layer))
+    assert proof.bound == whole.bound
+    assert proof.m <= whole.m * (1 + 1e-6)
+    assert proof.L >= whole.L * (1 - 1e-6)
+    assert proof.output_gain >= whole.output_gain * (1 - 1e-6)
+    assert proof.m > 0.04
+    if math.isfinite(proof.bound):
+        weights = layer.weights()
+        with pytest.raises(CertificateError, match="could not be proved"):
+            layer._prove(dataclasses.replace(weights, gamma=0.5 * weights.gamma))
+
+
+def test_an_inexact_solve_is_covered(layer):
+    x, proof = draw(layer), layer.certificate()
+    exact = layer(x)
+    layer.tol = 1e-3
+    y, error, steps = layer.with_error(x, proof)
+    found = (y - exact).flatten(1).norm(dim=1)
+    assert (found <= error).all()
+    assert (error <= 1e4 * found + 1e-8).all()
+    assert steps > 0
+
+
+def test_nothing_beats_the_bound_and_it_is_approached():
+    layer = pooled(gamma=1.0)
+    assert layer.certificate().bound == 1.0
+    x = draw(layer, 64)
+    direction = torch.randn_like(x)
+    best = 0.0
+    for _ in range(60):
+        direction = 1e-3 * direction / direction.flatten(1).norm(dim=1)[:, None, None, None]
+        moved = (x + direction).requires_grad_()
+        change = (layer(moved) - layer(x).detach()).norm(dim=1)
+        best = max(best, float(change.detach().max()) / 1e-3)
+        (direction,) = torch.autograd.grad(change.sum(), moved)
+    assert 0.1 < best <= 1 + 1e-6
+
+
+def test_translations_pass_through_a_circular_layer():
+    layer = EquilibriumConv2d(2, 3, 2, image=(5, 6), circular=True, **DOUBLE)
+    x = draw(layer)
+    torch.testing.assert_close(layer(x.roll((1, 2), (2, 3))), layer(x).roll((1, 2), (2, 3)))
+
+
+@pytest.mark.parametrize("name", ["pooled", "two scales"])
+def test_the_bound_of_the_whole_is_below_the_product(name):
+    layer = LAYERS[name]()
+    weights = layer.weights()
+    state = dataclasses.replace(weights, A=torch.zeros_like(weights.A), gamma=None)
+    product = tighten_pooled(state)
+    proof = certify_pooled(state, product)
+    assert proof.bound == product.gamma
+    with pytest.raises(CertificateError):
+        certify_pooled(state, Claim(product.gamma * (1 - 1e-3), product.Lambda))
+    with pytest.raises(ValueError, match="claim a bound of their own"):
+        tighten_pooled(weights)
+    with pytest.raises(ValueError, match="claim no bound"):
+        certify_pooled(weights, product)
+
+
+def test_a_rounded_coupling_is_taken_off_the_proof():
+    weights = pooled(epsilon=1e-6).weights()
+    certify_pooled(weights)
+    wrong = weights.A + 1e-4 * torch.randn_like(weights.A)
+    with pytest.raises(CertificateError, match="could not be proved"):
+        certify_pooled(dataclasses.replace(weights, A=wrong))
+
+
+def test_float32_weights_are_proved_as_they_run():
+    for build in (LAYERS["pooled"], LAYERS["residual"], LAYERS["two scales"]):
+        layer = build().float()
+        proof = layer.certificate()
+        assert proof.dtype == "float32"
+        assert proof.margin > 0
+        layer.tol = 1e-5
+        assert layer(draw(layer).float()).isfinite().all()
+
+
+def test_in_a_chain_with_explicit_layers():
+    chain = LipschitzSequential(
+        SLLConv2d(2, 3, 3, dtype=torch.float64), conv(2, 4, 2, skip=1.0), pooled()
+    )
+    x = draw(chain[1])
+    proofs = chain.certificates((2, *IMAGE))
+    y, error, _ = chain.with_error(x, proofs)
+    assert len(proofs) == 3
+    assert (error < 1e-7).all()
+    assert y.shape == (3, 3)
+
+
+@pytest.mark.parametrize(("to", "of"), [(1, 1), (2, 2), (4, 4), (1, 2), (2, 4)])
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_phases_of_a_strided_convolution(to, of, k):
+    kernel = torch.randn(3, 2, k, k)
+    x = torch.randn(2, 2, 5 * of, 6 * of)
+    expected = torch.nn.functional.conv2d(x, kernel, padding=k // 2, stride=of // to)
+    coarse = phases(kernel, to, of)
+    actual = torch.nn.functional.conv2d(
+        torch.nn.functional.pixel_unshuffle(x, of), coarse, padding=k // 2
+    )
+    actual = torch.nn.functional.pixel_shuffle(actual, to)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_channels_of_the_coarsest_grid():
+    layout = Polyphase(3, (2, 5), 3)
+    assert layout.factors == (2, 1)
+    values = layout.spread(torch.arange(7.0))
+    assert values.tolist() == [0.0] * 4 + [1.0] * 4 + [2.0, 3, 4, 5, 6]
+
+
+def test_bad_input_is_refused_by_name():
+    layer, x = conv(), torch.randn(2, 2, *IMAGE, dtype=torch.float64)
+    for wrong in (x[:, :1], x[:, :, :3], x[0]):
+        with pytest.raises(ValueError, match=r"expected images of shape \(batch, 2, 4, 6\)"):
+            layer(wrong)
+    with pytest.raises(ValueError, match=r"x is torch\.float32"):
+        layer(x.float())
+    x[1, 0, 2, 3] = math.nan
+    with pytest.raises(ValueError, match=r"NaN or Inf in 1 of 2 samples \(first at sample 1"):
+        layer(x)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernel_size": 7}, "smaller than the kernel"),
+        ({"circular": True}, "smaller than the kernel"),
+        ({"kernel_size": 2}, "must be odd"),
+        ({"gamma": -1.0}, "gamma must be"),
+        ({"skip": 2.0}, "skip must lie in"),
+        ({"skip": 0.5, "gamma": None}, "skip must lie in"),
+        ({"skip": 0.5, "stride": 2}, "stride 1"),
+        ({"stride": 4}, "do not divide"),
+        ({"stride": 0}, "stride must be"),
+        ({"epsilon": 0.0}, "epsilon must be"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        conv(**options)
+    if "skip" not in options and "stride" not in options and "circular" not in options:
+        with pytest.raises(ValueError, match=message):
+            pooled(**options)
+
+
+def test_bad_sizes_are_refused_by_name():
+    with pytest.raises(ValueError, match="as many output channels"):
+        conv(2, 3, 4, skip=0.5)
+    with pytest.raises(ValueError, match="windows of 3"):
+        pooled(pool=3)
+    with pytest.raises(ValueError, match="multiple of the coarsest pixel"):
+        PooledEquilibriumConv2d(2, (2, 2), 3, image=(6, 6), pool=3)
+    with pytest.raises(ValueError, match="at least 1"):
+        conv(0, 3, 2)
+
+
+def test_another_method_solves_the_same_problem_or_is_refused():
+    layer = conv(circular=True, kernel_size=1, method=SemismoothNewton())
+    x = draw(layer)
+    y = layer(x)
+    layer.method = PeacemanRachford()
+    torch.testing.assert_close(y, layer(x))
+    with pytest.raises(ValueError, match=r"Masked\(activation=ReLU\(\)\): use PeacemanRachford"):
+        layer = conv(method=SemismoothNewton())
+        layer(draw(layer))

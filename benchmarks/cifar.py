@@ -59,7 +59,7 @@ MODELS = {
     "cpl": replace(SMALL, block="cpl"),
     "aol": replace(SMALL, block="aol"),
     "spectral": replace(SMALL, block="spectral"),
-    "sandwich": replace(SMALL, block="sandwich", conv_hidden=32),
+    "sandwich": replace(SMALL, block="sandwich", depths=(2, 2), conv_hidden=32, dense_depth=1),
     **{f"sll-{size}": PUBLISHED.published(size) for size in ("small", "medium", "large", "xlarge")},
 }
 FAMILY = ("sll", "cpl", "aol", "spectral", "sandwich")

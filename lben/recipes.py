@@ -195,7 +195,7 @@ class ResidualTraining(TrainingConfig):
         conv_hidden: hidden channels of residual and sandwich convolutions.
         pool: size of the pooling after the last stage.
         dense_depth: dense layers.
-        dense_hidden: hidden units of residual dense layers.
+        dense_hidden: hidden units of residual and sandwich dense layers.
         head: rows of the last layer, each normalised or orthonormal.
         core: hidden channels of a residual equilibrium convolution after the last stage, or 0.
     """

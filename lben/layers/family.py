@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import register_parametrization
 
 from lben.layers.explicit import ContractionLayer, ResidualLayer, SandwichLayer
 from lben.layers.maps import Convolution, Dense
 from lben.parameterizations import (
+    CayleyRows,
     ContractionParameterization,
     Gershgorin,
     MultiplierRule,
@@ -152,12 +154,13 @@ class SandwichLinear(SandwichLayer):
 
     Args:
         in_features: p.
-        out_features: q; at most p + q units exist, and as many are used as outputs.
+        out_features: q.
+        hidden_features: n ≤ p + q; q when omitted.
         activation: σ; ReLU when omitted.
         device, dtype: as in torch.nn.
 
     Raises:
-        ValueError: if a size is not positive.
+        ValueError: if a size is not positive, or n > p + q.
     """
 
     def __init__(
@@ -165,13 +168,19 @@ class SandwichLinear(SandwichLayer):
         in_features: int,
         out_features: int,
         *,
+        hidden_features: int | None = None,
         activation: ProximalActivation | None = None,
         **factory: Any,
     ) -> None:
+        n = out_features if hidden_features is None else hidden_features
         parameterization = SandwichParameterization(
-            (out_features, out_features + in_features), out_features, Orthonormal(), **factory
+            (n, out_features + in_features), out_features, Orthonormal(), **factory
         )
-        parametrizations.orthogonal(parameterization, "AB", orthogonal_map="cayley")
+        if n > out_features + in_features:
+            raise ValueError(
+                f"at most {out_features + in_features} hidden features can be orthonormal, got {n}"
+            )
+        register_parametrization(parameterization, "AB", CayleyRows())
         super().__init__(parameterization, Dense(), activation)
 
 

@@ -68,7 +68,7 @@ class ResidualClassifierConfig:
         conv_hidden: hidden channels of residual and sandwich convolutions.
         pool: size of the pooling after the last stage.
         dense_depth: dense layers.
-        dense_hidden: hidden units of residual dense layers.
+        dense_hidden: hidden units of residual and sandwich dense layers.
         head: rows of the last layer, each normalised or orthonormal.
         core: hidden channels of a residual equilibrium convolution after the last stage, or 0.
     """
@@ -223,7 +223,7 @@ def _convolution(config: ResidualClassifierConfig, channels: int) -> Iterator[nn
     elif config.block == "cpl":
         yield CPLConv2d(channels, hidden, k)
     elif config.block == "sandwich":
-        yield SandwichConv2d(channels, channels, k, hidden_channels=hidden)
+        yield SandwichConv2d(channels, channels, k, hidden_channels=hidden, squarings=1)
     else:
         kind = AOLConv2d if config.block == "aol" else SpectralConv2d
         yield kind(channels, channels, k)
@@ -236,7 +236,7 @@ def _dense(config: ResidualClassifierConfig, size: int) -> Iterator[nn.Module]:
     elif config.block == "cpl":
         yield CPLLinear(size, config.dense_hidden)
     elif config.block == "sandwich":
-        yield SandwichLinear(size, size)
+        yield SandwichLinear(size, size, hidden_features=min(2 * size, config.dense_hidden))
     else:
         kind = AOLLinear if config.block == "aol" else SpectralLinear
         yield kind(size, size)

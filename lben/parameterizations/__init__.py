@@ -9,11 +9,13 @@ from lben.parameterizations.convolutional import (
 from lben.parameterizations.direct import DirectParameterization
 from lben.parameterizations.explicit import ExplicitParameterization
 from lben.parameterizations.multipliers import Gershgorin, MultiplierRule, Orthonormal
+from lben.parameterizations.orthogonal import CayleyRows
 from lben.parameterizations.residual import ResidualParameterization
 from lben.parameterizations.sandwich import SandwichParameterization
 from lben.parameterizations.spectral import Spectral
 
 __all__ = [
+    "CayleyRows",
     "CompleteParameterization",
     "ContractionParameterization",
     "ConvolutionalParameterization",

@@ -1,8 +1,9 @@
-"""Which convolutions of a torus are orthogonal? The Cayley transform at every frequency."""
+"""Which matrices, and which convolutions of a torus, are orthogonal? The Cayley transform."""
 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lben.convolutional import ConvolutionalWeights
@@ -10,16 +11,37 @@ from lben.parameterizations.explicit import ROOM, UNIT_BOUND, ExplicitParameteri
 from lben.weights import ExplicitWeights
 
 
+def cayley(V: Tensor) -> Tensor:
+    """Return matrices with orthonormal columns, (..., m, n), from free ones with m ≥ n.
+
+    With V = [A; B], A square, and S = A − Aᴴ + BᴴB it is [(I − S)(I + S)⁻¹; −2B(I + S)⁻¹].
+    Trockman and Kolter (2021), "Orthogonalizing convolutional layers with the Cayley transform".
+    """
+    n = V.shape[-1]
+    A, B = V[..., :n, :], V[..., n:, :]
+    identity = torch.eye(n, dtype=V.dtype, device=V.device)
+    S = A - A.mH + B.mH @ B
+    inverse = torch.linalg.inv(identity + S)
+    return torch.cat([(identity - S) @ inverse, -2 * B @ inverse], dim=-2)
+
+
+class CayleyRows(nn.Module):
+    """Free V, n × m with n ≤ m, to orthonormal rows, for torch's `register_parametrization`.
+
+    One n × n inverse, where torch's own Cayley map solves an m × m system.
+    """
+
+    def forward(self, V: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+        """Return the transpose of the Cayley transform of Vᵀ."""
+        return cayley(V.T).T
+
+
 class CayleyConvolution(ExplicitParameterization):
     """Free k × k kernel V and b of y = Q ∗ x + b, QᵀQ = I (QQᵀ = I for fewer outputs than inputs).
 
-    With [A; B] = V̂(ω), A square, and S = A − Aᴴ + BᴴB the symbol of Q is
-
-        Q̂(ω) = [(I − S)(I + S)⁻¹; −2B(I + S)⁻¹],
-
-    unitary in its columns at every ω. Trockman and Kolter (2021), "Orthogonalizing convolutional
-    layers with the Cayley transform". What runs is (Q̂, b, s): s ≤ 1 takes back what rounding
-    adds to ‖Q̂‖₂, measured in float64.
+    The symbol Q̂(ω) is the Cayley transform of V̂(ω), unitary in its columns at every ω (Trockman
+    and Kolter 2021). What runs is (Q̂, b, s): s ≤ 1 takes back what rounding adds to ‖Q̂‖₂, measured
+    in float64.
 
     Args:
         shape: of V: (q, p, k, k).
@@ -53,12 +75,7 @@ class CayleyConvolution(ExplicitParameterization):
         V = torch.fft.rfft2(self.V, s=self.image).permute(2, 3, 0, 1)
         wide = V.shape[2] < V.shape[3]
         V = V.mH if wide else V
-        p = V.shape[3]
-        A, B = V[..., :p, :], V[..., p:, :]
-        identity = torch.eye(p, dtype=V.dtype, device=V.device)
-        S = A - A.mH + B.mH @ B
-        inverse = torch.linalg.inv(identity + S)
-        Q = torch.cat([(identity - S) @ inverse, -2 * B @ inverse], dim=-2)
+        Q = cayley(V)
         return (Q.mH if wide else Q), self.b_y, self._shrink(Q)
 
     @staticmethod

@@ -64,8 +64,17 @@ class SandwichParameterization(ExplicitParameterization):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw [A B] from the normal distribution of Glorot and Bengio; Ψ = I; b as torch.nn."""
+        """Draw [A B] from the normal distribution of Glorot and Bengio; Ψ = I; b as torch.nn.
+
+        A tenth of that for a kernel, whose centre is orthogonal: T is near 1 then, and the signal
+        does not fade from layer to layer.
+        """
         nn.init.xavier_normal_(self.AB)
+        if self.AB.ndim > 2:
+            centre = self.AB.shape[-1] // 2
+            with torch.no_grad():
+                own = torch.nn.init.orthogonal_(torch.empty_like(self.AB[:, :, 0, 0]))
+                self.AB.mul_(0.1)[:, :, centre, centre] += own
         nn.init.zeros_(self.log_psi)
         nn.init.zeros_(self.b_y)
         bound = 1 / math.sqrt(self.AB[0].numel())

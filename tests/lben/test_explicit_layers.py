@@ -47,6 +47,7 @@ DENSE = {
     "Cayley": lambda **o: OrthogonalLinear(6, 4, **o),
     "Householder": lambda **o: OrthogonalLinear(4, 6, orthogonal_map="householder", **o),
     "sandwich": lambda **o: SandwichLinear(6, 4, **o),
+    "wide sandwich": lambda **o: SandwichLinear(6, 4, hidden_features=9, **o),
 }
 CONVOLUTIONAL = {
     "SLL": lambda **o: SLLConv2d(3, 2, **o),
@@ -611,6 +612,7 @@ def test_rounding_is_bounded(kind):
         (lambda: OrthogonalConv2d(2, 2, image=(5, 5)).certificate((7, 7)), "made for images"),
         (lambda: SLLConv2d(9, 9).weights().dense((64, 64)), "too large matrices"),
         (lambda: SandwichLinear(3, 0), "at least 1"),
+        (lambda: SandwichLinear(3, 2, hidden_features=6), "at most 5 hidden"),
         (lambda: SLLLinear(0, 3), "at least 1"),
     ],
 )

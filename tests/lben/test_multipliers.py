@@ -7,7 +7,13 @@ import torch
 from torch.autograd import gradcheck
 from torch.nn import functional
 
-from lben.parameterizations import Gershgorin, Orthonormal, ResidualParameterization, Spectral
+from lben.parameterizations import (
+    CayleyRows,
+    Gershgorin,
+    Orthonormal,
+    ResidualParameterization,
+    Spectral,
+)
 from lben.parameterizations.multipliers import FLOOR, absolute_row_sums, gram
 
 SHAPES = [(5, 5), (30, 7), (7, 30), (300, 40), (1, 1)]
@@ -165,3 +171,11 @@ def test_reduced_precision_of_products_does_not_reach_T():
     finally:
         torch.set_float32_matmul_precision("highest")
     assert torch.equal(after, before)
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (4, 4), (1, 1)])
+def test_cayley_rows_are_orthonormal_and_differentiable(shape):
+    V = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    Q = CayleyRows()(V)
+    torch.testing.assert_close(Q @ Q.T, torch.eye(shape[0], dtype=Q.dtype))
+    assert torch.autograd.gradcheck(CayleyRows(), V)

@@ -153,8 +153,9 @@ class ConvolutionalEquilibriumTraining(TrainingConfig):
         gamma: l2 Lipschitz bound on the normalised input; None for no bound.
         learn_metric: train Λ (with gamma None and this off: monDEQ).
         channels: hidden channels of every scale, finest first, each of half the resolution.
+        stem: invertible down-sampling of the image before all else.
         kernel_size: of all convolutions, odd.
-        pool: size of the pooling windows in pixels.
+        pool: size of the pooling windows in pixels after the stem.
         circular: the image is a torus; otherwise it is surrounded by zeros.
         activation: relu, leaky_relu or tanh.
         epsilon: slack of the certificate.
@@ -164,6 +165,7 @@ class ConvolutionalEquilibriumTraining(TrainingConfig):
     gamma: float | None = 1.0
     learn_metric: bool = True
     channels: tuple[int, ...] = (81,)
+    stem: int = 1
     kernel_size: int = 3
     pool: int = 4
     circular: bool = False
@@ -173,7 +175,7 @@ class ConvolutionalEquilibriumTraining(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_positive("kernel_size", "pool", "epsilon", "tol")
+        self._check_positive("stem", "kernel_size", "pool", "epsilon", "tol")
 
     def model(self, data: Dataset) -> ConvolutionalEquilibriumClassifierConfig:
         """Return the configuration of the model for this data."""

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lben import precision
 from lben.certificates import Certificate, certify
 from lben.parameterizations import CompleteParameterization, DirectParameterization
 from lben.radii import logit_error
@@ -82,7 +83,8 @@ class EquilibriumLayer(nn.Module, ABC):
             SolveError: if a solve misses its tolerance and on_failure is "raise".
         """
         weights = self.weights()
-        return self._readout(weights, x, self._solve(weights, x, None).value)
+        with precision.full():
+            return self._readout(weights, x, self._solve(weights, x, None).value)
 
     def readout(self, x: Tensor, z: Float[Tensor, "*batch n"], weights: Any = None) -> Tensor:
         """Return Cz + Dx + b_y, for the weights that run now or for those given."""
@@ -186,7 +188,8 @@ class EquilibriumLayer(nn.Module, ABC):
 
     def _inclusion(self, weights: Any, x: Tensor) -> Inclusion:
         self._check_input(x)
-        v = self._bias(weights, x)
+        with precision.full():
+            v = self._bias(weights, x)
         if not bool(torch.isfinite(v.detach()).all()):
             self._explain_non_finite(x)
         return Inclusion(self._operator(weights), v, self._sigma)

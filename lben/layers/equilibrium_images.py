@@ -33,12 +33,11 @@ class ImageEquilibriumLayer(EquilibriumLayer):
     """An equilibrium of images: z = σ(W∗z + U∗x + b) with W a convolution, or more.
 
     Note [Zero padding on a torus]
-    The resolvent of a zero-padded convolution has no Fourier transform. But with a border as wide
-    as W reaches, on a torus of (height + k − 1) × (width + k − 1), the zero-padded convolution is
-    the circular one of a state that is zero on the border; and an activation that is 0 there keeps
-    it so. That activation is a prox like every other (slope 0), so the same Peaceman–Rachford
-    splitting, the same factors and the same certificate serve both paddings, for
-    (1 + (k − 1)/height)² of the work.
+    The resolvent of a zero-padded convolution has no Fourier transform. But with a border at least
+    as wide as W reaches, k − 1 pixels, the zero-padded convolution is the circular one of a state
+    that is zero on the border; and an activation that is 0 there keeps it so. That activation is a
+    prox like every other (slope 0), so the same Peaceman–Rachford splitting, the same factors and
+    the same certificate serve both paddings, for about (1 + (k − 1)/height)² of the work.
 
     Args:
         parameterization: of the weights.
@@ -85,8 +84,9 @@ class ImageEquilibriumLayer(EquilibriumLayer):
                 f"images of {self.grid[0]} × {self.grid[1]} pixels (after down-sampling) are "
                 f"smaller than the kernel of {name} ({needed} × {needed})"
             )
-        border = 0 if state.circular else size // 2
-        self._torus = (self.grid[0] + border, self.grid[1] + border)
+        self._torus = self.grid
+        if not state.circular:
+            self._torus = (_fast(self.grid[0] + size // 2), _fast(self.grid[1] + size // 2))
         inside = torch.zeros(len(state.b), *self._torus, dtype=torch.bool)
         inside[:, : self.grid[0], : self.grid[1]] = True
         self.register_buffer("_inside", None if state.circular else inside.flatten(), False)
@@ -140,6 +140,16 @@ class ImageEquilibriumLayer(EquilibriumLayer):
                 f"expected images of shape (batch, {', '.join(map(str, expected))}), "
                 f"got {tuple(x.shape)}: the layer is built for one image size"
             )
+
+
+def _fast(size: int) -> int:
+    """Return the next even size whose Fourier transform is fast: prime factors 2, 3 and 5 only."""
+    size += size % 2
+    rest = size
+    for prime in (2, 3, 5):
+        while rest % prime == 0:
+            rest //= prime
+    return size if rest == 1 else _fast(size + 2)
 
 
 class EquilibriumConv2d(ImageEquilibriumLayer):

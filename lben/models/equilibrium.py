@@ -18,7 +18,12 @@ from lben.certificates import (
     certify_pooled,
     compose,
 )
-from lben.layers import EquilibriumLayer, EquilibriumLinear, PooledEquilibriumConv2d
+from lben.layers import (
+    EquilibriumLayer,
+    EquilibriumLinear,
+    InvertibleDownsampling,
+    PooledEquilibriumConv2d,
+)
 from lben.models.base import CertifiedLogits, Classifier
 from lben.tightening import tighten, tighten_pooled
 from solvers import LeakyReLU, ProximalActivation, ReLU, Tanh
@@ -77,8 +82,9 @@ class ConvolutionalEquilibriumClassifierConfig:
         mean: per channel, subtracted from the pixels.
         std: per channel, divides them; the bound in pixels is gamma / min(std).
         channels: hidden channels of every scale, finest first.
+        stem: invertible down-sampling of the image before all else; 1 for none.
         kernel_size: of all convolutions, odd.
-        pool: size of the pooling windows in pixels.
+        pool: size of the pooling windows in pixels after the stem.
         circular: whether the image is a torus; otherwise it is surrounded by zeros.
         gamma: l2 Lipschitz bound on the normalised input; None for no bound.
         learn_metric: whether Λ is trained (False with gamma None is monDEQ).
@@ -93,6 +99,7 @@ class ConvolutionalEquilibriumClassifierConfig:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     channels: tuple[int, ...] = (81,)
+    stem: int = 1
     kernel_size: int = 3
     pool: int = 4
     circular: bool = False
@@ -191,13 +198,14 @@ class ConvolutionalEquilibriumClassifier(SingleLayerClassifier):
     def __init__(self, config: ConvolutionalEquilibriumClassifierConfig) -> None:
         super().__init__(config.shape, config.mean, config.std)
         self.config = config
-        channels, *size = config.shape
+        self.stem = InvertibleDownsampling(config.stem)
+        channels, height, width = self.stem(torch.zeros(1, *config.shape)).shape[1:]
         self.layer = PooledEquilibriumConv2d(
             channels,
             config.channels,
             config.classes,
             config.kernel_size,
-            image=(size[0], size[1]),
+            image=(height, width),
             pool=config.pool,
             circular=config.circular,
             gamma=config.gamma,
@@ -207,6 +215,9 @@ class ConvolutionalEquilibriumClassifier(SingleLayerClassifier):
             tol=config.tol,
             max_steps=config.max_steps,
         )
+
+    def _features(self, x: Tensor) -> Tensor:
+        return self.stem(x)
 
     @property
     def tightens(self) -> bool:

@@ -89,10 +89,14 @@ class ConvolutionalParameterization(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw fresh kernels: those of U and C with norm near 1, V and N at 0.3 of that."""
+        """Draw fresh kernels: U and C with norm near 1, V and N at 0.3 of that, V near ½I.
+
+        So m starts near ¼, and the first solves are easy.
+        """
         for kernel, size in ((self.U, 1.0), (self.C, 1.0), (self.V, 0.3), (self.N, 0.3)):
             if kernel is not None:
                 _draw(kernel, size)
+        _add_half(self.V)
         for vector in (self.b, self.b_y, self.log_metric):
             if vector is not None:
                 nn.init.zeros_(vector)
@@ -205,10 +209,12 @@ class PooledParameterization(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw fresh kernels: those of U and C with norm near 1, V and N at 0.3 of that."""
+        """Draw fresh kernels as `ConvolutionalParameterization` does, G orthogonal."""
         _draw(self.U, 1.0)
         for kernel in (*self.V, *self.N):
             _draw(kernel, 0.3)
+        for kernel in self.V[: len(self.layout.scales)]:
+            _add_half(kernel)
         nn.init.orthogonal_(self.G.detach().flatten(1))
         nn.init.zeros_(self.b)
         nn.init.zeros_(self.b_y)
@@ -264,6 +270,13 @@ def _draw(kernel: Tensor, size: float) -> None:
     """Draw a kernel whose convolution has a norm of about `size`."""
     spread = math.sqrt(kernel[0].numel()) + math.sqrt(kernel[:, 0].numel())
     nn.init.normal_(kernel, std=size / spread)
+
+
+@torch.no_grad()
+def _add_half(kernel: Tensor) -> None:
+    """Add ½I to a convolution."""
+    centre = kernel.shape[-1] // 2
+    kernel[:, :, centre, centre].diagonal().add_(0.5)
 
 
 def _identity(b: Tensor) -> Tensor:

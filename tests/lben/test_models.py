@@ -18,6 +18,9 @@ CONFIGS = {
     "convolutional": ConvolutionalEquilibriumClassifierConfig(
         **DATA, channels=(4,), pool=2, gamma=0.5, tol=1e-4
     ),
+    "stem": ConvolutionalEquilibriumClassifierConfig(
+        **{**DATA, "shape": (1, 8, 8)}, channels=(4,), stem=2, pool=2, gamma=0.5
+    ),
     "two scales": ConvolutionalEquilibriumClassifierConfig(
         **{**DATA, "shape": (1, 8, 8)}, channels=(2, 3), pool=4, gamma=0.5, activation="tanh"
     ),

@@ -189,7 +189,7 @@ def summary(report: Report, seconds: float) -> dict[str, object]:
 
 
 def picture(results: Mapping[str, tuple[Report, float]], path: Path, title: str) -> None:
-    """Draw certified and attacked accuracy over the radius."""
+    """Draw certified and attacked accuracy over the radius, both on the attacked images."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -199,13 +199,13 @@ def picture(results: Mapping[str, tuple[Report, float]], path: Path, title: str)
     for index, (name, (report, _)) in enumerate(results.items()):
         pixels = [255 * r for r in report.radii]
         axes.plot(
-            pixels, [100 * a for a in report.certified_accuracy], color=f"C{index}", label=name
+            pixels, [100 * a for a in report.certified_attacked], color=f"C{index}", label=name
         )
         axes.plot(pixels, [100 * a for a in report.pgd_accuracy], color=f"C{index}", ls="--")
     axes.plot([], [], color="0.4", label="certified")
     axes.plot([], [], color="0.4", ls="--", label="withstands PGD")
     axes.set_xlabel("ℓ2 radius (255 ÷ pixels on [0, 1])")
-    axes.set_ylabel("accuracy, %")
+    axes.set_ylabel(f"accuracy on the first {report.attack_samples} test images, %")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)

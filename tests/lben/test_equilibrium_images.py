@@ -159,11 +159,16 @@ def test_the_bound_of_the_whole_is_below_the_product(name):
 
 
 def test_a_rounded_coupling_is_taken_off_the_proof():
-    weights = pooled(epsilon=1e-6).weights()
-    certify_pooled(weights)
-    wrong = weights.A + 1e-4 * torch.randn_like(weights.A)
+    weights = pooled().weights()
+    noise = torch.randn_like(weights.A)
+    proofs = [
+        certify_pooled(dataclasses.replace(weights, A=weights.A + scale * noise))
+        for scale in (0.0, 1e-4)
+    ]
+    assert 0 < proofs[1].margin < proofs[0].margin
+    assert proofs[1].m < proofs[0].m
     with pytest.raises(CertificateError, match="could not be proved"):
-        certify_pooled(dataclasses.replace(weights, A=wrong))
+        certify_pooled(dataclasses.replace(weights, A=weights.A + 0.1 * noise))
 
 
 def test_float32_weights_are_proved_as_they_run():

@@ -243,14 +243,11 @@ def certify_pooled(weights: PooledWeights, claim: Claim | None = None) -> Certif
         return _certify_through_state(weights, claim)
     proof = _prove_frequencies(weights, weights.state, weights.image, weights.gamma)
     exact = weights.to(torch.float64)
-    root = exact.state.Lambda.sqrt().numpy()[:, None]
-    A, C = (
-        Enclosure(t.transpose(0, 1).flatten(1).numpy()) * Enclosure(scale)
-        for t, scale in ((exact.A, root), (exact.C, 1 / root))
-    )
+    root = Enclosure(exact.state.Lambda.numpy()[:, None]).sqrt()
+    A, C = _by_channel(exact.A) * root, _by_channel(exact.C) * root.reciprocal()
     F = A if weights.gamma is None else A + C / (2 * weights.gamma)
     size, excess = _frobenius(C), _frobenius(F)
-    # Λ^(−½) is within two roundings of `root`, and within a factor √2 of the scale of `margin`.
+    # The scale of `margin` is within a factor √2 of Λ^(−½).
     excess = up(2 * excess * size * (1 + 2.0**-48))
     margin = down(proof.margin - 2 * excess)
     _require(margin, proof.smallest_eigenvalue - excess, weights.gamma)
@@ -268,14 +265,28 @@ def _certify_through_state(weights: PooledWeights, claim: Claim) -> Certificate:
     if bool(exact.A.any()):
         raise ValueError("another claim can only be proved for weights that claim no bound (A = 0)")
     root = exact.state.Lambda.sqrt()
-    scaled = Enclosure((exact.C / root[:, None, None]).flatten(1).numpy())
-    gain = up(norm_bound(scaled) * (1 + 2.0**-50))
+    inverse = Enclosure(exact.state.Lambda.numpy()[:, None]).sqrt().reciprocal()
+    scaled = _by_channel(exact.C) * inverse
+    rows = (len(exact.C), -1)  # one per output: the norm is that of a short matrix
+    gain = norm_bound(
+        Enclosure(
+            *(
+                t.reshape(len(root), len(exact.C), -1).swapaxes(0, 1).reshape(rows)
+                for t in (scaled.mid, scaled.radius)
+            )
+        )
+    )
     outputs = torch.diag(gain * root * (1 + 2.0**-50))[:, :, None, None]
     state = replace(
         exact.state, C=outputs, b_y=root, Lambda=claim.Lambda.detach().to("cpu", torch.float64)
     )
     proof = _prove_frequencies(weights, state, weights.image, claim.gamma, exact.state)
     return replace(proof, output_gain=gain)
+
+
+def _by_channel(t: Tensor) -> Enclosure:
+    """Return q × n × height × width numbers with one row per channel n."""
+    return Enclosure(t.transpose(0, 1).flatten(1).numpy())
 
 
 def _frobenius(matrix: Enclosure) -> float:

@@ -224,7 +224,12 @@ class Masked(ProximalActivation):
 
     def reflector(self, step: Step) -> Callable[[Tensor], Tensor]:
         inner = self.activation.reflector(step)
-        return lambda x: torch.where(self.mask, inner(x.clone()), -x)
+
+        def reflect(x: Tensor) -> Tensor:
+            outside = -x  # before x is overwritten
+            return torch.where(self.mask, inner(x), outside)
+
+        return reflect
 
     def select(self, index: Tensor) -> Masked:
         return Masked(self.activation.select(index), self.mask)

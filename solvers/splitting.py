@@ -72,8 +72,9 @@ class PeacemanRachford(SteppedSplitting):
     √(1 − 4αm/(1 + 2αm + α²L²)) in the Λ norm. Lions and Mercier (1979); for equilibrium
     networks Winston and Kolter (2020), section 3.3.
 
-    One iteration is ū ← K(r(ū) + αv) + αv with K = 2R_α − I and the reflected prox r (for ReLU the
-    absolute value): one product and elementwise passes.
+    One iteration is ū ← K r(ū) + (I + K) αv with K = 2R_α − I and the reflected prox r (for ReLU
+    the absolute value): one product and one elementwise pass. Where products are dear it is
+    ū ← K(r(ū) + αv) + αv, which saves one before the first step.
     """
 
     step_size: float | StepSizeRule = JacobiDeterminant()
@@ -82,14 +83,16 @@ class PeacemanRachford(SteppedSplitting):
         operator, v = problem.operator, problem.bias
         alpha = resolve(self.step_size, operator)
         map_ = self._map(operator)
-        shift = v * alpha
+        alpha_v, reflect = v * alpha, problem.activation.reflector(alpha)
         # The point u = −αv has resolvent 0, so ū = αv: a cold start needs no product. At the
         # solution ū = z + α(Wz + v − z); a z0 near it gives a ū near it.
-        x = shift.clone() if z0 is None else z0 + alpha * (operator.affine(z0, v) - z0)
-        return State(x, map_, shift, problem.activation.reflector(alpha), torch.empty_like(x))
+        x = alpha_v.clone() if z0 is None else z0 + alpha * (operator.affine(z0, v) - z0)
+        if map_.is_dear:
+            return State(x, map_, alpha_v, lambda u: reflect(u).add_(alpha_v), torch.empty_like(x))
+        return State(x, map_, map_.add(alpha_v, alpha_v, None), reflect, torch.empty_like(x))
 
     def step(self, problem: Inclusion, state: State) -> State:
-        u = state.apply(state.x).add_(state.shift)
+        u = state.apply(state.x)
         state.map.add(u, state.shift, state.spare)
         state.x, state.spare = state.spare, u
         return state
@@ -135,7 +138,7 @@ class DouglasRachford(PeacemanRachford):
             raise ValueError(f"relaxation must lie in (0, 1], got {self.relaxation}")
 
     def step(self, problem: Inclusion, state: State) -> State:
-        u = state.apply(state.spare.copy_(state.x)).add_(state.shift)
+        u = state.apply(state.spare.copy_(state.x))
         state.x = state.x.lerp_(state.map.add(u, state.shift, None), self.relaxation)
         return state
 

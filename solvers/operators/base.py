@@ -40,6 +40,9 @@ class Constants:
 class Map(ABC):
     """A linear map M that a splitting applies once per step."""
 
+    is_dear: bool = False
+    """Whether a product costs many elementwise passes over its argument."""
+
     @abstractmethod
     def add(
         self, x: Float[Tensor, "batch n"], shift: Float[Tensor, "batch n"], out: Tensor | None

@@ -30,6 +30,7 @@ from solvers.operators.torus import Torus
 class SpectralMap(Map):
     """A convolution by its symbols."""
 
+    is_dear = True
     torus: Torus
     symbols: Complex[Tensor, "f c c"]
 
@@ -74,9 +75,8 @@ class ConvolutionResolvent(Resolvent):
 
 # Note [Direct or by the Fourier transform]
 # A product by a k × k kernel costs 2c²k² operations per pixel directly, and by its symbols 4c² and
-# two transforms, which move memory. Measured on two cores for c from 1 to 64, k from 1 to 5 and 8
-# to 32 pixels a side: the direct one is faster up to ck² = 400 (1.1 to 2.5 times from c = 8), the
-# other one from 800.
+# two transforms, which move memory. For c up to 64, k up to 5 and 8 to 32 pixels a side the two
+# were found to break even between ck² = 400 and 800 on two cores.
 _DIRECT = 600
 
 
@@ -251,8 +251,8 @@ class ConvolutionOperator(LinearOperator):
     def mean_log_eigenvalue(self) -> float:
         """Return the mean of log |det(I − Ŵ(ω))| / c over the frequencies of a coarser torus.
 
-        The trapezoid rule for a smooth periodic function: with 2k points in each direction it is
-        right to six digits and more (benchmarks.conv), at a fraction of the factorizations.
+        The trapezoid rule for a smooth periodic function, which converges exponentially: 2k points
+        in each direction take a fraction of the factorizations.
         """
         return self.memo("mean log eigenvalue", self._mean_log_eigenvalue)
 
@@ -353,8 +353,7 @@ def _inverse(A: Complex[Tensor, "f c c"]) -> Complex[Tensor, "f c c"]:
 
     Elimination of 2 × 2 blocks without pivots: the leading blocks of I + P(I − Ŵ) and their Schur
     complements have positive definite symmetric parts in the metric ΛP⁻¹ where W is monotone (Golub
-    and Van Loan 1979). Batched products are faster than LAPACK for one matrix after the other (81
-    channels: 30 ms for 50).
+    and Van Loan 1979). Batched products are faster than LAPACK for one matrix after the other.
     """
     c = A.shape[-1]
     if c <= _LEAF:

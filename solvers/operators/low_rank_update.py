@@ -28,6 +28,7 @@ from solvers.operators.convolution import ConvolutionOperator
 class UpdatedMap(Map):
     """M = base + left · rightᵀ."""
 
+    is_dear = True
     base: Map
     left: Float[Tensor, "n r"]
     right: Float[Tensor, "n r"]
@@ -138,6 +139,12 @@ class LowRankUpdate(LinearOperator):
     @property
     def summands(self) -> int:
         return max(self.base.summands, self.n + self.A.shape[1]) + 1
+
+    def rounding(self, z: Tensor) -> Tensor:
+        # The slack of the convolution's own bound covers that of the sum.
+        A, B = self.A.detach().abs(), self.B.detach().abs()
+        unit = (self.n + A.shape[1] + 8) * torch.finfo(z.dtype).eps
+        return self.base.rounding(z) + self.norm(unit * ((z.abs() @ B) @ A.T))
 
     def diagonal(self) -> Tensor:
         return self.base.diagonal() + (self.A * self.B).detach().sum(-1)

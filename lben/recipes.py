@@ -170,7 +170,7 @@ class ConvolutionalEquilibriumTraining(TrainingConfig):
     pool: int = 4
     circular: bool = False
     activation: ActivationName = "relu"
-    epsilon: float = 1e-3
+    epsilon: float = 0.1
     tol: float = 1e-3
 
     def __post_init__(self) -> None:

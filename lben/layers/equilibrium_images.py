@@ -294,7 +294,7 @@ class PooledEquilibriumConv2d(ImageEquilibriumLayer):
         activation: ProximalActivation | None = None,
         circular: bool = False,
         learn_metric: bool = True,
-        epsilon: float = 1e-3,
+        epsilon: float = 0.1,
         method: Method | None = None,
         gradient: Gradient | None = None,
         tol: float = 1e-4,

@@ -106,7 +106,7 @@ class ConvolutionalEquilibriumClassifierConfig:
     gamma: float | None = 1.0
     learn_metric: bool = True
     activation: ActivationName = "relu"
-    epsilon: float = 1e-3
+    epsilon: float = 0.1
     tol: float = 1e-3
     max_steps: int = 5000
 

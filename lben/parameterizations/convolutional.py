@@ -96,7 +96,7 @@ class ConvolutionalParameterization(nn.Module):
         for kernel, size in ((self.U, 1.0), (self.C, 1.0), (self.V, 0.3), (self.N, 0.3)):
             if kernel is not None:
                 _draw(kernel, size)
-        _add_half(self.V)
+        _add_identity(self.V, 0.5)
         for vector in (self.b, self.b_y, self.log_metric):
             if vector is not None:
                 nn.init.zeros_(vector)
@@ -173,7 +173,7 @@ class PooledParameterization(nn.Module):
         pool: int = 4,
         gamma: float | None = 1.0,
         learn_metric: bool = True,
-        epsilon: float = 1e-3,
+        epsilon: float = 0.1,
         circular: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -214,7 +214,7 @@ class PooledParameterization(nn.Module):
         for kernel in (*self.V, *self.N):
             _draw(kernel, 0.3)
         for kernel in self.V[: len(self.layout.scales)]:
-            _add_half(kernel)
+            _add_identity(kernel, 0.1)  # more is slack, which keeps the bound from being reached
         nn.init.orthogonal_(self.G.detach().flatten(1))
         nn.init.zeros_(self.b)
         nn.init.zeros_(self.b_y)
@@ -273,10 +273,10 @@ def _draw(kernel: Tensor, size: float) -> None:
 
 
 @torch.no_grad()
-def _add_half(kernel: Tensor) -> None:
-    """Add ½I to a convolution."""
+def _add_identity(kernel: Tensor, share: float) -> None:
+    """Add a share of I to a convolution."""
     centre = kernel.shape[-1] // 2
-    kernel[:, :, centre, centre].diagonal().add_(0.5)
+    kernel[:, :, centre, centre].diagonal().add_(share)
 
 
 def _identity(b: Tensor) -> Tensor:

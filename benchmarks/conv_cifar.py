@@ -70,7 +70,7 @@ def main() -> None:
     models = ("γ = 1",) if arguments.quick else arguments.models
     evaluation = EvaluationConfig(
         radii=RADII, tol=TOL, pairs=500, ascent_pairs=20, ascent_steps=40, pgd_restarts=1,
-        pgd_steps=10, attack_samples=50 if arguments.quick else 200, tightened=False,
+        pgd_steps=10, attack_samples=50 if arguments.quick else 200,
     )  # fmt: skip
     pairs = 200 if arguments.quick else 10_000
     with tempfile.TemporaryDirectory() as temporary:

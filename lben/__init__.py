@@ -8,8 +8,11 @@ from lben.certificates import (
     NetworkCertificate,
     certify,
     certify_convolution,
+    certify_largest,
+    certify_pairs,
     certify_pooled,
     compose,
+    interval_bounds,
 )
 from lben.convolutional import ConvolutionalWeights, PooledWeights
 from lben.layers import (
@@ -50,7 +53,13 @@ from lben.models import (
     ResidualClassifierConfig,
 )
 from lben.radii import certified_radius
-from lben.tightening import tighten, tighten_jointly, tighten_pooled
+from lben.tightening import (
+    tighten,
+    tighten_jointly,
+    tighten_largest,
+    tighten_pairs,
+    tighten_pooled,
+)
 from lben.weights import ExplicitWeights, stack
 
 __version__ = "0.1.0"
@@ -97,12 +106,17 @@ __all__ = [
     "certified_radius",
     "certify",
     "certify_convolution",
+    "certify_largest",
+    "certify_pairs",
     "certify_pooled",
     "compose",
     "feedback",
     "from_explicit",
+    "interval_bounds",
     "stack",
     "tighten",
     "tighten_jointly",
+    "tighten_largest",
+    "tighten_pairs",
     "tighten_pooled",
 ]

@@ -1,4 +1,4 @@
-"""What can be done from a terminal? `lben demo`, `train`, `resume`, `evaluate` and `bench`."""
+"""What can be done from a terminal? `lben --help` lists the commands."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,16 +17,18 @@ import tyro
 
 from lben import checkpoints
 from lben.certificates import CertificateError
+from lben.certification import CertificationConfig, certify_model
 from lben.checkpoints import CheckpointError
-from lben.data import DataError, load
+from lben.data import DataError, Dataset, load
 from lben.evaluation import EvaluationConfig, Report, evaluate
+from lben.models import Classifier
 from lben.parallel import is_first
 from lben.recipes import (
     ConvolutionalEquilibriumTraining,
     EquilibriumTraining,
     ResidualTraining,
 )
-from lben.reports import draw, table
+from lben.reports import certification_table, draw, draw_certification, table
 from lben.training import Interrupted, resume, train
 from solvers import SolveError
 
@@ -117,6 +120,23 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Certify:
+    """Certify test images by every proof there is, and attack them: table, JSON and picture.
+
+    Attributes:
+        run: folder of the run.
+        root: folder with the data files, if they have moved.
+        config: of the certification.
+    """
+
+    run: Annotated[str, tyro.conf.Positional]
+    root: str | None = None
+    config: Annotated[CertificationConfig, tyro.conf.arg(name="")] = field(
+        default_factory=CertificationConfig
+    )
+
+
+@dataclass(frozen=True)
 class Bench:
     """Compare the solvers with torchdeq's and with the published loop (needs the source tree).
 
@@ -133,7 +153,7 @@ class Bench:
     html: str | None = None
 
 
-Command = Demo | Train | TrainConv | TrainExplicit | Resume | Evaluate | Bench
+Command = Demo | Train | TrainConv | TrainExplicit | Resume | Evaluate | Certify | Bench
 
 _ERRORS = (CheckpointError, DataError, CertificateError, SolveError, ValueError, ImportError)
 
@@ -174,6 +194,8 @@ def _run(command: Command) -> None:
             _say_trained(run)
         case Evaluate(run=run, root=root, config=config):
             _evaluate(Path(run), config, root)
+        case Certify(run=run, root=root, config=config):
+            _certify(Path(run), config, root)
         case Bench():
             _bench(command)
 
@@ -216,23 +238,50 @@ def _demo(command: Demo) -> None:
 
 
 def _evaluate(folder: Path, config: EvaluationConfig, root: str | None) -> Report:
-    model = checkpoints.load_model(folder)
-    _, training = checkpoints.load_config(folder)
-    data = load(training["data"], root or training["root"])
+    model, data = _trained(folder, root)
     torch.manual_seed(config.seed)
     report = evaluate(model, data, config)
-    text = json.dumps(report.to_dict(), indent=2) + "\n"
-    checkpoints.write_atomically(folder / "report.json", text.encode())
+    _write(folder / "report.json", report.to_dict())
     print(table(report))
-    written = "report.json"
+    picture = _drawn(partial(draw, report), folder / "robustness.png")
+    print(f"\n{folder}: {checkpoints.MODEL}, {checkpoints.CERTIFICATE}, report.json{picture}")
+    _refuse(report.violations)
+    return report
+
+
+def _certify(folder: Path, config: CertificationConfig, root: str | None) -> None:
+    model, data = _trained(folder, root)
+    certificate, report = certify_model(model, data, config)
+    text = certificate.to_json() + "\n"
+    checkpoints.write_atomically(folder / checkpoints.CERTIFICATE, text.encode())
+    _write(folder / "certification.json", report.to_dict())
+    print(certification_table(report))
+    picture = _drawn(partial(draw_certification, report), folder / "certification.png")
+    print(f"\n{folder}: {checkpoints.CERTIFICATE}, certification.json{picture}")
+    _refuse(report.violations)
+
+
+def _trained(folder: Path, root: str | None) -> tuple[Classifier, Dataset]:
+    model = checkpoints.load_model(folder)
+    _, training = checkpoints.load_config(folder)
+    return model, load(training["data"], root or training["root"])
+
+
+def _write(path: Path, values: dict[str, object]) -> None:
+    checkpoints.write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def _drawn(draw_into: Callable[[Path], None], path: Path) -> str:
+    """Draw where that is possible, and return what to add to the list of files."""
     if importlib.util.find_spec("matplotlib") is None:
         print("no picture: matplotlib is not installed (pip install 'lben[plots]')")
-    else:
-        draw(report, folder / "robustness.png")
-        written += ", robustness.png"
-    print(f"\n{folder}: {checkpoints.MODEL}, {checkpoints.CERTIFICATE}, {written}")
-    if report.violations:
+        return ""
+    draw_into(path)
+    return f", {path.name}"
+
+
+def _refuse(violations: int) -> None:
+    if violations:
         raise CertificateError(
-            f"{report.violations} violations of the bound: please report this as a defect"
+            f"{violations} violations of the bound: please report this as a defect"
         )
-    return report

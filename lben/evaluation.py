@@ -14,7 +14,7 @@ from tqdm import tqdm
 from lben.attacks import ascend_quotient, pgd_l2, quotients, random_pairs
 from lben.certificates import NetworkCertificate
 from lben.data import Dataset, pixels
-from lben.models import Classifier
+from lben.models import Bound, Classifier
 from lben.radii import certified_radius
 
 
@@ -31,7 +31,7 @@ class EvaluationConfig:
         pairs: random pairs on which the bound is checked.
         ascent_pairs: pairs on which the quotient is maximised.
         ascent_steps: steps of that ascent.
-        tightened: certify with the least bound that Λ supports instead of the promised one.
+        bound: that is certified with; "scaled" where the model has it, else "promised", when None.
         seed: of all draws.
     """
 
@@ -43,7 +43,7 @@ class EvaluationConfig:
     pairs: int = 20000
     ascent_pairs: int = 100
     ascent_steps: int = 150
-    tightened: bool = True
+    bound: Bound | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class EvaluationConfig:
             raise ValueError(f"radii must be at least 0 and finite, got {self.radii}")
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name not in ("radii", "tightened", "seed") and not value > 0:
+            if f.name not in ("radii", "bound", "seed") and not value > 0:
                 raise ValueError(f"{f.name} must be positive, got {value}")
 
 
@@ -141,10 +141,9 @@ def evaluate(model: Classifier, data: Dataset, config: EvaluationConfig) -> Repo
     started = time.perf_counter()
     exact = model.exact(config.tol)
     promised = None if exact.gamma is None else exact.certificate()
-    if promised is None or (config.tightened and exact.tightens):
-        certificate = exact.certificate(tightened=True)
-    else:
-        certificate = promised
+    usual: Bound = "scaled" if "scaled" in exact.bounds else "promised"
+    bound = config.bound or usual
+    certificate = promised if promised and bound == "promised" else exact.certificate(bound)
 
     x, labels = pixels(data.test_images, torch.float64), data.test_labels
     logits, errors, steps = _all_logits(exact, x, certificate)

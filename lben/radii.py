@@ -11,6 +11,8 @@ from torch import Tensor
 from lben.certificates import Certificate
 from lben.rigorous import up
 
+ROOT2 = up(math.sqrt(2.0))
+
 
 def certified_radius(
     logits: Float[Tensor, "batch classes"],
@@ -36,21 +38,12 @@ def certified_radius(
             logits are not finite, or a bound is not positive.
     """
     check_labels(logits, labels)
-    if not bool((torch.as_tensor(bound) > 0).all()):
-        raise ValueError(f"bound must be positive, got {bound}")
-    classes = logits.shape[1]
-    root = up(math.sqrt(2.0))
-    if isinstance(bound, Tensor):
-        pairs = bound.detach().to(logits.device, torch.float64)
-    else:
-        pairs = logits.new_full((classes, classes), up(root * bound), dtype=torch.float64)
-    if pairs.shape != (classes, classes):
-        raise ValueError(f"pair bounds must be {classes} × {classes}, got {tuple(pairs.shape)}")
+    pairs = pair_bounds(bound, logits.shape[1]).to(logits.device)
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("logits contain NaN or Inf")
     y = logits.detach().double()
     error = torch.as_tensor(logit_error, dtype=torch.float64, device=y.device)
-    error = root * error.expand(len(y))[:, None]
+    error = ROOT2 * error.expand(len(y))[:, None]
     if not bool((error >= 0).all()):
         raise ValueError("logit_error must be at least 0 and not NaN")
     constants = pairs[labels]
@@ -60,6 +53,23 @@ def certified_radius(
     radius = radius - slack - radius.abs() * 2.0**-50
     radius = radius.nan_to_num(nan=0.0)  # an infinite margin less an infinite slack
     return radius.scatter(1, labels[:, None], math.inf).amin(1).clamp_min(0)
+
+
+def pair_bounds(
+    bound: float | Float[Tensor, "classes classes"], classes: int
+) -> Float[Tensor, "classes classes"]:
+    """Return a bound of yᵢ − yⱼ for every pair: √2 times that of all of y, or those given.
+
+    Raises:
+        ValueError: if a bound is not positive, or pairs have another number of classes.
+    """
+    if not bool((torch.as_tensor(bound) > 0).all()):
+        raise ValueError(f"bound must be positive, got {bound}")
+    if not isinstance(bound, Tensor):
+        return torch.full((classes, classes), up(ROOT2 * bound), dtype=torch.float64)
+    if bound.shape != (classes, classes):
+        raise ValueError(f"pair bounds must be {classes} × {classes}, got {tuple(bound.shape)}")
+    return bound.detach().to("cpu", torch.float64)
 
 
 def check_labels(logits: Tensor, labels: Tensor) -> None:

@@ -72,6 +72,18 @@ class ProximalActivation(ABC):
         """Return x ↦ 2 prox_{αf}(x) − x for one step; the function may overwrite x."""
         return lambda x: self.prox(x, step).mul_(2).sub_(x)
 
+    def chords(
+        self,
+        v: Float[Tensor, "*batch n"],
+        reach: Float[Tensor, "*batch n"],
+        error: Float[Tensor, "*batch n"],
+    ) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch n"]]:
+        """Return bounds of the slopes (σ(p + t) − σ(p)) / t for |p − v| ≤ error and |t| ≤ reach.
+
+        Rounded outwards, for float64 arguments. [0, 1] unless a subclass knows better.
+        """
+        return torch.zeros_like(v), torch.ones_like(v)
+
     def select(self, index: Tensor) -> ProximalActivation:
         """Return the activation of the samples in `index`; itself unless it differs by sample."""
         return self
@@ -86,6 +98,21 @@ class ProximalActivation(ABC):
 # relative width one; Newton needs 3 to 6 on these functions. Two ulps of movement are rounding.
 _NEWTON_LIMIT = 80
 _NEWTON_ULPS = 2.0
+
+_OUTWARDS = 2.0**-45
+"""What slopes are widened by: far above their rounding in float64."""
+_TINY = 2.0**-1000
+
+
+def _outwards(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    return (low - _OUTWARDS).clamp_min(0), (high + _OUTWARDS).clamp_max(1)
+
+
+def _peaked(activation: ProximalActivation, v: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+    """Bound chords by the slopes between their ends: σ' is even and falls away from 0."""
+    reach = reach * (1 + _OUTWARDS)
+    near, far = (v.abs() - reach).clamp_min(0), v.abs() + reach
+    return _outwards(*(activation.slope(activation(p)) for p in (far, near)))
 
 
 @dataclass(frozen=True)
@@ -103,6 +130,17 @@ class ReLU(ProximalActivation):
 
     def reflector(self, step: Step) -> Callable[[Tensor], Tensor]:
         return Tensor.abs_  # 2 max(x, 0) − x = |x|
+
+    def chords(self, v: Tensor, reach: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        # From p > 0 a slope below 1 needs a step of −p, and is p/|t| or more; from p < 0 a slope
+        # above 0 needs a step of |p|, and is 1 − |p|/|t| or less.
+        distance = (v.abs() - error).clamp_min(0)
+        share = torch.where(distance > reach, 1.0, distance / reach.clamp_min(_TINY))
+        share = (share * (1 - _OUTWARDS)).clamp_max(1)
+        share = torch.where(distance > reach * (1 + _OUTWARDS), 1.0, share)
+        high = (1 - share) * (1 + _OUTWARDS)
+        low = torch.where(v > 0, share, 0.0)
+        return low, torch.where(v > 0, 1.0, high.clamp_max(1))
 
 
 @dataclass(frozen=True)
@@ -130,6 +168,13 @@ class LeakyReLU(ProximalActivation):
             return torch.relu(x)
         return torch.where(x > 0, x, x * (a / (a + step * (1 - a))))
 
+    def chords(self, v: Tensor, reach: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = (
+            self.negative_slope + (1 - self.negative_slope) * s
+            for s in ReLU().chords(v, reach, error)
+        )
+        return _outwards(low, high)
+
 
 @dataclass(frozen=True)
 class Tanh(ProximalActivation):
@@ -140,6 +185,9 @@ class Tanh(ProximalActivation):
 
     def slope(self, z: Tensor) -> Tensor:
         return 1 - z * z
+
+    def chords(self, v: Tensor, reach: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        return _peaked(self, v, reach + error)
 
 
 @dataclass(frozen=True)
@@ -152,6 +200,9 @@ class Sigmoid(ProximalActivation):
     def slope(self, z: Tensor) -> Tensor:
         return z * (1 - z)
 
+    def chords(self, v: Tensor, reach: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        return _peaked(self, v, reach + error)
+
 
 @dataclass(frozen=True)
 class Softplus(ProximalActivation):
@@ -163,6 +214,10 @@ class Softplus(ProximalActivation):
 
     def slope(self, z: Tensor) -> Tensor:
         return -torch.expm1(-z)
+
+    def chords(self, v: Tensor, reach: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        far = (reach + error) * (1 + _OUTWARDS)
+        return _outwards(torch.sigmoid(v - far), torch.sigmoid(v + far))
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +238,9 @@ class LinearSlope(ProximalActivation):
 
     def prox(self, x: Tensor, step: Step) -> Tensor:
         return x * (self.d / (self.d + step * (1 - self.d)))
+
+    def chords(self, v: Tensor, reach: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        return self.d.expand_as(v), self.d.expand_as(v)
 
     def reflector(self, step: Step) -> Callable[[Tensor], Tensor]:
         factor = 2 * self.d / (self.d + step * (1 - self.d)) - 1
@@ -218,6 +276,10 @@ class Masked(ProximalActivation):
 
     def prox(self, x: Tensor, step: Step) -> Tensor:
         return self._cut(self.activation.prox(x, step))
+
+    def chords(self, v: Tensor, reach: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = self.activation.chords(v, reach, error)
+        return self._cut(low), self._cut(high)
 
     def _cut(self, values: Tensor) -> Tensor:
         return torch.where(self.mask, values, 0.0)

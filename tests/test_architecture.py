@@ -17,9 +17,9 @@ ROOMS = {
     ),
     "lben": (
         "_companion precision weights convolutional rigorous inequality spectrum "
-        "parameterizations certificates tightening radii layers models data losses augmentation "
-        "optimization records recipes checkpoints attacks parallel training evaluation reports "
-        "cli __main__"
+        "parameterizations certificates tightening radii local layers models data losses "
+        "augmentation optimization records recipes checkpoints attacks parallel training "
+        "evaluation certification reports cli __main__"
     ),
 }
 FILES = [path for package in ROOMS for path in sorted((ROOT / package).rglob("*.py"))]

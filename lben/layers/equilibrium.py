@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lben import precision
 from lben.certificates import Certificate, certify
+from lben.local import Anchors
 from lben.parameterizations import CompleteParameterization, DirectParameterization
 from lben.radii import logit_error
 from lben.rigorous import UNIT, gamma_k
@@ -102,8 +103,12 @@ class EquilibriumLayer(nn.Module, ABC):
     def with_error(self, x: Tensor, proof: Certificate) -> tuple[Tensor, Tensor, int]:
         """Return y, a bound of its l2 distance to the exact y of x, and the most solver steps.
 
+        y and the state are those of the precision that the layer runs in. The exact y is that of
+        the same weights in real arithmetic. The bound is evaluated in float64 from the state that
+        was found, so it knows nothing of how it was found, and needs no model of its rounding.
+
         Args:
-            x: float64.
+            x: as the layer takes it, float32 or float64.
             proof: for these weights.
 
         Raises:
@@ -111,12 +116,22 @@ class EquilibriumLayer(nn.Module, ABC):
         """
         weights = self.weights()
         proof.check(weights)
-        problem, solution = self._inclusion(weights, x), self._solve(weights, x, None)
-        z = solution.value
+        solution = self._solve(weights, x, None)
+        with precision.full():
+            y = self._readout(weights, x, solution.value)
+        exact = weights.apply(Tensor.double)
+        problem, z, x = self._exactly(exact, x), solution.value.double(), x.double()
+        reference = self._readout(exact, x, z)
         error = logit_error(
-            proof, problem.error_bound(z, proof.constants), *self._rounding(weights, x, z)
+            proof, problem.error_bound(z, proof.constants), *self._rounding(exact, x, z)
         )
-        return self._readout(weights, x, z), error, solution.stats.max_steps
+        away = torch.linalg.vector_norm((y - reference).flatten(1), dim=1)
+        return y, error + away * (1 + 1e-9), solution.stats.max_steps
+
+    def _exactly(self, exact: Any, x: Tensor) -> Inclusion:
+        """Return the fixed-point problem in float64, for the same weights in float64."""
+        operator = self._operator(self.weights()).to(torch.float64)
+        return Inclusion(operator, self._bias(exact, x.double()), self._sigma)
 
     def certificate(self) -> Certificate:
         """Prove the layer's bound for the weights that run now.
@@ -276,6 +291,30 @@ class DenseEquilibriumLayer(EquilibriumLayer):
         if w.D is not None:
             y = y + u_p * (size @ w.D.abs().T)
         return torch.linalg.vector_norm(v, dim=-1), torch.linalg.vector_norm(y, dim=-1)
+
+    @torch.no_grad()
+    def anchors(self, x: Float[Tensor, "batch p"], proof: Certificate) -> Anchors:
+        """Return what is known of the layer at some inputs, for proofs around them.
+
+        Raises:
+            CertificateError: if the proof is for other weights.
+        """
+        logits, logit_error, _ = self.with_error(x, proof)
+        w = self.weights().apply(Tensor.double)
+        problem, z = self._exactly(w, x), self._solve(self.weights(), x, None).value.double()
+        x = x.double()
+        bias_error, _ = self._rounding(w, x, z)
+        state_error = problem.error_bound(z, proof.constants)
+        moved = torch.linalg.vector_norm(w.W / w.Lambda.sqrt(), dim=1)
+        unit = gamma_k(w.hidden_features + w.in_features + 8)
+        size = z.abs() @ w.W.abs().T + x.abs() @ w.U.abs().T + w.b.abs()
+        state = (state_error + 2 * bias_error / proof.m)[:, None]
+        return Anchors(
+            v=problem.operator.affine(z, problem.bias),
+            v_error=(state * moved + 2 * unit * size) * (1 + 1e-9),
+            logits=logits.double(),
+            logit_error=logit_error,
+        )
 
     def _check_shape(self, x: Tensor) -> None:
         if x.ndim < 1 or x.shape[-1] != self.in_features:

@@ -1,6 +1,6 @@
 """Which networks have a name? Frozen configurations, and `build`, which makes modules of them."""
 
-from lben.models.base import CertifiedLogits, Classifier, ClassifierConfig
+from lben.models.base import Bound, CertifiedLogits, Classifier, ClassifierConfig
 from lben.models.equilibrium import (
     ActivationName,
     ConvolutionalEquilibriumClassifier,
@@ -20,6 +20,7 @@ from lben.models.residual import (
 __all__ = [
     "ActivationName",
     "Block",
+    "Bound",
     "CertifiedLogits",
     "Classifier",
     "ClassifierConfig",

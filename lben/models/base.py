@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from lben.certificates import NetworkCertificate
 from lben.layers import EquilibriumLayer, Normalize
 from lben.radii import certified_radius
+
+Bound = Literal["promised", "scaled", "pairs", "joint", "joint pairs"]
+"""Which of its bounds a classifier proves: see `Classifier.certificate`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,40 +88,49 @@ class Classifier(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def tightens(self) -> bool:
-        """Whether `certificate` can prove less than was promised."""
+    def bounds(self) -> tuple[Bound, ...]:
+        """Which bounds `certificate` can prove, from cheap to dear."""
 
-    @abstractmethod
-    def certificate(self, *, tightened: bool = False) -> NetworkCertificate:
-        """Prove the bound of the whole network from pixels to logits.
+    def certificate(self, bound: Bound = "promised") -> NetworkCertificate:
+        """Prove a bound of the whole network from pixels to logits.
 
         Args:
-            tightened: prove the least bound that the weights are known to support.
+            bound: "promised" by the parameterization (infinite where it promises none), or the
+                least that the weights support: "scaled", with their own Λ up to a factor; "pairs",
+                the same for every pair of logits; "joint", with the best Λ; "joint pairs".
 
         Raises:
+            ValueError: if the model does not have this bound.
             CertificateError: if the proof fails.
         """
+        if bound not in self.bounds:
+            raise ValueError(f"this model has the bounds {', '.join(self.bounds)}, not {bound!r}")
+        with torch.no_grad():
+            return self._certificate(bound)
+
+    @abstractmethod
+    def _certificate(self, bound: Bound) -> NetworkCertificate:
+        """Prove one of `bounds`."""
 
     @abstractmethod
     def certified_logits(
         self, x: Float[Tensor, "batch channels height width"], certificate: NetworkCertificate
     ) -> CertifiedLogits:
-        """Return logits with a bound of their l2 distance to the exact network's.
+        """Return logits as the model runs, with a bound of their distance to the exact network's.
 
-        The exact network is the one with these float64 weights, solved exactly and without
-        rounding; the bound covers solver error and float64 rounding from pixels to logits.
+        The exact network has the weights that run, in float32 or float64, and is solved exactly and
+        without rounding; the bound covers solver error and rounding from pixels to logits.
 
         Raises:
-            ValueError: if the model is not float64 (`model.double()` converts it).
+            ValueError: if the model is neither float32 nor float64.
         """
 
     def prepared(self, x: Float[Tensor, "batch channels height width"]) -> Tensor:
-        """Return the normalised images of a float64 model, or raise."""
+        """Return the normalised images of a model whose rounding is bounded, or raise."""
         dtype = next(self.parameters()).dtype
-        if dtype != torch.float64:
+        if dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
             raise ValueError(
-                f"certified logits are evaluated in float64, the model is {dtype}: "
-                "use model.double()"
+                f"rounding is bounded in float32 and float64 without autocast, the model is {dtype}"
             )
         return self._normalized(x)
 
@@ -136,10 +148,22 @@ class Classifier(nn.Module, ABC):
         x: Float[Tensor, "batch channels height width"],
         labels: Int[Tensor, " batch"],
         certificate: NetworkCertificate | None = None,
+        *,
+        sound: bool = True,
     ) -> Float[Tensor, " batch"]:
-        """Return certified radii in the l2 norm of pixels in [0, 1]; 0 where misclassified."""
+        """Return certified radii in the l2 norm of pixels in [0, 1]; 0 where misclassified.
+
+        Args:
+            x: images in [0, 1].
+            labels: i.
+            certificate: of this model; that of the promised bound when omitted.
+            sound: whether solver error and rounding are taken off. Without them it is the textbook
+                number, margin / bound of the logits as they come: for comparison with papers only,
+                as it can be larger than the truth.
+        """
         certificate = self.certificate() if certificate is None else certificate
         result = self.certified_logits(x, certificate)
+        error = result.error if sound else 0.0
         return certified_radius(
-            result.logits, labels, certificate.radius_bound(), logit_error=result.error
+            result.logits, labels, certificate.radius_bound(), logit_error=error
         )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -12,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lben.certificates import (
-    Certificate,
     NetworkCertificate,
     certify,
+    certify_pairs,
     certify_pooled,
     compose,
 )
@@ -24,8 +23,9 @@ from lben.layers import (
     InvertibleDownsampling,
     PooledEquilibriumConv2d,
 )
-from lben.models.base import CertifiedLogits, Classifier
-from lben.tightening import tighten, tighten_pooled
+from lben.local import Anchors, LocalCertificate
+from lben.models.base import Bound, CertifiedLogits, Classifier
+from lben.tightening import tighten, tighten_jointly, tighten_pairs, tighten_pooled
 from solvers import LeakyReLU, ProximalActivation, ReLU, Tanh
 
 ActivationName = Literal["relu", "leaky_relu", "tanh"]
@@ -127,26 +127,9 @@ class SingleLayerClassifier(Classifier):
         """Return what the layer takes."""
         return x
 
-    @abstractmethod
-    def _certify(self, tightened: bool) -> Certificate:
-        """Prove the layer."""
-
     @property
     def gamma(self) -> float | None:
         return self.layer.gamma
-
-    def certificate(self, *, tightened: bool = False) -> NetworkCertificate:
-        """Prove the bound of the whole network from pixels to logits.
-
-        Args:
-            tightened: prove the least bound that the layer's Λ is known to support instead of the
-                promised one; the only bound there is when gamma is None.
-
-        Raises:
-            CertificateError: if the proof fails.
-        """
-        with torch.no_grad():
-            return compose([self._certify(tightened)], input_gain=self.normalize.gain)
 
     @torch.no_grad()
     def certified_logits(
@@ -183,13 +166,72 @@ class EquilibriumClassifier(SingleLayerClassifier):
     def _features(self, x: Tensor) -> Tensor:
         return x.flatten(1)
 
-    @property
-    def tightens(self) -> bool:
-        return not self.config.feedthrough
+    def local_certificate(self, certificate: NetworkCertificate) -> LocalCertificate:
+        """Return what proves radii around single images.
 
-    def _certify(self, tightened: bool) -> Certificate:
+        Args:
+            certificate: of this model, whose bound is not tried again.
+
+        Raises:
+            ValueError: if the certificate has no finite bound.
+            CertificateError: if the certificate is for other weights, or a proof fails.
+        """
+        if not math.isfinite(certificate.bound):
+            raise ValueError("local proofs start from a finite bound: take certificate('scaled')")
         weights = self.layer.weights()
-        return certify(weights, tighten(weights) if tightened else None)
+        certificate.layers[0].check(weights)
+        return LocalCertificate(
+            weights, self.layer.activation, certificate.radius_bound(),
+            input_gain=self.normalize.gain,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def anchors(
+        self,
+        x: Float[Tensor, "batch channels height width"],
+        certificate: NetworkCertificate,
+        local: LocalCertificate,
+        *,
+        pixels: bool = False,
+    ) -> Anchors:
+        """Return what is known of the model at some images, for proofs around them.
+
+        Args:
+            x: images in [0, 1].
+            certificate: of this model.
+            local: of this model.
+            pixels: whether proofs shall be for images in [0, 1] alone, which are more.
+
+        Raises:
+            CertificateError: if a proof is for other weights.
+        """
+        (proof,) = certificate.layers
+        proof.check_fingerprint(local.fingerprint)
+        found = self.layer.anchors(self._features(self.prepared(x)), proof)
+        rounding = self.normalize.rounding(x)
+        return replace(
+            found,
+            v_error=found.v_error + 2 * rounding[:, None] * local.gains,
+            logit_error=found.logit_error + proof.bound * rounding,
+            faces=(1.0 * (x <= 0) - 1.0 * (x >= 1)).double().flatten(1) if pixels else None,
+        )
+
+    @property
+    def bounds(self) -> tuple[Bound, ...]:
+        if self.config.feedthrough:
+            return ("promised", "joint", "joint pairs")
+        return ("promised", "scaled", "pairs", "joint", "joint pairs")
+
+    def _certificate(self, bound: Bound) -> NetworkCertificate:
+        weights, gain = self.layer.weights(), self.normalize.gain
+        if bound == "promised":
+            return compose([certify(weights)], gain)
+        jointly = bound.startswith("joint")
+        whole = certify(weights, tighten_jointly(weights) if jointly else tighten(weights))
+        if not bound.endswith("pairs"):
+            return compose([whole], gain)
+        claims = tighten_pairs(weights, keep_multiplier=not jointly)
+        return compose([whole], gain, certify_pairs(weights, claims))
 
 
 class ConvolutionalEquilibriumClassifier(SingleLayerClassifier):
@@ -220,12 +262,13 @@ class ConvolutionalEquilibriumClassifier(SingleLayerClassifier):
         return self.stem(x)
 
     @property
-    def tightens(self) -> bool:
-        return self.gamma is None
+    def bounds(self) -> tuple[Bound, ...]:
+        return ("promised", "scaled") if self.gamma is None else ("promised",)
 
-    def _certify(self, tightened: bool) -> Certificate:
+    def _certificate(self, bound: Bound) -> NetworkCertificate:
         weights = self.layer.weights()
-        return certify_pooled(weights, tighten_pooled(weights) if tightened else None)
+        claim = tighten_pooled(weights) if bound == "scaled" else None
+        return compose([certify_pooled(weights, claim)], self.normalize.gain)
 
 
 def activation(name: ActivationName) -> ProximalActivation:

@@ -32,8 +32,7 @@ from lben.layers import (
     SpectralConv2d,
     SpectralLinear,
 )
-from lben.models.base import CertifiedLogits, Classifier
-from lben.rigorous import up
+from lben.models.base import Bound, CertifiedLogits, Classifier
 
 Block = Literal["sll", "cpl", "aol", "spectral", "sandwich"]
 Head = Literal["rows", "orthonormal"]
@@ -149,27 +148,13 @@ class ResidualClassifier(Classifier):
         return self.head.weights().gamma
 
     @property
-    def tightens(self) -> bool:
-        return False
+    def bounds(self) -> tuple[Bound, ...]:
+        return ("promised",)
 
-    def certificate(self, *, tightened: bool = False) -> NetworkCertificate:
-        """Prove every layer; the bound is the product of theirs, per pair of logits as well.
-
-        Raises:
-            ValueError: if a tightened bound is asked for.
-            CertificateError: if a proof fails.
-        """
-        if tightened:
-            raise ValueError("the product of the layers' bounds cannot be tightened")
-        layers = self.features.certificates(self.shape)
-        whole = compose([*layers, self.head.certificate()], input_gain=self.normalize.gain)
-        features = compose(layers, input_gain=self.normalize.gain).bound
-        pairs = tuple(
-            tuple(up(features * float(bound)) for bound in row) for row in self.head.pair_bounds()
-        )
-        return NetworkCertificate(
-            bound=whole.bound, input_gain=whole.input_gain, layers=whole.layers, pairs=pairs
-        )
+    def _certificate(self, bound: Bound) -> NetworkCertificate:
+        """Prove every layer; the bound is the product of theirs, per pair of logits as well."""
+        layers = [*self.features.certificates(self.shape), self.head.certificate()]
+        return compose(layers, self.normalize.gain, self.head.pair_bounds().tolist())
 
     @torch.no_grad()
     def certified_logits(

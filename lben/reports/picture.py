@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lben.evaluation import Report
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-def draw(report: Report, path: Path) -> None:
-    """Write a PNG of certified and attacked accuracy over the radius.
+
+def canvas() -> tuple[Figure, Axes]:
+    """Return an empty figure and its axes.
 
     Raises:
         ImportError: if matplotlib is not installed (`pip install lben[plots]`).
@@ -21,7 +26,16 @@ def draw(report: Report, path: Path) -> None:
 
     figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    return figure, figure.subplots()
+
+
+def draw(report: Report, path: Path) -> None:
+    """Write a PNG of certified and attacked accuracy over the radius.
+
+    Raises:
+        ImportError: if matplotlib is not installed (`pip install lben[plots]`).
+    """
+    figure, axes = canvas()
     certified = [100 * a for a in report.certified_attacked]
     attacked = [100 * a for a in report.pgd_accuracy]
     axes.fill_between(report.radii, certified, attacked, color="0.9", label="undecided")

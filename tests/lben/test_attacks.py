@@ -5,7 +5,17 @@ import torch
 from torch import nn
 
 from lben import EquilibriumClassifierConfig
-from lben.attacks import ascend_quotient, frozen, pgd_l2, quotients, random_pairs
+from lben.attacks import (
+    across_the_boundary,
+    apgd_l2,
+    ascend_quotient,
+    auto_attack,
+    corner_pairs,
+    frozen,
+    pgd_l2,
+    quotients,
+    random_pairs,
+)
 
 CONFIG = EquilibriumClassifierConfig(
     shape=(1, 4, 4), classes=3, mean=(0.5,), std=(0.5,), hidden=12, gamma=1.0, tol=1e-6
@@ -43,6 +53,57 @@ def test_pgd_breaks_exactly_what_lies_within_reach_of_the_boundary():
     assert adversarial.min() >= 0
     assert adversarial.max() <= 1
     assert torch.equal(model(adversarial).argmax(1) != labels, broken)
+
+
+def test_apgd_breaks_exactly_what_lies_within_reach_of_the_boundary():
+    model, x = Linear(), 0.3 + 0.4 * torch.rand(50, 1, 4, 4, dtype=torch.float64)
+    labels = model(x).argmax(1)
+    distance = model.distance(x)
+    radius = float(distance.sort()[0][25:27].mean())
+    adversarial, broken = apgd_l2(model, x, labels, radius, steps=30)
+    assert torch.equal(broken, distance <= radius)
+    assert bool(((adversarial - x).flatten(1).norm(dim=1) <= radius).all())
+    assert 0 <= float(adversarial.min()) <= float(adversarial.max()) <= 1
+
+
+def test_apgd_finds_no_less_than_pgd():
+    torch.manual_seed(3)
+    model = CONFIG.build().double()
+    x = torch.rand(100, 1, 4, 4, dtype=torch.float64)
+    labels = model(x).argmax(1).detach()
+    broken = [
+        int(attack(model, x, labels, 0.25, steps=40, restarts=1)[1].sum())
+        for attack in (pgd_l2, apgd_l2)
+    ]
+    assert 0 < broken[0] <= broken[1] + 1
+    assert broken[1] < 100
+
+
+def test_auto_attack_says_what_it_needs():
+    model, x = CONFIG.build(), torch.rand(2, 1, 4, 4)
+    with pytest.raises(ImportError, match="AutoAttack is not installed"):
+        auto_attack(model, x, torch.tensor([0, 1]), 0.1)
+
+
+def test_points_next_to_the_boundary_are_next_to_it():
+    model = Linear()
+    a, b = torch.rand(2, 60, 1, 4, 4, dtype=torch.float64)
+    near, across = across_the_boundary(model, a, b, distance=1e-3)
+    assert 10 < len(near) < 60
+    assert bool((model(near).argmax(1) != model(across).argmax(1)).all())
+    torch.testing.assert_close(model.distance(near), torch.full((len(near),), 1e-3).double())
+    moved = (near - across).flatten(1).norm(dim=1)
+    torch.testing.assert_close(moved, model.distance(near), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_corner_pairs_differ_and_stay_finite(dtype):
+    x = torch.rand(10, 1, 4, 4, dtype=dtype)
+    pairs = list(corner_pairs(x, torch.Generator().manual_seed(0)))
+    distances = [float((a.double() - b.double()).abs().max()) for a, b in pairs]
+    assert 0 < min(distances) < 1e-30
+    assert max(distances) > 1e3
+    assert all(bool(torch.isfinite(side).all()) for pair in pairs for side in pair)
 
 
 def test_pgd_is_as_strong_as_foolbox():

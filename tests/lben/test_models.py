@@ -9,6 +9,7 @@ from lben import (
     EquilibriumClassifierConfig,
     ResidualClassifierConfig,
 )
+from lben.attacks import across_the_boundary
 from lben.models.equilibrium import activation
 from solvers import LeakyReLU, ReLU, Tanh
 
@@ -45,9 +46,22 @@ def test_bound_counts_the_normalization(config):
     certificate = model.certificate()
     assert certificate.bound == pytest.approx(0.5 / 0.25)
     assert certificate.bound >= 2.0
-    assert model.tightens == isinstance(config, EquilibriumClassifierConfig)
-    if model.tightens:
-        assert model.certificate(tightened=True).bound <= certificate.bound
+    for bound in model.bounds[1:]:
+        assert model.certificate(bound).bound <= certificate.bound
+    assert ("joint" in model.bounds) == isinstance(config, EquilibriumClassifierConfig)
+    with pytest.raises(ValueError, match=f"has the bounds {', '.join(model.bounds)}, not 'least'"):
+        model.certificate("least")
+
+
+def test_pairs_certify_more_and_joint_pairs_most():
+    model = CONFIGS["dense"].build().double().requires_grad_(False)
+    x = images(100)
+    labels = model(x).argmax(1)
+    by = {bound: model.certificate(bound) for bound in model.bounds}
+    radii = {bound: model.certified_radius(x, labels, proof) for bound, proof in by.items()}
+    for less, more in [("scaled", "pairs"), ("pairs", "joint pairs"), ("scaled", "joint")]:
+        assert bool((radii[less] <= radii[more] * (1 + 1e-3)).all()), (less, more)
+    assert radii["joint pairs"].mean() > 1.01 * radii["scaled"].mean()
 
 
 def test_radius_holds_under_perturbation_and_pays_for_an_inexact_solve(config):
@@ -87,10 +101,58 @@ def test_certified_logits_are_near_the_exact_ones(config):
         assert ((result.logits - exact).norm(dim=1) <= result.error + 1e-11).all()
 
 
-def test_certified_logits_need_float64(config):
-    model = config.build()
-    with pytest.raises(ValueError, match=r"evaluated in float64.*use model\.double\(\)"):
-        model.certified_logits(images(dtype=torch.float32, config=config), model.certificate())
+def test_logits_of_the_network_as_it_runs_are_bounded(config):
+    """float32 and loosely solved, against the same weights in float64."""
+    model = config.build().requires_grad_(False)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2)
+    x = images(30, dtype=torch.float32, config=config)
+    weights = model.layer.weights().to(torch.float64)
+    exact = model.exact(1e-12)
+    exact.layer.weights = lambda: weights
+    mean, std = (t.double() for t in (model.normalize.mean, model.normalize.std))
+    truth = exact.logits((x.double() - mean) / std)
+    for tol in (1e-1, 1e-3, 1e-6):
+        model.layer.tol, model.layer.on_failure = tol, "warn"
+        result = model.certified_logits(x, model.certificate())
+        assert result.logits.dtype == torch.float32
+        away = (result.logits.double() - truth).norm(dim=1)
+        assert bool((away <= result.error + 1e-11).all())
+    assert float(result.error.max()) < 0.05
+
+
+def test_half_precision_has_no_bounded_logits():
+    model, x = CONFIG.build(), images(dtype=torch.float32)
+    certificate = model.certificate()
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match="float32 and float64 without autocast"),
+    ):
+        model.certified_logits(x, certificate)
+
+
+def test_the_textbook_radius_is_larger_and_wrong_where_ours_is_not():
+    """Next to the boundary of the exact network, at a loose tolerance."""
+    model = CONFIG.build().double().requires_grad_(False)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2)
+    exact = model.exact(1e-12)
+    a, b = images(200), images(200)
+    near, across = across_the_boundary(exact, a, b, distance=1e-3)
+    assert len(near) > 20
+    distance = (near - across).flatten(1).norm(dim=1)
+    beyond = exact(across).argmax(1)
+    wrong = {}
+    for tol in (1e-1, 1e-2, 1e-5):
+        model.layer.tol, model.layer.on_failure = tol, "warn"
+        labels, proof = model(near).argmax(1), model.certificate("joint")
+        for sound in (True, False):
+            radius = model.certified_radius(near, labels, proof, sound=sound)
+            wrong[tol, sound] = int(((radius >= distance) & (labels != beyond)).sum())
+    assert not any(wrong[tol, True] for tol in (1e-1, 1e-2, 1e-5)), wrong
+    assert wrong[1e-1, False] > 0, wrong
 
 
 @pytest.mark.parametrize("shape", [(8, 16), (8, 1, 4, 5), (1, 4, 4)])
@@ -115,9 +177,9 @@ def test_activations_by_name():
 def test_a_convolution_without_a_bound_is_bounded_afterwards():
     config = dataclasses.replace(CONFIGS["convolutional"], gamma=None, epsilon=0.1)
     model = config.build().double().requires_grad_(False)
-    assert model.tightens
+    assert model.bounds == ("promised", "scaled")
     assert model.certificate().bound == math.inf
-    certificate = model.certificate(tightened=True)
+    certificate = model.certificate("scaled")
     x = images(100, config=config)
     y = x + 0.1 * torch.randn_like(x)
     quotient = (model(x) - model(y)).norm(dim=1) / (x - y).flatten(1).norm(dim=1)

@@ -93,8 +93,8 @@ def test_odd_channels_are_refused_by_name():
         config(block="aol", channels=(5,)).build()
     with pytest.raises(ValueError, match="size must be"):
         published("huge")
-    with pytest.raises(ValueError, match="cannot be tightened"):
-        config().build().certificate(tightened=True)
+    with pytest.raises(ValueError, match="has the bounds promised, not 'joint'"):
+        config().build().certificate("joint")
 
 
 def test_checkpoints_bring_it_back(tmp_path):

@@ -103,3 +103,29 @@ def test_activation_is_monotone_and_non_expansive_to_rounding(activation):
 def test_leaky_relu_refuses_a_slope_outside_the_unit_interval():
     with pytest.raises(ValueError, match=r"negative_slope must lie in \[0, 1\], got 1.5"):
         LeakyReLU(1.5)
+
+
+@each_activation
+def test_chords_bound_every_slope_within_reach(activation):
+    """Slopes between points around an uncertain v, and approached where σ has a kink."""
+    v, p = points().clamp(-20, 20), torch.rand(200, 5, dtype=torch.float64)
+    reach, error = 3 * torch.rand_like(v) * v.abs(), 0.1 * torch.rand_like(v) * v.abs()
+    low, high = activation.chords(v, reach, error)
+    assert bool(((low >= 0) & (low <= high) & (high <= 1)).all())
+    for t in (-reach, reach, (2 * p - 1) * reach):
+        start = v + (2 * torch.rand_like(v) - 1) * error
+        slope = (activation(start + t) - activation(start)) / t
+        assert bool(((slope >= low - 1e-9) & (slope <= high + 1e-9)).all())
+    if activation == ReLU():
+        nearest = v - v.sign() * error  # the worst start
+        slope = (activation(nearest - v.sign() * reach) - activation(nearest)) / (-v.sign() * reach)
+        torch.testing.assert_close(slope, torch.where(v > 0, low, high), rtol=1e-9, atol=1e-12)
+
+
+def test_chords_of_units_that_stay_are_exact():
+    v = torch.tensor([2.0, -2.0], dtype=torch.float64)
+    low, high = ReLU().chords(v, torch.ones_like(v), 0.5 * torch.ones_like(v))
+    assert low.tolist() == high.tolist() == [1.0, 0.0]
+    low, high = ReLU().chords(v, 4 * torch.ones_like(v), torch.zeros_like(v))
+    assert low.tolist() == pytest.approx([0.5, 0.0])
+    assert high.tolist() == pytest.approx([1.0, 0.5])

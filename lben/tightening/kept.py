@@ -1,4 +1,4 @@
-"""Which smaller bound do the weights support? Proposals of (Λ, γ), for `certify` to prove."""
+"""Which bound does the layer's own Λ support, up to a common factor?"""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import numpy as np
 import scipy.linalg
 import scipy.optimize
 import torch
-from torch import Tensor
 
 from lben.certificates import CertificateError, Claim
 from lben.convolutional import PooledWeights
-from lben.rigorous import Array
 from lben.weights import ExplicitWeights
 from solvers.operators import Torus
 
@@ -57,74 +55,6 @@ def tighten(weights: ExplicitWeights) -> Claim:
     if weights.gamma is not None and found >= weights.gamma:
         return Claim(weights.gamma, weights.Lambda)
     return Claim(found, double.Lambda * t)
-
-
-def tighten_jointly(weights: ExplicitWeights, *, steps: int = 200) -> Claim:
-    """Propose the least γ over every diagonal Λ: the LipSDP bound of what the weights assemble.
-
-    With Λ′ = γΛ the condition is S(Λ′) − CᵀC ≻ 0 and γ² ≥ λmax(P),
-
-        P(Λ′) = DᵀD + (DᵀC + UᵀΛ′)(S(Λ′) − CᵀC)⁻¹(DᵀC + UᵀΛ′)ᵀ,   S = 2Λ′ − Λ′W − WᵀΛ′,
-
-    a convex function of Λ′ (Fazlyab et al. 2019 for feed-forward networks). λmax is replaced by
-    (tr Pᵏ)^(1/k) with growing k and minimised by L-BFGS over log Λ′ from the weights' own Λ. The
-    result is a proposal: `certify` proves it.
-
-    Args:
-        weights: with a claim γ that holds, such as the product of `stack`.
-        steps: of L-BFGS for each k.
-
-    Raises:
-        ValueError: if the weights claim no bound.
-        CertificateError: if the claim they come with does not hold.
-    """
-    if weights.gamma is None:
-        raise ValueError("tighten_jointly starts from a bound: the weights claim none")
-    w = weights.to(torch.float64)
-    D = w.C.new_zeros(1, w.in_features) if w.D is None else w.D
-    basis = torch.linalg.qr(torch.cat([D, w.U]).T)[0]
-    D, U = D @ basis, w.U @ basis
-    C, DC = w.C, (w.C.new_zeros(D.shape[1], w.hidden_features) if w.D is None else D.T @ w.C)
-
-    def spectrum(theta: Tensor) -> Tensor | None:
-        """Eigenvalues of P, or None where S − CᵀC is not positive definite."""
-        Lambda = theta.exp()
-        weighted = Lambda[:, None] * w.W
-        S = 2 * torch.diag(Lambda) - weighted - weighted.T - C.T @ C
-        root, failed = torch.linalg.cholesky_ex(S)
-        if int(failed):
-            return None
-        X = torch.linalg.solve_triangular(root, (DC + U.T * Lambda).T, upper=False)
-        return torch.linalg.eigvalsh(D.T @ D + X.T @ X)
-
-    start = (w.Lambda * weights.gamma).log() + 0.05
-    values = spectrum(start)
-    if values is None:
-        raise CertificateError("the claimed bound does not hold: S − CᵀC is not positive definite")
-    theta, best, least = start.numpy(), start, float(values[-1])
-    for power in (8.0, 40.0, 200.0):
-
-        def value(point: Array, power: float = power) -> tuple[float, Array]:
-            nonlocal best, least
-            variable = torch.from_numpy(point.copy()).requires_grad_()
-            values = spectrum(variable)
-            if values is None:
-                return 1e10, np.zeros_like(point)
-            top = values[-1].detach()
-            if float(top) < least:
-                best, least = variable.detach(), float(top)
-            smooth = (values.clamp_min(0) / top).pow(power).sum().log() / power + top.log()
-            (gradient,) = torch.autograd.grad(smooth, variable)
-            return float(smooth.detach()), gradient.numpy()
-
-        found = scipy.optimize.minimize(
-            value, theta, jac=True, method="L-BFGS-B", options={"maxiter": steps}
-        )
-        theta = found.x
-    gamma = math.sqrt(least) * (1 + 1e-7)  # room for the proof
-    if gamma >= weights.gamma:
-        return Claim(weights.gamma, weights.Lambda)
-    return Claim(gamma, best.exp() / gamma)
 
 
 def tighten_pooled(weights: PooledWeights) -> Claim:

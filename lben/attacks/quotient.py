@@ -1,81 +1,15 @@
-"""How close can an adversary come to a claimed bound? PGD, and ascent on the Lipschitz quotient."""
+"""How large a Lipschitz quotient can be found?"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from lben.radii import check_labels
-
-Images = Float[Tensor, "batch channels height width"]
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Switch off parameter gradients, so that layers reuse their factors while inputs move."""
-    required = [p.requires_grad for p in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in zip(model.parameters(), required, strict=True):
-            parameter.requires_grad_(flag)
-
-
-def pgd_l2(
-    model: nn.Module,
-    x: Images,
-    labels: Int[Tensor, " batch"],
-    radius: float,
-    *,
-    steps: int = 20,
-    restarts: int = 2,
-    generator: torch.Generator | None = None,
-) -> tuple[Images, Tensor]:
-    """Search the l2 ball for a misclassified image by projected gradient ascent on the margin.
-
-    Madry et al. (2018) with normalised gradients, step 2.5·radius/steps, the first start at x and
-    the others at random points of the sphere. Points stay in [0, 1].
-
-    Args:
-        model: images to logits.
-        x: images in [0, 1].
-        labels: true classes.
-        radius: of the ball, in the l2 norm of pixels.
-
-    Returns:
-        The worst point found for each image, and whether it is misclassified.
-    """
-    if not radius >= 0:
-        raise ValueError(f"radius must be at least 0, got {radius}")
-    best, worst_margin = x.clone(), torch.full((len(x),), torch.inf, dtype=x.dtype)
-    worst_margin = worst_margin.to(x.device)
-    with frozen(model):
-        for restart in range(restarts):
-            point = x.clone()
-            if restart:
-                noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-                point = _into_ball(x + radius * noise / _norms(noise), x, radius)
-            for step in range(steps + 1):
-                point.requires_grad_()
-                logits = model(point)
-                check_labels(logits, labels)
-                margins = _margins(logits, labels)
-                (gradient,) = torch.autograd.grad(margins.sum(), point)
-                with torch.no_grad():
-                    better = margins < worst_margin
-                    worst_margin = torch.where(better, margins, worst_margin)
-                    best = torch.where(better[:, None, None, None], point, best)
-                    if step == steps:
-                        break
-                    direction = gradient / _norms(gradient)
-                    point = _into_ball(point - 2.5 * radius / steps * direction, x, radius)
-    return best.detach(), worst_margin <= 0
+from lben.attacks.common import Images, frozen, norms
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,13 +41,13 @@ def ascend_quotient(
         distance: l2 distance of the starting pairs.
     """
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-    delta = distance * noise / _norms(noise)
+    delta = distance * noise / norms(noise)
     with frozen(model):
         for _ in range(10):  # power iteration turns δ towards the top singular vector
             delta.requires_grad_()
             value = (model(x + delta) - model(x)).square().sum()
             (gradient,) = torch.autograd.grad(value, delta)
-            delta = distance * gradient / _norms(gradient)
+            delta = distance * gradient / norms(gradient)
         a, b = x.clone().requires_grad_(), (x + delta).detach().requires_grad_()
         optimizer = torch.optim.Adam([a, b], lr=lr)
         best = Pairs(a=a.detach().clone(), b=b.detach().clone(), quotient=quotients(model, a, b))
@@ -155,27 +89,35 @@ def random_pairs(
         yield a, kinds[index % len(kinds)](a)
 
 
+def corner_pairs(x: Images, generator: torch.Generator) -> Iterator[tuple[Images, Images]]:
+    """Yield pairs where rounding, ties and kinks are likely to hurt.
+
+    Saturated and constant images, a difference in one pixel, in the last place, or denormal; the
+    kinks of a homogeneous function at 0; images far outside [0, 1].
+    """
+
+    def sign() -> Tensor:
+        return (2 * (torch.rand(x.shape, generator=generator) > 0.5) - 1).to(x)
+
+    zero, tiny = torch.zeros_like(x), torch.finfo(x.dtype).tiny
+    one_pixel = torch.zeros_like(x)
+    flat = one_pixel.flatten(1)
+    flat[torch.arange(len(x)), _draw(flat.shape[1], len(x), generator)] = 1.0
+    one_pixel = flat.reshape(x.shape)
+    yield x, (x > 0.5).to(x.dtype)
+    yield zero, torch.ones_like(x)
+    yield x, torch.nextafter(x, torch.full_like(x, torch.inf))
+    yield x, x + one_pixel
+    yield zero, tiny * sign()
+    yield tiny * sign(), -tiny * x
+    yield x, -x
+    yield 1e3 * sign(), 1e3 * sign()
+    yield 1e6 * x, 1e6 * x + one_pixel
+    yield x, x.flip(-1)
+
+
 def _draw(size: int, count: int, generator: torch.Generator) -> Tensor:
     return torch.randint(size, (count,), generator=generator)
-
-
-def _margins(logits: Tensor, labels: Tensor) -> Tensor:
-    own = logits.gather(1, labels[:, None]).squeeze(1)
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    return own - others.amax(1)
-
-
-def _norms(x: Tensor) -> Tensor:
-    """Return l2 norms of images, shaped to divide them; a zero image is left as it is."""
-    norms = torch.linalg.vector_norm(x.flatten(1), dim=1)[:, None, None, None]
-    return torch.where(norms > 0, norms, torch.ones_like(norms))
-
-
-def _into_ball(point: Tensor, centre: Tensor, radius: float) -> Tensor:
-    """Clip to [0, 1], then scale towards the centre: both sets contain the segment between."""
-    offset = point.clamp(0, 1) - centre
-    shrink = (radius * (1 - 1e-9) / _norms(offset)).clamp_max(1)
-    return centre + offset * shrink
 
 
 def _log_quotient(model: nn.Module, a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,210 @@
+"""Are the certificates sound, how tight are they, and what do they cost?
+
+    python -m benchmarks.certificates [--quick] [--out FILE] [--root FOLDER]
+
+- soundness: random and attacked pairs over random and trained networks of every kind, in float32
+  and float64, against the certificate of the weights that run (`--quick`: a tenth of the networks);
+- faults that are planted in parameterizations, proofs, radii and solvers (`benchmarks.faults`):
+  every one must be caught, and nothing without one;
+- radii at images placed next to the boundary of the exact network, at tolerances from 1e-1 to 1e-7
+  in both precisions, beside the textbook rule;
+- tightness: joint bound ÷ largest quotient found, and certified accuracy by method on the MNIST
+  models of `benchmarks.mnist` and on networks of other kinds;
+- seconds of a proof at n = 80, 400 and 1000, and of the joint semidefinite program.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.common import find_root, finish, parser, trained
+from benchmarks.faults import Bench, faults, honest
+from benchmarks.networks import Network, random_networks, trained_networks
+from lben import EquilibriumLinear, certify, tighten_jointly
+from lben.attacks import across_the_boundary, ascend_quotient, corner_pairs, random_pairs
+from lben.certification import CertificationConfig, certify_model
+from lben.data import DataError, Dataset, load, pixels
+from lben.models import Classifier, EquilibriumClassifier
+from lben.reports import certification_table
+
+SEED = 0
+TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    options = parser("soundness, tightness and cost of certificates")
+    options.add_argument("--root", help="folder that holds MNIST/raw")
+    arguments = options.parse_args()
+    try:
+        mnist = load("mnist", find_root(arguments.root))
+    except DataError as error:
+        sys.exit(f"benchmarks.certificates: {error}")
+    quick = arguments.quick
+    warnings.simplefilter("ignore")  # solves of images far outside [0, 1] may miss the tolerance
+    costs = cost(80 if quick else None)
+    networks = [*random_networks(28 if quick else 210, SEED), *trained_networks(quick)]
+    attacked = soundness(networks, 500 if quick else 2300)
+    bench = Bench(mnist)
+    without = honest(bench)
+    print(f"without a fault: {without}")
+    caught = {name: run() for name, run in faults(bench)}
+    print("\n".join(f"{'caught' if c else 'MISSED'}: {name}" for name, c in caught.items()))
+    near = boundary(mnist, (1e-2, 1e-5) if quick else TOLERANCES)
+    tables = certified(mnist, networks, quick)
+    tight = tightness(mnist, quick)
+    first = tables["MNIST, γ = 1"]
+    figures = {
+        "violations": attacked["violations"]
+        + sum(without.values())
+        + sum(row["ours"] for row in near)
+        + sum(table["violations"] for table in tables.values()),
+        "faults_planted": len(caught),
+        "faults_caught": sum(caught.values()),
+        "tightness_gamma1": tight,
+        "gap_closed_at_1": first["gap_closed_at_1"],
+        **costs,
+    }
+    finish(
+        figures, arguments.out, seed=SEED, quick=quick, attacked=attacked, without_fault=without,
+        faults=caught, boundary=near, certified=tables,
+    )  # fmt: skip
+
+
+def soundness(networks: Iterable[Network], count: int) -> dict[str, Any]:
+    """Attack every network in both precisions, and count pairs beyond its bound."""
+    generator = torch.Generator().manual_seed(SEED)
+    totals: dict[str, dict[str, float]] = {}
+    for network in networks:
+        total = totals.setdefault(network.kind, {"pairs": 0, "violations": 0, "reached": 0.0})
+        for dtype in (torch.float32, torch.float64):
+            model = network.model.to(dtype).requires_grad_(False)
+            proof = model.certificate(network.bound)
+            x = torch.rand(64, *model.shape, generator=generator).to(dtype)
+            found = ascend_quotient(model, x, steps=20, generator=generator)
+            pairs = [(found.a, found.b), *corner_pairs(x, generator)]
+            pairs += random_pairs(x, count, generator)
+            for a, b in pairs:
+                ya, yb = (model.certified_logits(side, proof) for side in (a, b))
+                change = (ya.logits.double() - yb.logits.double()).norm(dim=1)
+                distance = (a.double() - b.double()).flatten(1).norm(dim=1)
+                allowed = proof.bound * distance * (1 + 1e-12) + ya.error + yb.error
+                total["violations"] += int((change > allowed).sum())
+                total["pairs"] += len(a)
+            total["reached"] = max(total["reached"], float(found.quotient.max()) / proof.bound)
+    for kind, total in totals.items():
+        print(f"{kind}: {total}")
+    return {
+        "networks": len(list(networks)),
+        "pairs": int(sum(t["pairs"] for t in totals.values())),
+        "violations": int(sum(t["violations"] for t in totals.values())),
+        "kinds": totals,
+    }
+
+
+def boundary(mnist: Dataset, tolerances: Iterable[float]) -> list[dict[str, Any]]:
+    """Count wrong radii at images next to the boundary of the exact γ = 1 network."""
+    x = pixels(mnist.test_images[:1000], torch.float64)
+    rows = []
+    for dtype in (torch.float64, torch.float32):
+        own = trained("1").to(dtype)
+        exact = _same_weights(own)
+        near, across = across_the_boundary(exact, x[:500], x[500:], distance=2e-3)
+        near = near.to(dtype)
+        beyond = exact(across).argmax(1)
+        distance = (near.double() - across).flatten(1).norm(dim=1)
+        for tol in tolerances:
+            own.layer.tol, own.layer.on_failure = tol, "warn"
+            labels = own(near).argmax(1)
+            wrong = labels != beyond  # else the image across is no counterexample
+            proof = own.certificate("scaled")
+
+            found: dict[str, Any] = {
+                "dtype": str(dtype).removeprefix("torch."), "tol": tol, "images": len(near),
+            }  # fmt: skip
+            for name, sound in (("textbook", False), ("ours", True)):
+                radius = own.certified_radius(near, labels, proof, sound=sound)
+                found[name] = int(((radius >= distance) & wrong).sum())
+            rows.append(found)
+            print(found)
+    return rows
+
+
+def _same_weights(model: EquilibriumClassifier) -> EquilibriumClassifier:
+    """Return the network of the very weights that run, in float64 and solved to 1e-11."""
+    exact = model.exact(1e-11)
+    weights = model.layer.weights().to(torch.float64)
+    vars(exact.layer)["weights"] = lambda: weights
+    return exact
+
+
+def tightness(mnist: Dataset, quick: bool) -> float:
+    """Return the joint bound of the γ = 1 model ÷ the largest quotient found."""
+    exact = trained("1").exact(1e-9)
+    x = pixels(mnist.test_images[: 20 if quick else 200], torch.float64)
+    found = ascend_quotient(exact, x, steps=60 if quick else 300,
+                            generator=torch.Generator().manual_seed(SEED))  # fmt: skip
+    return round(exact.certificate("joint").bound / float(found.quotient.max()), 4)
+
+
+def certified(
+    mnist: Dataset, networks: Iterable[Network], quick: bool
+) -> dict[str, dict[str, Any]]:
+    """Certify by every method: MNIST models, and networks of other kinds on the digits."""
+    digits = load("digits")
+    cases: list[tuple[str, Classifier, Dataset, tuple[float, ...]]] = [
+        ("MNIST, γ = 1", trained("1"), mnist, (0.5, 1.0, 1.5))
+    ]
+    if not quick:
+        cases.append(("MNIST, γ = 5", trained("5"), mnist, (0.25, 0.5, 1.0)))
+        wanted = ("digits, sll", "digits, convolution, γ = 1")
+        cases += [(n.kind, n.model, digits, (0.1, 0.25, 0.5)) for n in networks if n.kind in wanted]
+    tables = {}
+    for kind, model, data, radii in cases:
+        config = CertificationConfig(
+            radii=radii, samples=100 if quick else 1000, attack_steps=20 if quick else 40,
+            attack_restarts=1 if quick else 2,
+        )  # fmt: skip
+        _, report = certify_model(model, data, config)
+        print(kind, certification_table(report), sep="\n")
+        tables[kind] = report.to_dict()
+        if 1.0 in radii:
+            at = radii.index(1.0)
+            plain = next(m for m in report.methods if m.name == "promised").certified[at]
+            gap = report.attacked[at] - plain
+            tables[kind]["gap_closed_at_1"] = round((report.best[at] - plain) / gap, 3)
+    return tables
+
+
+def cost(only: int | None) -> dict[str, dict[str, float]]:
+    """Time the proof and the joint program at n units, 784 inputs and 10 outputs."""
+    proofs, programs = {}, {}
+    for n in (80, 400, 1000):
+        torch.manual_seed(SEED)
+        weights = EquilibriumLinear(784, n, 10, gamma=1.0).weights()
+        proofs[str(n)] = _seconds(partial(certify, weights), 7)
+        if n <= (only or 400):
+            programs[str(n)] = _seconds(partial(tighten_jointly, weights), 7 if n == 80 else 1)
+    print(f"seconds: {proofs} {programs}")
+    return {"proof_seconds": proofs, "sdp_seconds": programs}
+
+
+def _seconds(call: Callable[[], object], rounds: int) -> float:
+    times = []
+    for _ in range(rounds + (rounds > 1)):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return round(statistics.median(times[-rounds:]), 4)
+
+
+if __name__ == "__main__":
+    main()

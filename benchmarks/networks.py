@@ -1,0 +1,138 @@
+"""Which networks are attacked? Small ones of every kind, random or trained."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from benchmarks.common import trained
+from lben.models import (
+    Bound,
+    Classifier,
+    ConvolutionalEquilibriumClassifierConfig,
+    EquilibriumClassifierConfig,
+    ResidualClassifierConfig,
+)
+from lben.recipes import (
+    ConvolutionalEquilibriumTraining,
+    EquilibriumTraining,
+    ResidualTraining,
+    TrainingConfig,
+)
+from lben.training import train
+
+_GRAY: dict[str, Any] = {"shape": (1, 6, 6), "classes": 4, "mean": (0.3,), "std": (0.25,)}
+_COLOURS: dict[str, Any] = {
+    "shape": (3, 6, 6),
+    "classes": 4,
+    "mean": (0.4, 0.5, 0.6),
+    "std": (0.2, 0.25, 0.3),
+}
+
+
+def _residual(block: str, **options: Any) -> ResidualClassifierConfig:
+    sizes: dict[str, Any] = {
+        "channels": (4,), "depths": (1,), "conv_hidden": 4, "pool": 2, "dense_depth": 1,
+        "dense_hidden": 8,
+    }  # fmt: skip
+    return ResidualClassifierConfig(**{**_COLOURS, **sizes, "block": block, **options})
+
+
+KINDS: dict[str, Any] = {
+    "dense": EquilibriumClassifierConfig(**_GRAY, hidden=10, gamma=2.0),
+    "dense, leaky": EquilibriumClassifierConfig(
+        **_GRAY, hidden=10, gamma=1.0, activation="leaky_relu"
+    ),
+    "dense, tanh": EquilibriumClassifierConfig(**_GRAY, hidden=10, gamma=5.0, activation="tanh"),
+    "dense, feed-through": EquilibriumClassifierConfig(
+        **_GRAY, hidden=8, gamma=1.0, feedthrough=True
+    ),
+    "dense, no promise": EquilibriumClassifierConfig(**_GRAY, hidden=8, gamma=None, epsilon=0.1),
+    "convolution": ConvolutionalEquilibriumClassifierConfig(
+        **_COLOURS, channels=(4,), pool=2, gamma=1.0
+    ),
+    "convolution, circular": ConvolutionalEquilibriumClassifierConfig(
+        **_COLOURS, channels=(4,), pool=3, gamma=3.0, circular=True
+    ),
+    "convolution, two scales": ConvolutionalEquilibriumClassifierConfig(
+        **_COLOURS, channels=(3, 4), pool=2, gamma=2.0
+    ),
+    "SLL": _residual("sll"),
+    "CPL": _residual("cpl"),
+    "AOL": _residual("aol"),
+    "spectral": _residual("spectral"),
+    "sandwich": _residual("sandwich"),
+    "SLL and equilibrium": _residual("sll", core=4),
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Network:
+    """A network and the bound that it is attacked against."""
+
+    kind: str
+    model: Classifier
+
+    @property
+    def bound(self) -> Bound:
+        """The tightest cheap bound of all logits that the model has."""
+        return "scaled" if "scaled" in self.model.bounds else "promised"
+
+
+def random_networks(count: int, seed: int = 0) -> Iterator[Network]:
+    """Yield networks of all kinds in turn, every parameter moved away from its first value."""
+    generator = torch.Generator().manual_seed(seed)
+    names = list(KINDS)
+    for index in range(count):
+        kind = names[index % len(names)]
+        torch.manual_seed(seed + index)
+        model = KINDS[kind].build()
+        size = 10.0 ** float(torch.empty(1).uniform_(-2, 0, generator=generator))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=size)
+        yield Network(kind=kind, model=model.eval())
+
+
+def trained_networks(quick: bool) -> Iterator[Network]:
+    """Yield the MNIST models of `benchmarks.mnist`, and models of the digits trained here."""
+    for name in ("1",) if quick else ("0.2", "0.5", "1", "5", "monotone"):
+        yield Network(kind=f"MNIST, γ = {name}", model=trained(name))
+    recipes = list(_recipes().items())
+    for kind, recipe in recipes[:2] if quick else recipes:
+        with tempfile.TemporaryDirectory() as folder:
+            model = train(replace(recipe, out=folder))
+        yield Network(kind=f"digits, {kind}", model=model.eval())
+
+
+def _recipes() -> dict[str, TrainingConfig]:
+    shared: dict[str, Any] = {"data": "digits", "epochs": 4, "batch_size": 64}
+    dense: Callable[..., TrainingConfig] = EquilibriumTraining
+    recipes: dict[str, TrainingConfig] = {
+        f"γ = {gamma:g}, {activation}": dense(
+            **shared, gamma=gamma, hidden=20, activation=activation
+        )
+        for gamma, activation in (
+            (0.5, "relu"), (2.0, "relu"), (10.0, "relu"), (1.0, "leaky_relu"), (2.0, "tanh"),
+        )
+    }  # fmt: skip
+    recipes["feed-through"] = dense(**shared, gamma=2.0, hidden=20, feedthrough=True)
+    recipes["no promise"] = dense(**shared, gamma=None, hidden=20)
+    for gamma in (1.0, 4.0):
+        recipes[f"convolution, γ = {gamma:g}"] = ConvolutionalEquilibriumTraining(
+            **shared, gamma=gamma, channels=(6,), pool=2
+        )
+    for block in ("sll", "cpl", "aol", "spectral", "sandwich"):
+        recipes[block] = ResidualTraining(
+            **shared, block=block, channels=(4,), depths=(1,), conv_hidden=4, pool=2,
+            dense_depth=1, dense_hidden=16,
+        )  # fmt: skip
+    recipes["sll, equilibrium core"] = ResidualTraining(
+        **shared, block="sll", channels=(4,), depths=(1,), conv_hidden=4, pool=2, dense_depth=1,
+        dense_hidden=16, core=4,
+    )  # fmt: skip
+    return recipes

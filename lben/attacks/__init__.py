@@ -1,0 +1,18 @@
+"""How close can an adversary come to a claimed bound or radius?"""
+
+from lben.attacks.common import frozen
+from lben.attacks.projected import across_the_boundary, apgd_l2, auto_attack, pgd_l2
+from lben.attacks.quotient import Pairs, ascend_quotient, corner_pairs, quotients, random_pairs
+
+__all__ = [
+    "Pairs",
+    "across_the_boundary",
+    "apgd_l2",
+    "ascend_quotient",
+    "auto_attack",
+    "corner_pairs",
+    "frozen",
+    "pgd_l2",
+    "quotients",
+    "random_pairs",
+]

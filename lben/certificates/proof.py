@@ -1,0 +1,60 @@
+"""How is the inequality proved, for one block or for many?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lben.certificates.records import AnyWeights, Certificate, CertificateError
+from lben.convolutional import PooledWeights
+from lben.inequality import Inequality
+
+
+def check_entries(weights: AnyWeights, multiplier: Tensor) -> None:
+    """Refuse weights that are not finite, and multipliers that are not positive."""
+    if not all(bool(torch.isfinite(t).all()) for t in weights.tensors().values()):
+        raise CertificateError("the weights contain NaN or Inf")
+    own = weights.state.Lambda if isinstance(weights, PooledWeights) else weights.Lambda
+    if not bool((own > 0).all() and (multiplier > 0).all()):
+        raise CertificateError("Λ must be positive in every entry")
+
+
+def prove(
+    weights: AnyWeights,
+    gamma: float | None,
+    claimed: Sequence[Inequality],
+    own: Sequence[Inequality],
+    method: str,
+) -> Certificate:
+    """Prove every block of M for the claim; the solver's constants are those of the own Λ."""
+    margin = min(block.margin(gamma) for block in claimed)
+    computed = min(block.smallest_eigenvalue(gamma) for block in claimed)
+    require(margin, computed, gamma)
+    return Certificate(
+        bound=math.inf if gamma is None else gamma,
+        margin=margin,
+        smallest_eigenvalue=computed,
+        m=min(block.monotonicity() for block in own),
+        L=max(block.norm() for block in own),
+        output_gain=max(block.output_gain() for block in own),
+        fingerprint=weights.fingerprint,
+        dtype=str(next(iter(weights.tensors().values())).dtype).removeprefix("torch."),
+        method=method,
+        versions={"torch": torch.__version__, "numpy": np.__version__},
+    )
+
+
+def require(margin: float, computed: float, gamma: float | None) -> None:
+    """Refuse a margin that is not positive, with the eigenvalue that was computed."""
+    if not margin > 0:
+        statement = "well-posedness" if gamma is None else f"the Lipschitz bound γ = {gamma:g}"
+        raise CertificateError(
+            f"{statement} could not be proved: M has smallest eigenvalue {computed:.3e}, and the "
+            f"proved lower bound {margin:.3e} is not positive. Causes: the weights do not satisfy "
+            "the condition (a parameterization is broken or was rounded to low precision), or the "
+            "slack ε is smaller than rounding. Try float64 or a larger epsilon."
+        )

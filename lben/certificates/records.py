@@ -1,0 +1,172 @@
+"""What has been proved, and about which weights?"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lben.convolutional import ConvolutionalWeights, PooledWeights
+from lben.rigorous import up
+from lben.weights import ExplicitWeights
+from solvers import Constants
+
+AnyWeights = ExplicitWeights | ConvolutionalWeights | PooledWeights
+
+
+class CertificateError(RuntimeError):
+    """A claimed bound could not be proved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """A proved statement about one set of explicit weights.
+
+    Attributes:
+        bound: γ such that x ↦ y is γ-Lipschitz in l2; infinite when only well-posedness is proved.
+        margin: proved lower bound (> 0) of the smallest eigenvalue of a matrix that is positive
+            definite if and only if M(Λ, γ) is (`Inequality.margin`).
+        smallest_eigenvalue: computed smallest eigenvalue of M(Λ, γ), or of 2Λ − ΛW − WᵀΛ when
+            there is no bound; for information, not used in any proof.
+        m: proved lower bound of the strong monotonicity of I − W in the Λ norm; 1 for W = 0.
+        L: proved upper bound of ‖I − W‖ in the Λ norm; 1 for W = 0.
+        output_gain: proved upper bound of ‖CΛ^(−½)‖₂: what an error of z costs in y.
+        fingerprint: of the weights, see `ExplicitWeights.fingerprint`.
+        dtype: of the weights as given.
+        method: how it was proved.
+        versions: library versions that ran the proof.
+        image: height and width that the proof of a convolution is for: exactly these where it is
+            circular, at most these where it is not; None for a dense layer.
+    """
+
+    bound: float
+    margin: float
+    smallest_eigenvalue: float
+    m: float
+    L: float
+    output_gain: float
+    fingerprint: str
+    dtype: str
+    method: str
+    versions: dict[str, str]
+    image: tuple[int, int] | None = None
+
+    @property
+    def constants(self) -> Constants:
+        """The proved (m, L) as a solver takes them."""
+        return Constants(m=self.m, L=self.L)
+
+    def check(self, weights: AnyWeights) -> None:
+        """Refuse other weights than those of the proof.
+
+        Raises:
+            CertificateError: if the fingerprint differs.
+        """
+        self.check_fingerprint(weights.fingerprint)
+
+    def check_fingerprint(self, found: str) -> None:
+        """As `check`, for weights whose fingerprint is known."""
+        if found != self.fingerprint:
+            raise CertificateError(
+                "this certificate is for other weights: fingerprint "
+                f"{self.fingerprint[:12]}…, weights have {found[:12]}…"
+            )
+
+    def check_image(self, found: tuple[int, int], *, exactly: bool) -> None:
+        """Refuse images that the proof of a convolution does not cover.
+
+        Args:
+            found: height and width.
+            exactly: whether smaller images are not covered either.
+
+        Raises:
+            CertificateError: naming both sizes.
+        """
+        proved = self.image
+        covered = proved is not None and (
+            found == proved if exactly else found[0] <= proved[0] and found[1] <= proved[1]
+        )
+        if not covered:
+            raise CertificateError(
+                f"this certificate is for images of {proved}, got images of {found}"
+            )
+
+    def to_json(self) -> str:
+        """Return the certificate as JSON."""
+        return _json(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkCertificate:
+    """The bound of a chain: preprocessing, then layers, in raw input units.
+
+    Attributes:
+        bound: product of `input_gain` and the layers' bounds, rounded upwards.
+        input_gain: Lipschitz constant of the preprocessing (1/deviation for a normalisation).
+        layers: the layers' certificates, first to last.
+        pairs: proved bounds of yᵢ − yⱼ, classes × classes, in raw input units; None where only
+            the √2·bound of all of y is known.
+    """
+
+    bound: float
+    input_gain: float
+    layers: tuple[Certificate, ...]
+    pairs: tuple[tuple[float, ...], ...] | None = None
+
+    def radius_bound(self) -> float | Tensor:
+        """Return what `certified_radius` divides by: the pairs' bounds, else that of all of y."""
+        return self.bound if self.pairs is None else torch.tensor(self.pairs, dtype=torch.float64)
+
+    def to_json(self) -> str:
+        """Return the certificate as JSON."""
+        return _json(self)
+
+
+def _json(record: Certificate | NetworkCertificate) -> str:
+    def finite(value: object) -> object:
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, dict):
+            return {k: finite(v) for k, v in value.items()}
+        return [finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(finite(asdict(record)), indent=2)
+
+
+def compose(
+    layers: Sequence[Certificate],
+    input_gain: float = 1.0,
+    pairs: Sequence[Sequence[float]] | None = None,
+) -> NetworkCertificate:
+    """Bound a chain of layers behind a preprocessing step by the product of their bounds.
+
+    Args:
+        layers: first to last.
+        input_gain: Lipschitz constant of the preprocessing.
+        pairs: proved bounds of yᵢ − yⱼ as functions of what the last layer takes.
+    """
+    bound = before = input_gain
+    for layer in layers:
+        before, bound = bound, up(bound * layer.bound)
+    scaled = None if pairs is None else tuple(tuple(up(before * b) for b in row) for row in pairs)
+    return NetworkCertificate(
+        bound=bound, input_gain=input_gain, layers=tuple(layers), pairs=scaled
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Claim:
+    """What is to be proved: a bound and the multiplier that is said to show it.
+
+    Attributes:
+        gamma: γ, or None for well-posedness alone.
+        Lambda: the multiplier Λ in M(Λ, γ), n positive numbers.
+    """
+
+    gamma: float | None
+    Lambda: Float[Tensor, " n"]

@@ -1,0 +1,71 @@
+"""Bounds in the largest norm: proved, attacked at corners, and not far from what attacks find."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lben import (
+    CertificateError,
+    EquilibriumLinear,
+    certify_largest,
+    interval_bounds,
+    tighten_largest,
+)
+
+
+def weights(feedthrough=False, scale=0.3, gamma=2.0):
+    torch.manual_seed(0)
+    layer = EquilibriumLinear(6, 9, 3, gamma=gamma, feedthrough=feedthrough, dtype=torch.float64)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(torch.randn_like(p), alpha=scale)
+        return layer.weights()
+
+
+def found(w, i, j, samples=4000):
+    """The largest Σₖ |∂(yᵢ − yⱼ)/∂xₖ| over random slopes."""
+    slope = (torch.rand(samples, len(w.W)) > 0.5).double()
+    inner = torch.linalg.solve(
+        torch.eye(len(w.W)).double() - slope[:, :, None] * w.W, slope[:, :, None] * w.U
+    )
+    gradient = (w.C[i] - w.C[j]) @ inner
+    if w.D is not None:
+        gradient = gradient + w.D[i] - w.D[j]
+    return float(gradient.abs().sum(-1).max())
+
+
+@pytest.mark.parametrize("feedthrough", [False, True])
+def test_bounds_hold_and_are_not_far_off(feedthrough):
+    w = weights(feedthrough)
+    kept = certify_largest(w, tighten_largest(w))
+    best = certify_largest(w, tighten_largest(w, keep_multiplier=False))
+    for i, j in [(0, 1), (0, 2), (1, 2)]:
+        least = found(w, i, j)
+        assert least <= best[i][j] <= kept[i][j] * (1 + 1e-3)
+        assert best[i][j] <= 2.5 * least
+        assert best[i][j] <= 6**0.5 * 2**0.5 * w.gamma * (1 + 1e-3)  # from the l2 bound
+
+
+def test_intervals_hold_where_there_is_a_bound():
+    w = weights(scale=0.05, gamma=None)
+    w = dataclasses.replace(w, W=0.3 * w.W - 0.5 * torch.eye(9).double())
+    bounds = interval_bounds(w)
+    for i, j in [(0, 1), (0, 2), (1, 2)]:
+        assert found(w, i, j) <= bounds[i][j] <= 10 * found(w, i, j)
+    wild = dataclasses.replace(w, W=-2 * torch.ones(9, 9).double())
+    assert interval_bounds(wild)[0][1] == float("inf")
+
+
+def test_false_claims_are_refused():
+    w = weights()
+    claims = tighten_largest(w, keep_multiplier=False, gap=1e-6)
+    claim = claims[0, 1]
+    claims[0, 1] = dataclasses.replace(claim, tau=claim.tau * (1 - 1e-3))
+    with pytest.raises(CertificateError, match="could not be proved"):
+        certify_largest(w, claims)
+    del claims[0, 1]
+    with pytest.raises(ValueError, match="outputs 0 and 1"):
+        certify_largest(w, claims)
+    with pytest.raises(CertificateError, match="not positive definite"):
+        tighten_largest(dataclasses.replace(w, W=9 * w.W.abs()))

@@ -1,0 +1,214 @@
+"""Proofs around single inputs: never below the global ones, never wrong, refused where false."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from lben import (
+    CertificateError,
+    EquilibriumClassifierConfig,
+    EquilibriumLinear,
+    ExplicitWeights,
+)
+from lben.attacks import pgd_l2
+from lben.certificates.local import LocalClaim, fewer_inputs, holds_locally
+from lben.local import Anchors, LocalCertificate
+from lben.radii import certified_radius
+from lben.rigorous import Enclosure
+from lben.tightening.local import tighten_locally, widened
+from solvers import ReLU
+
+CONFIG = EquilibriumClassifierConfig(
+    shape=(1, 4, 4), classes=3, mean=(0.5,), std=(0.25,), hidden=12, gamma=6.0
+)
+
+
+def model(seed=0, activation="relu", feedthrough=False):
+    torch.manual_seed(seed)
+    config = dataclasses.replace(CONFIG, activation=activation, feedthrough=feedthrough)
+    built = config.build().double()
+    with torch.no_grad():
+        for p in built.parameters():
+            p.add_(torch.randn_like(p), alpha=0.3)
+    return built.exact(1e-9).requires_grad_(False)
+
+
+@pytest.fixture(params=[("relu", False), ("leaky_relu", False), ("tanh", False), ("relu", True)])
+def case(request):
+    net = model(3, *request.param)
+    x = torch.rand(60, 1, 4, 4, dtype=torch.float64)
+    labels = net(x).argmax(1)
+    certificate = net.certificate("joint")
+    local = net.local_certificate(certificate)
+    anchors = net.anchors(x, certificate, local)
+    start = certified_radius(
+        anchors.logits, labels, certificate.radius_bound(), logit_error=anchors.logit_error
+    )
+    return net, x, labels, local, anchors, start
+
+
+def test_local_radii_are_larger_and_withstand_attacks(case):
+    net, x, labels, local, anchors, start = case
+    radius = local.radius(anchors, labels, start, steps=5)
+    assert bool((radius >= start).all())
+    assert float((radius / start).max()) > 1.1
+    for share in (0.5, 1.0):
+        index = (radius > 0).nonzero()[:, 0]
+        for i in index.tolist()[:8]:
+            part = slice(i, i + 1)
+            _, broken = pgd_l2(net, x[part], labels[part], share * float(radius[i]), steps=15)
+            assert not bool(broken.any())
+
+
+def test_local_certificates_are_not_far_from_attacks():
+    """Bounds that were far too large would pass every attack."""
+    net = model(1)
+    x = torch.rand(40, 1, 4, 4, dtype=torch.float64)
+    labels = net(x).argmax(1)
+    certificate = net.certificate("joint")
+    local = net.local_certificate(certificate)
+    anchors = net.anchors(x, certificate, local)
+    start = certified_radius(anchors.logits, labels, certificate.radius_bound())
+    radius = local.radius(anchors, labels, start, steps=8)
+    broken = [
+        bool(pgd_l2(net, x[i : i + 1], labels[i : i + 1], 1.5 * float(r), steps=30)[1])
+        for i, r in enumerate(radius)
+    ]
+    assert sum(broken) > 10
+
+
+def test_a_larger_radius_is_never_easier(case):
+    _, _, labels, local, anchors, start = case
+    held = [local.certifies(anchors, labels, factor * start) for factor in (0.9, 1.1, 1.5, 2.5)]
+    assert bool(held[0].all())
+    for smaller, larger in itertools.pairwise(held):
+        assert bool((smaller | ~larger).all())
+    assert not bool(held[-1].all())
+
+
+def test_images_that_stay_in_their_range_have_larger_radii(case):
+    """Attacks stay in [0, 1] too; half of the pixels are 0 or 1."""
+    net, x, _, local, *_ = case
+    x = (1.6 * x - 0.3).clamp(0, 1)
+    labels, certificate = net(x).argmax(1), net.certificate("joint")
+    anywhere = net.anchors(x, certificate, local)
+    inside = net.anchors(x, certificate, local, pixels=True)
+    start = certified_radius(anywhere.logits, labels, certificate.radius_bound())
+    start = start * (1 - 1e-6)
+    wide, wider = (local.radius(a, labels, start, steps=5) for a in (anywhere, inside))
+    assert bool((wider >= wide).all())
+    assert bool((wider > wide).any())
+    for i in range(12):
+        part = slice(i, i + 1)
+        _, broken = pgd_l2(net, x[part], labels[part], float(wider[i]), steps=15)
+        assert not bool(broken.any())
+
+
+def test_faces_help_exactly_where_they_should():
+    """y = (1, 4(x₁ − x₂)) at x = 0: without x₁ rising or x₂ falling the label cannot change."""
+    eye = torch.eye(2, dtype=torch.float64)
+    weights = ExplicitWeights(
+        W=0 * eye, U=eye, b=torch.full((2,), 9.0).double(),
+        C=torch.tensor([[0.0, 0.0], [4.0, -4.0]]).double(), D=None,
+        b_y=torch.tensor([1.0, 0.0]).double(), Lambda=torch.ones(2).double(), gamma=None,
+    )  # fmt: skip
+    local = LocalCertificate(weights, ReLU())
+    v, y = 9 + 0 * eye[:1], torch.tensor([[1.0, 0.0]]).double()
+    label, distance = torch.tensor([0]), 1 / 32**0.5
+
+    def held(faces, radius):
+        anchors = Anchors(v=v, v_error=0 * v, logits=y, logit_error=0 * v[:, 0], faces=faces)
+        return bool(local.certifies(anchors, label, radius))
+
+    free = torch.zeros(1, 2).double()
+    assert held(None, 0.97 * distance)
+    for faces in (None, free, torch.tensor([[1.0, -1.0]]).double()):
+        assert not held(faces, 1.03 * distance)
+    away = torch.tensor([[-1.0, 1.0]]).double()
+    assert held(away, 2 * distance)
+    assert held(torch.tensor([[-1.0, 0.0]]).double(), 1.2 * distance)
+    assert not held(torch.tensor([[-1.0, 0.0]]).double(), 1.45 * distance)
+
+
+def test_errors_of_the_anchor_cost_radius(case):
+    _, _, labels, local, anchors, start = case
+    blurred = dataclasses.replace(anchors, v_error=anchors.v_error + 100.0)
+    sharp, dull = (
+        sum(int(local.certifies(a, labels, f * start).sum()) for f in (1.05, 1.2, 1.4))
+        for a in (anchors, blurred)
+    )
+    assert dull < sharp
+    wrong = dataclasses.replace(anchors, logit_error=anchors.logit_error + 100.0)
+    assert not bool(local.certifies(wrong, labels, 0.5 * start).any())
+    assert not bool(local.certifies(anchors, (labels + 1) % 3, 1e-9).any())
+
+
+def test_gains_bound_every_pre_activation(case):
+    net, x, _, local, anchors, _ = case
+    certificate = net.certificate("joint")
+    moved = x + 0.3 * torch.randn_like(x)
+    other = net.anchors(moved, certificate, local)
+    distance = (moved - x).flatten(1).norm(dim=1) * net.normalize.gain
+    quotient = (other.v - anchors.v).abs() / distance[:, None]
+    assert bool((quotient <= local.gains).all())
+    assert float((quotient / local.gains).max()) > 0.2
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (8, 3), (5, 5)])
+def test_fewer_inputs_reach_what_all_inputs_reach(shape):
+    A = torch.randn(shape, dtype=torch.float64).numpy()
+    A[0] *= 1e6
+    R = fewer_inputs(A)
+    assert R.shape == (shape[0], shape[0])
+    excess = np.linalg.eigvalsh(np.linalg.pinv(R) @ A @ A.T @ np.linalg.pinv(R).T)
+    assert excess.max() <= 1 + 1e-9
+    assert excess.max() > 1 - 1e-3
+    assert not fewer_inputs(np.zeros(shape)).any()
+
+
+def test_a_false_local_claim_is_refused():
+    """γ below the gain of the linear map that remains when every unit is fixed."""
+    torch.manual_seed(0)
+    weights = EquilibriumLinear(5, 6, 2, gamma=3.0, dtype=torch.float64).weights().to(torch.float64)
+    low, high = widened(*(torch.full((1, 6), s, dtype=torch.float64) for s in (1.0, 1.0)))
+    matrices = (weights.W, weights.U[None], weights.C[None], weights.C.new_zeros(1, 2, 5))
+    gamma, multiplier = tighten_locally(*matrices, weights.Lambda, (low, high), gap=1e-3)
+    slope = torch.eye(6, dtype=torch.float64)
+    J = weights.C @ torch.linalg.solve(slope - weights.W, weights.U)
+    exact = float(torch.linalg.matrix_norm(J, 2))
+    assert exact <= float(gamma) <= exact * 1.01
+
+    def proved(factor, **changes):
+        claim = LocalClaim(
+            gamma=float(gamma) * factor, Lambda=multiplier[0].numpy(), low=low[0].numpy(),
+            high=high[0].numpy(),
+        )  # fmt: skip
+        W, U, C, D = (t.reshape(t.shape[-2:]).numpy() for t in matrices)
+        claim = dataclasses.replace(claim, **changes)
+        return holds_locally(W, U, Enclosure(C), Enclosure(D), claim)
+
+    assert proved(1.0)
+    assert not proved(0.98)
+    assert not proved(1.0, low=0 * low[0].numpy())  # the multiplier is that of other slopes
+    assert not proved(1.0, Lambda=-multiplier[0].numpy())
+    assert not proved(1.0, Lambda=np.full(6, np.nan))
+
+
+def test_what_local_proofs_need_is_said():
+    net = model()
+    with pytest.raises(ValueError, match="finite bound"):
+        dataclasses.replace(CONFIG, gamma=None).build().double().local_certificate(
+            dataclasses.replace(CONFIG, gamma=None).build().double().certificate()
+        )
+    with pytest.raises(CertificateError, match="other weights"):
+        net.local_certificate(model(5).certificate())
+    other, x = model(5), torch.rand(1, 1, 4, 4, dtype=torch.float64)
+    local = net.local_certificate(net.certificate())
+    with pytest.raises(CertificateError, match="other weights"):
+        other.anchors(x, other.certificate(), local)
+    weights = net.layer.weights()
+    with pytest.raises(CertificateError, match="not positive definite"):
+        LocalCertificate(dataclasses.replace(weights, W=9 * weights.W.abs()), ReLU())

@@ -128,6 +128,10 @@ class ConvolutionalParameterization(nn.Module):
         return self.U, [_outer(C) / (2 * self.gamma), gram(G) / (2 * rest)]
 
 
+_GAIN = 2.0
+"""Of U and of the read-out of `PooledParameterization` at the start."""
+
+
 class PooledParameterization(nn.Module):
     """Images to numbers: states at one or more resolutions, averaged over windows, then a matrix.
 
@@ -209,13 +213,21 @@ class PooledParameterization(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw fresh kernels as `ConvolutionalParameterization` does, G orthogonal."""
-        _draw(self.U, 1.0)
+        """Draw fresh kernels: U and G near orthogonal and of norm 2, V and N small.
+
+        Where U passes every direction at gain u, G reads at gain c, and VᵀV + ε is s, the output
+        moves by cu / (½(c² + u²)/γ + s) at most: γ is reached where the two are alike and large.
+        """
+        _draw(self.U, 0.3 * _GAIN)
+        centre = self.U.shape[-1] // 2
+        turn = nn.init.orthogonal_(torch.empty_like(self.U[:, :, centre, centre]))
+        with torch.no_grad():
+            self.U[:, :, centre, centre] += _GAIN * turn
         for kernel in (*self.V, *self.N):
             _draw(kernel, 0.3)
         for kernel in self.V[: len(self.layout.scales)]:
             _add_identity(kernel, 0.1)  # more is slack, which keeps the bound from being reached
-        nn.init.orthogonal_(self.G.detach().flatten(1))
+        nn.init.orthogonal_(self.G.detach().flatten(1), gain=_GAIN)
         nn.init.zeros_(self.b)
         nn.init.zeros_(self.b_y)
         if self.log_metric is not None:

@@ -114,9 +114,21 @@ class EquilibriumLayer(nn.Module, ABC):
         Raises:
             CertificateError: if the proof is for other weights.
         """
+        solution = self._checked_solution(x, proof)
+        y, error = self._with_error_of(solution, x, proof)
+        return y, error, solution.stats.max_steps
+
+    def _checked_solution(self, x: Tensor, proof: Certificate) -> Solution:
+        """Solve for z with the weights that a certificate is for."""
         weights = self.weights()
         proof.check(weights)
-        solution = self._solve(weights, x, None)
+        return self._solve(weights, x, None)
+
+    def _with_error_of(
+        self, solution: Solution, x: Tensor, proof: Certificate
+    ) -> tuple[Tensor, Tensor]:
+        """Return y of a state that was found, and the bound of `with_error`."""
+        weights = self.weights()
         with precision.full():
             y = self._readout(weights, x, solution.value)
         exact = weights.apply(Tensor.double)
@@ -126,7 +138,7 @@ class EquilibriumLayer(nn.Module, ABC):
             proof, problem.error_bound(z, proof.constants), *self._rounding(exact, x, z)
         )
         away = torch.linalg.vector_norm((y - reference).flatten(1), dim=1)
-        return y, error + away * (1 + 1e-9), solution.stats.max_steps
+        return y, error + away * (1 + 1e-9)
 
     def _exactly(self, exact: Any, x: Tensor) -> Inclusion:
         """Return the fixed-point problem in float64, for the same weights in float64."""
@@ -299,9 +311,10 @@ class DenseEquilibriumLayer(EquilibriumLayer):
         Raises:
             CertificateError: if the proof is for other weights.
         """
-        logits, logit_error, _ = self.with_error(x, proof)
+        solution = self._checked_solution(x, proof)
+        logits, logit_error = self._with_error_of(solution, x, proof)
         w = self.weights().apply(Tensor.double)
-        problem, z = self._exactly(w, x), self._solve(self.weights(), x, None).value.double()
+        problem, z = self._exactly(w, x), solution.value.double()
         x = x.double()
         bias_error, _ = self._rounding(w, x, z)
         state_error = problem.error_bound(z, proof.constants)

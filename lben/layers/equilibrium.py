@@ -114,21 +114,14 @@ class EquilibriumLayer(nn.Module, ABC):
         Raises:
             CertificateError: if the proof is for other weights.
         """
-        solution = self._checked_solution(x, proof)
-        y, error = self._with_error_of(solution, x, proof)
+        solution, y, error = self._evaluated(x, proof)
         return y, error, solution.stats.max_steps
 
-    def _checked_solution(self, x: Tensor, proof: Certificate) -> Solution:
-        """Solve for z with the weights that a certificate is for."""
+    def _evaluated(self, x: Tensor, proof: Certificate) -> tuple[Solution, Tensor, Tensor]:
+        """Return the state with its evidence, y, and the bound of `with_error`."""
         weights = self.weights()
         proof.check(weights)
-        return self._solve(weights, x, None)
-
-    def _with_error_of(
-        self, solution: Solution, x: Tensor, proof: Certificate
-    ) -> tuple[Tensor, Tensor]:
-        """Return y of a state that was found, and the bound of `with_error`."""
-        weights = self.weights()
+        solution = self._solve(weights, x, None)
         with precision.full():
             y = self._readout(weights, x, solution.value)
         exact = weights.apply(Tensor.double)
@@ -138,7 +131,7 @@ class EquilibriumLayer(nn.Module, ABC):
             proof, problem.error_bound(z, proof.constants), *self._rounding(exact, x, z)
         )
         away = torch.linalg.vector_norm((y - reference).flatten(1), dim=1)
-        return y, error + away * (1 + 1e-9)
+        return solution, y, error + away * (1 + 1e-9)
 
     def _exactly(self, exact: Any, x: Tensor) -> Inclusion:
         """Return the fixed-point problem in float64, for the same weights in float64."""
@@ -311,8 +304,7 @@ class DenseEquilibriumLayer(EquilibriumLayer):
         Raises:
             CertificateError: if the proof is for other weights.
         """
-        solution = self._checked_solution(x, proof)
-        logits, logit_error = self._with_error_of(solution, x, proof)
+        solution, logits, logit_error = self._evaluated(x, proof)
         w = self.weights().apply(Tensor.double)
         problem, z = self._exactly(w, x), solution.value.double()
         x = x.double()

@@ -62,12 +62,12 @@ class Splitting(Method):
 
 # Note [When to look]
 # A check costs one product and a host synchronisation. The first comes after _FIRST_CHECK steps;
-# from two residuals the rate predicts where the slowest sample will pass, and the next check is
-# put there, but never more than twice the steps done so far ahead. Finished samples leave when
-# at least half of the batch is done: below that, gathering costs more than it saves. The loop
-# stops early when the worst residual has not halved while the steps grew by a quarter and 64, and
-# is within _STALL roundoffs or the rounding of v explains it.
-_FIRST_CHECK = 6
+# from two residuals, the first of them 1 at the start, the rate predicts where the slowest sample
+# will pass, and the next check is put there, but never at more than twice the steps done so far.
+# Finished samples leave when at least half of the batch is done: below that, gathering costs more
+# than it saves. The loop stops early when the worst residual has not halved while the steps grew by
+# a quarter and 64, and is within _STALL roundoffs or the rounding of v explains it.
+_FIRST_CHECK = 4
 _LEAVE_SHARE = 0.5
 _STALL = 4096
 
@@ -84,7 +84,7 @@ def drive(problem: Inclusion, method: Splitting, request: Request) -> Outcome:
         return Outcome(value=value, residual=residual, steps=steps, checks=0)
 
     state = method.init(problem, request.z0)
-    done_steps, checks, worst_before, steps_before = 0, 0, math.inf, 0
+    done_steps, checks, worst_before, steps_before = 0, 0, 1.0, 0
     stall, limit = _Stall(), _STALL * torch.finfo(problem.bias.dtype).eps
     next_check = min(_FIRST_CHECK, max_steps)
     finished = torch.zeros(samples, dtype=torch.bool, device=device)
@@ -142,9 +142,7 @@ def _predict(
     done: int, worst: float, before: int, worst_before: float, tol: float, max_steps: int
 ) -> int:
     ahead = done
-    if math.isfinite(worst_before) and 0 < worst < worst_before:
+    if 0 < worst < worst_before:
         rate = math.log(worst / worst_before) / (done - before)
         ahead = max(1, min(done, math.ceil(math.log(tol / worst) / rate)))
-    elif math.isinf(worst_before):
-        ahead = max(1, done // 2)
     return min(done + ahead, max_steps)

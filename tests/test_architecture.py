@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Each room may import those that stand before it in its own row (and lben all of solvers).
 ROOMS = {
     "solvers": (
-        "activations operators solution step_size inclusion method loop fused splitting "
+        "activations compiled operators solution step_size inclusion method loop fused splitting "
         "acceleration flow newton sweep auto solve interop gradient implicit"
     ),
     "lben": (

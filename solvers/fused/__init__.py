@@ -1,6 +1,5 @@
-"""The splitting loop compiled for this machine's processor."""
+"""A splitting's loop in one piece, where there is one for the problem."""
 
-from solvers.fused.build import status
 from solvers.fused.loop import Iteration, run, supports
 
-__all__ = ["Iteration", "run", "status", "supports"]
+__all__ = ["Iteration", "run", "supports"]

@@ -20,7 +20,7 @@ from solvers.activations import (
     ProximalActivation,
     Step,
 )
-from solvers.fused.build import Build, build
+from solvers.compiled import Build, build
 from solvers.inclusion import Inclusion
 from solvers.method import Outcome, Request
 from solvers.operators import DenseOperator, Map

@@ -35,7 +35,7 @@ class SpectralMap(Map):
     symbols: Complex[Tensor, "f c c"]
 
     def add(self, x: Tensor, shift: Tensor, out: Tensor | None) -> Tensor:
-        return torch.add(shift, _apply(self.torus, self.symbols, x), out=out)
+        return torch.add(shift, self.torus.multiply(self.symbols, x), out=out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +58,11 @@ class ConvolutionResolvent(Resolvent):
     step: Step
 
     def solve(self, x: Tensor) -> Tensor:
-        return _apply(self.torus, self.symbols, x)
+        return self.torus.multiply(self.symbols, x)
 
     @property
     def T(self) -> ConvolutionResolvent:
-        symbols, alpha = self.symbols.mH, column(self.torus.per_channel(self.step))
+        symbols, alpha = _adjoint(self.symbols), column(self.torus.per_channel(self.step))
         if isinstance(alpha, Tensor) and alpha.ndim:
             symbols = symbols * (alpha / alpha.T)
         return ConvolutionResolvent(self.torus, symbols, self.step)
@@ -168,8 +168,8 @@ class ConvolutionOperator(LinearOperator):
             return self.torus.convolve(z, self._own())
         if torch.is_grad_enabled() and self.kernel.requires_grad:
             symbols = self.torus.symbols(self.kernel)
-            return _apply(self.torus, _adjoint(symbols) if self.transposed else symbols, z)
-        return _apply(self.torus, self._symbols(), z)
+            return self.torus.multiply(_adjoint(symbols) if self.transposed else symbols, z)
+        return self.torus.multiply(self._symbols(), z)
 
     def pullback(self, u: Tensor, z: Tensor) -> tuple[Tensor, ...]:
         if self.transposed:  # ⟨u, Wᵀz⟩ = ⟨z, Wu⟩
@@ -340,11 +340,6 @@ class ConvolutionOperator(LinearOperator):
         return Constants(m=m, L=float(torch.linalg.matrix_norm(H, 2).amax()) + slack)
 
 
-def _apply(torus: Torus, symbols: Complex[Tensor, "f c c"], z: Tensor) -> Tensor:
-    """Return the convolution with these symbols of z."""
-    return torus.synthesis(symbols @ torus.spectrum(z), z.shape)
-
-
 _LEAF = 16
 
 
@@ -385,4 +380,4 @@ def _log_determinant(lu: Complex[Tensor, "f c c"], torus: Torus) -> float:
 
 def _adjoint(symbols: Complex[Tensor, "f c c"]) -> Complex[Tensor, "f c c"]:
     """Return the symbols of the transpose, written out."""
-    return symbols.mH.resolve_conj()
+    return symbols.mT.conj_physical().contiguous()

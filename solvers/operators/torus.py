@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from solvers.activations import Step
+from solvers.compiled import spectral
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,15 @@ class Torus:
     def images(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "batch c h w"]:
         """Return samples as images, all batch dimensions merged."""
         return z.reshape(-1, self.channels, self.height, self.width)
+
+    def multiply(
+        self, symbols: Complex[Tensor, "f c c"], z: Float[Tensor, "*batch n"]
+    ) -> Float[Tensor, "*batch n"]:
+        """Return the convolution with these symbols of z."""
+        half = torch.fft.rfft2(self.images(z), norm="ortho")
+        product = spectral.product(symbols, half.flatten(2)).reshape(half.shape)
+        size = (self.height, self.width)
+        return torch.fft.irfft2(product, s=size, norm="ortho").reshape(z.shape)
 
     def spectrum(self, z: Float[Tensor, "*batch n"]) -> Complex[Tensor, "f c batch"]:
         """Return the half spectrum of samples, scaled to preserve norms, frequencies first."""

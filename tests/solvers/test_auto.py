@@ -13,17 +13,19 @@ from solvers import (
     ReLU,
     SemismoothNewton,
     Tanh,
-    fused,
+    compiled,
     solve,
 )
-from solvers.fused.build import Build
+from solvers.compiled import Build
 from tests.problems import block_triangular_operator, random_inclusion
 
 
 def test_it_is_the_default_and_the_solution_names_the_choice():
     solution = solve(random_inclusion(), on_failure="raise")
     assert solution.method == "PeacemanRachford()"
-    assert solution.stats.loop == ("compiled" if "no compiled" not in fused.status() else "torch")
+    assert solution.stats.loop == (
+        "compiled" if "no compiled" not in compiled.status() else "torch"
+    )
 
 
 def test_weights_that_are_not_monotone_go_to_the_method_that_may_still_converge():
@@ -35,7 +37,7 @@ def test_weights_that_are_not_monotone_go_to_the_method_that_may_still_converge(
 
 
 def test_without_the_compiled_loop_newton_finishes_in_float64(monkeypatch):
-    monkeypatch.setattr("solvers.fused.loop.build", lambda: Build(None, "no compiled loop"))
+    monkeypatch.setattr("solvers.fused.loop.build", lambda: Build(None, "no compiled kernels"))
     assert Auto().chosen(random_inclusion()) == SemismoothNewton()
     assert Auto().chosen(random_inclusion(dtype=torch.float32)) == PeacemanRachford()
     assert Auto().chosen(random_inclusion(activation=Tanh())) == PeacemanRachford()

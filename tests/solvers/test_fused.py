@@ -14,14 +14,14 @@ from solvers import (
     PeacemanRachford,
     ReLU,
     Tanh,
-    fused,
+    compiled,
     solve,
 )
-from solvers.fused import build
+from solvers.compiled import library
 from tests.problems import monotone_operator, random_inclusion
 
 pytestmark = pytest.mark.skipif(
-    build.build().library is None, reason=f"no compiled loop here: {fused.status()}"
+    library.build().library is None, reason=f"no compiled kernels here: {compiled.status()}"
 )
 METHODS = [PeacemanRachford, DouglasRachford, ForwardBackward]
 
@@ -154,8 +154,8 @@ def test_the_compiled_loop_is_demanded_where_it_cannot_be():
 def test_float32_goes_on_in_float64_where_it_stalls():
     operator = monotone_operator(60, m=0.01, skew=30.0, dtype=torch.float32)
     problem = Inclusion(operator, torch.randn(40, 60), ReLU())
-    for compiled in (True, False):
-        method = PeacemanRachford(compiled=compiled)
+    for in_one in (True, False):
+        method = PeacemanRachford(compiled=in_one)
         solution = solve(problem, method, tol=3e-6, max_steps=20000, on_failure="raise")
         double = solve(problem.to(torch.float64), tol=1e-12, max_steps=20000, on_failure="raise")
         error = double.value - solution.value.double()
@@ -166,11 +166,14 @@ def test_float32_goes_on_in_float64_where_it_stalls():
     ("environment", "message"),
     [
         ({"PATH": ""}, "no C\\+\\+ compiler found"),
-        ({"CXX": "false"}, "no compiled loop: .*false"),
-        ({"CXX": "'false"}, "no compiled loop: No closing quotation"),
-        ({"CXX": "env false"}, "no compiled loop: .*env false failed"),
-        ({"CXX": "sh -c 'printf \\\\351 >&2; exit 1'"}, "no compiled loop: .*sh .*failed: \ufffd"),
-        ({"XDG_CACHE_HOME": "/proc/nowhere"}, "no compiled loop: .*nowhere"),
+        ({"CXX": "false"}, "no compiled kernels: .*false"),
+        ({"CXX": "'false"}, "no compiled kernels: No closing quotation"),
+        ({"CXX": "env false"}, "no compiled kernels: .*env false failed"),
+        (
+            {"CXX": "sh -c 'printf \\\\351 >&2; exit 1'"},
+            "no compiled kernels: .*sh .*failed: \ufffd",
+        ),
+        ({"XDG_CACHE_HOME": "/proc/nowhere"}, "no compiled kernels: .*nowhere"),
     ],
 )
 def test_without_a_compiler_every_solve_runs_in_torch_and_says_so(
@@ -179,7 +182,7 @@ def test_without_a_compiler_every_solve_runs_in_torch_and_says_so(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    result = build.build.__wrapped__()
+    result = library.build.__wrapped__()
     assert result.library is None
     monkeypatch.setattr("solvers.fused.loop.build", lambda: result)
     problem = random_inclusion()
@@ -193,26 +196,26 @@ def test_without_a_home_every_solve_runs_in_torch(monkeypatch):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(build.Path, "home", no_home)
-    assert build.build.__wrapped__().message.endswith(
-        "no compiled loop: Could not determine home directory."
+    monkeypatch.setattr(library.Path, "home", no_home)
+    assert library.build.__wrapped__().message.endswith(
+        "no compiled kernels: Could not determine home directory."
     )
 
 
 @pytest.mark.parametrize("size", [0, 100, 9000])
 def test_a_damaged_library_is_built_again(size, tmp_path):
-    code = "from solvers import fused; print(fused.status())"
+    code = "from solvers import compiled; print(compiled.status())"
     environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "CXX": "env c++"}
     command = [sys.executable, "-c", code]
     for _ in range(2):
         output = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
-        assert output.startswith(b"compiled loop: ")
+        assert output.startswith(b"compiled kernels: ")
         (library,) = (tmp_path / "lben").iterdir()
         library.write_bytes(library.read_bytes()[:size])
 
 
 def test_two_processes_may_build_at_once(tmp_path):
-    code = "from solvers import fused; print(fused.status())"
+    code = "from solvers import compiled; print(compiled.status())"
     environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     both = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
@@ -220,5 +223,5 @@ def test_two_processes_may_build_at_once(tmp_path):
     ]
     for process in both:
         output, _ = process.communicate(timeout=120)
-        assert output.startswith(b"compiled loop: ")
+        assert output.startswith(b"compiled kernels: ")
     assert len(list((tmp_path / "lben").iterdir())) == 1

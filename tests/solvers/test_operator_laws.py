@@ -196,7 +196,8 @@ def test_rebuild_shares_the_memo(W):
     assert rebuilt.memo("marker", object) is marker
     assert rebuilt.T.memo("marker", object) is marker
     assert rebuilt.T.T.memo("marker", object) is marker
-    assert torch.equal(dense(rebuilt), dense(W))
+    # With a graph and without one products may round differently.
+    torch.testing.assert_close(dense(rebuilt), dense(W), rtol=0, atol=1e-7)
     assert rebuilt.transposed is W.transposed
 
 

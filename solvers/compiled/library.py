@@ -1,10 +1,10 @@
-"""How does the compiled loop come to be, and what if it cannot?
+"""How do the compiled kernels come to be, and what if they cannot?
 
-On first use the source beside this file is compiled for the processor that runs it, by the C++
-compiler that $CXX names, with arguments if any, or else c++, g++ or clang++; about two seconds,
+On first use the sources beside this file are compiled for the processor that runs them, by the C++
+compiler that $CXX names, with arguments if any, or else c++, g++ or clang++; about three seconds,
 once per machine, processor and version. The library is kept in $XDG_CACHE_HOME/lben (by default
-~/.cache/lben). Without a compiler every solve takes the loop in PyTorch, which returns the same to
-rounding; `status()` says which it is and why, and each solution names the loop that ran.
+~/.cache/lben). Without a compiler every solve runs in PyTorch, which returns the same to rounding;
+`status()` says which it is and why, and each solution names the loop that ran.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("splitting.cpp")
+_FOLDER = Path(__file__).parent
+_SOURCES = sorted(_FOLDER.glob("*.cpp"))
 _FLAGS = (
     "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-shared",
     "-fPIC", "-fopenmp",
@@ -43,27 +44,29 @@ class Build:
 
 
 def status() -> str:
-    """Say whether the compiled loop is there, and if not, why."""
+    """Say whether the compiled kernels are there, and if not, why."""
     return build().message
 
 
 @functools.cache
 def build() -> Build:
-    """Load the compiled loop, compiling it if this machine has not done so before."""
+    """Load the compiled kernels, compiling them if this machine has not done so before."""
     try:
         compiler = _compiler()
         if not compiler:
-            return Build(None, "no compiled loop: no C++ compiler found (install g++ or set CXX)")
-        path = _cache() / f"splitting-{_fingerprint(compiler)}.so"
+            return Build(
+                None, "no compiled kernels: no C++ compiler found (install g++ or set CXX)"
+            )
+        path = _cache() / f"kernels-{_fingerprint(compiler)}.so"
         if not _is_intact(path):
             _compile(compiler, path)
-        return Build(ctypes.CDLL(str(path)), f"compiled loop: {path}")
+        return Build(ctypes.CDLL(str(path)), f"compiled kernels: {path}")
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or "").strip().splitlines() or ["no message"]
-        return Build(None, f"no compiled loop: {shlex.join(compiler)} failed: {lines[0]}")
+        return Build(None, f"no compiled kernels: {shlex.join(compiler)} failed: {lines[0]}")
     # ValueError: quotes in CXX that do not close; RuntimeError: no home directory.
     except (OSError, ValueError, RuntimeError, subprocess.TimeoutExpired) as error:
-        return Build(None, f"no compiled loop: {error}")
+        return Build(None, f"no compiled kernels: {error}")
 
 
 def _compiler() -> list[str]:
@@ -80,10 +83,11 @@ def _cache() -> Path:
 
 
 def _fingerprint(compiler: list[str]) -> str:
-    """Return a name for this source, compiler and processor: -march=native depends on all three."""
+    """Return a name for these sources, this compiler and processor: the library depends on all."""
     command = shlex.join([*compiler, *_FLAGS])
     version = _run([*compiler, "--version"])
-    parts = [SOURCE.read_text("utf-8"), version, command, platform.machine(), _processor()]
+    sources = [path.read_text("utf-8") for path in (*_SOURCES, *sorted(_FOLDER.glob("*.h")))]
+    parts = [*sources, version, command, platform.machine(), _processor()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -98,7 +102,7 @@ def _processor() -> str:
 def _compile(compiler: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         fresh = Path(folder) / path.name
-        _run([*compiler, *_FLAGS, str(SOURCE), "-o", str(fresh)])
+        _run([*compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(fresh)])
         library = fresh.read_bytes()
         fresh.write_bytes(library + hashlib.sha256(library).digest())  # loaders ignore what follows
         fresh.replace(path)  # atomic: two processes may build at once

@@ -10,7 +10,7 @@
 // sigma is positively homogeneous here: each sample is solved in a unit of its own, the power of two
 // below its largest |v|, so that no sum of squares overflows or vanishes.
 //
-// Built once per machine by solvers/fused/build.py; plain C interface, no headers of torch.
+// Built once per machine by solvers/compiled/library.py; plain C interface, no headers of torch.
 
 #include <algorithm>
 #include <atomic>
@@ -22,29 +22,17 @@
 #include <optional>
 #include <vector>
 
+#include "vectors.h"
+
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kRows = 8, kVectors = 3;  // 24 of 32 registers accumulate
+constexpr int kRows = 8, kVectors = 3;  // 24 of 32 registers accumulate
 #elif defined(__AVX__)
-constexpr int kVectorBytes = 32, kRows = 4, kVectors = 3;  // 12 of 16
+constexpr int kRows = 4, kVectors = 3;  // 12 of 16
 #else
-constexpr int kVectorBytes = 16, kRows = 4, kVectors = 2;  // 8 of 16 (SSE) or 32 (NEON)
+constexpr int kRows = 4, kVectors = 2;  // 8 of 16 (SSE) or 32 (NEON)
 #endif
-
-template <class T>
-struct Lanes;
-template <>
-struct Lanes<float> {
-  typedef float type __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct Lanes<double> {
-  typedef double type __attribute__((vector_size(kVectorBytes)));
-};
-
-template <class T>
-constexpr int64_t kLanes = kVectorBytes / sizeof(T);
 
 template <class T>
 int64_t padded(int64_t n) {
@@ -104,12 +92,11 @@ class Rows {
 template <class T, int V>
 inline void tile(const T* u, int64_t stride, const T* panel, int64_t n, T* out, const T* init,
                  T theta) {
-  using Vec = typename Lanes<T>::type;
-  Vec sum[kRows][V] = {};
+  Vec<T> sum[kRows][V] = {};
   for (int64_t k = 0; k < n; ++k) {
-    Vec row[V];
+    Vec<T> row[V];
     for (int v = 0; v < V; ++v) {
-      row[v] = *reinterpret_cast<const Vec*>(panel + (k * V + v) * kLanes<T>);
+      row[v] = *reinterpret_cast<const Vec<T>*>(panel + (k * V + v) * kLanes<T>);
     }
     for (int r = 0; r < kRows; ++r) {
       const T factor = u[r * stride + k];
@@ -119,8 +106,8 @@ inline void tile(const T* u, int64_t stride, const T* panel, int64_t n, T* out, 
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < V; ++v) {
       const int64_t at = r * stride + v * kLanes<T>;
-      Vec* target = reinterpret_cast<Vec*>(out + at);
-      const Vec start = *reinterpret_cast<const Vec*>(init + at);
+      Vec<T>* target = reinterpret_cast<Vec<T>*>(out + at);
+      const Vec<T> start = *reinterpret_cast<const Vec<T>*>(init + at);
       if (theta == T(1)) {
         *target = start + sum[r][v];
       } else {

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from solvers.activations import Step
+from solvers.compiled import spectral
 from solvers.operators.base import (
     Constants,
     LinearOperator,
@@ -286,7 +287,7 @@ class ConvolutionOperator(LinearOperator):
     def _factor(self, step: Step) -> ConvolutionResolvent:
         A = self._shifted() * column(self.torus.per_channel(step))
         A.diagonal(dim1=1, dim2=2).add_(1)
-        inverse = _inverse(A)
+        inverse = spectral.inverses(A)
         if not _is_finite(inverse):  # without pivots, which only a monotone W can spare
             inverse, info = torch.linalg.inv_ex(A)
             if bool(info.any()) or not _is_finite(inverse):
@@ -338,33 +339,6 @@ class ConvolutionOperator(LinearOperator):
         slack = 8 * terms * torch.finfo(torch.float64).eps * size
         m = float(torch.linalg.eigvalsh(0.5 * (H + H.mH))[:, 0].amin()) - slack
         return Constants(m=m, L=float(torch.linalg.matrix_norm(H, 2).amax()) + slack)
-
-
-_LEAF = 16
-
-
-def _inverse(A: Complex[Tensor, "f c c"]) -> Complex[Tensor, "f c c"]:
-    """Return the inverses of many small matrices, by products.
-
-    Elimination of 2 × 2 blocks without pivots: the leading blocks of I + P(I − Ŵ) and their Schur
-    complements have positive definite symmetric parts in the metric ΛP⁻¹ where W is monotone (Golub
-    and Van Loan 1979). Batched products are faster than LAPACK for one matrix after the other.
-    """
-    c = A.shape[-1]
-    if c <= _LEAF:
-        return torch.linalg.inv_ex(A)[0]
-    h = c // 2
-    a, b, d, e = (t.contiguous() for t in (A[:, :h, :h], A[:, :h, h:], A[:, h:, :h], A[:, h:, h:]))
-    first = _inverse(a)
-    right, below = first @ b, d @ first
-    last = _inverse(torch.baddbmm(e, d, right, alpha=-1))
-    inverse = torch.empty_like(A)
-    corner = right @ last
-    torch.baddbmm(first, corner, below, out=inverse[:, :h, :h])
-    torch.neg(corner, out=inverse[:, :h, h:])
-    torch.bmm(last, below, out=inverse[:, h:, :h]).neg_()
-    inverse[:, h:, h:] = last
-    return inverse
 
 
 def _is_finite(symbols: Complex[Tensor, "f c c"]) -> bool:

@@ -66,6 +66,32 @@ def test_the_product_does_not_depend_on_the_number_of_threads():
     assert torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize(("f", "c"), [(1, 1), (5, 2), (3, 16), (7, 17), (4, 81), (2, 40)])
+def test_inverses_without_pivots(way, f, c, dtype):
+    A = random(f, c, c, dtype=torch.complex128)
+    A = 0.3 * (A - A.mH) + A @ A.mH / c + 0.5 * torch.eye(c)  # of positive definite symmetric part
+    A = A.to(dtype)
+    condition = float(torch.linalg.cond(A).max())
+    inverse = spectral.inverses(A).to(torch.complex128)
+    wanted = torch.linalg.inv(A.to(torch.complex128))
+    error = torch.linalg.matrix_norm(inverse - wanted) / torch.linalg.matrix_norm(wanted)
+    assert float(error.max()) <= 4 * c * condition * torch.finfo(dtype).eps
+    transposed = spectral.inverses(A.mH)
+    torch.testing.assert_close(
+        transposed,
+        inverse.mH.resolve_conj().to(dtype),
+        rtol=0,
+        atol=1e-5 if dtype == torch.complex64 else 1e-12,
+    )
+
+
+def test_a_zero_pivot_is_not_finite(way):
+    A = torch.eye(20, dtype=torch.complex64).roll(1, 0)[None]
+    if way == "compiled":
+        assert not torch.isfinite(spectral.inverses(A).abs().sum())
+
+
 def test_gradients_and_function_transforms_take_the_product_of_torch():
     symbols = random(4, 3, 3, dtype=torch.complex128).requires_grad_()
     spectrum = random(2, 3, 4, dtype=torch.complex128).requires_grad_()

@@ -95,8 +95,9 @@ class Bench:
         anchors = local.Anchors(v=v, v_error=0 * v, logits=y, logit_error=0 * v[0])
         proof = local.LocalCertificate(weights, ReLU())
         label, start = torch.tensor([0]), torch.tensor([0.07], dtype=torch.float64)
-        radius = proof.radius(anchors, label, start, steps=12)
-        return int((radius > 1.1).sum())
+        there = replace(anchors, faces=one)  # x cannot fall, nor has it to
+        radii = [proof.radius(a, label, start, steps=12) for a in (anchors, there)]
+        return sum(int((radius > 1.1).sum()) for radius in radii)
 
     def quotients(self) -> int:
         """Count pairs whose quotient exceeds the bound."""
@@ -352,9 +353,18 @@ def _code_faults(bench: Bench) -> Iterator[tuple[str, Callable[[], bool]]]:
     yield "local proofs that are not checked, of bounds too small", planted(
         bench.local,
         (local, "holds_locally", lambda *a: True),
-        (local, "tighten_locally", lambda W, U, C, D, L, s, gap=0.0, target=None: (
-            target if target is not None else torch.full((len(C),), 13.0, dtype=torch.float64),
-            torch.ones(len(C), len(W), dtype=torch.float64))),
+        (local, "tighten_locally", lambda problem, target=None: (
+            target if target is not None else 13 + 0 * problem.low[:, 0], 1 + 0 * problem.low)),
+    )  # fmt: skip
+    facts = local.LocalCertificate._hold_with_facts
+    yield "faces on the other side", planted(
+        bench.local,
+        (local.LocalCertificate, "_hold_with_facts", lambda self, anchors, *a: facts(
+            self, replace(anchors, faces=-anchors.faces), *a)),
+    )  # fmt: skip
+    yield "facts that nothing supports", planted(
+        bench.local,
+        (ReLU, "tangent", lambda self, v, error: 1e3 + 0 * v),
     )  # fmt: skip
 
 

@@ -84,6 +84,15 @@ class ProximalActivation(ABC):
         """
         return torch.zeros_like(v), torch.ones_like(v)
 
+    def tangent(
+        self, v: Float[Tensor, "*batch n"], error: Float[Tensor, "*batch n"]
+    ) -> Float[Tensor, "*batch n"]:
+        """Return s so that σ(p + t) ≥ σ(p) + st for all t and |p − v| ≤ error; NaN for none known.
+
+        Exact. NaN unless a subclass knows better: only a convex σ lies above its tangents.
+        """
+        return torch.full_like(v, torch.nan)
+
     def select(self, index: Tensor) -> ProximalActivation:
         """Return the activation of the samples in `index`; itself unless it differs by sample."""
         return self
@@ -115,6 +124,12 @@ def _peaked(activation: ProximalActivation, v: Tensor, reach: Tensor) -> tuple[T
     return _outwards(*(activation.slope(activation(p)) for p in (far, near)))
 
 
+def _branch(v: Tensor, error: Tensor, negative: float) -> Tensor:
+    """Return the slope of max(v, negative · v), NaN where the branch is not certain."""
+    slope = torch.where(v > 0, torch.ones_like(v), negative)  # two numbers would be float32
+    return torch.where(v.abs() > error, slope, torch.nan)
+
+
 @dataclass(frozen=True)
 class ReLU(ProximalActivation):
     """σ(v) = max(v, 0), the projection onto the non-negative half-line: its own prox at any α."""
@@ -141,6 +156,9 @@ class ReLU(ProximalActivation):
         high = (1 - share) * (1 + _OUTWARDS)
         low = torch.where(v > 0, share, 0.0)
         return low, torch.where(v > 0, 1.0, high.clamp_max(1))
+
+    def tangent(self, v: Tensor, error: Tensor) -> Tensor:
+        return _branch(v, error, 0.0)
 
 
 @dataclass(frozen=True)
@@ -174,6 +192,9 @@ class LeakyReLU(ProximalActivation):
             for s in ReLU().chords(v, reach, error)
         )
         return _outwards(low, high)
+
+    def tangent(self, v: Tensor, error: Tensor) -> Tensor:
+        return _branch(v, error, self.negative_slope)
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_REDUCTION = 0.1
-"""Of the barrier's weight, once a point is near the central path."""
-_NEAR = 0.5
-"""Newton decrement below which a point counts as near the central path."""
+from lben.tightening.path import ended, follow, log_barrier, solved
+
+_SHARE = 0.1
+"""Of the norm of an output that facts take off at the start."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,6 +45,8 @@ class Program:
         C: q × n.
         D: q × p.
         per_input: whether τ has a number per input instead of one for all.
+        facts: f × (p + n), for q = 1 and one τ: F(x, z) ≥ 0 is known, so the output less wᵀF falls
+            no slower than the output itself, for every w ≥ 0, and w is optimised with the rest.
     """
 
     W: Float[Tensor, "batch n n"]
@@ -52,6 +54,7 @@ class Program:
     C: Float[Tensor, "batch q n"]
     D: Float[Tensor, "batch q p"]
     per_input: bool = False
+    facts: Float[Tensor, "batch f N"] | None = None
 
     def reduced(self) -> Program:
         """Return the same programs with p ≤ n + q inputs, in an orthonormal basis of U and D.
@@ -59,7 +62,7 @@ class Program:
         Only for one τ: the rest of the input space asks for τ ≥ 0 alone.
         """
         rows = torch.cat([self.D, self.U], dim=1)
-        if self.per_input or rows.shape[2] <= rows.shape[1]:
+        if self.per_input or self.facts is not None or rows.shape[2] <= rows.shape[1]:
             return self
         basis = torch.linalg.qr(rows.mT)[0]
         return Program(W=self.W, U=self.U @ basis, C=self.C, D=self.D @ basis)
@@ -68,8 +71,19 @@ class Program:
         """Return some programs of the batch."""
         return Program(
             W=self.W[index], U=self.U[index], C=self.C[index], D=self.D[index],
-            per_input=self.per_input,
+            per_input=self.per_input, facts=None if self.facts is None else self.facts[index],
         )  # fmt: skip
+
+    @property
+    def costs(self) -> int:
+        """Numbers of τ."""
+        return self.U.shape[2] if self.per_input else 1
+
+    @property
+    def parameter(self) -> int:
+        """The barrier's parameter: rows of M, units and facts."""
+        facts = 0 if self.facts is None else self.facts.shape[1]
+        return 2 * self.W.shape[-1] + self.U.shape[2] + facts
 
     @property
     def columns(self) -> Float[Tensor, "batch n N"]:
@@ -78,16 +92,77 @@ class Program:
         identity = torch.eye(n, dtype=self.W.dtype, device=self.W.device)
         return torch.cat([-self.U, identity - self.W], dim=2)
 
-    def matrix(self, tau: Tensor, multiplier: Tensor) -> Float[Tensor, "batch N N"]:
-        """Return M(τ, λ)."""
+    def split(self, point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return τ, λ and w."""
+        end = self.costs + self.W.shape[-1]
+        return point[:, : self.costs], point[:, self.costs : end], point[:, end:]
+
+    def outputs(self, w: Tensor) -> Float[Tensor, "batch q N"]:
+        """Return (D, C), less what the facts take off."""
         outputs = torch.cat([self.D, self.C], dim=2)
+        return outputs if self.facts is None else outputs - w[:, None] @ self.facts
+
+    def matrix(self, point: Tensor) -> Float[Tensor, "batch N N"]:
+        """Return M(τ, λ, w)."""
+        tau, lam, w = self.split(point)
+        outputs = self.outputs(w)
         M = -outputs.mT @ outputs
         p = self.U.shape[2]
-        weighted = multiplier[:, :, None] * self.columns
+        weighted = lam[:, :, None] * self.columns
         M[:, p:] += weighted
         M[:, :, p:] += weighted.mT
         M.diagonal(dim1=1, dim2=2)[:, :p] += tau
         return M
+
+    def value(self, point: Tensor, weight: Tensor) -> Float[Tensor, " batch"]:
+        """Return Στ/μ − log det M − Σ log λ − Σ log w, infinite outside the cone."""
+        inside = (point > 0).all(1)
+        value = point[:, : self.costs].sum(1) / weight + log_barrier(self.matrix(point))
+        return torch.where(inside, value - point[:, self.costs :].log().sum(1), torch.inf)
+
+    def newton(self, point: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return Newton's direction for that value, and the decrement."""
+        _, lam, w = self.split(point)
+        p, c = self.U.shape[2], self.columns
+        Z = torch.cholesky_inverse(torch.linalg.cholesky_ex(self.matrix(point))[0])
+        Zc = Z @ c.mT
+        E, F, G, X, Y = Z[:, p:, p:], Zc[:, p:], c @ Zc, Z[:, :p, :p], Zc[:, :p]
+        gradient_x = -2 * F.diagonal(dim1=1, dim2=2) - 1 / lam
+        curvature = 2 * (E * G + F * F.mT)
+        curvature.diagonal(dim1=1, dim2=2).add_(1 / lam.square())
+        mixed = 2 * Z[:, p:, :p] * Y.mT
+        diagonal = X.diagonal(dim1=1, dim2=2)
+        if self.per_input:
+            gradient_t, square = 1 / weight[:, None] - diagonal, X.square()
+        else:
+            gradient_t = (1 / weight - diagonal.sum(1))[:, None]
+            square, mixed = X.square().sum((1, 2))[:, None, None], mixed.sum(2, keepdim=True)
+        gradient = torch.cat([gradient_t, gradient_x], dim=1)
+        hessian = _bordered(square, mixed, curvature)
+        if self.facts is not None:
+            b = self.outputs(w)
+            z = b @ Z
+            ZF = Z @ self.facts.mT
+            zF, one = b @ ZF, 1 + (z @ b.mT)
+            own = 2 * (one * (self.facts @ ZF) + zF.mT @ zF)
+            own.diagonal(dim1=1, dim2=2).add_(1 / w.square())
+            to_lam = 2 * (z[:, :, p:].mT * (c @ ZF) + (c @ z.mT) * ZF[:, p:])
+            to_tau = 2 * z[:, :, :p] @ ZF[:, :p]
+            idle = (self.facts == 0).all(2)  # nothing known of a unit: its w stays where it is
+            gradient_w = torch.where(idle, 0.0, -2 * zF[:, 0] - 1 / w)
+            gradient = torch.cat([gradient, gradient_w], dim=1)
+            hessian = _bordered(hessian, torch.cat([to_tau, to_lam], dim=1).mT, own)
+        return ended(solved(hessian, gradient), gradient)
+
+    def worst_direction(self, point: Tensor) -> Float[Tensor, "batch N"]:
+        """Return (x, z), up to a factor, at which the output of q = 1 falls fastest."""
+        b = self.outputs(self.split(point)[2]).mT
+        return -torch.linalg.solve(self.matrix(point), b)[:, :, 0]
+
+
+def _bordered(first: Tensor, border: Tensor, last: Tensor) -> Tensor:
+    """Return [first, borderᵀ; border, last]."""
+    return torch.cat([torch.cat([first, border.mT], 2), torch.cat([border, last], 2)], 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,6 +171,7 @@ class Optimum:
 
     tau: Float[Tensor, "batch k"]
     multiplier: Float[Tensor, "batch n"]
+    facts: Float[Tensor, "batch f"]
     gap: Float[Tensor, " batch"]
     steps: int
 
@@ -127,37 +203,26 @@ def minimise(
         ValueError: if 2Λ − ΛW − WᵀΛ is not positive definite.
     """
     program = program.reduced()
-    tau, lam = _start(program, multiplier)
-    active = torch.arange(len(lam), device=lam.device)
-    rows = program.W.shape[-1] + program.columns.shape[2]  # the barrier's parameter
-    weight = tau.sum(1) / rows
-    reached = torch.full_like(weight, torch.inf)
-    result_tau, result_lam = tau.clone(), lam.clone()
-    steps = 0
-    while len(active) and steps < max_steps:
-        steps += 1
-        part = program if len(active) == len(lam) else program.select(active)
-        t, x, mu = result_tau[active], result_lam[active], weight[active]
-        direction_t, direction_x, decrement = _newton(part, t, x, mu)
-        length = _length(part, t, x, direction_t, direction_x, decrement)
-        result_tau[active] = t + length[:, None] * direction_t
-        result_lam[active] = x + length[:, None] * direction_x
-        near = decrement * (1 - length).clamp_min(decrement) < _NEAR
-        reached[active] = torch.where(
-            near, mu * rows * 1.5 / result_tau[active].sum(1), reached[active]
-        )
-        weight[active] = torch.where(near, mu * _REDUCTION, mu)
-        left = (reached[active] > gap) & decrement.isfinite()
-        if target is not None:
-            value, goal = result_tau[active].sum(1), target[active]
-            left &= (value > goal) & (value * (1 - reached[active]) <= goal)
-        active = active[left]
-    return Optimum(tau=result_tau, multiplier=result_lam, gap=reached, steps=steps)
+    start = feasible(program, multiplier)
+    end = follow(program, start, gap=gap, target=target, max_steps=max_steps)
+    tau, lam, w = program.split(end.point)
+    return Optimum(tau=tau, multiplier=lam, facts=w, gap=end.gap, steps=end.steps)
 
 
-def _start(program: Program, multiplier: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale λ and choose τ so that M is well inside the cone."""
-    n = program.W.shape[-1]
+def feasible(program: Program, multiplier: Tensor) -> Tensor:
+    """Return a point with a multiple of a given λ, at which M is well inside the cone.
+
+    Raises:
+        ValueError: if 2Λ − ΛW − WᵀΛ is not positive definite.
+    """
+    p, (batch, n) = program.U.shape[2], multiplier.shape
+    w = multiplier.new_ones(batch, 0)
+    if program.facts is not None:
+        norm = torch.cat([program.D, program.C], dim=2).flatten(1).norm(dim=1)[:, None]
+        each = program.facts.norm(dim=2)
+        w = torch.where(each > 0, _SHARE * norm / (program.facts.shape[1] * each), 1.0)
+    outputs = program.outputs(w)
+    D, C = outputs[:, :, :p], outputs[:, :, p:]
     weighted = multiplier[:, :, None] * (
         torch.eye(n, dtype=multiplier.dtype, device=multiplier.device) - program.W
     )
@@ -165,78 +230,19 @@ def _start(program: Program, multiplier: Tensor) -> tuple[Tensor, Tensor]:
     root, failed = torch.linalg.cholesky_ex(S)
     if bool(failed.any()):
         raise ValueError("2Λ − ΛW − WᵀΛ is not positive definite")
-    outputs = torch.linalg.solve_triangular(root, program.C.mT, upper=False)
-    scale = 2 * torch.linalg.matrix_norm(outputs, 2).square()
+    inner = torch.linalg.solve_triangular(root, C.mT, upper=False)
+    scale = 2 * torch.linalg.matrix_norm(inner, 2).square()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))[:, None]
     lam = scale * multiplier
-    schur = scale[:, :, None] * S - program.C.mT @ program.C
-    side = lam[:, :, None] * program.U + program.C.mT @ program.D
+    schur = scale[:, :, None] * S - C.mT @ C
+    side = lam[:, :, None] * program.U + C.mT @ D
     root = torch.linalg.cholesky_ex(schur)[0]
     inner = torch.linalg.solve_triangular(root, side, upper=False)
-    P = program.D.mT @ program.D + inner.mT @ inner
+    P = D.mT @ D + inner.mT @ inner
     if program.per_input:
         tau = 2 * P.abs().sum(2)  # Gershgorin's circles
         tau = tau + 1e-6 * tau.amax(1, keepdim=True)
     else:
         tau = 2 * torch.linalg.matrix_norm(P, 2)[:, None]
     tiny = torch.finfo(tau.dtype).tiny ** 0.5
-    return tau.clamp_min(tiny), lam
-
-
-def _newton(
-    program: Program, tau: Tensor, lam: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Newton's direction for Στ/μ − log det M − Σ log λ − Σ log τ, and the decrement."""
-    p = program.U.shape[2]
-    c = program.columns
-    root = torch.linalg.cholesky_ex(program.matrix(tau, lam))[0]
-    Z = torch.cholesky_inverse(root)
-    Zc = Z @ c.mT
-    E, F, G, X, Y = Z[:, p:, p:], Zc[:, p:], c @ Zc, Z[:, :p, :p], Zc[:, :p]
-    gradient_x = -2 * F.diagonal(dim1=1, dim2=2) - 1 / lam
-    curvature = 2 * (E * G + F * F.mT)
-    curvature.diagonal(dim1=1, dim2=2).add_(1 / lam.square())
-    mixed = 2 * Z[:, p:, :p] * Y.mT
-    diagonal = X.diagonal(dim1=1, dim2=2)
-    if program.per_input:
-        gradient_t, square = 1 / weight[:, None] - diagonal, X.square()
-    else:
-        gradient_t = (1 / weight - diagonal.sum(1))[:, None]
-        square, mixed = X.square().sum((1, 2))[:, None, None], mixed.sum(2, keepdim=True)
-    hessian = torch.cat(
-        [torch.cat([square, mixed.mT], dim=2), torch.cat([mixed, curvature], dim=2)], dim=1
-    )
-    gradient = torch.cat([gradient_t, gradient_x], dim=1)
-    scale = hessian.diagonal(dim1=1, dim2=2).rsqrt()
-    factor = torch.linalg.cholesky_ex(scale[:, :, None] * hessian * scale[:, None, :])[0]
-    scaled = -(scale * gradient)[:, :, None]
-    direction = scale * torch.cholesky_solve(scaled, factor)[:, :, 0]
-    # A Hessian that rounding has made indefinite ends the program where it stands.
-    solved = torch.isfinite(direction).all(1)
-    direction = torch.where(solved[:, None], direction, 0.0)
-    decrement = torch.where(solved, -(gradient * direction).sum(1), torch.inf)
-    return direction[:, : tau.shape[1]], direction[:, tau.shape[1] :], decrement.clamp_min(0).sqrt()
-
-
-def _length(
-    program: Program,
-    tau: Tensor,
-    lam: Tensor,
-    direction_t: Tensor,
-    direction_x: Tensor,
-    decrement: Tensor,
-) -> Tensor:
-    """Return a step length that stays inside the cone.
-
-    The damped step 1/(1 + decrement) always does (Nesterov and Nemirovskii 1994); longer ones are
-    tried first.
-    """
-    safe = 1 / (1 + decrement)
-    length = torch.where(decrement < 0.25, torch.ones_like(safe), (6 * safe).clamp_max(1.0))
-    while True:
-        t, x = tau + length[:, None] * direction_t, lam + length[:, None] * direction_x
-        inside = (t > 0).all(1) & (x > 0).all(1)
-        inside &= torch.linalg.cholesky_ex(program.matrix(t, x))[1] == 0
-        if bool(inside.all()) or not bool((length[~inside] > 1e-6).all()):
-            return torch.where(inside, 0.9 * length + 0.1 * safe.minimum(length), 0 * length)
-        length = torch.where(inside, length, 0.5 * length)
+    return torch.cat([tau.clamp_min(tiny), lam, w], dim=1)

@@ -9,7 +9,10 @@
 - radii at images placed next to the boundary of the exact network, at tolerances from 1e-1 to 1e-7
   in both precisions, beside the textbook rule;
 - tightness: joint bound ÷ largest quotient found, and certified accuracy by method on the MNIST
-  models of `benchmarks.mnist` and on networks of other kinds;
+  models of `benchmarks.mnist`, on one trained here as plainly as the papers do (Adam, no
+  augmentation), and on networks of other kinds; `gap_closed_at_1` is the share of the images
+  between the √2γ rule and the attacks, at l2 radius 1.0, that the best proof certifies, and
+  `gained_at_1` how many points that is, both of the plain model;
 - seconds of a proof at n = 80, 400 and 1000, and of the joint semidefinite program.
 """
 
@@ -17,9 +20,11 @@ from __future__ import annotations
 
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,9 +38,13 @@ from lben.attacks import across_the_boundary, ascend_quotient, corner_pairs, ran
 from lben.certification import CertificationConfig, certify_model
 from lben.data import DataError, Dataset, load, pixels
 from lben.models import Classifier, EquilibriumClassifier
+from lben.optimization import Adam
+from lben.recipes import EquilibriumTraining
 from lben.reports import certification_table
+from lben.training import train
 
 SEED = 0
+PLAIN = "MNIST, γ = 1, plainly trained"
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 
 
@@ -45,7 +54,8 @@ def main() -> None:
     options.add_argument("--root", help="folder that holds MNIST/raw")
     arguments = options.parse_args()
     try:
-        mnist = load("mnist", find_root(arguments.root))
+        root = find_root(arguments.root)
+        mnist = load("mnist", root)
     except DataError as error:
         sys.exit(f"benchmarks.certificates: {error}")
     quick = arguments.quick
@@ -59,9 +69,9 @@ def main() -> None:
     caught = {name: run() for name, run in faults(bench)}
     print("\n".join(f"{'caught' if c else 'MISSED'}: {name}" for name, c in caught.items()))
     near = boundary(mnist, (1e-2, 1e-5) if quick else TOLERANCES)
-    tables = certified(mnist, networks, quick)
+    tables = certified(mnist, plain_model(root), networks, quick)
     tight = tightness(mnist, quick)
-    first = tables["MNIST, γ = 1"]
+    plain = tables[PLAIN]
     figures = {
         "violations": attacked["violations"]
         + sum(without.values())
@@ -70,7 +80,8 @@ def main() -> None:
         "faults_planted": len(caught),
         "faults_caught": sum(caught.values()),
         "tightness_gamma1": tight,
-        "gap_closed_at_1": first["gap_closed_at_1"],
+        "gap_closed_at_1": plain["gap_closed_at_1"],
+        "gained_at_1": plain["gained_at_1"],
         **costs,
     }
     finish(
@@ -156,14 +167,15 @@ def tightness(mnist: Dataset, quick: bool) -> float:
 
 
 def certified(
-    mnist: Dataset, networks: Iterable[Network], quick: bool
+    mnist: Dataset, plainly: Classifier, networks: Iterable[Network], quick: bool
 ) -> dict[str, dict[str, Any]]:
     """Certify by every method: MNIST models, and networks of other kinds on the digits."""
     digits = load("digits")
     cases: list[tuple[str, Classifier, Dataset, tuple[float, ...]]] = [
-        ("MNIST, γ = 1", trained("1"), mnist, (0.5, 1.0, 1.5))
+        (PLAIN, plainly, mnist, (0.5, 1.0, 1.5))
     ]
     if not quick:
+        cases.append(("MNIST, γ = 1", trained("1"), mnist, (0.5, 1.0, 1.5)))
         cases.append(("MNIST, γ = 5", trained("5"), mnist, (0.25, 0.5, 1.0)))
         wanted = ("digits, sll", "digits, convolution, γ = 1")
         cases += [(n.kind, n.model, digits, (0.1, 0.25, 0.5)) for n in networks if n.kind in wanted]
@@ -180,8 +192,19 @@ def certified(
             at = radii.index(1.0)
             plain = next(m for m in report.methods if m.name == "promised").certified[at]
             gap = report.attacked[at] - plain
-            tables[kind]["gap_closed_at_1"] = round((report.best[at] - plain) / gap, 3)
+            gained = report.best[at] - plain
+            tables[kind] |= {"gained_at_1": round(100 * gained, 2),
+                             "gap_closed_at_1": round(gained / gap, 3)}  # fmt: skip
     return tables
+
+
+def plain_model(root: str) -> Classifier:
+    """Train 80 units at γ = 1 without what `benchmarks.mnist` does for accuracy."""
+    recipe = EquilibriumTraining(
+        data="mnist", root=root, gamma=1.0, epochs=10, lr=1e-3, optimizer=Adam(), seed=SEED
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        return train(replace(recipe, out=folder)).eval()
 
 
 def cost(only: int | None) -> dict[str, dict[str, float]]:

@@ -25,6 +25,12 @@ def certification_table(report: Certification) -> str:
         lines.append(row(method.name, f"{method.bound:.4g}", method.certified, cost))
     lines.append(row("withstands the attacks", "", report.attacked, ""))
     lines.append(f"violations: {report.violations}")
+    head = "".join(f"{f'{255 * r:.3g}/255':>10}" for r in report.config.largest_radii)
+    lines.append("certified % where no pixel changes by more than")
+    lines.append(f"{'':22}{'bound':>9}{head}{'proof s':>10}")
+    for method in report.in_largest_norm:
+        cost = f"{method.seconds:10.3f}"
+        lines.append(row(method.name, f"{method.bound:.4g}", method.certified, cost))
     return "\n".join(lines)
 
 

@@ -37,8 +37,11 @@ def test_every_proof_is_compared(run, tmp_path):
         assert shares[LOCAL][i] <= shares[PIXELS][i]
         assert report.best[i] == shares[PIXELS][i] <= report.attacked[i] <= report.clean_accuracy
     assert shares[LOCAL][1] > shares["promised"][1]
+    largest = {m.name: m.certified for m in report.in_largest_norm}
+    assert list(largest) == ["l2 · √p", "intervals", "own"]
+    assert largest["own"][0] > largest["l2 · √p"][0]
     text = certification_table(report)
-    assert all(name in text for name in names)
+    assert all(name in text for name in (*names, *largest))
     draw_certification(report, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 5000
 
@@ -50,6 +53,7 @@ def test_networks_without_local_proofs_are_compared_too():
     ).build()  # fmt: skip
     _, report = certify_model(model, load("digits"), CONFIG)
     assert [m.name for m in report.methods] == [TEXTBOOK, "promised"]
+    assert [m.name for m in report.in_largest_norm] == ["l2 · √p"]
     assert report.violations == 0
 
 

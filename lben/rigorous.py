@@ -48,6 +48,17 @@ def sum_up(values: Array, axis: int | None = None) -> Array:
     return np.asarray(np.sum(values, axis=axis) * (1 + 2 * gamma_k(count + 2)))
 
 
+def norms_up(values: Array, axis: int) -> Array:
+    """Return upper bounds of l2 norms along an axis."""
+    count, largest = values.shape[axis], float(np.max(np.abs(values), initial=0.0))
+    if not 0 < largest < math.inf:
+        return np.full(np.sum(values, axis=axis).shape, largest)
+    # In units of a power of two near the largest; what squares lose to underflow is added.
+    unit = 2.0 ** max(-1000, min(1000, math.frexp(largest)[1]))
+    norms = np.sqrt(np.sum((values / unit) ** 2, axis=axis)) * (1 + 2 * gamma_k(count + 4))
+    return np.asarray((norms + count * 2.0**-500) * unit * (1 + 4 * UNIT) + 4 * _TINY)
+
+
 @dataclass(frozen=True, eq=False)
 class Enclosure:
     """All real matrices within `radius` of `mid`, entry by entry.
@@ -99,12 +110,15 @@ class Enclosure:
         return self._result(self.mid / scalar, self.radius / abs(scalar), 2)
 
     def __matmul__(self, other: Enclosure) -> Enclosure:
+        # Sums of |aᵢₖ||bₖⱼ| by Cauchy and Schwarz: a little wider, and no product of matrices.
         k = self.mid.shape[1]
-        a, b = np.abs(self.mid), np.abs(other.mid)
-        radius = gamma_k(k) * (a @ b)
-        if self.radius.any() or other.radius.any():
-            radius = radius + self.magnitude @ other.radius + self.radius @ b
-        radius = (radius + 2 * k * _TINY) * (1 + 4 * gamma_k(k + 4))
+        rows, columns = norms_up(self.mid, 1), norms_up(other.mid, 0)
+        radius = np.multiply.outer(gamma_k(k) * rows, columns)
+        if self.radius.any():
+            radius += np.multiply.outer(norms_up(self.radius, 1), columns)
+        if other.radius.any():
+            radius += np.multiply.outer(norms_up(self.magnitude, 1), norms_up(other.radius, 0))
+        radius = (radius + 2 * k * _TINY) * (1 + 16 * UNIT)
         return Enclosure(self.mid @ other.mid, radius)
 
     def sqrt(self) -> Enclosure:

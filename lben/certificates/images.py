@@ -67,7 +67,7 @@ def certify_pooled(weights: PooledWeights, claim: Claim | None = None) -> Certif
     # The scale of `margin` is within a factor √2 of Λ^(−½).
     excess = up(2 * excess * size * (1 + 2.0**-48))
     margin = down(proof.margin - 2 * excess)
-    require(margin, proof.smallest_eigenvalue - excess, weights.gamma)
+    require(margin, lambda: proof.smallest_eigenvalue - excess, weights.gamma)
     return replace(
         proof,
         margin=margin,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ def prove(
     """Prove every block of M for the claim; the solver's constants are those of the own Λ."""
     margin = min(block.margin(gamma) for block in claimed)
     computed = min(block.smallest_eigenvalue(gamma) for block in claimed)
-    require(margin, computed, gamma)
+    require(margin, lambda: computed, gamma)
     return Certificate(
         bound=math.inf if gamma is None else gamma,
         margin=margin,
@@ -48,9 +48,10 @@ def prove(
     )
 
 
-def require(margin: float, computed: float, gamma: float | None) -> None:
-    """Refuse a margin that is not positive, with the eigenvalue that was computed."""
+def require(margin: float, compute: Callable[[], float], gamma: float | None) -> None:
+    """Refuse a margin that is not positive, with the smallest eigenvalue as computed."""
     if not margin > 0:
+        computed = compute()
         statement = "well-posedness" if gamma is None else f"the Lipschitz bound γ = {gamma:g}"
         raise CertificateError(
             f"{statement} could not be proved: M has smallest eigenvalue {computed:.3e}, and the "

@@ -70,13 +70,13 @@ class Inequality:
     def margin(self, gamma: float | None) -> float:
         """Return a proved lower bound of the smallest eigenvalue that has to be positive.
 
-        It is that of `reduced`, with every unit scaled by the power of two nearest to Λ^(−½): an
+        It is that of `reduced`, with every unit scaled by a power of two near Λ^(−½): an
         exact congruence, without which units of very different Λ could not be proved together.
         """
         matrix = self.reduced(gamma)
         inputs = len(matrix.mid) - self.n
         root = np.ones(len(matrix.mid))
-        root[inputs:] = np.exp2(-np.round(np.log2(self.Lambda.mid[:, 0]) / 2))
+        root[inputs:] = np.ldexp(1.0, -(np.frexp(self.Lambda.mid[:, 0])[1] // 2))
         scale = root[:, None] * root
         return smallest_eigenvalue_bound(Enclosure(matrix.mid * scale, matrix.radius * scale))
 

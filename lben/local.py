@@ -93,7 +93,7 @@ class LocalCertificate:
         *,
         input_gain: float = 1.0,
     ) -> None:
-        w = weights.to(torch.float64)
+        w = weights.to(torch.float64).apply(torch.clone)  # parameters may be trained on
         n, q = w.hidden_features, w.out_features
         rows = fewer_inputs((w.U if w.D is None else torch.cat([w.U, w.D])).numpy())
         self._weights = w
@@ -121,18 +121,24 @@ class LocalCertificate:
             radius: of all or of each.
             facts: whether one-sided facts are used beside the slopes, see Note [Facts]: tighter,
                 and about ten times as long. If the anchors have faces when omitted.
+
+        Raises:
+            ValueError: if labels do not fit, a radius is negative or NaN, or facts are off for
+                anchors that have faces.
         """
         facts = anchors.faces is not None if facts is None else facts
         if anchors.faces is not None and not facts:
             raise ValueError("faces are facts: facts cannot be off for anchors that have them")
         check_labels(anchors.logits, labels)
         radius = torch.as_tensor(radius, dtype=torch.float64).expand(len(labels))
+        if not bool((radius >= 0).all()):
+            raise ValueError("a radius must be at least 0 and not NaN")
         y, error = anchors.logits, ROOT2 * anchors.logit_error
         margins = y.gather(1, labels[:, None]) - y - error[:, None]
         margins = margins - 8 * 2.0**-53 * (y.abs().amax(1) + error)[:, None]
         rivals = torch.ones_like(margins, dtype=torch.bool).scatter(1, labels[:, None], False)
         certain = (margins > 0).logical_or(~rivals).all(1)
-        open_ = radius[:, None] * self._bounds[labels] * (1 + 2.0**-50) >= margins
+        open_ = ~(radius[:, None] * self._bounds[labels] * (1 + 2.0**-50) < margins)
         # The least margins first: one that fails saves the others of its image.
         for rank in margins.masked_fill(~rivals, math.inf).argsort(1).T[:-1]:
             sample = (certain & open_.gather(1, rank[:, None])[:, 0]).nonzero()[:, 0]
@@ -161,6 +167,9 @@ class LocalCertificate:
             start: radii known to be certified; where 0 nothing is tried.
             steps: of bisection, after the first one, at twice the start.
             facts: as for `certifies`.
+
+        Raises:
+            ValueError: as `certifies` does.
         """
         low, high = start.double().clone(), torch.full_like(start.double(), math.inf)
         for _ in range(steps):
@@ -214,10 +223,16 @@ class LocalCertificate:
             W=w.W, U=w.U.expand(len(pairs), *w.U.shape), C=(w.C[first] - w.C[second])[:, None],
             D=D[:, None], Lambda=self._Lambda, low=slopes[0], high=slopes[1],
         )  # fmt: skip
-        gamma, multiplier, weights = tighten_with_facts(problem, tangents, faces, target)
+        try:
+            gamma, multiplier, weights = tighten_with_facts(problem, tangents, faces, target)
+        except ValueError as error:
+            raise CertificateError(str(error)) from error
+        # A proposal, whatever it is: only facts that are known count, and none against its sense.
+        weights = weights.nan_to_num(0.0, 0.0, 0.0).clamp_min(0)
         held = gamma <= target
         for i in held.nonzero()[:, 0].tolist():
-            nu, eta = weights[i, :n], weights[i, n:] * faces[i]
+            nu = torch.where(tangents[i].isnan(), 0.0, weights[i, :n])
+            eta = weights[i, n:] * faces[i].sign()
             held[i] = self._holds_less(
                 pairs[i], nu, torch.nan_to_num(tangents[i]), eta,
                 LocalClaim(
@@ -233,7 +248,10 @@ class LocalCertificate:
         """Prove a claim of y_i − y_j − νᵀ(z − sv) − ηᵀx."""
         w, n = self._weights, len(self._W)
         direct = [] if w.D is None else [w.D[i : i + 1] for i in pair]
-        rows = fewer_inputs(torch.cat([w.U, *direct, eta[None]]).numpy())
+        try:
+            rows = fewer_inputs(torch.cat([w.U, *direct, eta[None]]).numpy())
+        except CertificateError:
+            return False
         U, D = rows[:n], Enclosure(-rows[-1:])
         if direct:
             D = Enclosure(rows[n : n + 1]) - Enclosure(rows[n + 1 : n + 2]) + D

@@ -88,7 +88,7 @@ class Enclosure:
 
     def _result(self, mid: Array, radius: Array, operations: int) -> Enclosure:
         # One rounding of the new midpoint, then the roundings of the radius itself.
-        radius = (radius + UNIT * np.abs(mid) + _TINY) * (1 + (operations + 6) * 2 * UNIT)
+        radius = (radius + UNIT * np.abs(mid) + 4 * _TINY) * (1 + (operations + 6) * 2 * UNIT)
         return Enclosure(mid, radius)
 
     def __add__(self, other: Enclosure) -> Enclosure:
@@ -113,12 +113,12 @@ class Enclosure:
         # Sums of |aᵢₖ||bₖⱼ| by Cauchy and Schwarz: a little wider, and no product of matrices.
         k = self.mid.shape[1]
         rows, columns = norms_up(self.mid, 1), norms_up(other.mid, 0)
-        radius = np.multiply.outer(gamma_k(k) * rows, columns)
+        radius = np.multiply.outer(gamma_k(k) * rows + _TINY, columns)
         if self.radius.any():
             radius += np.multiply.outer(norms_up(self.radius, 1), columns)
         if other.radius.any():
             radius += np.multiply.outer(norms_up(self.magnitude, 1), norms_up(other.radius, 0))
-        radius = (radius + 2 * k * _TINY) * (1 + 16 * UNIT)
+        radius = (radius + (2 * k + 4) * _TINY) * (1 + 16 * UNIT)
         return Enclosure(self.mid @ other.mid, radius)
 
     def sqrt(self) -> Enclosure:
@@ -176,7 +176,8 @@ def smallest_eigenvalue_bound(matrix: Enclosure) -> float:
             identity = Enclosure(c * np.eye(n))
             rest = matrix - identity - factor.T @ factor
             norm = float(np.max(sum_up(rest.magnitude, axis=1)))
-            return down(c - norm, 2)
+            bound = down(c - norm, 2)
+            return bound if math.isfinite(bound) else -math.inf
         slack *= 8
     return -math.inf
 

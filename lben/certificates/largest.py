@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lben.certificates.dense import difference
-from lben.certificates.proof import require
+from lben.certificates.proof import check_entries, require
 from lben.inequality import Inequality
 from lben.rigorous import Array, Enclosure, sum_up, up
 from lben.weights import ExplicitWeights
@@ -49,12 +49,19 @@ def certify_largest(
         CertificateError: if a proof fails.
     """
     exact, q = weights.to(torch.float64), weights.out_features
+    shapes = (weights.in_features,), (weights.hidden_features,)
     bounds = [[1.0] * q for _ in range(q)]
     for i in range(q):
         for j in range(i + 1, q):
             if (i, j) not in claims:
                 raise ValueError(f"nothing is claimed for the outputs {i} and {j}")
             claim = claims[i, j]
+            if (claim.tau.shape, claim.Lambda.shape) != shapes:
+                raise ValueError(
+                    f"a claim needs τ and Λ of shapes {shapes[0]} and {shapes[1]}, "
+                    f"got {claim.tau.shape} and {claim.Lambda.shape}"
+                )
+            check_entries(exact, torch.from_numpy(claim.Lambda))
             block = _in_units(difference(exact, torch.from_numpy(claim.Lambda), i, j), claim.tau)
             require(block.margin(1.0), partial(block.smallest_eigenvalue, 1.0), 1.0)
             bounds[i][j] = bounds[j][i] = up(math.sqrt(float(sum_up(claim.tau))), 2)

@@ -53,7 +53,7 @@ def holds_locally(W: Array, U: Array, C: Enclosure, D: Enclosure, claim: LocalCl
     diagonal = matrix.mid.diagonal()
     if not (np.isfinite(diagonal).all() and (diagonal > 0).all()):
         return False
-    root = np.exp2(-np.round(np.log2(diagonal) / 2))
+    root = np.ldexp(1.0, -(np.frexp(diagonal)[1] // 2))
     scale = root[:, None] * root  # exact, as in `Inequality.margin`
     return smallest_eigenvalue_bound(Enclosure(matrix.mid * scale, matrix.radius * scale)) > 0
 
@@ -89,7 +89,7 @@ def fewer_inputs(rows: Array) -> Array:
         return np.zeros((len(rows), len(rows)))
     norms = np.linalg.norm(rows, axis=1)
     # An exact scaling: rows of very different size are enlarged alike.
-    scale = np.exp2(-np.round(np.log2(np.where(norms > 0, norms, 1.0))))[:, None]
+    scale = np.ldexp(1.0, -np.frexp(norms)[1])[:, None]
     exact = Enclosure(scale * rows)
     gram = exact @ exact.T
     slack = 8 * len(rows) * float(gram.radius.max()) + 2.0**-48

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -31,21 +31,32 @@ def prove(
     method: str,
 ) -> Certificate:
     """Prove every block of M for the claim; the solver's constants are those of the own Λ."""
-    margin = min(block.margin(gamma) for block in claimed)
-    computed = min(block.smallest_eigenvalue(gamma) for block in claimed)
+    margin = _least(block.margin(gamma) for block in claimed)
+    computed = _least(block.smallest_eigenvalue(gamma) for block in claimed)
     require(margin, lambda: computed, gamma)
     return Certificate(
         bound=math.inf if gamma is None else gamma,
         margin=margin,
         smallest_eigenvalue=computed,
-        m=min(block.monotonicity() for block in own),
-        L=max(block.norm() for block in own),
-        output_gain=max(block.output_gain() for block in own),
+        m=_least(block.monotonicity() for block in own),
+        L=_largest(block.norm() for block in own),
+        output_gain=_largest(block.output_gain() for block in own),
         fingerprint=weights.fingerprint,
         dtype=str(next(iter(weights.tensors().values())).dtype).removeprefix("torch."),
         method=method,
         versions={"torch": torch.__version__, "numpy": np.__version__},
     )
+
+
+def _least(values: Iterable[float]) -> float:
+    """Return the minimum, −inf if one is NaN: `min` would drop it."""
+    numbers = list(values)
+    return -math.inf if any(map(math.isnan, numbers)) else min(numbers)
+
+
+def _largest(values: Iterable[float]) -> float:
+    """Return the maximum, inf if one is NaN."""
+    return -_least(-value for value in values)
 
 
 def require(margin: float, compute: Callable[[], float], gamma: float | None) -> None:

@@ -3,6 +3,8 @@
 // A few pivots at a time: the rows that hold them are eliminated among themselves, and all other
 // rows pass through the registers once for all of them.
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -74,13 +76,15 @@ class Matrix {
   // Divides row p by its pivot, in whose place its inverse appears.
   void normalize(int64_t p) {
     T *re = real(p), *im = imaginary(p);
-    const T square = re[p] * re[p] + im[p] * im[p], x = re[p] / square, y = -im[p] / square;
+    // 1 / (a + ib) in a unit of its own, so that no square overflows or vanishes.
+    const T unit = std::max(std::abs(re[p]), std::abs(im[p])), a = re[p] / unit, b = im[p] / unit;
+    const T square = (a * a + b * b) * unit, x = a / square, y = -b / square;
     re[p] = 1;
     im[p] = 0;
     for (int64_t j = 0; j < c_; j += kLanes<T>) {
-      const Vec<T> a = at(re, j), b = at(im, j);
-      at(re, j) = x * a - y * b;
-      at(im, j) = x * b + y * a;
+      const Vec<T> s = at(re, j), t = at(im, j);
+      at(re, j) = x * s - y * t;
+      at(im, j) = x * t + y * s;
     }
   }
 

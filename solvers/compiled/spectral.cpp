@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "vectors.h"
@@ -56,6 +57,18 @@ inline void tile(const T* A, const T* x, int64_t c, T* y) {
   }
 }
 
+// The numbers I of a and b, one after the other.
+template <class T, size_t... I>
+inline Vec<T> shuffled(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, I...);
+#else
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Index Mask __attribute__((vector_size(kVectorBytes)));
+  return __builtin_shuffle(a, b, Mask{I...});
+#endif
+}
+
 // Transposes a square of vectors: log N rounds of interleaving its upper half with its lower.
 template <class T, size_t... I>
 inline void transpose(Vec<T>* square, std::index_sequence<I...>) {
@@ -64,8 +77,8 @@ inline void transpose(Vec<T>* square, std::index_sequence<I...>) {
   for (int round = 1; round < N; round *= 2) {
     for (int k = 0; k < N / 2; ++k) {
       const Vec<T> a = square[k], b = square[k + N / 2];
-      next[2 * k] = __builtin_shufflevector(a, b, (I / 2 + I % 2 * N)...);
-      next[2 * k + 1] = __builtin_shufflevector(a, b, (N / 2 + I / 2 + I % 2 * N)...);
+      next[2 * k] = shuffled<T>(a, b, std::index_sequence<(I / 2 + I % 2 * N)...>());
+      next[2 * k + 1] = shuffled<T>(a, b, std::index_sequence<(N / 2 + I / 2 + I % 2 * N)...>());
     }
     for (int k = 0; k < N; ++k) square[k] = next[k];
   }

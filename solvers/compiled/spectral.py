@@ -11,6 +11,7 @@ import ctypes
 import torch
 from jaxtyping import Complex
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from solvers.compiled.library import build
 
@@ -25,8 +26,15 @@ def product(
     """Return the spectrum whose frequency ω is symbols[ω] times that of the given one.
 
     Raises:
+        ValueError: if the shapes or types do not fit.
         MemoryError: if there is no memory for a few frequencies of all channels.
     """
+    c, f = spectrum.shape[-2:]
+    if spectrum.ndim != 3 or symbols.shape != (f, c, c) or symbols.dtype != spectrum.dtype:
+        raise ValueError(
+            f"symbols of shape {tuple(symbols.shape)}, {symbols.dtype}, do not fit a spectrum of "
+            f"shape {tuple(spectrum.shape)}, {spectrum.dtype}"
+        )
     if not _can_compile(symbols, spectrum):
         return (symbols @ spectrum.permute(2, 1, 0).contiguous()).permute(2, 1, 0)
     A, X = _written(symbols), _written(spectrum)
@@ -43,8 +51,11 @@ def inverses(matrices: Complex[Tensor, "f c c"]) -> Complex[Tensor, "f c c"]:
     Elsewhere the result may be wrong or not finite.
 
     Raises:
+        ValueError: if the matrices are not square.
         MemoryError: if there is no memory for a matrix.
     """
+    if matrices.ndim != 3 or matrices.shape[1] != matrices.shape[2]:
+        raise ValueError(f"matrices must be (f, c, c), got {tuple(matrices.shape)}")
     if not _can_compile(matrices):
         return _inverses(matrices)
     A = _written(matrices)
@@ -86,6 +97,8 @@ def _can_compile(*tensors: Tensor) -> bool:
     """Say whether these are numbers in the memory of the processor, and kernels for them here."""
     for tensor in tensors:
         if tensor.device.type != "cpu" or (torch.is_grad_enabled() and tensor.requires_grad):
+            return False
+        if tensor.dtype not in _KINDS or unpack_dual(tensor).tangent is not None:
             return False
         try:
             tensor.data_ptr()

@@ -2,16 +2,19 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 from lben import (
     CertificateError,
     EquilibriumLinear,
+    ExplicitWeights,
     certify_largest,
     interval_bounds,
     tighten_largest,
 )
+from lben.certificates import LargestClaim
 
 
 def weights(feedthrough=False, scale=0.3, gamma=2.0):
@@ -69,3 +72,17 @@ def test_false_claims_are_refused():
         certify_largest(w, claims)
     with pytest.raises(CertificateError, match="not positive definite"):
         tighten_largest(dataclasses.replace(w, W=9 * w.W.abs()))
+
+
+def test_claims_of_another_size_are_refused():
+    """One τ for all inputs would show the l2 bound, which is the smaller one."""
+    eye = torch.eye(2, dtype=torch.float64)
+    weights = ExplicitWeights(
+        W=0 * eye, U=eye, b=0 * eye[0], C=torch.tensor([[0.0, 0.0], [4.0, 4.0]]).double(),
+        D=None, b_y=0 * eye[0], Lambda=eye[0] + eye[1], gamma=None,
+    )  # fmt: skip
+    claim = LargestClaim(tau=np.full(2, 32.1), Lambda=np.full(2, 32.0))
+    assert 8 <= certify_largest(weights, {(0, 1): claim})[0][1] < 8.02
+    for change in ({"tau": np.full(1, 32.1)}, {"Lambda": np.full(1, 32.0)}):
+        with pytest.raises(ValueError, match="a claim needs"):
+            certify_largest(weights, {(0, 1): dataclasses.replace(claim, **change)})

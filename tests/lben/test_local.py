@@ -111,6 +111,45 @@ def test_tangents_are_below(activation):
     assert Tanh().tangent(v, 0 * v).isnan().all()
 
 
+def test_weights_of_facts_are_not_trusted(monkeypatch):
+    """Negative weights, and weights of tangents that are not known, would show anything."""
+    eye = torch.eye(2, dtype=torch.float64)
+    weights = ExplicitWeights(
+        W=0 * eye, U=eye, b=torch.full((2,), 9.0).double(),
+        C=torch.tensor([[0.0, 0.0], [4.0, 4.0]]).double(), D=None,
+        b_y=torch.tensor([1.0, 0.0]).double(), Lambda=torch.ones(2).double(), gamma=None,
+    )  # fmt: skip
+    local = LocalCertificate(weights, ReLU())
+    anchors = Anchors(
+        v=9 + 0 * eye[:1], v_error=20 + 0 * eye[:1], logits=torch.tensor([[1.0, 0.0]]).double(),
+        logit_error=torch.zeros(1).double(), faces=torch.ones(1, 2).double(),
+    )  # fmt: skip
+    for bad in ([0.0, 0.0, -4.0, -4.0], [-4.0, -4.0, 0.0, 0.0], [4.0, 4.0, 0.0, 0.0], 4 * [np.nan]):
+        proposal = torch.tensor([bad]).double()
+        monkeypatch.setattr(
+            "lben.local.tighten_with_facts",
+            lambda problem, tangents, faces, target, w=proposal: (target, 0 * eye[:1] + 0.1, w),
+        )
+        assert not bool(local.certifies(anchors, torch.tensor([0]), 1.0))
+
+
+def test_radii_that_are_not_numbers_are_refused(case):
+    _, _, labels, local, anchors, _ = case
+    for radius in (float("nan"), -1.0):
+        with pytest.raises(ValueError, match="a radius must be"):
+            local.certifies(anchors, labels, radius)
+    assert not bool(local.certifies(anchors, labels, float("inf")).any())
+
+
+def test_training_on_does_not_change_a_proof(case):
+    net, _, labels, local, anchors, start = case
+    held = local.certifies(anchors, labels, 1.3 * start)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(0.0)
+    assert torch.equal(local.certifies(anchors, labels, 1.3 * start), held)
+
+
 def test_faces_without_facts_are_refused(case):
     _, _, labels, local, anchors, start = case
     faced = dataclasses.replace(anchors, faces=torch.zeros(60, 16, dtype=torch.float64))

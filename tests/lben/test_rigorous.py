@@ -65,6 +65,15 @@ def test_enclosures_contain_the_exact_results(scale):
     assert (third.radius <= 1e-15 * np.abs(a)).all() or scale < 1e-100
 
 
+def test_products_of_tiny_and_huge_numbers_contain_the_exact_results():
+    g = np.random.default_rng(2)
+    for _ in range(100):
+        a = 2.0**-1024 * (1 + g.random((1, 1)))
+        b = 2.0**1000 * (1 + g.random((1, 1)))
+        assert contains(Enclosure(a) @ Enclosure(b), rational(a) * rational(b))
+        assert contains(Enclosure(a) * Enclosure(a), rational(a) * rational(a))
+
+
 def test_square_roots_and_reciprocals_contain_the_exact_results():
     values = np.random.default_rng(2).uniform(1e-3, 1e3, (6, 1))
     root = Enclosure(values).sqrt()
@@ -115,6 +124,12 @@ def test_singular_and_indefinite_matrices_are_never_called_positive():
 
 def is_positive_definite_float(a: np.ndarray) -> bool:
     return bool(np.linalg.eigvalsh(a)[0] > 0)
+
+
+def test_overflow_proves_nothing():
+    matrix = 1e308 * np.array([[-0.6, -0.6, -0.6], [-0.6, -0.6, -0.6], [-0.6, -0.6, 0.8]])
+    with np.errstate(all="ignore"):
+        assert smallest_eigenvalue_bound(Enclosure(matrix)) == -np.inf
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -92,6 +92,36 @@ def test_a_zero_pivot_is_not_finite(way):
         assert not torch.isfinite(spectral.inverses(A).abs().sum())
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_pivots_of_any_size(way, dtype):
+    for size in (1e-30, 1e30) if dtype == torch.complex64 else (1e-200, 1e200):
+        A = size * (torch.eye(3) + 0.1j * torch.ones(3, 3)).to(torch.complex128)[None]
+        inverse = spectral.inverses(A.to(dtype)).to(torch.complex128)
+        torch.testing.assert_close(inverse @ A, torch.eye(3)[None].to(inverse), rtol=0, atol=1e-5)
+
+
+def test_what_does_not_fit_is_refused(way):
+    symbols, spectrum = random(9, 5, 5), random(6, 5, 9)
+    for one, other in [
+        (symbols.to(torch.complex128), spectrum),
+        (symbols[:8], spectrum),
+        (symbols[:, :4, :4], spectrum),
+        (symbols, spectrum[0]),
+    ]:
+        with pytest.raises(ValueError, match="do not fit a spectrum"):
+            spectral.product(one, other)
+    with pytest.raises(ValueError, match="must be"):
+        spectral.inverses(symbols[:, :4])
+
+
+def test_forward_mode_keeps_its_tangents():
+    symbols, spectrum = random(4, 3, 3), random(2, 3, 4)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(spectrum, spectrum)
+        found = torch.autograd.forward_ad.unpack_dual(spectral.product(symbols, dual))
+    torch.testing.assert_close(found.tangent, found.primal)
+
+
 def test_gradients_and_function_transforms_take_the_product_of_torch():
     symbols = random(4, 3, 3, dtype=torch.complex128).requires_grad_()
     spectrum = random(2, 3, 4, dtype=torch.complex128).requires_grad_()

@@ -123,8 +123,7 @@ class Inclusion:
         """
         image, norm = self.image(z), self.operator.norm
         if hidden is None:
-            active = (image != 0) | (z != 0)
-            hidden = self.noise_factor * norm(torch.where(active, self.bias, 0.0))
+            hidden = self.noise_factor * norm(self.bias * torch.logical_or(image, z))
         residual = torch.relu(norm(image - z) - hidden)
         return residual / torch.maximum(norm(image), norm(z)).clamp_min(torch.finfo(z.dtype).tiny)
 

@@ -59,7 +59,10 @@ class LocalProgram:
 
     def transformed(self) -> Program:
         """Return the program of z̃."""
-        inner = torch.linalg.inv(torch.eye(len(self.W), dtype=self.W.dtype) - self._scaled)
+        identity = torch.eye(len(self.W), dtype=self.W.dtype)
+        # One by one: LU of a batch of matrices above 149 rows fails with threads in PyTorch 2.5 to
+        # 2.13 (its issue 142815).
+        inner = torch.stack([torch.linalg.inv(identity - scaled) for scaled in self._scaled])
         through, drive = inner @ (self.W * self.width[:, None, :]), inner @ self.U
         low = self.low[:, :, None]
         return Program(

@@ -157,7 +157,7 @@ class Program:
     def worst_direction(self, point: Tensor) -> Float[Tensor, "batch N"]:
         """Return (x, z), up to a factor, at which the output of q = 1 falls fastest."""
         b = self.outputs(self.split(point)[2]).mT
-        return -torch.linalg.solve(self.matrix(point), b)[:, :, 0]
+        return -torch.cholesky_solve(b, torch.linalg.cholesky_ex(self.matrix(point))[0])[:, :, 0]
 
 
 def _bordered(first: Tensor, border: Tensor, last: Tensor) -> Tensor:

@@ -291,3 +291,20 @@ def test_what_local_proofs_need_is_said():
     weights = net.layer.weights()
     with pytest.raises(CertificateError, match="not positive definite"):
         LocalCertificate(dataclasses.replace(weights, W=9 * weights.W.abs()), ReLU())
+
+
+def test_many_large_problems_at_once():
+    """Batched LU factorizations of PyTorch fail here where several threads run."""
+    torch.manual_seed(0)
+    n = 160
+    weights = EquilibriumLinear(4, n, 2, gamma=2.0, dtype=torch.float64).weights().to(torch.float64)
+    low, high = (
+        torch.full((2, 3, n), 0.5, dtype=torch.float64) + torch.tensor([-0.4, 0.4])[:, None, None]
+    )
+    problem = LocalProgram(
+        W=weights.W, U=weights.U.expand(3, -1, -1), C=weights.C.expand(3, -1, -1),
+        D=torch.zeros(3, 2, 4, dtype=torch.float64), Lambda=weights.Lambda, low=low, high=high,
+    )  # fmt: skip
+    W = problem.transformed().W
+    wanted = (torch.eye(n) - weights.W * low[0]) @ W[0]
+    torch.testing.assert_close(wanted, weights.W * 0.8, rtol=0, atol=1e-7)

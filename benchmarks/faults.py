@@ -95,7 +95,8 @@ class Bench:
         anchors = local.Anchors(v=v, v_error=0 * v, logits=y, logit_error=0 * v[0])
         proof = local.LocalCertificate(weights, ReLU())
         label, start = torch.tensor([0]), torch.tensor([0.07], dtype=torch.float64)
-        there = replace(anchors, faces=one)  # x cannot fall, nor has it to
+        room = torch.tensor([[[0.0], [math.inf]]]).double()
+        there = replace(anchors, room=room)  # x cannot fall, nor has it to
         radii = [proof.radius(a, label, start, steps=12) for a in (anchors, there)]
         return sum(int((radius > 1.1).sum()) for radius in radii)
 
@@ -357,14 +358,14 @@ def _code_faults(bench: Bench) -> Iterator[tuple[str, Callable[[], bool]]]:
             target if target is not None else 13 + 0 * problem.low[:, 0], 1 + 0 * problem.low)),
     )  # fmt: skip
     facts = local.LocalCertificate._hold_with_facts
-    yield "faces on the other side", planted(
+    yield "room on the other side", planted(
         bench.local,
         (local.LocalCertificate, "_hold_with_facts", lambda self, anchors, *a: facts(
-            self, replace(anchors, faces=-anchors.faces), *a)),
+            self, replace(anchors, room=anchors.room.flip(1)), *a)),
     )  # fmt: skip
     yield "facts that nothing supports", planted(
         bench.local,
-        (ReLU, "tangent", lambda self, v, error: 1e3 + 0 * v),
+        (ReLU, "lines_below", lambda self, v, error: ((1e3, 0 * v),)),
     )  # fmt: skip
 
 

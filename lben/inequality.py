@@ -27,20 +27,12 @@ from lben.weights import ExplicitWeights
 class Inequality:
     """The blocks of M(Λ, γ) for one set of weights.
 
-    With slopes of σ known to lie in [low, high], (z − low·v)(z − high·v) ≤ 0 takes the place of
-    z(z − v) ≤ 0 for increments z and v, and in M
-
-        2Λ − ΛW − WᵀΛ    becomes    (I − low W)ᵀΛ(I − high W) + its transpose,
-        ΛU               becomes    (I − low W)ᵀΛ high U + (I − high W)ᵀΛ low U,
-        γI               becomes    γI + 2 Uᵀ low Λ high U.
-
     Args:
         W: n × n, or None for an explicit layer (W = 0).
         U: n × p.
         C: q × n.
         D: q × p; a number d for D = dI; None for no feed-through.
         Lambda: n × 1, exact positive numbers.
-        slopes: low and high, n × 1 each, exact; None for [0, 1].
     """
 
     W: Enclosure | None
@@ -48,7 +40,6 @@ class Inequality:
     C: Enclosure
     D: Enclosure | float | None
     Lambda: Enclosure
-    slopes: tuple[Enclosure, Enclosure] | None = None
 
     @classmethod
     def of(cls, weights: ExplicitWeights, Lambda: Array) -> Inequality:
@@ -95,11 +86,9 @@ class Inequality:
             D = self.D if self.D.mid.shape[0] <= self.D.mid.shape[1] else self.D.T
             return _identity(D.mid.shape[0], gamma) - D @ D.T / gamma
         S = self.well_posedness() - self.C.T @ self.C / gamma
-        G = self._drive()
+        G = self.Lambda * self.U
         if isinstance(self.D, Enclosure):
             return self._assemble(gamma, S, G, self.D)
-        if self.slopes is not None:
-            raise ValueError("slopes need a feed-through that is a matrix, zero if need be")
         d = _identity(1, self.D or 0.0)
         corner = _identity(1, gamma) - d * d / gamma
         if self.n == 0:
@@ -112,27 +101,10 @@ class Inequality:
 
     def well_posedness(self) -> Enclosure:
         """2Λ − ΛW − WᵀΛ."""
-        if self.slopes is not None:
-            weighted = self._less(0).T @ (self.Lambda * self._less(1))
-        elif self.W is None:
+        if self.W is None:
             return Enclosure(np.diag(2 * self.Lambda.mid[:, 0]))
-        else:
-            weighted = self.Lambda * (_identity(self.n) - self.W)
+        weighted = self.Lambda * (_identity(self.n) - self.W)
         return weighted + weighted.T
-
-    def _less(self, side: int) -> Enclosure:
-        """I − low W, or I − high W."""
-        assert self.slopes is not None
-        identity = _identity(self.n)
-        return identity if self.W is None else identity - self.slopes[side] * self.W
-
-    def _drive(self) -> Enclosure:
-        """ΛU, or what takes its place."""
-        G = self.Lambda * self.U
-        if self.slopes is None:
-            return G
-        low, high = self.slopes
-        return self._less(0).T @ (high * G) + self._less(1).T @ (low * G)
 
     def monotonicity(self) -> float:
         """Return a proved lower bound of λmin(sym H), at least 0; 1 for W = 0."""
@@ -178,10 +150,6 @@ class Inequality:
 
     def _assemble(self, gamma: float, S: Enclosure, G: Enclosure, D: Enclosure) -> Enclosure:
         corner = _identity(D.mid.shape[1], gamma) - D.T @ D / gamma
-        if self.slopes is not None:
-            low, high = self.slopes
-            inner = self.U.T @ (low * self.Lambda * (high * self.U))
-            corner = corner + inner + inner.T
         side = -(G.T + D.T @ self.C / gamma)
         return block([[corner, side], [side.T, S]])
 

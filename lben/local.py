@@ -7,15 +7,16 @@ smaller bound of every difference of logits. Increments from the sample are all 
 not those between two arbitrary points.
 
 Note [Facts]
-Let facts F(Δx, Δz) ≥ 0 hold of all increments and w ≥ 0. A difference of logits less wᵀF falls no
-slower than the difference itself, so a radius proved of the one holds for the other, whatever w is.
-The facts are Δzᵢ ≥ sᵢΔvᵢ where σ lies above its tangent, and the signs of Δx at the faces of the
-cube of images.
+Let facts F(Δx, Δz) ≥ −o hold of all increments and w ≥ 0. A difference of logits less wᵀF + wᵀo
+falls no slower than the difference itself, so a margin that the one keeps the other keeps, whatever
+w is. The facts are Δzᵢ ≥ sΔvᵢ − o where σ lies above a line, and the room that is left to a pixel
+in [0, 1].
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,23 +45,23 @@ class Anchors:
         v_error: bound of their distance to those at the exact equilibrium, per unit.
         logits: y.
         logit_error: bound of ‖y − y*‖₂.
-        faces: 1 for an input that cannot fall, −1 for one that cannot rise, 0 for the others: the
-            pixels that are 0 or 1, where a proof is for images in [0, 1] alone. None where it is
-            for all inputs.
+        room: how far each input can fall and rise at most, infinite where that is not known: the
+            room of a pixel, where a proof is for images in [0, 1] alone. None where it is for all
+            inputs.
     """
 
     v: Float[Tensor, "batch n"]
     v_error: Float[Tensor, "batch n"]
     logits: Float[Tensor, "batch q"]
     logit_error: Float[Tensor, " batch"]
-    faces: Float[Tensor, "batch p"] | None = None
+    room: Float[Tensor, "batch 2 p"] | None = None
 
     def select(self, index: Tensor) -> Anchors:
         """Return some of them."""
         return Anchors(
             v=self.v[index], v_error=self.v_error[index], logits=self.logits[index],
             logit_error=self.logit_error[index],
-            faces=None if self.faces is None else self.faces[index],
+            room=None if self.room is None else self.room[index],
         )  # fmt: skip
 
 
@@ -120,15 +121,15 @@ class LocalCertificate:
             labels: i.
             radius: of all or of each.
             facts: whether one-sided facts are used beside the slopes, see Note [Facts]: tighter,
-                and about ten times as long. If the anchors have faces when omitted.
+                and about ten times as long. If the anchors have room when omitted.
 
         Raises:
             ValueError: if labels do not fit, a radius is negative or NaN, or facts are off for
-                anchors that have faces.
+                anchors that have room.
         """
-        facts = anchors.faces is not None if facts is None else facts
-        if anchors.faces is not None and not facts:
-            raise ValueError("faces are facts: facts cannot be off for anchors that have them")
+        facts = anchors.room is not None if facts is None else facts
+        if anchors.room is not None and not facts:
+            raise ValueError("room is a fact: facts cannot be off for anchors that have it")
         check_labels(anchors.logits, labels)
         radius = torch.as_tensor(radius, dtype=torch.float64).expand(len(labels))
         if not bool((radius >= 0).all()):
@@ -198,7 +199,7 @@ class LocalCertificate:
         target = margins / inner * (1 - 2.0**-50)
         pairs = list(zip(labels.tolist(), rivals.tolist(), strict=True))
         if facts:
-            return self._hold_with_facts(anchors, pairs, slopes, target)
+            return self._hold_with_facts(anchors, pairs, slopes, margins, inner)
         first, second = labels.numpy(), rivals.numpy()
         C = Enclosure(self._C[first]) - Enclosure(self._C[second])
         D = Enclosure(self._D[first]) - Enclosure(self._D[second])
@@ -209,56 +210,69 @@ class LocalCertificate:
         anchors: Anchors,
         pairs: list[tuple[int, int]],
         slopes: tuple[Tensor, Tensor],
-        target: Tensor,
+        margins: Tensor,
+        radius: Tensor,
     ) -> Bool[Tensor, " batch"]:
         """Say the same with one-sided facts."""
-        w, n = self._weights, len(self._W)
+        w, (low, high) = self._weights, slopes
         first, second = (torch.tensor(side) for side in zip(*pairs, strict=True))
-        tangents = self._activation.tangent(anchors.v, anchors.v_error)
-        faces = anchors.faces
-        if faces is None:
-            faces = w.U.new_zeros(len(pairs), w.in_features)
-        D = torch.zeros_like(faces) if w.D is None else w.D[first] - w.D[second]
+        lines = self._activation.lines_below(anchors.v, anchors.v_error)
+        room = anchors.room
+        if room is None:
+            room = w.U.new_full((len(pairs), 2, w.in_features), math.inf)
+        D = w.U.new_zeros(w.in_features) if w.D is None else w.D[first] - w.D[second]
         problem = LocalProgram(
             W=w.W, U=w.U.expand(len(pairs), *w.U.shape), C=(w.C[first] - w.C[second])[:, None],
-            D=D[:, None], Lambda=self._Lambda, low=slopes[0], high=slopes[1],
+            D=D.expand(len(pairs), -1)[:, None], Lambda=self._Lambda, low=low, high=high,
         )  # fmt: skip
+        units, target = radius[:, None], margins / radius
         try:
-            gamma, multiplier, weights = tighten_with_facts(problem, tangents, faces, target)
+            bound, multiplier, weights = tighten_with_facts(
+                problem, [(s, o / units) for s, o in lines], room / units[..., None], target
+            )
         except ValueError as error:
             raise CertificateError(str(error)) from error
         # A proposal, whatever it is: only facts that are known count, and none against its sense.
-        weights = weights.nan_to_num(0.0, 0.0, 0.0).clamp_min(0)
-        held = gamma <= target
+        n, weights = w.hidden_features, weights.clamp_min(0)
+        known, inputs = weights.split([n * len(lines), 2 * w.in_features], dim=1)
+        fall, rise = inputs.chunk(2, dim=1)
+        free = torch.where(fall > rise, room[:, 0], room[:, 1])
+        eta = torch.where(free.isfinite(), fall - rise, 0.0)
+        used = torch.cat([known, eta.abs()], dim=1)
+        offsets = torch.cat([*(o for _, o in lines), free.nan_to_num(0.0, 0.0)], dim=1)
+        held = (bound <= target) & weights.isfinite().all(1)
         for i in held.nonzero()[:, 0].tolist():
-            nu = torch.where(tangents[i].isnan(), 0.0, weights[i, :n])
-            eta = weights[i, n:] * faces[i].sign()
-            held[i] = self._holds_less(
-                pairs[i], nu, torch.nan_to_num(tangents[i]), eta,
-                LocalClaim(
-                    gamma=float(gamma[i]), Lambda=multiplier[i].numpy(),
-                    low=slopes[0][i].numpy(), high=slopes[1][i].numpy(),
-                ),
+            price = Enclosure(used[i, None].numpy()) @ Enclosure(offsets[i, :, None].numpy())
+            claim = LocalClaim(
+                gamma=float((margins[i] - price.magnitude[0, 0]) / radius[i]) * (1 - 2.0**-50),
+                Lambda=multiplier[i].numpy(), low=low[i].numpy(), high=high[i].numpy(),
             )  # fmt: skip
+            nu = zip((s for s, _ in lines), known[i].view(len(lines), n), strict=True)
+            held[i] = self._holds_less(pairs[i], tuple(nu), eta[i], claim)
         return held
 
     def _holds_less(
-        self, pair: tuple[int, int], nu: Tensor, s: Tensor, eta: Tensor, claim: LocalClaim
+        self,
+        pair: tuple[int, int],
+        nu: Sequence[tuple[float, Tensor]],
+        eta: Tensor,
+        claim: LocalClaim,
     ) -> bool:
-        """Prove a claim of y_i − y_j − νᵀ(z − sv) − ηᵀx."""
+        """Prove a claim of y_i − y_j − Σ νₛᵀ(z − sv) − ηᵀx."""
         w, n = self._weights, len(self._W)
         direct = [] if w.D is None else [w.D[i : i + 1] for i in pair]
         try:
             rows = fewer_inputs(torch.cat([w.U, *direct, eta[None]]).numpy())
         except CertificateError:
             return False
-        U, D = rows[:n], Enclosure(-rows[-1:])
+        C, D = Enclosure(self._C[[pair[0]]]) - Enclosure(self._C[[pair[1]]]), Enclosure(-rows[-1:])
+        U = rows[:n]
         if direct:
             D = Enclosure(rows[n : n + 1]) - Enclosure(rows[n + 1 : n + 2]) + D
-        weight = Enclosure(nu.numpy()[None])
-        C = Enclosure(self._C[[pair[0]]]) - Enclosure(self._C[[pair[1]]]) - weight
-        steep = weight * Enclosure(s.numpy()[None])
-        C, D = C + steep @ Enclosure(self._W), D + steep @ Enclosure(U)
+        for slope, numbers in nu:
+            weight = Enclosure(numbers.numpy()[None])
+            steep = weight * Enclosure(np.array([[slope]]))
+            C, D = C - weight + steep @ Enclosure(self._W), D + steep @ Enclosure(U)
         return holds_locally(self._W, U, C, D, claim)
 
     def _prove_gains(self, units: Tensor) -> Float[Tensor, " units"]:

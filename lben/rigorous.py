@@ -148,6 +148,30 @@ def block(rows: list[list[Enclosure]]) -> Enclosure:
     )
 
 
+def solve(A: Enclosure, B: Enclosure) -> Enclosure:
+    """Enclose A⁻¹B.
+
+    With any R near A⁻¹, X near RB and E = I − RA, R(B − AX) = (I − E)(A⁻¹B − X); so where the row
+    sums of |E| are at most e < 1, A⁻¹ exists and A⁻¹B − X is within e/(1 − e) times the largest
+    entry of its column of R(B − AX) (Rump 2010, section 10).
+
+    Raises:
+        ValueError: if that cannot be shown of some matrix in A.
+    """
+    try:
+        R = Enclosure(np.asarray(np.linalg.inv(A.mid), dtype=np.float64))
+    except np.linalg.LinAlgError as error:
+        raise ValueError(str(error)) from error
+    X = R.mid @ B.mid
+    E = Enclosure(np.eye(len(A.mid))) - R @ A
+    e = float(np.max(sum_up(E.magnitude, axis=1), initial=0.0))
+    if not e <= 0.5:
+        raise ValueError("the matrix is singular, or close to it")
+    step = (R @ (B - A @ Enclosure(X))).magnitude
+    radius = (step + 2 * e * np.max(step, axis=0, initial=0.0)) * (1 + 8 * UNIT) + 4 * _TINY
+    return Enclosure(X, radius)
+
+
 def smallest_eigenvalue_bound(matrix: Enclosure) -> float:
     """Return a proved lower bound of λmin over all symmetric matrices in the enclosure.
 

@@ -84,14 +84,15 @@ class ProximalActivation(ABC):
         """
         return torch.zeros_like(v), torch.ones_like(v)
 
-    def tangent(
+    def lines_below(
         self, v: Float[Tensor, "*batch n"], error: Float[Tensor, "*batch n"]
-    ) -> Float[Tensor, "*batch n"]:
-        """Return s so that σ(p + t) ≥ σ(p) + st for all t and |p − v| ≤ error; NaN for none known.
+    ) -> tuple[tuple[float, Float[Tensor, "*batch n"]], ...]:
+        """Return slopes s and offsets o ≥ 0 of lines: σ(p + t) ≥ σ(p) + st − o for all t.
 
-        Exact. NaN unless a subclass knows better: only a convex σ lies above its tangents.
+        That is for all |p − v| ≤ error; slopes are exact and offsets rounded upwards, for float64
+        arguments. None unless a subclass knows better: only a convex σ lies above its tangents.
         """
-        return torch.full_like(v, torch.nan)
+        return ()
 
     def select(self, index: Tensor) -> ProximalActivation:
         """Return the activation of the samples in `index`; itself unless it differs by sample."""
@@ -124,12 +125,6 @@ def _peaked(activation: ProximalActivation, v: Tensor, reach: Tensor) -> tuple[T
     return _outwards(*(activation.slope(activation(p)) for p in (far, near)))
 
 
-def _branch(v: Tensor, error: Tensor, negative: float) -> Tensor:
-    """Return the slope of max(v, negative · v), NaN where the branch is not certain."""
-    slope = torch.where(v > 0, torch.ones_like(v), negative)  # two numbers would be float32
-    return torch.where(v.abs() > error, slope, torch.nan)
-
-
 @dataclass(frozen=True)
 class ReLU(ProximalActivation):
     """σ(v) = max(v, 0), the projection onto the non-negative half-line: its own prox at any α."""
@@ -157,8 +152,8 @@ class ReLU(ProximalActivation):
         low = torch.where(v > 0, share, 0.0)
         return low, torch.where(v > 0, 1.0, high.clamp_max(1))
 
-    def tangent(self, v: Tensor, error: Tensor) -> Tensor:
-        return _branch(v, error, 0.0)
+    def lines_below(self, v: Tensor, error: Tensor) -> tuple[tuple[float, Tensor], ...]:
+        return LeakyReLU(0.0).lines_below(v, error)
 
 
 @dataclass(frozen=True)
@@ -193,8 +188,13 @@ class LeakyReLU(ProximalActivation):
         )
         return _outwards(low, high)
 
-    def tangent(self, v: Tensor, error: Tensor) -> Tensor:
-        return _branch(v, error, self.negative_slope)
+    def lines_below(self, v: Tensor, error: Tensor) -> tuple[tuple[float, Tensor], ...]:
+        # Both branches: σ(p) − sp is (1 − a) max(±p, 0), and 0 where a branch is certain.
+        larger = (1 - self.negative_slope) * (1 + _OUTWARDS)
+        return (
+            (self.negative_slope, larger * torch.relu(v + error)),
+            (1.0, larger * torch.relu(error - v)),
+        )
 
 
 @dataclass(frozen=True)

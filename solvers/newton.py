@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from solvers import elimination
 from solvers.activations import PIECEWISE_LINEAR, LinearSlope
 from solvers.inclusion import Inclusion
 from solvers.method import Method, Outcome, Request
@@ -150,16 +151,7 @@ def _step(problem: Inclusion, z: Tensor) -> Tensor:
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     """Solve one linear system per sample; NaN where the matrix is singular."""
-    # Note [Batched LU]
-    # On a CPU with several threads torch's batched LU of matrices above 150 × 150 is not safe: it
-    # fails, hangs or returns wrong numbers (github.com/pytorch/pytorch/issues/142815). One matrix
-    # at a time is safe, and at that size as fast.
-    if matrix.device.type == "cpu" and matrix.shape[-1] > 100:
-        each = [torch.linalg.solve_ex(A, b) for A, b in zip(matrix, right, strict=True)]
-        solved = torch.stack([x for x, _ in each])
-        info = torch.stack([i for _, i in each])
-    else:
-        solved, info = torch.linalg.solve_ex(matrix, right)
+    solved, info = elimination.solution(matrix, right)
     return torch.where((info == 0)[:, None], solved, torch.nan)
 
 

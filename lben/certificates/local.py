@@ -9,7 +9,7 @@ import scipy.linalg
 
 from lben.certificates.records import CertificateError
 from lben.inequality import Inequality
-from lben.rigorous import Array, Enclosure, smallest_eigenvalue_bound
+from lben.rigorous import Array, Enclosure, block, smallest_eigenvalue_bound, solve
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -18,7 +18,7 @@ class LocalClaim:
 
     Attributes:
         gamma: γ.
-        Lambda: the multiplier that is said to show it, n positive numbers.
+        Lambda: the multiplier of z̃ that is said to show it, n positive numbers.
         low, high: n numbers each in [0, 1].
     """
 
@@ -31,46 +31,36 @@ class LocalClaim:
 def holds_locally(W: Array, U: Array, C: Enclosure, D: Enclosure, claim: LocalClaim) -> bool:
     """Say whether a local claim can be proved for z = σ(Wz + Ux + b), y = Cz + Dx + b_y.
 
+    The new unknown z̃ with z = low·v + (high − low)·z̃ has slopes in [0, 1] in v = Wz + Ux, and
+    (I − W low) v = W (high − low) z̃ + Ux. So the claim is M(Λ, γ) ≻ 0 for the weights of z̃, which
+    are enclosed.
+
     Args:
         W: n × n, exact.
         U: n × k, exact.
         C: q × n.
         D: q × k.
-        claim: what is to be proved, by `Inequality` with slopes.
+        claim: what is to be proved.
     """
     if not (np.isfinite(claim.Lambda).all() and (claim.Lambda > 0).all() and claim.gamma > 0):
         return False
-    block = Inequality(
-        W=Enclosure(W),
-        U=Enclosure(U),
-        C=C,
-        D=D,
-        Lambda=Enclosure(claim.Lambda[:, None]),
-        slopes=(Enclosure(claim.low[:, None]), Enclosure(claim.high[:, None])),
-    )
-    T = Enclosure(_coordinates(W, U, claim))
-    matrix = T.T @ (block.reduced(claim.gamma) @ T)
-    diagonal = matrix.mid.diagonal()
-    if not (np.isfinite(diagonal).all() and (diagonal > 0).all()):
+    n = len(W)
+    low = Enclosure(claim.low[:, None])
+    width = Enclosure(claim.high[:, None]) - low
+    try:
+        v = solve(
+            Enclosure(np.eye(n)) - Enclosure(W) * low.T,
+            block([[Enclosure(W) * width.T, Enclosure(U)]]),
+        )
+    except ValueError:
         return False
-    root = np.ldexp(1.0, -(np.frexp(diagonal)[1] // 2))
-    scale = root[:, None] * root  # exact, as in `Inequality.margin`
-    return smallest_eigenvalue_bound(Enclosure(matrix.mid * scale, matrix.radius * scale)) > 0
-
-
-def _coordinates(W: Array, U: Array, claim: LocalClaim) -> Array:
-    """Return T with (x, z) = T(x, z̃), z = low·v + (high − low)·z̃.
-
-    Where high − low is small M has entries like its inverse square, which cancel; in z̃ it has not.
-    If TᵀMT is positive definite then T has an inverse, and so is M, whatever T is.
-    """
-    n, k = U.shape
-    low, width = claim.low[:, None], (claim.high - claim.low)[:, None]
-    inner = np.linalg.inv(np.eye(n) - W * claim.low)
-    return np.block(
-        [[np.eye(k), np.zeros((k, n))],
-         [low * (inner @ U), low * (inner @ (W * width.T)) + np.diag(width[:, 0])]]
+    through, drive = (Enclosure(v.mid[:, s], v.radius[:, s]) for s in (slice(n), slice(n, None)))
+    own = Enclosure(np.diag(width.mid[:, 0]), np.diag(width.radius[:, 0]))
+    inequality = Inequality(
+        W=through, U=drive, C=C @ (low * through + own), D=D + C @ (low * drive),
+        Lambda=Enclosure(claim.Lambda[:, None]),
     )  # fmt: skip
+    return inequality.margin(claim.gamma) > 0
 
 
 def fewer_inputs(rows: Array) -> Array:

@@ -48,3 +48,11 @@ class Normalize(nn.Module):
         """Bound ‖fl(forward(x)) − forward(x)‖₂ per image: two roundings of at most u each."""
         unit = torch.finfo(x.dtype).eps / 2
         return 4 * unit * torch.linalg.vector_norm(self(x).flatten(1), dim=1)
+
+    def room(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch 2 channels height width"]:
+        """Bound how far each input can fall and rise, once normalised, by images in [0, 1]."""
+        exact = x.double()
+        room = torch.stack([exact, 1 - exact], dim=1).clamp_min(0) / self.std.double()
+        return room * (1 + 2.0**-50)

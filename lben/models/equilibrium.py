@@ -213,7 +213,7 @@ class EquilibriumClassifier(SingleLayerClassifier):
             found,
             v_error=found.v_error + 2 * rounding[:, None] * local.gains,
             logit_error=found.logit_error + proof.bound * rounding,
-            faces=(1.0 * (x <= 0) - 1.0 * (x >= 1)).double().flatten(1) if pixels else None,
+            room=self.normalize.room(x).flatten(2) if pixels else None,
         )
 
     @property

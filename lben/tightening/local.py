@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from lben.tightening.semidefinite import Program, minimise
 from lben.tightening.sided import Facts, tighten_sided
+from solvers import elimination
 
 WIDTH = 2.0**-12
-"""Of the narrowest interval of slopes: a narrower one needs a multiplier too large to prove."""
+"""Of the narrowest interval of slopes: where there is none, Λ shows nothing of z̃ to start from."""
 
 
 def widened(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,7 +30,7 @@ class LocalProgram:
     Note [Slopes become [0, 1] again]
     With z = low·v + (high − low)·z̃ the new unknown has slopes in [0, 1] in v, so that the program
     is the global one of W̃ = (I − W low)⁻¹ W (high − low), Ũ = (I − W low)⁻¹ U and outputs
-    C z + D x; Λ of the one is Λ̃ / (high − low)² of the other. With c = low + high − 2 low·high,
+    C z + D x. With c = low + high − 2 low·high,
     c z̃(z̃ − v) ≥ z(z − v) for all z̃ and v: the discriminant of the difference is
     −4 low (1 − low) high (1 − high). So cΛ shows of z̃ what Λ shows of z: the global multiplier is a
     start, and a local bound never above the global one.
@@ -60,9 +62,7 @@ class LocalProgram:
     def transformed(self) -> Program:
         """Return the program of z̃."""
         identity = torch.eye(len(self.W), dtype=self.W.dtype)
-        # One by one: LU of a batch of matrices above 149 rows fails with threads in PyTorch 2.5 to
-        # 2.13 (its issue 142815).
-        inner = torch.stack([torch.linalg.inv(identity - scaled) for scaled in self._scaled])
+        inner, _ = elimination.inverse(identity - self._scaled)
         through, drive = inner @ (self.W * self.width[:, None, :]), inner @ self.U
         low = self.low[:, :, None]
         return Program(
@@ -74,15 +74,11 @@ class LocalProgram:
     def _scaled(self) -> Float[Tensor, "batch n n"]:
         return self.W * self.low[:, None, :]
 
-    def multiplier(self, of_other: Tensor, gamma: Tensor) -> Float[Tensor, "batch n"]:
-        """Return Λ from what the program of z̃ found for γΛ̃."""
-        return of_other / (gamma[:, None] * self.width.square())
-
 
 def tighten_locally(
     problem: LocalProgram, *, gap: float = 1e-2, target: Float[Tensor, " batch"] | None = None
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch n"]]:
-    """Propose the least γ and its Λ for each of a batch of local problems.
+    """Propose the least γ and its Λ̃ for each of a batch of local problems.
 
     Args:
         problem: the batch.
@@ -90,43 +86,47 @@ def tighten_locally(
         target: stop at this γ, once it is reached or known to be out of reach.
 
     Returns:
-        γ (the target where that is reached) and Λ.
+        γ (the target where that is reached) and the multiplier of z̃.
     """
     squares = None if target is None else target.square()
     optimum = minimise(problem.transformed(), problem.start, gap=gap, target=squares)
     gamma = optimum.tau[:, 0].sqrt()
     if target is not None:
         gamma = torch.where(gamma <= target, target, gamma)
-    return gamma, problem.multiplier(optimum.multiplier, gamma)
+    return gamma, optimum.multiplier / gamma[:, None]
 
 
 def tighten_with_facts(
     problem: LocalProgram,
-    tangents: Float[Tensor, "batch n"],
-    faces: Float[Tensor, "batch k"],
+    lines: Sequence[tuple[float, Float[Tensor, "batch n"]]],
+    room: Float[Tensor, "batch 2 k"],
     target: Float[Tensor, " batch"],
-) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch n"], Float[Tensor, "batch n+k"]]:
-    """Propose γ, Λ and weights of facts: z ≥ sv in every unit, and inputs that stay on their side.
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch n"], Float[Tensor, "batch m"]]:
+    """Propose Λ̃ and weights of facts: z ≥ sv − o in every unit, and inputs with little room.
 
     Args:
-        problem: the batch, with one output each.
-        tangents: s, NaN where none is known.
-        faces: 1 for inputs that cannot fall, −1 for those that cannot rise, 0 for the others.
-        target: stop at this γ, once it is reached.
+        problem: the batch, with one output each, for inputs of at most unit length.
+        lines: s and o.
+        room: how far each input can fall and rise, infinite where that is not known.
+        target: stop at this bound, once it is reached.
 
     Returns:
-        γ (the target where that is reached), Λ, and the weights of tangents and of faces: the bound
-        is that of the output less the weighted facts.
+        The bound that is said to hold; the multiplier of z̃ for the output less the weighted facts;
+        the weights, of every unit for line after line, then of inputs that fall and that rise.
     """
-    program = problem.transformed()
-    less = torch.nan_to_num(problem.low - tangents)[:, :, None]
-    known = (~tangents.isnan()).to(less.dtype)
+    program, batch = problem.transformed(), len(target)
+    slopes = [problem.low[:, :, None] - s for s, _ in lines]
+    own = torch.diag_embed(problem.width)
+    n, k = program.U.shape[1:]
     facts = Facts(
-        of_inputs=less * program.U,
-        of_units=less * program.W + torch.diag_embed(known * problem.width),
-        faces=faces,
+        of_inputs=_joined([s * program.U for s in slopes], program.U.new_zeros(batch, 0, k)),
+        of_units=_joined([s * program.W + own for s in slopes], own.new_zeros(batch, 0, n)),
+        offsets=_joined([o for _, o in lines], target.new_zeros(batch, 0)),
+        room=room,
     )
-    found = tighten_sided(program, facts, problem.start, target.square())
-    gamma = found.tau.sqrt()
-    gamma = torch.where(gamma <= target, target, gamma)
-    return gamma, problem.multiplier(found.multiplier, gamma), found.weights
+    found = tighten_sided(program, facts, problem.start, target)
+    return found.bound, found.multiplier / found.gamma[:, None], found.weights
+
+
+def _joined(parts: list[Tensor], none: Tensor) -> Tensor:
+    return torch.cat([none, *parts], dim=1)

@@ -16,15 +16,14 @@ _NEAR = 0.5
 
 
 class Barrier(Protocol):
-    """Programs that minimise the sum of their first few variables, each with its barrier."""
-
-    @property
-    def costs(self) -> int:
-        """Variables whose sum is minimised; they come first."""
+    """Programs that minimise a linear objective, positive in the cone, each with its barrier."""
 
     @property
     def parameter(self) -> int:
-        """The barrier's parameter: at weight μ the sum is at most this many μ above its least."""
+        """The barrier's parameter: at weight μ the objective is at most this many μ too large."""
+
+    def objective(self, point: Float[Tensor, "batch m"]) -> Float[Tensor, " batch"]:
+        """Return what is minimised."""
 
     def select(self, index: Tensor) -> Self:
         """Return some programs of the batch."""
@@ -32,7 +31,7 @@ class Barrier(Protocol):
     def newton(
         self, point: Float[Tensor, "batch m"], weight: Float[Tensor, " batch"]
     ) -> tuple[Float[Tensor, "batch m"], Float[Tensor, " batch"]]:
-        """Return Newton's direction for the sum divided by μ plus the barrier, and the decrement.
+        """Return Newton's direction for the objective ÷ μ plus the barrier, and the decrement.
 
         A decrement that is not finite ends the program where it stands.
         """
@@ -40,12 +39,12 @@ class Barrier(Protocol):
     def value(
         self, point: Float[Tensor, "batch m"], weight: Float[Tensor, " batch"]
     ) -> Float[Tensor, " batch"]:
-        """Return the sum divided by μ plus the barrier; infinite where it is not feasible."""
+        """Return the objective ÷ μ plus the barrier; infinite where it is not feasible."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class End:
-    """Where the path was left: strictly feasible, at most `gap` above the least sum (relative)."""
+    """Where the path was left: strictly feasible, at most `gap` (relative) above the minimum."""
 
     point: Float[Tensor, "batch m"]
     gap: Float[Tensor, " batch"]
@@ -68,14 +67,14 @@ def follow(
     Args:
         program: the batch.
         start: a point for each.
-        gap: relative accuracy of the sum.
-        target: a value of the sum; a program leaves once it is reached, or known to be out of
+        gap: relative accuracy of the objective.
+        target: a value of the objective; a program leaves once it is reached, or known to be out of
             reach.
         max_steps: of Newton's method.
     """
-    point, costs = start.clone(), program.costs
+    point = start.clone()
     active = torch.arange(len(point), device=point.device)
-    weight = point[:, :costs].sum(1) / program.parameter
+    weight = program.objective(point) / program.parameter
     reached = torch.full_like(weight, torch.inf)
     steps = 0
     while len(active) and steps < max_steps:
@@ -86,7 +85,7 @@ def follow(
         length = _length(part, here, mu, direction, decrement)
         point[active] = here + length[:, None] * direction
         near = decrement * (1 - length).clamp_min(decrement) < _NEAR
-        value = point[active][:, :costs].sum(1)
+        value = part.objective(point[active])
         closed = mu * program.parameter * 1.5 / value
         reached[active] = torch.where(near, closed, reached[active])
         weight[active] = torch.where(near, mu * _REDUCTION, mu)

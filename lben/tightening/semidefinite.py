@@ -23,7 +23,8 @@ Everything here proposes; `lben.certificates` proves.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -47,6 +48,7 @@ class Program:
         per_input: whether τ has a number per input instead of one for all.
         facts: f × (p + n), for q = 1 and one τ: F(x, z) ≥ 0 is known, so the output less wᵀF falls
             no slower than the output itself, for every w ≥ 0, and w is optimised with the rest.
+        prices: f numbers ≥ 0: what w adds to the objective, per unit.
     """
 
     W: Float[Tensor, "batch n n"]
@@ -55,6 +57,7 @@ class Program:
     D: Float[Tensor, "batch q p"]
     per_input: bool = False
     facts: Float[Tensor, "batch f N"] | None = None
+    prices: Float[Tensor, "batch f"] | None = None
 
     def reduced(self) -> Program:
         """Return the same programs with p ≤ n + q inputs, in an orthonormal basis of U and D.
@@ -69,10 +72,9 @@ class Program:
 
     def select(self, index: Tensor) -> Program:
         """Return some programs of the batch."""
-        return Program(
-            W=self.W[index], U=self.U[index], C=self.C[index], D=self.D[index],
-            per_input=self.per_input, facts=None if self.facts is None else self.facts[index],
-        )  # fmt: skip
+        tensors = {k: t for k, t in vars(self).items() if isinstance(t, Tensor)}
+        parts: dict[str, Any] = {name: tensor[index] for name, tensor in tensors.items()}
+        return replace(self, **parts)
 
     @property
     def costs(self) -> int:
@@ -97,6 +99,12 @@ class Program:
         end = self.costs + self.W.shape[-1]
         return point[:, : self.costs], point[:, self.costs : end], point[:, end:]
 
+    def objective(self, point: Tensor) -> Float[Tensor, " batch"]:
+        """Return Στ, and what the facts in use cost."""
+        tau, _, w = self.split(point)
+        total = tau.sum(1)
+        return total if self.prices is None else total + (self.prices * w).sum(1)
+
     def outputs(self, w: Tensor) -> Float[Tensor, "batch q N"]:
         """Return (D, C), less what the facts take off."""
         outputs = torch.cat([self.D, self.C], dim=2)
@@ -115,9 +123,9 @@ class Program:
         return M
 
     def value(self, point: Tensor, weight: Tensor) -> Float[Tensor, " batch"]:
-        """Return Στ/μ − log det M − Σ log λ − Σ log w, infinite outside the cone."""
+        """Return objective/μ − log det M − Σ log λ − Σ log w, infinite outside the cone."""
         inside = (point > 0).all(1)
-        value = point[:, : self.costs].sum(1) / weight + log_barrier(self.matrix(point))
+        value = self.objective(point) / weight + log_barrier(self.matrix(point))
         return torch.where(inside, value - point[:, self.costs :].log().sum(1), torch.inf)
 
     def newton(self, point: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +157,8 @@ class Program:
             to_lam = 2 * (z[:, :, p:].mT * (c @ ZF) + (c @ z.mT) * ZF[:, p:])
             to_tau = 2 * z[:, :, :p] @ ZF[:, :p]
             idle = (self.facts == 0).all(2)  # nothing known of a unit: its w stays where it is
-            gradient_w = torch.where(idle, 0.0, -2 * zF[:, 0] - 1 / w)
+            price = 0.0 if self.prices is None else self.prices / weight[:, None]
+            gradient_w = torch.where(idle, 0.0, price - 2 * zF[:, 0] - 1 / w)
             gradient = torch.cat([gradient, gradient_w], dim=1)
             hessian = _bordered(hessian, torch.cat([to_tau, to_lam], dim=1).mT, own)
         return ended(solved(hessian, gradient), gradient)
@@ -167,7 +176,7 @@ def _bordered(first: Tensor, border: Tensor, last: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Optimum:
-    """What was found: strictly feasible, and at most `gap` above the least Στ (relative)."""
+    """What was found: strictly feasible, and at most `gap` (relative) above the minimum."""
 
     tau: Float[Tensor, "batch k"]
     multiplier: Float[Tensor, "batch n"]
@@ -192,8 +201,9 @@ def minimise(
     Args:
         program: the matrices.
         multiplier: λ up to a common factor, one row per program.
-        gap: relative accuracy of Στ.
-        target: a value of Στ; a program leaves once it is reached, or known to be out of reach.
+        gap: relative accuracy of the objective, Στ unless facts have a price.
+        target: a value of the objective; a program leaves once it is reached, or known to be out
+            of reach.
         max_steps: of Newton's method.
 
     Returns:

@@ -1,5 +1,5 @@
 """What is compiled for this machine's processor, and is it there?"""
 
-from solvers.compiled.library import Build, build, status
+from solvers.compiled.kernels import Build, build, status
 
 __all__ = ["Build", "build", "status"]

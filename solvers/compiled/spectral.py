@@ -13,7 +13,7 @@ from jaxtyping import Complex
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from solvers.compiled.library import build
+from solvers.compiled.kernels import build
 
 _KINDS = {torch.complex64: "float", torch.complex128: "double"}
 _LEAF = 16
@@ -84,9 +84,9 @@ def _inverses(A: Complex[Tensor, "f c c"]) -> Complex[Tensor, "f c c"]:
 
 
 def _call(name: str, inputs: tuple[Tensor, ...], sizes: tuple[int, ...], out: Tensor) -> None:
-    library = build().library
-    assert library is not None
-    function = getattr(library, f"lben_{name}_{_KINDS[out.dtype]}")
+    kernels = build().kernels
+    assert kernels is not None
+    function = getattr(kernels, f"lben_{name}_{_KINDS[out.dtype]}")
     counts = map(ctypes.c_int64, (*sizes, torch.get_num_threads()))
     addresses = [ctypes.c_void_p(t.data_ptr()) for t in (*inputs, out)]
     if function(*addresses[:-1], *counts, addresses[-1]) != 0:
@@ -104,7 +104,7 @@ def _can_compile(*tensors: Tensor) -> bool:
             tensor.data_ptr()
         except RuntimeError:  # a function transform hides them
             return False
-    return build().library is not None
+    return build().kernels is not None
 
 
 def _written(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@
 // sigma is positively homogeneous here: each sample is solved in a unit of its own, the power of two
 // below its largest |v|, so that no sum of squares overflows or vanishes.
 //
-// Built once per machine by solvers/compiled/library.py; plain C interface, no headers of torch.
+// Built once per machine by solvers/compiled/kernels.py; plain C interface, no headers of torch.
 
 #include <algorithm>
 #include <atomic>

@@ -82,12 +82,12 @@ def supports(problem: Inclusion) -> str | None:
     except RuntimeError:
         return "a function transform (torch.func) hides the memory of its tensors"
     result = build()
-    return None if result.library is not None else result.message
+    return None if result.kernels is not None else result.message
 
 
 def run(problem: Inclusion, iteration: Iteration, request: Request) -> Outcome:
     """Solve a flat problem that `supports` accepts."""
-    library = _library()
+    kernels = _kernels()
     operator, v = problem.operator, _plain(problem.bias)
     assert isinstance(operator, DenseOperator)
     prepared = operator.memo(("compiled", iteration.map), lambda: _prepare(operator, iteration))
@@ -108,7 +108,7 @@ def run(problem: Inclusion, iteration: Iteration, request: Request) -> Outcome:
         z=z.data_ptr(), residual=residual.data_ptr(), steps=steps.data_ptr(),
         checks=checks.data_ptr(),
     )  # fmt: skip
-    if getattr(library, f"lben_solve_{_KINDS[v.dtype]}")(ctypes.byref(arguments)) != 0:
+    if getattr(kernels, f"lben_solve_{_KINDS[v.dtype]}")(ctypes.byref(arguments)) != 0:
         raise MemoryError(f"the compiled loop found no memory for {operator.n} units")
     return Outcome(
         value=z, residual=residual, steps=(steps + done).clamp_max(request.max_steps),
@@ -145,10 +145,10 @@ def _prepare(operator: DenseOperator, iteration: Iteration) -> _Prepared:
 
 def _pack(matrix: Tensor) -> Tensor:
     """Return the columns of a matrix in the panels that the compiled product reads in order."""
-    library, kind, n = _library(), _KINDS[matrix.dtype], matrix.shape[0]
-    lanes = getattr(library, f"lben_lanes_{kind}")()
+    kernels, kind, n = _kernels(), _KINDS[matrix.dtype], matrix.shape[0]
+    lanes = getattr(kernels, f"lben_lanes_{kind}")()
     packed = matrix.new_empty(n * (n + -n % lanes))
-    getattr(library, f"lben_pack_{kind}")(
+    getattr(kernels, f"lben_pack_{kind}")(
         ctypes.c_void_p(matrix.data_ptr()),
         *map(ctypes.c_int64, (*matrix.stride(), n, torch.get_num_threads())),
         ctypes.c_void_p(packed.data_ptr()),
@@ -175,7 +175,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _library() -> ctypes.CDLL:
+def _kernels() -> ctypes.CDLL:
     result: Build = build()
-    assert result.library is not None, result.message
-    return result.library
+    assert result.kernels is not None, result.message
+    return result.kernels

@@ -12,6 +12,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from solvers import elimination
 from solvers.activations import Step
 from solvers.compiled import spectral
 from solvers.operators.base import (
@@ -262,7 +263,7 @@ class ConvolutionOperator(LinearOperator):
         coarse = Torus(self.torus.channels, *(min(size, points) for size in self.image))
         symbols = -coarse.symbols(self.kernel.detach())
         symbols.diagonal(dim1=1, dim2=2).add_(1)
-        return _log_determinant(_lu_factor(symbols)[0], coarse) / coarse.n
+        return _log_determinant(elimination.factors(symbols)[0], coarse) / coarse.n
 
     def solve(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Return (I − W)⁻¹x."""
@@ -275,7 +276,7 @@ class ConvolutionOperator(LinearOperator):
         """Return the LU factors of I − Ŵ(ω) for W as first given."""
 
         def factor() -> tuple[Tensor, Tensor]:
-            return _lu_factor(self._shifted())
+            return elimination.factors(self._shifted())
 
         return self.memo("lu", factor)
 
@@ -288,7 +289,7 @@ class ConvolutionOperator(LinearOperator):
         A.diagonal(dim1=1, dim2=2).add_(1)
         inverse = spectral.inverses(A)
         if not _is_finite(inverse):  # without pivots, which only a monotone W can spare
-            inverse, info = torch.linalg.inv_ex(A)
+            inverse, info = elimination.inverse(A)
             if bool(info.any()) or not _is_finite(inverse):
                 raise singular(step)
         return ConvolutionResolvent(self.torus, inverse, step)
@@ -338,19 +339,6 @@ class ConvolutionOperator(LinearOperator):
         slack = 8 * terms * torch.finfo(torch.float64).eps * size
         m = float(torch.linalg.eigvalsh(0.5 * (H + H.mH))[:, 0].amin()) - slack
         return Constants(m=m, L=float(torch.linalg.matrix_norm(H, 2).amax()) + slack)
-
-
-def _lu_factor(A: Complex[Tensor, "f c c"]) -> tuple[Tensor, Tensor]:
-    """Return LU factors and pivots of many matrices.
-
-    One by one where they are large: PyTorch 2.5 to 2.13 factors a batch of matrices above 149 rows
-    in threads that disturb each other on a CPU (its issue 142815).
-    """
-    if A.device.type != "cpu" or A.shape[-1] < 128:
-        lu, pivots, _ = torch.linalg.lu_factor_ex(A)
-        return lu, pivots
-    factors = [torch.linalg.lu_factor_ex(a) for a in A]
-    return torch.stack([f.LU for f in factors]), torch.stack([f.pivots for f in factors])
 
 
 def _is_finite(symbols: Complex[Tensor, "f c c"]) -> bool:

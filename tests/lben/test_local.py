@@ -80,7 +80,7 @@ def test_local_certificates_are_not_far_from_attacks():
     assert sum(broken) > 10
 
 
-def test_tangents_enlarge_radii_that_withstand_attacks():
+def test_lines_enlarge_radii_that_withstand_attacks():
     """Nothing but σ is one-sided here: the inputs may go anywhere."""
     net = model(3)
     x = torch.rand(60, 1, 4, 4, dtype=torch.float64)
@@ -100,37 +100,50 @@ def test_tangents_enlarge_radii_that_withstand_attacks():
 
 
 @pytest.mark.parametrize("activation", [ReLU(), LeakyReLU(0.3)])
-def test_tangents_are_below(activation):
+def test_lines_are_below(activation):
     v = torch.linspace(-2, 2, 41, dtype=torch.float64)
-    s = activation.tangent(v, torch.full_like(v, 0.15))
-    assert torch.equal(s.isnan(), v.abs() <= 0.15)
-    for p in (v - 0.15, v + 0.15):
-        for t in torch.linspace(-3, 3, 31, dtype=torch.float64):
-            below = activation(p + t) >= activation(p) + s * t - 1e-12
-            assert bool((below | s.isnan()).all())
-    assert Tanh().tangent(v, 0 * v).isnan().all()
+    lines = activation.lines_below(v, torch.full_like(v, 0.15))
+    touched = torch.zeros_like(v)
+    for s, o in lines:
+        assert torch.equal(o == 0, v > 0.15 if s == 1 else v < -0.15)
+        for p in (v - 0.15, v + 0.15):
+            for t in torch.linspace(-3, 3, 31, dtype=torch.float64):
+                room = activation(p + t) - (activation(p) + s * t - o)
+                assert float(room.min()) >= -1e-15
+                touched += room < 1e-13
+    assert len(lines) == 2
+    assert bool((touched > 0).all())
+    assert Tanh().lines_below(v, 0 * v) == ()
 
 
 def test_weights_of_facts_are_not_trusted(monkeypatch):
-    """Negative weights, and weights of tangents that are not known, would show anything."""
+    """Weights of the wrong sign, of nothing known, or without their price would show anything."""
     eye = torch.eye(2, dtype=torch.float64)
-    weights = ExplicitWeights(
-        W=0 * eye, U=eye, b=torch.full((2,), 9.0).double(),
-        C=torch.tensor([[0.0, 0.0], [4.0, 4.0]]).double(), D=None,
-        b_y=torch.tensor([1.0, 0.0]).double(), Lambda=torch.ones(2).double(), gamma=None,
-    )  # fmt: skip
-    local = LocalCertificate(weights, ReLU())
-    anchors = Anchors(
-        v=9 + 0 * eye[:1], v_error=20 + 0 * eye[:1], logits=torch.tensor([[1.0, 0.0]]).double(),
-        logit_error=torch.zeros(1).double(), faces=torch.ones(1, 2).double(),
-    )  # fmt: skip
-    for bad in ([0.0, 0.0, -4.0, -4.0], [-4.0, -4.0, 0.0, 0.0], [4.0, 4.0, 0.0, 0.0], 4 * [np.nan]):
-        proposal = torch.tensor([bad]).double()
+    zero, much = 0 * eye, 4.0 * torch.tensor([[0.0, 0.0], [1.0, 1.0]]).double()
+
+    def shows(place, value, C, D, rise=1.0):
+        """y = (1, 0) at x = 0, and z = max(x, 0): the label changes within 0.2."""
+        weights = ExplicitWeights(
+            W=zero, U=eye, b=zero[0], C=C, D=D, b_y=eye[0], Lambda=eye.sum(0), gamma=None
+        )
+        room = torch.tensor([[[0.0, 0.0], [rise, rise]]]).double()
+        anchors = Anchors(
+            v=zero[:1], v_error=zero[:1], logits=eye[:1], logit_error=zero[0, :1], room=room
+        )
+        proposal = torch.zeros(1, 8).double()
+        proposal[:, place : place + 2] = value
         monkeypatch.setattr(
             "lben.local.tighten_with_facts",
-            lambda problem, tangents, faces, target, w=proposal: (target, 0 * eye[:1] + 0.1, w),
+            lambda problem, lines, room, target: (target, 0.1 + zero[:1], proposal),
         )
-        assert not bool(local.certifies(anchors, torch.tensor([0]), 1.0))
+        return bool(LocalCertificate(weights, ReLU()).certifies(anchors, torch.tensor([0]), 1.0))
+
+    assert not shows(0, -4.0, much, None)
+    assert not shows(4, -4.0, zero, much)
+    assert shows(6, 4.0, zero, much, rise=0.1)  # as it should: x cannot rise further
+    for value in (4.0, np.nan, -np.inf, np.inf):
+        assert not shows(6, value, zero, much)
+        assert not shows(6, value, zero, much, rise=np.inf)
 
 
 def test_radii_that_are_not_numbers_are_refused(case):
@@ -141,19 +154,24 @@ def test_radii_that_are_not_numbers_are_refused(case):
     assert not bool(local.certifies(anchors, labels, float("inf")).any())
 
 
-def test_training_on_does_not_change_a_proof(case):
-    net, _, labels, local, anchors, start = case
-    held = local.certifies(anchors, labels, 1.3 * start)
+def test_training_on_does_not_change_a_proof():
+    torch.manual_seed(0)
+    layer = EquilibriumLinear(4, 5, 3, gamma=2.0, dtype=torch.float64)
+    local = LocalCertificate(layer.weights(), ReLU())
+    v, logits = torch.randn(20, 5).double(), torch.randn(20, 3).double()
+    anchors = Anchors(v=v, v_error=0 * v, logits=logits, logit_error=0 * v[:, 0])
+    held = local.certifies(anchors, logits.argmax(1), 0.5)
+    assert 0 < int(held.sum()) < 20
     with torch.no_grad():
-        for parameter in net.parameters():
+        for parameter in layer.parameters():
             parameter.mul_(0.0)
-    assert torch.equal(local.certifies(anchors, labels, 1.3 * start), held)
+    assert torch.equal(local.certifies(anchors, logits.argmax(1), 0.5), held)
 
 
-def test_faces_without_facts_are_refused(case):
+def test_room_without_facts_is_refused(case):
     _, _, labels, local, anchors, start = case
-    faced = dataclasses.replace(anchors, faces=torch.zeros(60, 16, dtype=torch.float64))
-    with pytest.raises(ValueError, match="faces are facts"):
+    faced = dataclasses.replace(anchors, room=torch.zeros(60, 2, 16, dtype=torch.float64))
+    with pytest.raises(ValueError, match="room is a fact"):
         local.certifies(faced, labels, start, facts=False)
 
 
@@ -184,7 +202,7 @@ def test_images_that_stay_in_their_range_have_larger_radii(case):
         assert not bool(broken.any())
 
 
-def test_faces_help_exactly_where_they_should():
+def test_room_helps_exactly_where_it_should():
     """y = (1, 4(x₁ − x₂)) at x = 0: without x₁ rising or x₂ falling the label cannot change."""
     eye = torch.eye(2, dtype=torch.float64)
     weights = ExplicitWeights(
@@ -196,18 +214,22 @@ def test_faces_help_exactly_where_they_should():
     v, y = 9 + 0 * eye[:1], torch.tensor([[1.0, 0.0]]).double()
     label, distance = torch.tensor([0]), 1 / 32**0.5
 
-    def held(faces, radius):
-        anchors = Anchors(v=v, v_error=0 * v, logits=y, logit_error=0 * v[:, 0], faces=faces)
+    def held(radius, fall=(np.inf, np.inf), rise=(np.inf, np.inf)):
+        room = torch.tensor([[fall, rise]]).double()
+        anchors = Anchors(v=v, v_error=0 * v, logits=y, logit_error=0 * v[:, 0], room=room)
         return bool(local.certifies(anchors, label, radius))
 
-    free = torch.zeros(1, 2).double()
-    assert held(None, 0.97 * distance)
-    for faces in (None, free, torch.tensor([[1.0, -1.0]]).double()):
-        assert not held(faces, 1.03 * distance)
-    away = torch.tensor([[-1.0, 1.0]]).double()
-    assert held(away, 2 * distance)
-    assert held(torch.tensor([[-1.0, 0.0]]).double(), 1.2 * distance)
-    assert not held(torch.tensor([[-1.0, 0.0]]).double(), 1.45 * distance)
+    free = Anchors(v=v, v_error=0 * v, logits=y, logit_error=0 * v[:, 0])
+    for radius in (0.97 * distance, 1.03 * distance):
+        assert bool(local.certifies(free, label, radius)) == held(radius) == (radius < distance)
+    assert not held(1.03 * distance, fall=(0, np.inf), rise=(np.inf, 0))
+    assert held(2 * distance, fall=(np.inf, 0), rise=(0, np.inf))
+    assert held(1.2 * distance, rise=(0, np.inf))
+    assert not held(1.45 * distance, rise=(0, np.inf))
+    # With x₁ ≤ 0.05 the boundary is at x = (0.05, −0.2).
+    away = (0.05**2 + 0.2**2) ** 0.5
+    assert held(0.97 * away, rise=(0.05, np.inf))
+    assert not held(1.03 * away, rise=(0.05, np.inf))
 
 
 def test_errors_of_the_anchor_cost_radius(case):
@@ -291,20 +313,3 @@ def test_what_local_proofs_need_is_said():
     weights = net.layer.weights()
     with pytest.raises(CertificateError, match="not positive definite"):
         LocalCertificate(dataclasses.replace(weights, W=9 * weights.W.abs()), ReLU())
-
-
-def test_many_large_problems_at_once():
-    """Batched LU factorizations of PyTorch fail here where several threads run."""
-    torch.manual_seed(0)
-    n = 160
-    weights = EquilibriumLinear(4, n, 2, gamma=2.0, dtype=torch.float64).weights().to(torch.float64)
-    low, high = (
-        torch.full((2, 3, n), 0.5, dtype=torch.float64) + torch.tensor([-0.4, 0.4])[:, None, None]
-    )
-    problem = LocalProgram(
-        W=weights.W, U=weights.U.expand(3, -1, -1), C=weights.C.expand(3, -1, -1),
-        D=torch.zeros(3, 2, 4, dtype=torch.float64), Lambda=weights.Lambda, low=low, high=high,
-    )  # fmt: skip
-    W = problem.transformed().W
-    wanted = (torch.eye(n) - weights.W * low[0]) @ W[0]
-    torch.testing.assert_close(wanted, weights.W * 0.8, rtol=0, atol=1e-7)

@@ -15,6 +15,7 @@ from lben.rigorous import (
     largest_eigenvalue_bound,
     norm_bound,
     smallest_eigenvalue_bound,
+    solve,
     up,
 )
 
@@ -35,6 +36,41 @@ def contains(enclosure: Enclosure, truth: flint.fmpq_mat) -> bool:
         for i in range(rows)
         for j in range(columns)
     )
+
+
+def hilbert(n: int) -> np.ndarray:
+    return 1.0 / (np.arange(n)[:, None] + np.arange(n) + 1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 9])
+def test_solutions_of_hard_systems_are_enclosed(n):
+    """Condition numbers up to 1e12."""
+    A, B = hilbert(n), np.random.default_rng(n).normal(size=(n, 3))
+    found = solve(Enclosure(A), Enclosure(B))
+    assert contains(found, rational(A).inv() * rational(B))
+    assert (found.radius <= 1e-14 * np.linalg.cond(A) * np.abs(found.mid).max()).all()
+
+
+def test_solutions_of_all_matrices_in_an_enclosure_are_enclosed():
+    """The extremes of a scalar are reached: nothing is left out."""
+    for radius in (0.1, 0.3):
+        found = solve(Enclosure([[1.0]], np.array([[radius]])), Enclosure([[1.0]]))
+        for a in (1 - radius, 1.0, 1 + radius):
+            assert abs(1 / a - found.mid[0, 0]) <= found.radius[0, 0] * (1 + 1e-15)
+        assert found.radius[0, 0] <= 2 * radius
+    rng = np.random.default_rng(0)
+    A, B = np.eye(6) + 0.1 * rng.normal(size=(6, 6)), rng.normal(size=(6, 2))
+    wide = np.full_like(A, 0.02)
+    found = solve(Enclosure(A, wide), Enclosure(B))
+    for _ in range(200):
+        truth = np.linalg.solve(A + wide * rng.choice([-1, 1], size=A.shape), B)
+        assert (np.abs(truth - found.mid) <= found.radius).all()
+
+
+@pytest.mark.parametrize("A", [np.zeros((2, 2)), np.ones((3, 3)), hilbert(16)])
+def test_singular_systems_are_refused(A):
+    with pytest.raises(ValueError, match=r"[Ss]ingular"):
+        solve(Enclosure(A), Enclosure(np.eye(len(A))))
 
 
 def is_positive_definite(a: flint.fmpq_mat) -> bool:

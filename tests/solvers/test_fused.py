@@ -17,11 +17,11 @@ from solvers import (
     compiled,
     solve,
 )
-from solvers.compiled import library
+from solvers.compiled import kernels
 from tests.problems import monotone_operator, random_inclusion
 
 pytestmark = pytest.mark.skipif(
-    library.build().library is None, reason=f"no compiled kernels here: {compiled.status()}"
+    kernels.build().kernels is None, reason=f"no compiled kernels here: {compiled.status()}"
 )
 METHODS = [PeacemanRachford, DouglasRachford, ForwardBackward]
 
@@ -182,8 +182,8 @@ def test_without_a_compiler_every_solve_runs_in_torch_and_says_so(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    result = library.build.__wrapped__()
-    assert result.library is None
+    result = kernels.build.__wrapped__()
+    assert result.kernels is None
     monkeypatch.setattr("solvers.fused.loop.build", lambda: result)
     problem = random_inclusion()
     assert solve(problem).stats.loop == "torch"
@@ -196,8 +196,8 @@ def test_without_a_home_every_solve_runs_in_torch(monkeypatch):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(library.Path, "home", no_home)
-    assert library.build.__wrapped__().message.endswith(
+    monkeypatch.setattr(kernels.Path, "home", no_home)
+    assert kernels.build.__wrapped__().message.endswith(
         "no compiled kernels: Could not determine home directory."
     )
 

@@ -14,6 +14,7 @@ from solvers import (
     LowRankUpdate,
     ZeroOperator,
 )
+from solvers.compiled import spectral
 from tests.problems import (
     SpectralConvolution,
     block_triangular_operator,
@@ -136,7 +137,9 @@ def test_resolvents_are_factored_once(build, dtype, monkeypatch):
     steps_ = steps(W)
     for step in steps_:
         W.T.resolvent(step)
-    monkeypatch.setattr(torch.linalg, "inv_ex", lambda A: pytest.fail("factored twice"))
+    for owner in (torch.linalg, spectral):
+        name = "inverses" if owner is spectral else "inv_ex"
+        monkeypatch.setattr(owner, name, lambda A: pytest.fail("factored twice"))
     for step in steps_:
         W.resolvent(step)
         W.rebuild(tuple(t.clone() for t in W.tensors)).T.resolvent(step)

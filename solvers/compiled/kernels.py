@@ -2,7 +2,7 @@
 
 On first use the sources beside this file are compiled for the processor that runs them, by the C++
 compiler that $CXX names, with arguments if any, or else c++, g++ or clang++; about three seconds,
-once per machine, processor and version. The library is kept in $XDG_CACHE_HOME/lben (by default
+once per machine, processor and version. They are kept in $XDG_CACHE_HOME/lben (by default
 ~/.cache/lben). Without a compiler every solve runs in PyTorch, which returns the same to rounding;
 `status()` says which it is and why, and each solution names the loop that ran.
 """
@@ -35,11 +35,11 @@ class Build:
     """Outcome of a build.
 
     Attributes:
-        library: the loaded library; None when there is none.
-        message: where it lies, or why there is none.
+        kernels: loaded; None when there are none.
+        message: where they lie, or why there are none.
     """
 
-    library: ctypes.CDLL | None
+    kernels: ctypes.CDLL | None
     message: str
 
 
@@ -83,7 +83,7 @@ def _cache() -> Path:
 
 
 def _fingerprint(compiler: list[str]) -> str:
-    """Return a name for these sources, this compiler and processor: the library depends on all."""
+    """Return a name for these sources, this compiler and processor: all shape the kernels."""
     command = shlex.join([*compiler, *_FLAGS])
     version = _run([*compiler, "--version"])
     sources = [path.read_text("utf-8") for path in (*_SOURCES, *sorted(_FOLDER.glob("*.h")))]
@@ -103,8 +103,8 @@ def _compile(compiler: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         fresh = Path(folder) / path.name
         _run([*compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(fresh)])
-        library = fresh.read_bytes()
-        fresh.write_bytes(library + hashlib.sha256(library).digest())  # loaders ignore what follows
+        kernels = fresh.read_bytes()
+        fresh.write_bytes(kernels + hashlib.sha256(kernels).digest())  # loaders ignore what follows
         fresh.replace(path)  # atomic: two processes may build at once
 
 

@@ -167,8 +167,7 @@ def _identity(size: int, value: float = 1.0) -> Enclosure:
 def _smallest(matrix: Array) -> float:
     if not np.isfinite(matrix).all():
         return -math.inf
-    last = [0, 0]
-    return float(scipy.linalg.eigh(matrix, eigvals_only=True, subset_by_index=last)[0])
+    return float(np.linalg.eigvalsh(matrix)[0])
 
 
 def _feedthrough(D: Array) -> Enclosure | float:

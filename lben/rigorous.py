@@ -83,12 +83,21 @@ class Enclosure:
 
     @property
     def magnitude(self) -> Array:
-        """Upper bound of |entry|."""
-        return (np.abs(self.mid) + self.radius) * (1 + 2 * UNIT)
+        """Upper bound of |entry|, a fresh array."""
+        size = np.abs(self.mid)
+        size += self.radius
+        size *= 1 + 2 * UNIT
+        return size
 
     def _result(self, mid: Array, radius: Array, operations: int) -> Enclosure:
-        # One rounding of the new midpoint, then the roundings of the radius itself.
-        radius = (radius + UNIT * np.abs(mid) + 4 * _TINY) * (1 + (operations + 6) * 2 * UNIT)
+        """Return a result with the radius given, which is overwritten, and its own rounding."""
+        # One rounding of the new midpoint, then the roundings of the radius itself; in place, for
+        # passes over large matrices are what a proof spends most of its time on.
+        rounding = np.abs(mid)
+        rounding *= UNIT
+        radius += rounding
+        radius += 4 * _TINY
+        radius *= 1 + (operations + 6) * 2 * UNIT
         return Enclosure(mid, radius)
 
     def __add__(self, other: Enclosure) -> Enclosure:
@@ -102,7 +111,9 @@ class Enclosure:
 
     def __mul__(self, other: Enclosure) -> Enclosure:
         """Entrywise product, with broadcasting."""
-        radius = self.magnitude * other.radius + self.radius * np.abs(other.mid)
+        radius = self.magnitude * other.radius
+        if self.radius.any():
+            radius += self.radius * np.abs(other.mid)
         return self._result(self.mid * other.mid, radius, 4)
 
     def __truediv__(self, scalar: float) -> Enclosure:
@@ -118,7 +129,8 @@ class Enclosure:
             radius += np.multiply.outer(norms_up(self.radius, 1), columns)
         if other.radius.any():
             radius += np.multiply.outer(norms_up(self.magnitude, 1), norms_up(other.radius, 0))
-        radius = (radius + (2 * k + 4) * _TINY) * (1 + 16 * UNIT)
+        radius += (2 * k + 4) * _TINY
+        radius *= 1 + 16 * UNIT
         return Enclosure(self.mid @ other.mid, radius)
 
     def sqrt(self) -> Enclosure:

@@ -61,15 +61,15 @@ class Splitting(Method):
 
 
 # Note [When to look]
-# A check costs one product and a host synchronisation. The first comes after _FIRST_CHECK steps;
+# A check costs one product and a host synchronisation. The first comes after FIRST_CHECK steps;
 # from two residuals, the first of them 1 at the start, the rate predicts where the slowest sample
 # will pass, and the next check is put there, but never at more than twice the steps done so far.
 # Finished samples leave when at least half of the batch is done: below that, gathering costs more
 # than it saves. The loop stops early when the worst residual has not halved while the steps grew by
-# a quarter and 64, and is within _STALL roundoffs or the rounding of v explains it.
-_FIRST_CHECK = 4
+# a quarter and 64, and is within STALL roundoffs or the rounding of v explains it.
+FIRST_CHECK = 4
 _LEAVE_SHARE = 0.5
-_STALL = 4096
+STALL = 4096
 
 
 def drive(problem: Inclusion, method: Splitting, request: Request) -> Outcome:
@@ -85,8 +85,8 @@ def drive(problem: Inclusion, method: Splitting, request: Request) -> Outcome:
 
     state = method.init(problem, request.z0)
     done_steps, checks, worst_before, steps_before = 0, 0, 1.0, 0
-    stall, limit = _Stall(), _STALL * torch.finfo(problem.bias.dtype).eps
-    next_check = min(_FIRST_CHECK, max_steps)
+    stall, limit = _Stall(), STALL * torch.finfo(problem.bias.dtype).eps
+    next_check = min(FIRST_CHECK, max_steps)
     finished = torch.zeros(samples, dtype=torch.bool, device=device)
     while True:
         while done_steps < next_check:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 OnFailure = Literal["warn", "raise"]
-Loop = Literal["torch", "compiled"]
+Loop = Literal["torch", "compiled", "device"]
 
 
 class Status(enum.Enum):

@@ -1,5 +1,6 @@
 """Every test runs seeded, deterministic, on one thread, with warnings as errors (pyproject)."""
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -10,6 +11,8 @@ hypothesis.settings.register_profile("lben", deadline=None, max_examples=30, der
 hypothesis.settings.load_profile("lben")
 
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels for the device run here, slowly
 torch.set_num_threads(1)  # the problems are small: a second thread only waits
 
 

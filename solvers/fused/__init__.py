@@ -1,5 +1,24 @@
-"""A splitting's loop in one piece, where there is one for the problem."""
+"""A splitting's loop in one piece, where there is one for the problem: CPU or CUDA device."""
 
-from solvers.fused.loop import Iteration, run, supports
+from types import ModuleType
+
+from solvers.fused import device, loop
+from solvers.fused.iteration import Iteration
+from solvers.inclusion import Inclusion
+from solvers.method import Outcome, Request
 
 __all__ = ["Iteration", "run", "supports"]
+
+
+def supports(problem: Inclusion) -> str | None:
+    """Return why no fused loop can solve this problem, or None when one can."""
+    return _backend(problem).supports(problem)
+
+
+def run(problem: Inclusion, iteration: Iteration, request: Request) -> Outcome:
+    """Solve a flat problem that `supports` accepts."""
+    return _backend(problem).run(problem, iteration, request)
+
+
+def _backend(problem: Inclusion) -> ModuleType:
+    return device if problem.bias.device.type == "cuda" else loop

@@ -13,42 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from solvers.activations import (
-    PIECEWISE_LINEAR,
-    LeakyReLU,
-    LinearSlope,
-    ProximalActivation,
-    Step,
-)
+from solvers.activations import PIECEWISE_LINEAR
 from solvers.compiled import Build, build
+from solvers.fused.iteration import Iteration, coefficients, plain
 from solvers.inclusion import Inclusion
 from solvers.method import Outcome, Request
-from solvers.operators import DenseOperator, Map
+from solvers.operators import DenseOperator
 from solvers.operators.dense import DenseMap
 
 _KINDS = {torch.float32: "float", torch.float64: "double"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Iteration:
-    """One splitting as the compiled loop runs it: x ← (1 − θ)x + θ(s + ρ(x)M), z = prox(x).
-
-    Attributes:
-        map: M, kept by the operator's memo.
-        alpha: step sizes.
-        reflected: whether ρ is the reflected prox and s = αv(I + M); else ρ = prox and s = αv.
-        relaxation: θ.
-    """
-
-    map: Map
-    alpha: Step
-    reflected: bool
-    relaxation: float = 1.0
-
-    @property
-    def done(self) -> int:
-        """Steps that the loop has done when it enters: forward–backward's first."""
-        return 0 if self.reflected else 1
 
 
 class _Problem(ctypes.Structure):
@@ -88,16 +61,16 @@ def supports(problem: Inclusion) -> str | None:
 def run(problem: Inclusion, iteration: Iteration, request: Request) -> Outcome:
     """Solve a flat problem that `supports` accepts."""
     kernels = _kernels()
-    operator, v = problem.operator, _plain(problem.bias)
+    operator, v = problem.operator, plain(problem.bias)
     assert isinstance(operator, DenseOperator)
     prepared = operator.memo(("compiled", iteration.map), lambda: _prepare(operator, iteration))
     samples = v.shape[0]
     z = torch.empty_like(v)
     residual = v.new_empty(samples, dtype=torch.float64)
     steps, checks = v.new_empty(2, samples, dtype=torch.int64)
-    slope, negative = _coefficients(problem.activation)
+    slope, negative = coefficients(problem.activation)
     done = iteration.done
-    start = None if request.z0 is None else _plain(request.z0)
+    start = None if request.z0 is None else plain(request.z0)
     arguments = _Problem(
         n=operator.n, samples=samples, map=prepared.map.data_ptr(),
         rough=_pointer(prepared.rough), weights=prepared.weights.data_ptr(), bias=v.data_ptr(),
@@ -154,21 +127,6 @@ def _pack(matrix: Tensor) -> Tensor:
         ctypes.c_void_p(packed.data_ptr()),
     )
     return packed
-
-
-def _coefficients(activation: ProximalActivation) -> tuple[Tensor | None, float]:
-    match activation:
-        case LinearSlope(d=d):
-            return _plain(d), 0.0
-        case LeakyReLU(negative_slope=a):
-            return None, a
-        case _:
-            return None, 0.0
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """Return the numbers in order in memory, with no negation pending."""
-    return tensor.resolve_neg().contiguous()
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -1,0 +1,176 @@
+"""The loop for CUDA devices: in Triton's interpreter where there is none, with small tiles."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from solvers import (
+    DenseOperator,
+    DouglasRachford,
+    ForwardBackward,
+    Inclusion,
+    LeakyReLU,
+    LinearSlope,
+    PeacemanRachford,
+    ReLU,
+    Tanh,
+    equilibrium,
+    fused,
+    solve,
+)
+from solvers.fused import device
+from tests.problems import random_inclusion
+
+pytest.importorskip("triton")
+HERE = "cuda" if torch.cuda.is_available() else "cpu"
+METHODS = [PeacemanRachford, DouglasRachford, ForwardBackward]
+# Units: of a program that has all in its registers, of one that has tiles, of one launch a step.
+SIZES = [(3, 5), (16, 18), (21, 17), (27, 18)]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Odd sizes meet every boundary of a tile, and the interpreter stays quick."""
+    monkeypatch.setattr(fused, "_backend", lambda problem: device)
+    monkeypatch.setattr(device, "RESIDENT", 16)
+    monkeypatch.setattr(device, "TILED", 24)
+    original = device._shape
+
+    def shape(n, dtype):
+        return dataclasses.replace(original(n, dtype), rows=16, units=16, depth=16)
+
+    monkeypatch.setattr(device, "_shape", shape)
+
+
+def on_device(problem):
+    operator = problem.operator
+    activation = problem.activation
+    if isinstance(activation, LinearSlope):
+        activation = LinearSlope(activation.d.to(HERE))
+    W = DenseOperator(operator.W.to(HERE), operator.metric.to(HERE), operator.transposed)
+    return Inclusion(W, problem.bias.to(HERE), activation)
+
+
+def activation(kind, problem):
+    if kind == "linear":
+        return LinearSlope(torch.rand_like(problem.bias).round(decimals=1))
+    return {"relu": ReLU(), "leaky": LeakyReLU(0.2)}[kind]
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "dtype"),
+    [
+        (PeacemanRachford, "relu", torch.float32), (PeacemanRachford, "leaky", torch.float64),
+        (PeacemanRachford, "linear", torch.float64), (DouglasRachford, "linear", torch.float64),
+        (ForwardBackward, "leaky", torch.float64),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("n", "samples"), SIZES)
+def test_the_loop_of_the_device_agrees_with_the_plain_one(method, kind, dtype, n, samples):
+    problem = random_inclusion(n, (samples,), dtype=dtype, m=1.0, skew=0.3, seed=n)
+    problem = on_device(Inclusion(problem.operator, problem.bias, activation(kind, problem)))
+    options = {"tol": 1e-2 if method is ForwardBackward else 1e-4, "on_failure": "raise"}
+    z0 = None if n in (3, 21) else torch.randn_like(problem.bias)
+    one = solve(problem, method(compiled=True), z0=z0, **options)
+    other = solve(problem, method(compiled=False), z0=z0, **options)
+    assert (one.stats.loop, other.stats.loop) == ("device", "torch")
+    assert one.stats.max_steps <= 1.2 * other.stats.max_steps + 4
+    assert (problem.relative_residual(one.value, problem.noise) <= 1.01 * one.tol).all()
+    distance = problem.operator.norm(one.value - other.value)
+    assert (distance <= one.error_bound + other.error_bound).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("n", [16, 21, 27])
+def test_a_given_number_of_steps_gives_the_same_iterate(method, n):
+    problem = on_device(random_inclusion(n, (19,), m=0.05, skew=3.0))
+    z0 = torch.randn_like(problem.bias)
+    for k in (2, 7):
+        options = {"tol": 1e-14, "max_steps": k, "z0": z0}
+        with pytest.warns(RuntimeWarning, match=f"stopped at its step limit after {k} steps"):
+            one = solve(problem, method(compiled=True), **options)
+        with pytest.warns(RuntimeWarning, match=f"stopped at its step limit after {k} steps"):
+            other = solve(problem, method(compiled=False), **options)
+        torch.testing.assert_close(one.value, other.value, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(one.residual, other.residual, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [16, 21, 27])
+def test_samples_leave_when_they_are_done(n):
+    """A zero sample needs one check, hard ones many; tiles do not wait for each other."""
+    problem = on_device(random_inclusion(n, (33,), m=1.0))
+    bias = problem.bias.clone()
+    bias[:16] = 0.0
+    solution = solve(Inclusion(problem.operator, bias, ReLU()), tol=1e-6, on_failure="raise")
+    steps = solution.stats.steps
+    assert int(steps[:16].max()) < int(steps[16:].min())
+    assert not bool(solution.value[:16].any())
+    assert solution.stats.checks >= 3
+
+
+@pytest.mark.parametrize("n", [16, 21, 27])
+def test_strides_adjoints_and_gradients(n):
+    problem = on_device(random_inclusion(n, (18,)))
+    strided = torch.stack([problem.bias, problem.bias], -1)[..., 0]
+    tol = {"tol": 1e-6, "on_failure": "raise"}
+    expected = solve(problem, **tol).value
+    actual = solve(Inclusion(problem.operator, strided, problem.activation), **tol).value
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    adjoint = Inclusion(problem.operator.T, problem.bias, LinearSlope(torch.rand_like(strided)))
+    one = solve(adjoint, PeacemanRachford(compiled=True), **tol).value
+    other = solve(adjoint, PeacemanRachford(compiled=False), **tol).value
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    gradients = []
+    for compiled in (True, False):
+        W = problem.operator.W.clone().requires_grad_()
+        live = Inclusion(DenseOperator(W, problem.operator.metric), problem.bias, ReLU())
+        z = equilibrium(live, PeacemanRachford(compiled=compiled), tol=1e-6).value
+        gradients.append(torch.autograd.grad(z.sin().sum(), W)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [16, 21, 27])
+def test_what_is_not_finite_is_named(n):
+    problem = on_device(random_inclusion(n, (20,)))
+    bias = problem.bias.clone()
+    bias[3, 2] = math.nan
+    with pytest.raises(ValueError, match="bias contains NaN or Inf in 1 of 20"):
+        solve(Inclusion(problem.operator, bias, ReLU()), PeacemanRachford(compiled=True))
+
+
+@pytest.mark.parametrize("n", [16, 27])
+def test_an_empty_batch_and_changed_weights(n):
+    problem = on_device(random_inclusion(n, (9,)))
+    empty = Inclusion(problem.operator, problem.bias[:0], ReLU())
+    assert solve(empty, PeacemanRachford(compiled=True)).value.shape == (0, n)
+    solve(problem, PeacemanRachford(compiled=True))
+    with torch.no_grad():
+        problem.operator.W.mul_(0.5)
+    solution = solve(problem, PeacemanRachford(compiled=True), tol=1e-9, on_failure="raise")
+    fresh = DenseOperator(problem.operator.W.clone(), problem.operator.metric)
+    assert (Inclusion(fresh, problem.bias, ReLU()).relative_residual(solution.value) <= 1e-9).all()
+
+
+def test_refusals_say_why(monkeypatch):
+    problem = on_device(random_inclusion(5, (3,)))
+    with pytest.raises(ValueError, match="is not piecewise linear"):
+        solve(dataclasses.replace(problem, activation=Tanh()), PeacemanRachford(compiled=True))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert device.supports(problem) == "Triton is not installed (pip install triton)"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    if HERE == "cpu":
+        assert device.supports(problem) == "the problem is on cpu, not on a CUDA device"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [80, 300, 700])
+def test_full_tiles_on_the_device(n, dtype, monkeypatch):
+    monkeypatch.undo()
+    problem = random_inclusion(n, (1000,), dtype=dtype, m=0.3)
+    one = solve(on_device(problem), PeacemanRachford(compiled=True), tol=1e-5, on_failure="raise")
+    other = solve(problem.to(torch.float64), tol=1e-10, on_failure="raise")
+    distance = other.value.sub(one.value.double().cpu())
+    assert (problem.to(torch.float64).operator.norm(distance) <= 1.01 * one.error_bound.cpu()).all()

@@ -16,6 +16,7 @@ from lben.certificates import NetworkCertificate, certify_largest, interval_boun
 from lben.data import Dataset, pixels
 from lben.evaluation import environment
 from lben.models import CertifiedLogits, Classifier, EquilibriumClassifier
+from lben.parallel import ALONE, Processes
 from lben.radii import certified_radius, pair_bounds
 from lben.rigorous import up
 from lben.tightening import tighten_largest
@@ -72,8 +73,9 @@ class Method:
         bound: of all logits, from pixels; of the local proofs that of the global one they start
             from; in the largest norm that of the pair of logits that moves most.
         certified: share of the images certified at each radius.
-        seconds: of the proof.
-        seconds_per_image: of the images, the attacked ones not counted.
+        seconds: of the proof, in the slowest process.
+        seconds_per_image: of the images, the attacked ones not counted: of the slowest process,
+            divided by the images of all.
     """
 
     name: str
@@ -127,9 +129,16 @@ class Certification:
 
 
 def certify_model(
-    model: Classifier, data: Dataset, config: CertificationConfig
+    model: Classifier, data: Dataset, config: CertificationConfig, team: Processes = ALONE
 ) -> tuple[NetworkCertificate, Certification]:
     """Certify test images by every bound that the model has, and attack them.
+
+    Args:
+        model: on any device; it is certified on the CPU.
+        data: whose test images are used.
+        config: of the certification.
+        team: processes that share the images; each returns the comparison. It is that of one
+            process but for random starts of attacks.
 
     Returns:
         The certificate of the last, tightest bound, and the comparison.
@@ -137,10 +146,13 @@ def certify_model(
     Raises:
         CertificateError: if a bound cannot be proved.
         SolveError: if a solve misses the tolerance.
+        ValueError: if there are fewer images than processes.
     """
+    samples = min(config.samples, len(data.test_images))
+    team.check_shares(samples=samples)
     exact = model.exact(config.tol)
-    x = pixels(data.test_images[: config.samples], torch.float64)
-    labels = data.test_labels[: config.samples]
+    x = pixels(team.share(data.test_images[:samples]), torch.float64)
+    labels = team.share(data.test_labels[:samples])
     radii = torch.tensor(config.radii, dtype=torch.float64)
     methods: list[Method] = []
     largest: tuple[Method, ...] = ()
@@ -154,16 +166,15 @@ def certify_model(
             continue  # there is no promise
         result = exact.certified_logits(x, certificate)
         divisor = certificate.radius_bound()
-        if not methods:
-            plain = certified_radius(result.logits, labels, certificate.bound)
-            held = plain >= radii[:, None]
-            methods.append(_method(TEXTBOOK, certificate.bound, held, proof, 0.0))
-            largest = _in_largest_norm(exact, result, labels, certificate, config)
         radius = certified_radius(result.logits, labels, divisor, logit_error=result.error)
         held = radius >= radii[:, None]
         certified |= held
         seconds = time.perf_counter() - start - proof
-        methods.append(_method(bound, certificate.bound, held, proof, seconds))
+        if not methods:
+            plain = certified_radius(result.logits, labels, certificate.bound) >= radii[:, None]
+            methods.append(_method(TEXTBOOK, certificate.bound, plain, proof, 0.0, team))
+            largest = _in_largest_norm(exact, result, labels, certificate, config, team)
+        methods.append(_method(bound, certificate.bound, held, proof, seconds, team))
     if config.local and isinstance(exact, EquilibriumClassifier):
         start = time.perf_counter()
         local = exact.local_certificate(certificate)
@@ -175,27 +186,38 @@ def certify_model(
                 left = (~held).nonzero()[:, 0]
                 held[left] = local.certifies(anchors.select(left), labels[left], r)
             seconds = time.perf_counter() - start
-            methods.append(_method(name, certificate.bound, certified, proof, seconds))
-    broken = _broken(exact, x, labels, config)
+            methods.append(_method(name, certificate.bound, certified, proof, seconds, team))
+    broken = _of_all(_broken(exact, x, labels, config, team), team)
+    correct = team.gather(exact(x).argmax(1) == labels)
     return certificate, Certification(
         data=data.name,
-        samples=len(x),
+        samples=samples,
         radii=config.radii,
-        clean_accuracy=float((exact(x).argmax(1) == labels).double().mean()),
+        clean_accuracy=float(correct.double().mean()),
         methods=tuple(methods),
         attacked=tuple(float((~row).double().mean()) for row in broken),
-        violations=int((broken & certified).sum()),
+        violations=int((broken & _of_all(certified, team)).sum()),
         in_largest_norm=largest,
         config=config,
-        environment=environment(),
+        environment=environment(team),
     )
 
 
-def _method(name: str, bound: float, held: Tensor, proof: float, images: float) -> Method:
+def _method(
+    name: str, bound: float, held: Tensor, proof: float, images: float, team: Processes
+) -> Method:
+    held = _of_all(held, team)
+    seconds = torch.tensor([[proof, images]], dtype=torch.float64)
+    proof, images = team.gather(seconds).amax(0).tolist()
     return Method(
         name=name, bound=bound, certified=tuple(float(row.double().mean()) for row in held),
         seconds=round(proof, 4), seconds_per_image=images / held.shape[1],
     )  # fmt: skip
+
+
+def _of_all(held: Tensor, team: Processes) -> Tensor:
+    """Return radii × images for the images of all processes."""
+    return team.gather(held.T).T
 
 
 def _in_largest_norm(
@@ -204,6 +226,7 @@ def _in_largest_norm(
     labels: Tensor,
     certificate: NetworkCertificate,
     config: CertificationConfig,
+    team: Processes,
 ) -> tuple[Method, ...]:
     """Certify in the largest norm: by ‖x‖₂ ≤ √p ‖x‖_∞, and by bounds of a dense layer's own."""
 
@@ -227,14 +250,16 @@ def _in_largest_norm(
         seconds = time.perf_counter() - start
         radius = certified_radius(result.logits, labels, pairs, logit_error=result.error)
         most = float(pairs.fill_diagonal_(0.0).max())
-        methods.append(_method(name, most, radius >= radii[:, None], seconds, 0.0))
+        methods.append(_method(name, most, radius >= radii[:, None], seconds, 0.0, team))
     return tuple(methods)
 
 
-def _broken(model: Classifier, x: Tensor, labels: Tensor, config: CertificationConfig) -> Tensor:
+def _broken(
+    model: Classifier, x: Tensor, labels: Tensor, config: CertificationConfig, team: Processes
+) -> Tensor:
     """Return which images PGD or APGD broke within each radius."""
     generator, found = torch.Generator().manual_seed(config.seed), []
-    for radius in tqdm(config.radii, desc="attack", unit="radius", disable=None, leave=False):
+    for radius in tqdm(config.radii, desc="attack", unit="radius", disable=team.quiet, leave=False):
         broken = torch.zeros(len(x), dtype=torch.bool)
         for attack in (pgd_l2, apgd_l2):
             left = (~broken).nonzero()[:, 0]

@@ -20,9 +20,9 @@ from lben.certificates import CertificateError
 from lben.certification import CertificationConfig, certify_model
 from lben.checkpoints import CheckpointError
 from lben.data import DataError, Dataset, load
-from lben.evaluation import EvaluationConfig, Report, evaluate
+from lben.evaluation import EvaluationConfig, evaluate
 from lben.models import Classifier
-from lben.parallel import is_first
+from lben.parallel import is_first, processes
 from lben.recipes import (
     ConvolutionalEquilibriumTraining,
     EquilibriumTraining,
@@ -237,21 +237,26 @@ def _demo(command: Demo) -> None:
     _evaluate(folder, replace(config, attack_samples=360), None)
 
 
-def _evaluate(folder: Path, config: EvaluationConfig, root: str | None) -> Report:
+def _evaluate(folder: Path, config: EvaluationConfig, root: str | None) -> None:
     model, data = _trained(folder, root)
     torch.manual_seed(config.seed)
-    report = evaluate(model, data, config)
+    with processes("cpu") as team:
+        report = evaluate(model, data, config, team)
+    if not team.first:
+        return
     _write(folder / "report.json", report.to_dict())
     print(table(report))
     picture = _drawn(partial(draw, report), folder / "robustness.png")
     print(f"\n{folder}: {checkpoints.MODEL}, {checkpoints.CERTIFICATE}, report.json{picture}")
     _refuse(report.violations)
-    return report
 
 
 def _certify(folder: Path, config: CertificationConfig, root: str | None) -> None:
     model, data = _trained(folder, root)
-    certificate, report = certify_model(model, data, config)
+    with processes("cpu") as team:
+        certificate, report = certify_model(model, data, config, team)
+    if not team.first:
+        return
     text = certificate.to_json() + "\n"
     checkpoints.write_atomically(folder / checkpoints.CERTIFICATE, text.encode())
     _write(folder / "certification.json", report.to_dict())

@@ -15,6 +15,7 @@ from lben.attacks import ascend_quotient, pgd_l2, quotients, random_pairs
 from lben.certificates import NetworkCertificate
 from lben.data import Dataset, pixels
 from lben.models import Bound, Classifier
+from lben.parallel import ALONE, Processes
 from lben.radii import certified_radius
 
 
@@ -113,8 +114,8 @@ class Report:
         return asdict(self)
 
 
-def environment() -> dict[str, str]:
-    """Return versions and hardware, as every result file records them."""
+def environment(team: Processes = ALONE) -> dict[str, str]:
+    """Return versions, hardware and processes, as every result file records them."""
     processor = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as file:
@@ -126,19 +127,32 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "processor": processor,
+        "processes": str(team.count),
         "threads": str(torch.get_num_threads()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 
 
-def evaluate(model: Classifier, data: Dataset, config: EvaluationConfig) -> Report:
+def evaluate(
+    model: Classifier, data: Dataset, config: EvaluationConfig, team: Processes = ALONE
+) -> Report:
     """Certify and attack a model in float64.
+
+    Args:
+        model: on any device; it is evaluated on the CPU.
+        data: whose test images are used.
+        config: of the evaluation.
+        team: processes that share images and pairs; each returns the report. It is that of one
+            process but for random pairs and random starts of attacks.
 
     Raises:
         CertificateError: if the bound cannot be proved.
         SolveError: if a solve of a test image misses the tolerance.
+        ValueError: if there are fewer images or pairs than processes.
     """
     started = time.perf_counter()
+    attacked = min(config.attack_samples, len(data.test_images))
+    team.check_shares(attack_samples=attacked, pairs=config.pairs, ascent_pairs=config.ascent_pairs)
     exact = model.exact(config.tol)
     promised = None if exact.gamma is None else exact.certificate()
     usual: Bound = "scaled" if "scaled" in exact.bounds else "promised"
@@ -146,11 +160,10 @@ def evaluate(model: Classifier, data: Dataset, config: EvaluationConfig) -> Repo
     certificate = promised if promised and bound == "promised" else exact.certificate(bound)
 
     x, labels = pixels(data.test_images, torch.float64), data.test_labels
-    logits, errors, steps = _all_logits(exact, x, certificate)
+    logits, errors, steps = _all_logits(exact, x, certificate, team)
     radius = certified_radius(logits, labels, certificate.radius_bound(), logit_error=errors)
-    attacked = min(config.attack_samples, len(x))
-    robust, broken_within = _attack(exact, x[:attacked], labels[:attacked], radius, config)
-    quotient, pairs, over = _pairs(exact, x, certificate, config)
+    robust, broken_within = _attack(exact, x[:attacked], labels[:attacked], radius, config, team)
+    quotient, pairs, over = _pairs(exact, x, certificate, config, team)
     proved = certificate if promised is None else promised
     correct = logits.argmax(1) == labels
 
@@ -180,20 +193,22 @@ def evaluate(model: Classifier, data: Dataset, config: EvaluationConfig) -> Repo
         solver_steps=steps,
         seconds=round(time.perf_counter() - started, 2),
         config=config,
-        environment=environment(),
+        environment=environment(team),
     )
 
 
 def _all_logits(
-    model: Classifier, x: Tensor, certificate: NetworkCertificate
+    model: Classifier, x: Tensor, certificate: NetworkCertificate, team: Processes
 ) -> tuple[Tensor, Tensor, int]:
     logits, errors, steps = [], [], 0
-    for batch in tqdm(x.split(2000), desc="certify", unit="batch", disable=None, leave=False):
+    batches = team.share(x).split(2000)
+    for batch in tqdm(batches, desc="certify", unit="batch", disable=team.quiet, leave=False):
         result = model.certified_logits(batch, certificate)
         logits.append(result.logits)
         errors.append(result.error)
         steps = max(steps, result.steps)
-    return torch.cat(logits), torch.cat(errors), steps
+    most = team.gather(torch.tensor([steps])).max()
+    return team.gather(torch.cat(logits)), team.gather(torch.cat(errors)), int(most)
 
 
 def _attack(
@@ -202,16 +217,18 @@ def _attack(
     labels: Tensor,
     radius: Tensor,
     config: EvaluationConfig,
+    team: Processes,
 ) -> tuple[tuple[float, ...], int]:
     """Return PGD accuracy at every radius, and how many images broke inside their certificate."""
     accuracy, broken_within = [], 0
     generator = torch.Generator().manual_seed(config.seed)
-    for r in tqdm(config.radii, desc="attack", unit="radius", disable=None, leave=False):
+    for r in tqdm(config.radii, desc="attack", unit="radius", disable=team.quiet, leave=False):
         _, broken = pgd_l2(
-            model, x, labels, r,
+            model, team.share(x), team.share(labels), r,
             steps=config.pgd_steps if r else 1, restarts=config.pgd_restarts if r else 1,
             generator=generator,
         )  # fmt: skip
+        broken = team.gather(broken)
         accuracy.append(float((~broken).double().mean()))
         broken_within += int((broken & (radius[: len(x)] > r)).sum())
     return tuple(accuracy), broken_within
@@ -222,20 +239,23 @@ def _pairs(
     x: Tensor,
     certificate: NetworkCertificate,
     config: EvaluationConfig,
+    team: Processes,
 ) -> tuple[float, int, int]:
     """Return the largest quotient, the number of pairs and how many exceed the bound.
 
-    A pair exceeds it only beyond the proved errors of both logits.
+    A pair exceeds it only beyond the proved errors of both logits. Each process takes pairs of its
+    own images.
     """
-    generator = torch.Generator().manual_seed(config.seed + 1)
-    starts = x[torch.randperm(len(x), generator=generator)[: config.ascent_pairs]]
+    generator, x = torch.Generator().manual_seed(config.seed + 1), team.share(x)
+    chosen = torch.randperm(len(x), generator=generator)[: team.share_of(config.ascent_pairs)]
+    starts = x[chosen]
     found = ascend_quotient(model, starts, steps=config.ascent_steps, generator=generator)
     largest, count, over = 0.0, 0, 0
     batches = [(found.a, found.b)]
-    random = random_pairs(x, config.pairs, generator)
+    random = random_pairs(x, team.share_of(config.pairs), generator)
     with torch.no_grad():
         for a, b in tqdm(
-            [*batches, *random], desc="pairs", unit="batch", disable=None, leave=False
+            [*batches, *random], desc="pairs", unit="batch", disable=team.quiet, leave=False
         ):
             ya, yb = (model.certified_logits(side, certificate) for side in (a, b))
             change = torch.linalg.vector_norm(ya.logits - yb.logits, dim=1)
@@ -244,4 +264,5 @@ def _pairs(
             over += int((change > allowed).sum())
             count += len(a)
             largest = max(largest, float(quotients(model, a, b).max()))
-    return largest, count, over
+    counts = team.gather(torch.tensor([[count, over]])).sum(0).tolist()
+    return float(team.gather(torch.tensor([largest], dtype=torch.float64)).max()), *counts

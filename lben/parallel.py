@@ -5,6 +5,10 @@
 starts two. Each augments the whole batch, so that all draw alike, and keeps its share; gradients
 are averaged by DistributedDataParallel, over gloo on CPUs and nccl on CUDA devices. The result is
 that of one process up to the order of summation and the tolerance of the solver.
+
+`evaluate` and `certify` share the test images: all processes make the same global proofs, each
+certifies and attacks its images, and what it finds is gathered. Only what is drawn at random, pairs
+and later starts of attacks, is not what one process would draw.
 """
 
 from __future__ import annotations
@@ -13,10 +17,16 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+
+_PATIENCE = timedelta(days=2)
+"""How long a process waits for one with harder images; torchrun ends all when one fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +48,48 @@ class Processes:
         """Whether this process is the one that writes."""
         return self.rank == 0
 
+    @property
+    def quiet(self) -> bool | None:
+        """What tqdm takes as `disable`: only the first process shows bars, on a terminal."""
+        return None if self.first else True
+
     def share(self, batch: Tensor) -> Tensor:
         """Return this process's part of a batch; sizes differ by one at most."""
         return batch.tensor_split(self.count)[self.rank]
+
+    def share_of(self, count: int) -> int:
+        """Return how many of so many are this process's."""
+        return (count + self.count - 1 - self.rank) // self.count
+
+    def gather(self, share: Tensor) -> Tensor:
+        """Return the shares of all processes, of whatever lengths, in order of rank."""
+        if self.count == 1:
+            return share
+        own = torch.tensor([len(share)], device=self.device)
+        lengths = torch.cat(self._all(own)).tolist()
+        padded = share.new_zeros(max(lengths), *share.shape[1:], device=self.device)
+        padded[: len(share)] = share
+        parts = zip(self._all(padded), lengths, strict=True)
+        return torch.cat([part[:length] for part, length in parts]).to(share.device)
+
+    def _all(self, value: Tensor) -> list[Tensor]:
+        """Return the values of all processes, of one shape."""
+        values = [torch.empty_like(value) for _ in range(self.count)]
+        distributed.all_gather(values, value)
+        return values
+
+    def check_shares(self, **counts: int) -> None:
+        """Refuse work that leaves a process without a share.
+
+        Raises:
+            ValueError: naming it.
+        """
+        for name, count in counts.items():
+            if count < self.count:
+                raise ValueError(
+                    f"{name} = {count} cannot be shared by {self.count} processes: start fewer, or "
+                    f"ask for more {name}"
+                )
 
     def check_batches(self, samples: int, batch_size: int) -> None:
         """Refuse batches that leave a process without a sample.
@@ -83,6 +132,10 @@ class Processes:
             self.wait()
 
 
+ALONE = Processes(device=torch.device("cpu"))
+"""One process on the CPU."""
+
+
 def unsynchronised(replica: nn.Module) -> AbstractContextManager[None]:
     """Within the block, gradients of a replica stay in this process."""
     if isinstance(replica, DistributedDataParallel):
@@ -109,8 +162,14 @@ def processes(device: str) -> Iterator[Processes]:
     if own.type == "cuda":
         own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(own)
-    distributed.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    store, rank, count = next(rendezvous("env://", timeout=_PATIENCE))
+    # A run may join again, and must not find the addresses of the last time.
+    joined = (store.add("joined", 1) - 1) // count
+    distributed.init_process_group(
+        "nccl" if own.type == "cuda" else "gloo", timeout=_PATIENCE, rank=rank, world_size=count,
+        store=PrefixStore(f"joined {joined}", store),
+    )  # fmt: skip
     try:
-        yield Processes(device=own, rank=distributed.get_rank(), count=distributed.get_world_size())
+        yield Processes(device=own, rank=rank, count=count)
     finally:
         distributed.destroy_process_group()

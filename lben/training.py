@@ -158,7 +158,7 @@ def _fit(run: _Run, done: int) -> None:
     writer = _tensorboard(run.folder) if team.first else None
     progress = tqdm(
         total=total, initial=done * run.steps_per_epoch, desc=f"train {config.data}", unit="step",
-        disable=None if team.first else True, dynamic_ncols=True,
+        disable=team.quiet, dynamic_ncols=True,
     )  # fmt: skip
     with progress:
         for epoch in range(done, config.epochs):

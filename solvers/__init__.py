@@ -12,6 +12,7 @@ from solvers.activations import (
     Tanh,
 )
 from solvers.auto import Auto
+from solvers.budget import budgeted_equilibrium
 from solvers.flow import NeuralODE
 from solvers.gradient import (
     Gradient,
@@ -20,6 +21,7 @@ from solvers.gradient import (
     PhantomGradient,
     TruncatedGradient,
 )
+from solvers.graphs import Graphed
 from solvers.implicit import equilibrium
 from solvers.inclusion import Inclusion, NonFiniteError
 from solvers.loop import Splitting, State
@@ -62,6 +64,7 @@ __all__ = [
     "ForwardBackward",
     "ForwardStep",
     "Gradient",
+    "Graphed",
     "ImplicitGradient",
     "Inclusion",
     "InverseGeometricMean",
@@ -100,6 +103,7 @@ __all__ = [
     "Tanh",
     "TruncatedGradient",
     "ZeroOperator",
+    "budgeted_equilibrium",
     "equilibrium",
     "solve",
 ]

@@ -13,8 +13,9 @@ every α; for all others it does not, and using σ in its place converges to a w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from jaxtyping import Bool, Float
@@ -46,27 +47,33 @@ class ProximalActivation(ABC):
         slopes in [min(1, α), max(1, α)], so |p − q| ≤ |residual(q)| / min(1, α) brackets p from
         any q, and bisection halves the bracket whenever Newton leaves it.
         """
-        alpha = torch.as_tensor(step, dtype=x.dtype, device=x.device)
+        approximations = self.approximations(x, step)
+        before, value = next(approximations)
+        for p, value in islice(approximations, _NEWTON_LIMIT):
+            near = (p - before).abs() <= _NEWTON_ULPS * torch.finfo(x.dtype).eps * p.abs()
+            if torch.equal(p, before) or bool(near.all()):
+                return value
+            before = p
+        return value
+
+    def approximations(self, x: Tensor, step: Step) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ever better p and σ(p) of prox(x, step), without looking at their numbers."""
+        alpha = step.to(x) if isinstance(step, Tensor) else x.new_full((), step)
         p = x / alpha.clamp_min(1)
-        value = self(p)
-        residual = torch.addcmul((1 - alpha) * value - x, alpha, p)
-        reach = residual.abs() / alpha.clamp_max(1)
-        low, high = p - reach, p + reach
-        for _ in range(_NEWTON_LIMIT):
+        low: Tensor | None = None
+        high: Tensor | None = None
+        while True:
+            value = self(p)
+            yield p, value
+            residual = torch.addcmul((1 - alpha) * value - x, alpha, p)
+            if low is None or high is None:
+                reach = residual.abs() / alpha.clamp_max(1)
+                low, high = p - reach, p + reach
             low = torch.where(residual < 0, p, low)
             high = torch.where(residual > 0, p, high)
             newton = p - residual / torch.addcmul(alpha, 1 - alpha, self.slope(value))
             inside = (newton >= low) & (newton <= high)
-            p_next = torch.where(inside, newton, 0.5 * (low + high))
-            if torch.equal(p_next, p):
-                break
-            moved = (p_next - p).abs()
-            p = p_next
-            value = self(p)
-            if bool((moved <= _NEWTON_ULPS * torch.finfo(x.dtype).eps * p.abs()).all()):
-                break
-            residual = torch.addcmul((1 - alpha) * value - x, alpha, p)
-        return value
+            p = torch.where(inside, newton, 0.5 * (low + high))
 
     def reflector(self, step: Step) -> Callable[[Tensor], Tensor]:
         """Return x ↦ 2 prox_{αf}(x) − x for one step; the function may overwrite x."""
@@ -173,7 +180,7 @@ class LeakyReLU(ProximalActivation):
         return torch.nn.functional.leaky_relu(v, self.negative_slope)
 
     def slope(self, z: Tensor) -> Tensor:
-        return torch.where(z > 0, torch.ones_like(z), z.new_tensor(self.negative_slope))
+        return torch.where(z > 0, torch.ones_like(z), self.negative_slope)
 
     def prox(self, x: Tensor, step: Step) -> Tensor:
         a = self.negative_slope

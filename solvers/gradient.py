@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -148,3 +149,25 @@ class JacobianFreeGradient(Gradient):
     @property
     def exact(self) -> bool:
         return False
+
+
+def final(gradient: Tensor, refusal: str, *inputs: Tensor) -> Tensor:
+    """Return a gradient as a function of its inputs that refuses to be differentiated.
+
+    Without that its derivative would be 0 in silence.
+    """
+    return _Final.apply(gradient, refusal, *inputs)  # type: ignore[no-untyped-call]
+
+
+class _Final(torch.autograd.Function):
+    @staticmethod
+    def forward(gradient: Tensor, refusal: str, *inputs: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.refusal = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(ctx.refusal)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from solvers.activations import LinearSlope, ProximalActivation
 from solvers.auto import Auto
-from solvers.gradient import Gradient, ImplicitGradient
+from solvers.gradient import Gradient, ImplicitGradient, final
 from solvers.inclusion import Inclusion
 from solvers.method import Method
 from solvers.operators import LinearOperator
@@ -106,7 +106,11 @@ class _Backward:
         u = gradient.adjoint(problem, self._solve)
         if gradient.exact:
             return u
-        return _Final.apply(u, cotangent, repr(gradient))  # type: ignore[no-untyped-call]
+        refusal = (
+            f"{gradient!r} is not the gradient of a function and has no derivative: use "
+            "ImplicitGradient() for second derivatives"
+        )
+        return final(u, refusal, cotangent, slope, *operator.tensors)
 
     def _solve(self, problem: Inclusion, method: Method | None, tol: float | None) -> Tensor:
         method = self.options.method if method is None else method
@@ -118,25 +122,6 @@ class _Backward:
             self.options, method=method, tol=self.options.tol if tol is None else tol
         )
         return _equilibrium(problem, None, options, "adjoint solve").value
-
-
-class _Final(torch.autograd.Function):
-    """Passes u on, as a function of the cotangent that refuses to be differentiated."""
-
-    @staticmethod
-    def forward(u: Tensor, cotangent: Tensor, gradient: str) -> Tensor:
-        return u.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.gradient = inputs[2]
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError(
-            f"{ctx.gradient} is not the gradient of a function and has no derivative: use "
-            "ImplicitGradient() for second derivatives"
-        )
 
 
 class _Equilibrium(torch.autograd.Function):

@@ -153,13 +153,21 @@ class DenseOperator(LinearOperator):
         return factor.T if self.transposed else factor
 
     def _factor(self, step: Step) -> DenseResolvent:
+        factor, info = self.unchecked_resolvent(step)
+        if int(info) != 0 or not bool(torch.isfinite(factor.inverse).all()):
+            raise singular(step)
+        return factor
+
+    def unchecked_resolvent(self, step: Step) -> tuple[DenseResolvent, Tensor]:
+        """Factor anew without waiting for the device; the second is not 0 if it failed.
+
+        The factor is that of the operator whose transpose this may be.
+        """
         A = self._I_minus_W()
         A = (A.T if self.transposed else A) * column(step)
         A.diagonal().add_(1)
         inverse, info = torch.linalg.inv_ex(A)
-        if int(info) != 0 or not bool(torch.isfinite(inverse).all()):
-            raise singular(step)
-        return DenseResolvent(inverse, step)
+        return DenseResolvent(inverse, step), info
 
     def relaxed(self, step: Step) -> DenseMap:
         matrix = self.W.detach().T * step  # column j of the transpose belongs to unit j

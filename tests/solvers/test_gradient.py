@@ -98,6 +98,14 @@ def test_biased_gradients_have_no_second_derivative_and_say_so(gradient):
         torch.autograd.grad(v_grad.sum(), v)
 
 
+@pytest.mark.parametrize("gradient", BIASED, ids=repr)
+def test_biased_gradients_say_so_also_where_the_cotangent_is_constant(gradient):
+    (_, v, z), _ = gradients(gradient)
+    (v_grad,) = torch.autograd.grad(z.sum(), v, create_graph=True)
+    with pytest.raises(NotImplementedError, match="is not the gradient of a function"):
+        v_grad.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -26,6 +26,7 @@ from solvers.implicit import equilibrium
 from solvers.inclusion import Inclusion, NonFiniteError
 from solvers.loop import Splitting, State
 from solvers.method import Method, Outcome, Request
+from solvers.mixed import MixedPrecision
 from solvers.newton import SemismoothNewton
 from solvers.operators import (
     BlockTriangularOperator,
@@ -78,6 +79,7 @@ __all__ = [
     "Map",
     "Masked",
     "Method",
+    "MixedPrecision",
     "NeuralODE",
     "NonFiniteError",
     "NotMonotoneError",

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {
     "solvers": (
         "activations compiled elimination operators solution step_size inclusion method loop fused "
-        "splitting acceleration flow newton sweep auto solve interop gradient implicit "
+        "splitting mixed acceleration flow newton sweep auto solve interop gradient implicit "
         "budget graphs"
     ),
     "lben": (

@@ -6,6 +6,7 @@ import argparse
 import json
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lben import EquilibriumClassifier, checkpoints
-from lben.data import DataError
+from lben.data import DataError, Dataset, load
 from lben.evaluation import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,6 +34,15 @@ def find_root(given: str | None) -> str:
         if candidate and (Path(candidate) / "MNIST" / "raw").is_dir():
             return candidate
     raise DataError("no MNIST/raw folder found in data or ../data: name its parent with --root")
+
+
+def mnist_of(given: str | None, benchmark: str) -> tuple[str, Dataset]:
+    """Return the data folder and MNIST in it, or end the run with one line that says why not."""
+    try:
+        root = find_root(given)
+        return root, load("mnist", root)
+    except DataError as error:
+        sys.exit(f"benchmarks.{benchmark}: {error}")
 
 
 def trained(name: str) -> EquilibriumClassifier:

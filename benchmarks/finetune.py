@@ -14,16 +14,15 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import find_root, finish, parser
+from benchmarks.common import finish, mnist_of, parser
 from lben import LipschitzSequential, feedback, from_explicit
 from lben.augmentation import Augmentation
-from lben.data import DataError, Dataset, load, pixels
+from lben.data import Dataset, pixels
 from lben.layers import EquilibriumLayer, ExplicitLayer, Flatten
 from lben.losses import CrossEntropy
 from lben.models import ResidualClassifier, ResidualClassifierConfig
@@ -42,10 +41,7 @@ def main() -> None:
     options = parser("explicit training against fine-tuning as an equilibrium network")
     options.add_argument("--root", help="folder that holds MNIST/raw")
     arguments = options.parse_args()
-    try:
-        data = load("mnist", find_root(arguments.root))
-    except DataError as error:
-        sys.exit(f"benchmarks.finetune: {error}")
+    _, data = mnist_of(arguments.root, "finetune")
     torch.manual_seed(SEED)
     steps, more = (100, 20) if arguments.quick else (3000, 400)
     model = ResidualClassifierConfig(

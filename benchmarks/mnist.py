@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.common import RESULTS, find_root, finish, parser
+from benchmarks.common import RESULTS, finish, mnist_of, parser
 from lben import checkpoints
 from lben.augmentation import Augmentation
-from lben.data import DataError, Dataset, load
+from lben.data import Dataset
 from lben.evaluation import EvaluationConfig, Report, evaluate
 from lben.recipes import EquilibriumTraining
 from lben.reports import table
@@ -48,11 +47,7 @@ def main() -> None:
     options = parser("MNIST: test error, tightness and violations of 80-unit equilibrium models")
     options.add_argument("--root", help="folder that holds MNIST/raw")
     arguments = options.parse_args()
-    try:
-        root = find_root(arguments.root)
-        data = load("mnist", root)
-    except DataError as error:
-        sys.exit(f"benchmarks.mnist: {error}")
+    root, data = mnist_of(arguments.root, "mnist")
     if not arguments.quick:
         for name in MODELS:
             _train(name, root)

@@ -102,11 +102,15 @@ def trained_networks(quick: bool) -> Iterator[Network]:
     """Yield the MNIST models of `benchmarks.mnist`, and models of the digits trained here."""
     for name in ("1",) if quick else ("0.2", "0.5", "1", "5", "monotone"):
         yield Network(kind=f"MNIST, γ = {name}", model=trained(name))
-    recipes = list(_recipes().items())
-    for kind, recipe in recipes[:2] if quick else recipes:
-        with tempfile.TemporaryDirectory() as folder:
-            model = train(replace(recipe, out=folder))
-        yield Network(kind=f"digits, {kind}", model=model.eval())
+    recipes = list(_recipes())
+    for kind in recipes[:2] if quick else recipes:
+        yield Network(kind=f"digits, {kind}", model=trained_on_digits(kind))
+
+
+def trained_on_digits(kind: str) -> Classifier:
+    """Train one of the small models of the digits."""
+    with tempfile.TemporaryDirectory() as folder:
+        return train(replace(_recipes()[kind], out=folder)).eval()
 
 
 def _recipes() -> dict[str, TrainingConfig]:

@@ -88,7 +88,9 @@ class PeacemanRachford(SteppedSplitting):
         # solution ū = z + α(Wz + v − z); a z0 near it gives a ū near it.
         x = alpha_v.clone() if z0 is None else z0 + alpha * (operator.affine(z0, v) - z0)
         if map_.is_dear:
-            return State(x, map_, alpha_v, lambda u: reflect(u).add_(alpha_v), torch.empty_like(x))
+            apply = fused.reflected_sum(problem, alpha, alpha_v)
+            apply = apply or (lambda u: reflect(u).add_(alpha_v))
+            return State(x, map_, alpha_v, apply, torch.empty_like(x))
         return State(x, map_, map_.add(alpha_v, alpha_v, None), reflect, torch.empty_like(x))
 
     def step(self, problem: Inclusion, state: State) -> State:

@@ -22,7 +22,7 @@ from lben.parameterizations import (
     SandwichParameterization,
 )
 from lben.weights import ExplicitWeights
-from solvers import ProximalActivation, ReLU
+from solvers import ProximalActivation, ReLU, fused
 
 
 class ExplicitLayer(nn.Module, ABC):
@@ -193,12 +193,19 @@ class ResidualLayer(ExplicitLayer):
     def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
         U, b, scale = tensors
         U = U.to(run)
-        h = self.activation(self.map.apply(x.to(run), U, b.to(run)))
-        scale = self.map.spread(scale)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or run != x.dtype:
-            return x - self.map.adjoint((h * scale).to(run), U).to(x.dtype)
-        y = self.map.adjoint(h.mul_(scale), U)  # nobody else holds h and y
+            h = self.activation(self.map.apply(x.to(run), U, b.to(run)))
+            return x - self.map.adjoint((h * self.map.spread(scale)).to(run), U).to(x.dtype)
+        y = self.map.adjoint(self._hidden(x, U, b, scale), U)  # nobody else holds y
         return torch.sub(x, y, out=y)
+
+    def _hidden(self, x: Tensor, U: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        """Return 2T⁻¹σ(Ux + b), in memory that nobody else holds; on a GPU in one pass."""
+        if not fused.activates(x, self.activation):
+            return self.activation(self.map.apply(x, U, b)).mul_(self.map.spread(scale))
+        u = self.map.apply(x, U)
+        rows = u if isinstance(self.map, Convolution) else u.view(-1, u.shape[-1])
+        return fused.activated(rows, b, scale, self.activation).view_as(u)
 
     def _rounding(self, size: Tensor, tensors: tuple[Tensor, ...], pixels: int) -> Tensor:
         U, b, scale = tensors

@@ -35,7 +35,7 @@ from lben import (
 )
 from lben.layers.maps import Convolution, Dense
 from lben.parameterizations.explicit import UNIT_BOUND
-from solvers import Sigmoid, Softplus, Tanh
+from solvers import Sigmoid, Softplus, Tanh, fused
 
 DENSE = {
     "SLL": lambda **o: SLLLinear(6, 4, **o),
@@ -638,3 +638,22 @@ def test_layers_are_modules_that_repeat_themselves():
     layer = nn.Sequential(SLLLinear(3, 2), SLLConv2d(3, 2))
     assert "Gershgorin" in repr(layer)
     assert "Convolution(kernel_size=3" in repr(layer)
+
+
+@pytest.mark.parametrize("kind", ["linear", "images", "channels last"])
+def test_one_pass_in_place_of_three_changes_nothing(kind, monkeypatch):
+    """As on a CUDA device; without one the kernel is interpreted."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layer = SLLLinear(7, 5) if kind == "linear" else SLLConv2d(3, 4, 3, padding=1)
+    layer = layer.double().eval().to(device)
+    x = torch.randn((2, 3, 7) if kind == "linear" else (2, 3, 6, 5)).double().to(device)
+    x = x.to(memory_format=torch.channels_last) if kind == "channels last" else x
+    with torch.no_grad():
+        monkeypatch.setattr(fused.device, "_serves", lambda tensor: False)
+        expected = layer(x)
+        monkeypatch.setattr(fused.device, "_serves", lambda tensor: True)
+        original, calls = fused.activated, []
+        monkeypatch.setattr(fused, "activated", lambda *a: calls.append(1) or original(*a))
+        torch.testing.assert_close(layer(x), expected)
+    assert calls == [1]

@@ -110,6 +110,7 @@ def _candidates(problem: Inclusion, own: Solution) -> dict[str, Callable[[], obj
     x, map_ = v.detach() * alpha, method.iteration(problem).map
     assert isinstance(map_, DenseMap)
     M = map_.matrix
+    torch.compiler.reset()  # every cell has another number of steps: not an eager loop at the ninth
     compiled = torch.compile(_loop)
     graph = Graphed(partial(budgeted_equilibrium, activation=ReLU(), step_size=alpha, steps=steps))
 

@@ -44,7 +44,7 @@ class Outcome:
         residual: relative residual of z per sample, in the problem's dtype or in float64.
         steps: iterations per sample.
         checks: how often the residual was evaluated.
-        loop: where the iterations ran.
+        loop: where the iterations ran: in PyTorch, compiled on a CPU, or in Triton on the device.
     """
 
     value: Float[Tensor, "batch n"]

@@ -40,7 +40,7 @@ class Stats:
     Attributes:
         steps: iterations taken until each sample passed its check.
         checks: how often the residual was evaluated; each costs one product with W.
-        loop: where the iterations ran.
+        loop: where the iterations ran: in PyTorch, compiled on a CPU, or in Triton on the device.
     """
 
     steps: Int[Tensor, " *batch"]

@@ -1,6 +1,6 @@
 """Which splittings solve 0 ∈ (I − W)z − v + ∂f(z)?
 
-A `Splitting` is a frozen description of a method. It runs in a compiled loop where there is one for
+A `Splitting` is a frozen description of a method. It runs in a fused loop where there is one for
 the problem (`solvers.fused`), and elsewhere step by step in PyTorch (`solvers.loop`), with the same
 result to rounding.
 """
@@ -27,7 +27,8 @@ class SteppedSplitting(Splitting):
 
     Args:
         step_size: α > 0, or a rule that computes it from the operator.
-        compiled: whether to iterate in the compiled loop; where possible when omitted.
+        compiled: whether to iterate in a fused loop, compiled on a CPU, in Triton on a CUDA device;
+            where possible when omitted.
 
     Raises:
         ValueError: if a numerical step size is not positive and finite; on solving, if the compiled

@@ -34,6 +34,8 @@ from solvers import ProximalActivation
 
 _BATCH = 64
 """Programs that are solved at a time."""
+_LEAST = 2.0**-900
+"""Smaller radii and margins are not told from this: no product of them loses bits to underflow."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -136,7 +138,7 @@ class LocalCertificate:
             raise ValueError("a radius must be at least 0 and not NaN")
         y, error = anchors.logits, ROOT2 * anchors.logit_error
         margins = y.gather(1, labels[:, None]) - y - error[:, None]
-        margins = margins - 8 * 2.0**-53 * (y.abs().amax(1) + error)[:, None]
+        margins = margins - 8 * 2.0**-53 * (y.abs().amax(1) + error)[:, None] - _LEAST
         rivals = torch.ones_like(margins, dtype=torch.bool).scatter(1, labels[:, None], False)
         certain = (margins > 0).logical_or(~rivals).all(1)
         open_ = ~(radius[:, None] * self._bounds[labels] * (1 + 2.0**-50) < margins)
@@ -193,7 +195,7 @@ class LocalCertificate:
         facts: bool,
     ) -> Bool[Tensor, " batch"]:
         """Say for which inputs y_label − y_rival is proved to stay positive."""
-        inner = radius * self._input_gain * (1 + 2.0**-50)
+        inner = radius.clamp_min(_LEAST) * self._input_gain * (1 + 2.0**-50)
         reach = self.gains * inner[:, None] * (1 + 2.0**-50)
         slopes = widened(*self._activation.chords(anchors.v, reach, anchors.v_error))
         target = margins / inner * (1 - 2.0**-50)
@@ -300,6 +302,10 @@ class LocalCertificate:
             gamma, multiplier = tighten_locally(problem, target=target)
         except ValueError as error:
             raise CertificateError(str(error)) from error
+        if target is None:  # a bound near 0 could be no bound in floating point
+            floor = 2.0**-30 * torch.from_numpy(np.linalg.norm(np.hstack([C.mid, D.mid]), axis=1))
+            floor = torch.maximum(gamma, floor + 2.0**-90)
+            gamma, multiplier = floor, multiplier * (gamma / floor)[:, None]
         proved = torch.ones(count, dtype=torch.bool) if target is None else gamma <= target
         for i in proved.nonzero()[:, 0].tolist():
             claim = LocalClaim(

@@ -198,10 +198,9 @@ class LeakyReLU(ProximalActivation):
     def lines_below(self, v: Tensor, error: Tensor) -> tuple[tuple[float, Tensor], ...]:
         # Both branches: σ(p) − sp is (1 − a) max(±p, 0), and 0 where a branch is certain.
         larger = (1 - self.negative_slope) * (1 + _OUTWARDS)
-        return (
-            (self.negative_slope, larger * torch.relu(v + error)),
-            (1.0, larger * torch.relu(error - v)),
-        )
+        offsets = (torch.relu(error + side) for side in (v, -v))
+        own, other = (torch.where(o > 0, larger * o + _TINY, 0.0) for o in offsets)
+        return (self.negative_slope, own), (1.0, other)
 
 
 @dataclass(frozen=True)

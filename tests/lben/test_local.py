@@ -313,3 +313,34 @@ def test_what_local_proofs_need_is_said():
     weights = net.layer.weights()
     with pytest.raises(CertificateError, match="not positive definite"):
         LocalCertificate(dataclasses.replace(weights, W=9 * weights.W.abs()), ReLU())
+
+
+def test_extremes_of_range_prove_nothing_false():
+    """y = 0.9x at the least positive margin and radius, with pixels 1.4 times as large."""
+    one, least = torch.ones(1, 1).double(), 5e-324
+    weights = ExplicitWeights(
+        W=0 * one, U=one, b=0 * one[0], C=torch.zeros(2, 1).double(),
+        D=torch.tensor([[0.9], [0.0]]).double(), b_y=torch.zeros(2).double(), Lambda=one[0],
+        gamma=None,
+    )  # fmt: skip
+    local = LocalCertificate(weights, ReLU(), input_gain=1.4)
+    for scale in (1.0, 1e300):
+        anchors = Anchors(
+            v=one, v_error=0 * one, logits=torch.tensor([[least * scale, 0.0]]).double(),
+            logit_error=0 * one[0],
+        )  # fmt: skip
+        assert not bool(local.certifies(anchors, torch.tensor([0]), least * scale))
+
+
+def test_units_that_see_no_input_have_proofs():
+    eye = torch.eye(2, dtype=torch.float64)
+    weights = ExplicitWeights(
+        W=0.5 * eye, U=0 * eye, b=eye[0], C=eye, D=None, b_y=0 * eye[0], Lambda=eye.sum(0),
+        gamma=None,
+    )  # fmt: skip
+    local = LocalCertificate(weights, ReLU())
+    assert 0 < float(local.gains.max()) < 1e-6
+    anchors = Anchors(
+        v=eye[:1], v_error=0 * eye[:1], logits=eye[:1], logit_error=torch.zeros(1).double()
+    )
+    assert bool(local.certifies(anchors, torch.tensor([0]), 1e3))

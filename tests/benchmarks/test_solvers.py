@@ -40,6 +40,7 @@ def test_the_published_loop_finds_the_same_solution_and_adjoint():
     assert (inclusion.relative_residual(earlier.forward(inclusion, inverse)) > 1e-9).any()
 
 
+@pytest.mark.slow
 def test_a_plan_fills_every_cell_and_the_figures(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "ROUNDS", 2)
     monkeypatch.setattr(peers_module, "PATIENCE", 1e6)

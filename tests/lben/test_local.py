@@ -326,8 +326,8 @@ def test_extremes_of_range_prove_nothing_false():
     local = LocalCertificate(weights, ReLU(), input_gain=1.4)
     for scale in (1.0, 1e300):
         anchors = Anchors(
-            v=one, v_error=0 * one, logits=torch.tensor([[least * scale, 0.0]], dtype=torch.float64),
-            logit_error=0 * one[0],
+            v=one, v_error=0 * one, logit_error=0 * one[0],
+            logits=torch.tensor([[least * scale, 0.0]], dtype=torch.float64),
         )  # fmt: skip
         assert not bool(local.certifies(anchors, torch.tensor([0]), least * scale))
 

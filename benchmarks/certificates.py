@@ -6,6 +6,8 @@
   and float64, against the certificate of the weights that run (`--quick`: a tenth of the networks);
 - faults that are planted in parameterizations, proofs, radii and solvers (`benchmarks.faults`):
   every one must be caught, and nothing without one;
+- the network as it runs at images x' inside certified radii (`benchmarks.running`), and what that
+  promise costs in certified points at tolerances 1e-4, 1e-6 and 1e-8;
 - radii at images placed next to the boundary of the exact network, at tolerances from 1e-1 to 1e-7
   in both precisions, beside the textbook rule;
 - tightness: joint bound ÷ largest quotient found, and certified accuracy by method on the MNIST
@@ -38,6 +40,7 @@ from benchmarks.networks import (
     trained_networks,
     trained_on_digits,
 )
+from benchmarks.running import promise, running
 from lben import EquilibriumLinear, certify, tighten_jointly
 from lben.attacks import across_the_boundary, ascend_quotient, corner_pairs, random_pairs
 from lben.certification import CertificationConfig, certify_model
@@ -50,7 +53,9 @@ from lben.training import train
 
 SEED = 0
 PLAIN = "MNIST, γ = 1, plainly trained"
-PARTS = ("cost", "soundness", "faults", "boundary", "tightness", "certified")
+PARTS = (
+    "cost", "soundness", "faults", "running", "promise", "boundary", "tightness", "certified",
+)  # fmt: skip
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 
 
@@ -70,6 +75,8 @@ def main() -> None:
             500 if quick else 2300,
         ),
         "faults": lambda: planted(Bench(mnist)),
+        "running": lambda: running(mnist, quick),
+        "promise": lambda: promise(mnist, quick),
         "boundary": lambda: boundary(mnist, (1e-2, 1e-5) if quick else TOLERANCES),
         "tightness": lambda: tightness(mnist, quick),
         "certified": lambda: certified(mnist, plain_model(root), quick),
@@ -91,6 +98,17 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     figures: dict[str, Any] = {"violations": 0}
     if "soundness" in found:
         figures["violations"] += found["soundness"]["violations"]
+    if "running" in found:
+        figures["violations"] += sum(row["wrong"] for row in found["running"])
+        figures["images_inside"] = sum(row["images"] for row in found["running"])
+        figures["wrong_at_x_alone"] = sum(row["at x alone"] for row in found["running"])
+    if "promise" in found:
+        figures["certified_at_1"] = {
+            f"γ = {row['γ']}, {row['dtype']}, {row['tol']:g}": [
+                row[kind][1] for kind in ("running", "exact", "textbook")
+            ]
+            for row in found["promise"]
+        }
     if "boundary" in found:
         figures["violations"] += sum(row["ours"] for row in found["boundary"])
     if "faults" in found:

@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from lben.attacks import apgd_l2, pgd_l2
 from lben.certificates import NetworkCertificate, certify_largest, interval_bounds
+from lben.certified import Affine
 from lben.data import Dataset, pixels
 from lben.evaluation import environment
-from lben.models import CertifiedLogits, Classifier, EquilibriumClassifier
+from lben.models import CertifiedLogits, Classifier, EquilibriumClassifier, Promise
 from lben.parallel import ALONE, Processes
 from lben.radii import certified_radius, pair_bounds
 from lben.rigorous import up
@@ -33,7 +34,9 @@ class CertificationConfig:
         radii: in the l2 norm of pixels on [0, 1].
         largest_radii: in the largest norm, the most that any pixel changes.
         samples: test images, the first so many.
-        tol: relative tolerance of the solver, in float64.
+        tol: relative tolerance of the solver; the model's own when None.
+        promise: "running": the model as it runs gives the label at every image of the ball; or
+            "exact": the exact network of the same weights does.
         local: whether proofs around single images are tried, where the model has them.
         attack_steps: of PGD and of APGD.
         attack_restarts: runs of each.
@@ -43,7 +46,8 @@ class CertificationConfig:
     radii: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
     largest_radii: tuple[float, ...] = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
     samples: int = 1000
-    tol: float = 1e-8
+    tol: float | None = None
+    promise: Promise = "running"
     local: bool = True
     attack_steps: int = 40
     attack_restarts: int = 2
@@ -55,11 +59,9 @@ class CertificationConfig:
             if not radii or not all(0 < r < math.inf for r in radii):
                 raise ValueError(f"{name} must be positive and finite, got {radii}")
         for f in fields(self):
-            if (
-                f.name not in ("radii", "largest_radii", "local", "seed")
-                and not getattr(self, f.name) > 0
-            ):
-                raise ValueError(f"{f.name} must be positive, got {getattr(self, f.name)}")
+            value = getattr(self, f.name)
+            if isinstance(value, int | float) and f.name not in ("local", "seed") and not value > 0:
+                raise ValueError(f"{f.name} must be positive, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,8 @@ class Certification:
         samples: test images.
         radii: in the l2 norm of pixels on [0, 1].
         clean_accuracy: share classified correctly.
+        dtype: that the network runs in.
+        tol: relative tolerance of its solver; None where it has none.
         methods: from cheap to dear; local ones try what those before them leave.
         attacked: share that no attack broke, at each radius.
         violations: images broken within a certified radius. Anything but 0 is a defect.
@@ -106,6 +110,8 @@ class Certification:
     samples: int
     radii: tuple[float, ...]
     clean_accuracy: float
+    dtype: str
+    tol: float | None
     methods: tuple[Method, ...]
     attacked: tuple[float, ...]
     violations: int
@@ -150,50 +156,52 @@ def certify_model(
     """
     samples = min(config.samples, len(data.test_images))
     team.check_shares(samples=samples)
-    exact = model.exact(config.tol)
-    x = pixels(team.share(data.test_images[:samples]), torch.float64)
+    running = model.frozen(config.tol)
+    x = pixels(team.share(data.test_images[:samples]), running.dtype)
     labels = team.share(data.test_labels[:samples])
     radii = torch.tensor(config.radii, dtype=torch.float64)
     methods: list[Method] = []
     largest: tuple[Method, ...] = ()
     certified = torch.zeros(len(radii), len(x), dtype=torch.bool)
-    certificate = exact.certificate()
-    for bound in exact.bounds:
+    certificate = running.certificate()
+    for bound in running.bounds:
         start = time.perf_counter()
-        certificate = exact.certificate(bound)
+        certificate = running.certificate(bound)
         proof = time.perf_counter() - start
         if math.isinf(certificate.bound):
             continue  # there is no promise
-        result = exact.certified_logits(x, certificate)
-        divisor = certificate.radius_bound()
-        radius = certified_radius(result.logits, labels, divisor, logit_error=result.error)
-        held = radius >= radii[:, None]
+        result = running.certified_logits(x, certificate)
+        held = result.radius(labels, certificate, config.promise) >= radii[:, None]
         certified |= held
         seconds = time.perf_counter() - start - proof
         if not methods:
-            plain = certified_radius(result.logits, labels, certificate.bound) >= radii[:, None]
+            plain = result.radius(labels, certificate, "textbook") >= radii[:, None]
             methods.append(_method(TEXTBOOK, certificate.bound, plain, proof, 0.0, team))
-            largest = _in_largest_norm(exact, result, labels, certificate, config, team)
+            largest = _in_largest_norm(running, result, labels, certificate, config, team)
         methods.append(_method(bound, certificate.bound, held, proof, seconds, team))
-    if config.local and isinstance(exact, EquilibriumClassifier):
+    if config.local and isinstance(running, EquilibriumClassifier):
         start = time.perf_counter()
-        local = exact.local_certificate(certificate)
+        local = running.local_certificate(certificate)
         proof = time.perf_counter() - start
         for name in (LOCAL, PIXELS):
             start = time.perf_counter()
-            anchors = exact.anchors(x, certificate, local, pixels=name == PIXELS)
+            anchors = running.anchors(
+                x, certificate, local, pixels=name == PIXELS, promise=config.promise
+            )
             for held, r in zip(certified, config.radii, strict=True):
                 left = (~held).nonzero()[:, 0]
                 held[left] = local.certifies(anchors.select(left), labels[left], r)
             seconds = time.perf_counter() - start
             methods.append(_method(name, certificate.bound, certified, proof, seconds, team))
-    broken = _of_all(_broken(exact, x, labels, config, team), team)
-    correct = team.gather(exact(x).argmax(1) == labels)
+    broken = _of_all(_broken(running, x, labels, config, team), team)
+    correct = team.gather(running(x).argmax(1) == labels)
     return certificate, Certification(
         data=data.name,
         samples=samples,
         radii=config.radii,
         clean_accuracy=float(correct.double().mean()),
+        dtype=str(running.dtype).removeprefix("torch."),
+        tol=running.tol,
         methods=tuple(methods),
         attacked=tuple(float((~row).double().mean()) for row in broken),
         violations=int((broken & _of_all(certified, team)).sum()),
@@ -244,11 +252,18 @@ def _in_largest_norm(
         bounds["intervals"] = lambda: in_pixels(interval_bounds(weights))
         bounds["own"] = lambda: in_pixels(certify_largest(weights, tighten_largest(weights)))
     radii, methods = torch.tensor(config.largest_radii, dtype=torch.float64), []
+    # ‖x' − x‖₂ ≤ √p ‖x' − x‖_∞
+    root = math.sqrt(math.prod(model.shape)) * (1 + 2.0**-50)
+    elsewhere = Affine(result.elsewhere.constant, result.elsewhere.slope * root)
+    if config.promise == "exact":
+        elsewhere = Affine(0 * elsewhere.constant, 0.0)
     for name, prove in bounds.items():
         start = time.perf_counter()
         pairs = prove()
         seconds = time.perf_counter() - start
-        radius = certified_radius(result.logits, labels, pairs, logit_error=result.error)
+        radius = certified_radius(
+            result.logits, labels, pairs, logit_error=result.error, elsewhere=elsewhere
+        )
         most = float(pairs.fill_diagonal_(0.0).max())
         methods.append(_method(name, most, radius >= radii[:, None], seconds, 0.0, team))
     return tuple(methods)

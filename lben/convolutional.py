@@ -152,6 +152,11 @@ class ConvolutionalWeights:
         changes: dict[str, Any] = {k: transform(v) for k, v in self.tensors().items()}
         return replace(self, **changes)
 
+    def with_tensors(self, tensors: dict[str, Tensor]) -> ConvolutionalWeights:
+        """Return the weights with these tensors in place of those of the same names."""
+        changes: dict[str, Any] = dict(tensors)
+        return replace(self, **changes)
+
     @property
     def fingerprint(self) -> str:
         """SHA-256, as that of `ExplicitWeights`."""
@@ -218,6 +223,12 @@ class PooledWeights:
             self, state=self.state.apply(transform), A=transform(self.A), C=transform(self.C),
             b_y=transform(self.b_y),
         )  # fmt: skip
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> PooledWeights:
+        """Return the weights with these tensors in place of those of the same names."""
+        own = {name: tensors[name] for name in ("A", "C", "b_y") if name in tensors}
+        rest = {name: t for name, t in tensors.items() if name not in own}
+        return replace(self, state=self.state.with_tensors(rest), **own)
 
     def dense(self) -> ExplicitWeights:
         """Return the same layer as matrices, as `ConvolutionalWeights.dense`."""

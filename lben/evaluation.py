@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from lben.attacks import ascend_quotient, pgd_l2, quotients, random_pairs
 from lben.certificates import NetworkCertificate
+from lben.certified import Affine
 from lben.data import Dataset, pixels
-from lben.models import Bound, Classifier
+from lben.models import Bound, CertifiedLogits, Classifier
 from lben.parallel import ALONE, Processes
-from lben.radii import certified_radius
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class EvaluationConfig:
 
     Attributes:
         radii: l2 radii in pixels on [0, 1].
-        tol: relative tolerance of the solver, in float64.
+        tol: relative tolerance of the solver; the model's own when None.
         attack_samples: test images that PGD attacks at every radius.
         pgd_steps: steps of each PGD run.
         pgd_restarts: starts of each PGD run, the first at the image itself.
@@ -37,7 +37,7 @@ class EvaluationConfig:
     """
 
     radii: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-    tol: float = 1e-8
+    tol: float | None = None
     attack_samples: int = 500
     pgd_steps: int = 20
     pgd_restarts: int = 2
@@ -52,7 +52,9 @@ class EvaluationConfig:
             raise ValueError(f"radii must be at least 0 and finite, got {self.radii}")
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name not in ("radii", "bound", "seed") and not value > 0:
+            if f.name in ("radii", "bound", "seed") or (f.name == "tol" and value is None):
+                continue
+            if not value > 0:
                 raise ValueError(f"{f.name} must be positive, got {value}")
 
 
@@ -66,8 +68,10 @@ class Report:
         attack_samples: the first so many of them, attacked.
         radii: in the l2 norm of pixels on [0, 1].
         clean_accuracy: share classified correctly.
-        certified_accuracy: share with certified radius above each radius.
-        certified_attacked: the same on the attacked images only.
+        certified_accuracy: share with certified radius above each radius: the network as it runs
+            (its weights, dtype and tol) gives the label at every image of the ball.
+        certified_exact: share for which the exact network of the same weights does.
+        certified_attacked: as certified_accuracy, on the attacked images only.
         pgd_accuracy: share of the attacked images that PGD did not break at each radius.
         gamma: promised bound of y on the normalised input; None when there is none.
         bound: proved bound from pixels to logits that the radii rest on.
@@ -79,6 +83,8 @@ class Report:
             their certified radius. Anything but 0 is a defect of the library.
         smallest_eigenvalue: of M(Λ, γ) for the bound used, the least of all layers.
         m: proved strong monotonicity, the least of all layers.
+        dtype: that the network runs in.
+        tol: relative tolerance of its solver; None where it has none.
         max_logit_error: largest proved distance of the evaluated to the exact logits.
         solver_steps: most iterations that a test image needed.
         seconds: of the whole evaluation.
@@ -92,6 +98,7 @@ class Report:
     radii: tuple[float, ...]
     clean_accuracy: float
     certified_accuracy: tuple[float, ...]
+    certified_exact: tuple[float, ...]
     certified_attacked: tuple[float, ...]
     pgd_accuracy: tuple[float, ...]
     gamma: float | None
@@ -103,6 +110,8 @@ class Report:
     violations: int
     smallest_eigenvalue: float
     m: float
+    dtype: str
+    tol: float | None
     max_logit_error: float
     solver_steps: int
     seconds: float
@@ -136,7 +145,9 @@ def environment(team: Processes = ALONE) -> dict[str, str]:
 def evaluate(
     model: Classifier, data: Dataset, config: EvaluationConfig, team: Processes = ALONE
 ) -> Report:
-    """Certify and attack a model in float64.
+    """Certify and attack a model as it runs: in its own precision, solved to its own tolerance.
+
+    Lipschitz quotients are those of the exact network of the same weights (`Classifier.exact`).
 
     Args:
         model: on any device; it is evaluated on the CPU.
@@ -153,21 +164,24 @@ def evaluate(
     started = time.perf_counter()
     attacked = min(config.attack_samples, len(data.test_images))
     team.check_shares(attack_samples=attacked, pairs=config.pairs, ascent_pairs=config.ascent_pairs)
-    exact = model.exact(config.tol)
-    promised = None if exact.gamma is None else exact.certificate()
-    usual: Bound = "scaled" if "scaled" in exact.bounds else "promised"
+    running = model.frozen(config.tol)
+    promised = None if running.gamma is None else running.certificate()
+    usual: Bound = "scaled" if "scaled" in running.bounds else "promised"
     bound = config.bound or usual
-    certificate = promised if promised and bound == "promised" else exact.certificate(bound)
+    certificate = promised if promised and bound == "promised" else running.certificate(bound)
 
-    x, labels = pixels(data.test_images, torch.float64), data.test_labels
-    logits, errors, steps = _all_logits(exact, x, certificate, team)
-    radius = certified_radius(logits, labels, certificate.radius_bound(), logit_error=errors)
-    robust, broken_within = _attack(exact, x[:attacked], labels[:attacked], radius, config, team)
-    quotient, pairs, over = _pairs(exact, x, certificate, config, team)
+    x, labels = pixels(data.test_images, running.dtype), data.test_labels
+    found = _all_logits(running, x, certificate, team)
+    logits, errors = found.logits, found.error
+    radius, of_exact = (
+        found.radius(labels, certificate, promise) for promise in ("running", "exact")
+    )
+    robust, broken_within = _attack(running, x[:attacked], labels[:attacked], radius, config, team)
+    quotient, pairs, over = _pairs(model.exact(_EXACTLY), x.double(), bound, config, team)
     proved = certificate if promised is None else promised
     correct = logits.argmax(1) == labels
 
-    def certified(r: float, count: int) -> float:
+    def certified(r: float, count: int, radius: Tensor = radius) -> float:
         held = correct if r == 0 else radius > r
         return float(held[:count].double().mean())
 
@@ -178,9 +192,10 @@ def evaluate(
         radii=config.radii,
         clean_accuracy=float(correct.double().mean()),
         certified_accuracy=tuple(certified(r, len(x)) for r in config.radii),
+        certified_exact=tuple(certified(r, len(x), of_exact) for r in config.radii),
         certified_attacked=tuple(certified(r, attacked) for r in config.radii),
         pgd_accuracy=robust,
-        gamma=exact.gamma,
+        gamma=running.gamma,
         bound=certificate.bound,
         promised_bound=None if promised is None else promised.bound,
         quotient=quotient,
@@ -189,26 +204,36 @@ def evaluate(
         violations=over + broken_within,
         smallest_eigenvalue=min(layer.smallest_eigenvalue for layer in certificate.layers),
         m=min(layer.m for layer in certificate.layers),
+        dtype=str(running.dtype).removeprefix("torch."),
+        tol=running.tol,
         max_logit_error=float(errors.max()),
-        solver_steps=steps,
+        solver_steps=found.steps,
         seconds=round(time.perf_counter() - started, 2),
         config=config,
         environment=environment(team),
     )
 
 
+_EXACTLY = 1e-8
+"""Tolerance of the exact network in float64: its error is taken off all the same."""
+
+
 def _all_logits(
     model: Classifier, x: Tensor, certificate: NetworkCertificate, team: Processes
-) -> tuple[Tensor, Tensor, int]:
-    logits, errors, steps = [], [], 0
+) -> CertifiedLogits:
+    found = []
     batches = team.share(x).split(2000)
     for batch in tqdm(batches, desc="certify", unit="batch", disable=team.quiet, leave=False):
-        result = model.certified_logits(batch, certificate)
-        logits.append(result.logits)
-        errors.append(result.error)
-        steps = max(steps, result.steps)
-    most = team.gather(torch.tensor([steps])).max()
-    return team.gather(torch.cat(logits)), team.gather(torch.cat(errors)), int(most)
+        found.append(model.certified_logits(batch, certificate))
+    return CertifiedLogits(
+        logits=team.gather(torch.cat([f.logits for f in found])),
+        error=team.gather(torch.cat([f.error for f in found])),
+        elsewhere=Affine(
+            team.gather(torch.cat([f.elsewhere.constant for f in found])),
+            max(f.elsewhere.slope for f in found),
+        ),
+        steps=int(team.gather(torch.tensor([max(f.steps for f in found)])).max()),
+    )
 
 
 def _attack(
@@ -237,7 +262,7 @@ def _attack(
 def _pairs(
     model: Classifier,
     x: Tensor,
-    certificate: NetworkCertificate,
+    bound: Bound,
     config: EvaluationConfig,
     team: Processes,
 ) -> tuple[float, int, int]:
@@ -246,6 +271,7 @@ def _pairs(
     A pair exceeds it only beyond the proved errors of both logits. Each process takes pairs of its
     own images.
     """
+    certificate = model.certificate(bound)
     generator, x = torch.Generator().manual_seed(config.seed + 1), team.share(x)
     chosen = torch.randperm(len(x), generator=generator)[: team.share_of(config.ascent_pairs)]
     starts = x[chosen]

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lben.certificates import CertificateError
 from lben.certificates.local import LocalClaim, fewer_inputs, holds_locally
+from lben.certified import Affine
 from lben.radii import ROOT2, check_labels, pair_bounds
 from lben.rigorous import Enclosure, up
 from lben.tightening.local import LocalProgram, tighten_locally, tighten_with_facts, widened
@@ -47,6 +48,8 @@ class Anchors:
         v_error: bound of their distance to those at the exact equilibrium, per unit.
         logits: y.
         logit_error: bound of ‖y − y*‖₂.
+        elsewhere: bound of the same distance within a radius of the input (of raw inputs), as the
+            network runs there; None for proofs about the exact network around the input.
         room: how far each input can fall and rise at most, infinite where that is not known: the
             room of a pixel, where a proof is for images in [0, 1] alone. None where it is for all
             inputs.
@@ -57,6 +60,7 @@ class Anchors:
     logits: Float[Tensor, "batch q"]
     logit_error: Float[Tensor, " batch"]
     room: Float[Tensor, "batch 2 p"] | None = None
+    elsewhere: Affine | None = None
 
     def select(self, index: Tensor) -> Anchors:
         """Return some of them."""
@@ -64,6 +68,7 @@ class Anchors:
             v=self.v[index], v_error=self.v_error[index], logits=self.logits[index],
             logit_error=self.logit_error[index],
             room=None if self.room is None else self.room[index],
+            elsewhere=None if self.elsewhere is None else self.elsewhere.select(index),
         )  # fmt: skip
 
 
@@ -136,7 +141,10 @@ class LocalCertificate:
         radius = torch.as_tensor(radius, dtype=torch.float64).expand(len(labels))
         if not bool((radius >= 0).all()):
             raise ValueError("a radius must be at least 0 and not NaN")
-        y, error = anchors.logits, ROOT2 * anchors.logit_error
+        y, error = anchors.logits, anchors.logit_error
+        if anchors.elsewhere is not None:
+            error = error + anchors.elsewhere.at(radius)
+        error = ROOT2 * error * (1 + 2.0**-50)
         margins = y.gather(1, labels[:, None]) - y - error[:, None]
         margins = margins - 8 * 2.0**-53 * (y.abs().amax(1) + error)[:, None] - _LEAST
         rivals = torch.ones_like(margins, dtype=torch.bool).scatter(1, labels[:, None], False)

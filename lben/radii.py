@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lben.certificates import Certificate
+from lben.certified import Affine
 from lben.rigorous import up
 
 ROOT2 = up(math.sqrt(2.0))
@@ -20,6 +21,7 @@ def certified_radius(
     bound: float | Float[Tensor, "classes classes"],
     *,
     logit_error: Float[Tensor, " batch"] | float = 0.0,
+    elsewhere: Affine | None = None,
 ) -> Float[Tensor, " batch"]:
     """Return a radius in the l2 norm of raw inputs within which the prediction cannot change.
 
@@ -27,11 +29,16 @@ def certified_radius(
     (eᵢ − eⱼ)ᵀy: √2γ for every pair, or the pair's own bound. An error of at most e in y moves the
     difference by at most √2e. 0 for a sample that is misclassified.
 
+    This is a radius of the exact network. At another input of the ball a network that runs has an
+    error of its own, at most a + kr; with it in `elsewhere` the radius is that of the network as it
+    runs: (yᵢ − yⱼ − √2 (e + a)) / (Lᵢⱼ + √2k).
+
     Args:
         logits: y.
         labels: i, integers in [0, classes).
         bound: γ of the whole network from raw input to logits, or Lᵢⱼ of every pair.
         logit_error: e, a bound of ‖y − y*‖₂ per sample (solver and rounding).
+        elsewhere: a bound of the same distance at every input within a radius.
 
     Raises:
         ValueError: if shapes disagree, a label is out of range, there are fewer than two classes,
@@ -43,6 +50,9 @@ def certified_radius(
         raise ValueError("logits contain NaN or Inf")
     y = logits.detach().double()
     error = torch.as_tensor(logit_error, dtype=torch.float64, device=y.device)
+    if elsewhere is not None:
+        error = error + elsewhere.constant
+        pairs = (pairs + ROOT2 * elsewhere.slope) * (1 + 2.0**-50)
     error = ROOT2 * error.expand(len(y))[:, None]
     if not bool((error >= 0).all()):
         raise ValueError("logit_error must be at least 0 and not NaN")

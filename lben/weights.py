@@ -81,6 +81,11 @@ class ExplicitWeights:
         changes: dict[str, Any] = {k: transform(v) for k, v in self.tensors().items()}
         return replace(self, **changes)
 
+    def with_tensors(self, tensors: dict[str, Tensor]) -> ExplicitWeights:
+        """Return the weights with these tensors in place of those of the same names."""
+        changes: dict[str, Any] = dict(tensors)
+        return replace(self, **changes)
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of names, shapes, dtypes, bytes and gamma: ties a certificate to its weights."""

@@ -18,7 +18,7 @@ ROOMS = {
     ),
     "lben": (
         "_companion precision weights convolutional rigorous inequality spectrum "
-        "parameterizations certificates tightening radii local layers models data losses "
+        "parameterizations certificates tightening certified radii local layers models data losses "
         "augmentation optimization records recipes checkpoints attacks parallel training "
         "evaluation certification reports cli __main__"
     ),

@@ -13,8 +13,10 @@ from lben.certificates.records import (
     CertificateError,
     Claim,
     NetworkCertificate,
+    Sensitivity,
     compose,
 )
+from lben.certificates.sensitivity import sensitivity
 
 __all__ = [
     "AnyWeights",
@@ -23,6 +25,7 @@ __all__ = [
     "Claim",
     "LargestClaim",
     "NetworkCertificate",
+    "Sensitivity",
     "certify",
     "certify_convolution",
     "certify_largest",
@@ -30,4 +33,5 @@ __all__ = [
     "certify_pooled",
     "compose",
     "interval_bounds",
+    "sensitivity",
 ]

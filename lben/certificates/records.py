@@ -24,6 +24,32 @@ class CertificateError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """Proved bounds of what errors within one equilibrium layer do, all states in the Λ norm.
+
+    Attributes:
+        input_to_state: of the change of z per l2 change of x.
+        drive_to_state: of the change of z per change of v.
+        drive_to_output: of the l2 change of Cz per change of v.
+        residual_to_state: of ‖z̃ − z*‖ per residual ‖z̃ − z‖, where z̃ = σ(Wz + v).
+        residual_to_output: of ‖C(z̃ − z*)‖₂ per residual.
+        state_to_output: ‖CΛ^(−½)‖₂.
+    """
+
+    input_to_state: float
+    drive_to_state: float
+    drive_to_output: float
+    residual_to_state: float
+    residual_to_output: float
+    state_to_output: float
+
+    @property
+    def effective_m(self) -> float:
+        """The m for which ‖CΛ^(−½)‖/m bounds the change of Cz per change of v."""
+        return self.state_to_output / self.drive_to_output if self.drive_to_output else math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
 class Certificate:
     """A proved statement about one set of explicit weights.
 
@@ -42,6 +68,7 @@ class Certificate:
         versions: library versions that ran the proof.
         image: height and width that the proof of a convolution is for: exactly these where it is
             circular, at most these where it is not; None for a dense layer.
+        sensitivity: what errors within an equilibrium layer do, where that was asked for.
     """
 
     bound: float
@@ -55,6 +82,7 @@ class Certificate:
     method: str
     versions: dict[str, str]
     image: tuple[int, int] | None = None
+    sensitivity: Sensitivity | None = None
 
     @property
     def constants(self) -> Constants:
@@ -111,12 +139,28 @@ class NetworkCertificate:
         layers: the layers' certificates, first to last.
         pairs: proved bounds of yᵢ − yⱼ, classes × classes, in raw input units; None where only
             the √2·bound of all of y is known.
+        network: fingerprint of the network that this is about: its layers in order, normalisation,
+            image size and dtype. None for a chain that `compose` was given by hand.
     """
 
     bound: float
     input_gain: float
     layers: tuple[Certificate, ...]
     pairs: tuple[tuple[float, ...], ...] | None = None
+    network: str | None = None
+
+    def check(self, network: str) -> None:
+        """Refuse another network than that of the proof.
+
+        Raises:
+            CertificateError: if the fingerprint differs.
+        """
+        if network != self.network:
+            raise CertificateError(
+                "this certificate is for another network (layers and their order, normalisation, "
+                f"image size, dtype): fingerprint {(self.network or 'none')[:12]}…, this one has "
+                f"{network[:12]}…"
+            )
 
     def radius_bound(self) -> float | Tensor:
         """Return what `certified_radius` divides by: the pairs' bounds, else that of all of y."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lben import precision
-from lben.certificates import Certificate, certify
+from lben.certificates import Certificate, certify, sensitivity
+from lben.certified import Certified
+from lben.layers.uniform import Rates, Running, absolute_norm, uniform_error
 from lben.local import Anchors
 from lben.parameterizations import CompleteParameterization, DirectParameterization
 from lben.radii import logit_error
@@ -31,6 +33,27 @@ from solvers import (
     equilibrium,
 )
 from solvers.solution import OnFailure
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Exactly:
+    """A state that was found, and its problem, in float64.
+
+    Attributes:
+        weights, x, z: as they ran, in float64.
+        problem: of these weights and x.
+        state_error: bound of ‖z − z*‖_Λ.
+        bias_error: bound of the rounding of that v, in the Λ norm.
+        output_error: bound of the rounding of y, given z, in float64.
+    """
+
+    weights: Any
+    x: Tensor
+    z: Tensor
+    problem: Inclusion
+    state_error: Tensor
+    bias_error: Tensor
+    output_error: Tensor
 
 
 class EquilibriumLayer(nn.Module, ABC):
@@ -100,43 +123,92 @@ class EquilibriumLayer(nn.Module, ABC):
         return self._inclusion(self.weights(), x)
 
     @torch.no_grad()
-    def with_error(self, x: Tensor, proof: Certificate) -> tuple[Tensor, Tensor, int]:
-        """Return y, a bound of its l2 distance to the exact y of x, and the most solver steps.
+    def certified(self, x: Tensor, proof: Certificate) -> Certified:
+        """Return y as the layer runs, with bounds of its distance to the exact y, here and around.
 
         y and the state are those of the precision that the layer runs in. The exact y is that of
-        the same weights in real arithmetic. The bound is evaluated in float64 from the state that
-        was found, so it knows nothing of how it was found, and needs no model of its rounding.
+        the same weights in real arithmetic. The bound at x is evaluated in float64 from the state
+        that was found, so it knows nothing of how it was found, and needs no model of its rounding.
+        The bound around x is that of `lben.layers.uniform`, for solves that meet the tolerance.
 
         Args:
             x: as the layer takes it, float32 or float64.
-            proof: for these weights.
+            proof: for these weights and images of this size.
 
         Raises:
-            CertificateError: if the proof is for other weights.
+            CertificateError: if the proof is for something else.
         """
-        solution, y, error = self._evaluated(x, proof)
-        return y, error, solution.stats.max_steps
+        return self._evaluated(x, proof)[1]
 
-    def _evaluated(self, x: Tensor, proof: Certificate) -> tuple[Solution, Tensor, Tensor]:
-        """Return the state with its evidence, y, and the bound of `with_error`."""
+    def with_error(self, x: Tensor, proof: Certificate) -> tuple[Tensor, Tensor, int]:
+        """Return y, a bound of its l2 distance to the exact y of x, and the most solver steps.
+
+        These are `value`, `error` and `steps` of `certified`.
+        """
+        found = self.certified(x, proof)
+        return found.value, found.error, found.steps
+
+    def _evaluated(self, x: Tensor, proof: Certificate) -> tuple[_Exactly, Certified]:
+        """Return the problem of x in float64 with the state that was found, and what is proved."""
         weights = self.weights()
-        proof.check(weights)
+        self._check_proof(weights, proof)
         solution = self._solve(weights, x, None)
         with precision.full():
             y = self._readout(weights, x, solution.value)
-        exact = weights.apply(Tensor.double)
-        problem, z, x = self._exactly(exact, x), solution.value.double(), x.double()
-        reference = self._readout(exact, x, z)
-        error = logit_error(
-            proof, problem.error_bound(z, proof.constants), *self._rounding(exact, x, z)
-        )
+        exact = self._exactly(weights, x, solution.value, proof)
+        reference = self._readout(exact.weights, exact.x, exact.z)
         away = torch.linalg.vector_norm((y - reference).flatten(1), dim=1)
-        return solution, y, error + away * (1 + 1e-9)
+        # Cz moves less with the drive than ‖CΛ^(−½)‖/m allows.
+        gains = sensitivity(weights, proof) if proof.sensitivity is None else proof.sensitivity
+        tighter = replace(proof, m=gains.effective_m)
+        error = logit_error(
+            tighter, exact.problem.error_bound(exact.z, tighter.constants), exact.bias_error,
+            exact.output_error,
+        )  # fmt: skip
+        return exact, Certified(
+            value=y,
+            error=error + away * (1 + 1e-9),
+            uniform=uniform_error(self._running(exact, x.dtype), gains),
+            steps=solution.stats.max_steps,
+        )
 
-    def _exactly(self, exact: Any, x: Tensor) -> Inclusion:
-        """Return the fixed-point problem in float64, for the same weights in float64."""
-        operator = self._operator(self.weights()).to(torch.float64)
-        return Inclusion(operator, self._bias(exact, x.double()), self._sigma)
+    def _exactly(self, weights: Any, x: Tensor, z: Tensor, proof: Certificate) -> _Exactly:
+        exact, x, z = weights.apply(Tensor.double), x.double(), z.double()
+        operator = self._operator(weights).to(torch.float64)
+        problem = Inclusion(operator, self._bias(exact, x), self._sigma)
+        bias_error, output_error = self._rounding(exact, x, z)
+        state_error = problem.error_bound(z, proof.constants) + 2 * bias_error / proof.m
+        return _Exactly(
+            weights=exact, x=x, z=z, problem=problem, state_error=state_error * (1 + 1e-9),
+            bias_error=bias_error, output_error=output_error,
+        )  # fmt: skip
+
+    def _running(self, exact: _Exactly, dtype: torch.dtype) -> Running:
+        """Return how the layer runs in a precision, and what is known of it at x."""
+        operator, unit = exact.problem.operator, torch.finfo(dtype).eps
+        summands = operator.summands + operator.n + 32
+        if not summands * unit < 2.0**-4:
+            raise ValueError(f"rounding in {dtype} is not bounded for sums of {summands} terms")
+        # From float64 to the precision that runs, second order included; and what underflows.
+        ratio, tiny = 1.1 * unit / torch.finfo(torch.float64).eps, torch.finfo(dtype).tiny
+        norm = operator.norm
+        vanished = summands * norm(torch.full_like(exact.z, tiny))
+        return Running(
+            tol=self.tol * (1 + 2.0**-20) + summands * unit,
+            product=operator.rounding_gain(dtype),
+            sum=summands * unit,
+            rates=self._rates(exact.weights, 0.55 * unit),
+            state=norm(exact.z) * (1 + 2.0**-40),
+            state_error=exact.state_error,
+            product_rounding=ratio * operator.rounding(exact.z) + vanished,
+            bias=norm(exact.problem.bias) * (1 + 2.0**-40) + exact.bias_error,
+            bias_rounding=ratio * exact.bias_error + vanished,
+            output_rounding=ratio * exact.output_error + vanished,
+        )
+
+    def _check_proof(self, weights: Any, proof: Certificate) -> None:
+        """Raise CertificateError unless a proof is for these weights and this size of images."""
+        proof.check(weights)
 
     def certificate(self) -> Certificate:
         """Prove the layer's bound for the weights that run now.
@@ -145,7 +217,9 @@ class EquilibriumLayer(nn.Module, ABC):
             CertificateError: if the proof fails.
         """
         with torch.no_grad():
-            return self._prove(self.weights())
+            weights = self.weights()
+            proof = self._prove(weights)
+            return replace(proof, sensitivity=sensitivity(weights, proof))
 
     def weights(self) -> Any:
         """Return the explicit weights.
@@ -184,6 +258,10 @@ class EquilibriumLayer(nn.Module, ABC):
     @abstractmethod
     def _rounding(self, weights: Any, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Bound the rounding of v in the Λ norm and that of y, given z, in l2; per sample."""
+
+    @abstractmethod
+    def _rates(self, weights: Any, unit: float) -> Rates:
+        """Return how sizes and roundings grow, for weights in float64 that run with a unit."""
 
     @abstractmethod
     def _check_shape(self, x: Tensor) -> None:
@@ -297,6 +375,16 @@ class DenseEquilibriumLayer(EquilibriumLayer):
             y = y + u_p * (size @ w.D.abs().T)
         return torch.linalg.vector_norm(v, dim=-1), torch.linalg.vector_norm(y, dim=-1)
 
+    def _rates(self, weights: ExplicitWeights, unit: float) -> Rates:
+        w, root = weights, weights.Lambda.sqrt()
+        drive, inputs = absolute_norm(root[:, None] * w.U), (w.in_features + 4) * unit
+        return Rates(
+            drive=drive,
+            drive_rounding=inputs * drive,
+            readout=(w.hidden_features + 8) * unit * absolute_norm(w.C / root),
+            through=0.0 if w.D is None else (inputs + 4 * unit) * absolute_norm(w.D),
+        )
+
     @torch.no_grad()
     def anchors(self, x: Float[Tensor, "batch p"], proof: Certificate) -> Anchors:
         """Return what is known of the layer at some inputs, for proofs around them.
@@ -304,21 +392,18 @@ class DenseEquilibriumLayer(EquilibriumLayer):
         Raises:
             CertificateError: if the proof is for other weights.
         """
-        solution, logits, logit_error = self._evaluated(x, proof)
-        w = self.weights().apply(Tensor.double)
-        problem, z = self._exactly(w, x), solution.value.double()
-        x = x.double()
-        bias_error, _ = self._rounding(w, x, z)
-        state_error = problem.error_bound(z, proof.constants)
+        exact, found = self._evaluated(x, proof)
+        w, x, z = exact.weights, exact.x, exact.z
         moved = torch.linalg.vector_norm(w.W / w.Lambda.sqrt(), dim=1)
         unit = gamma_k(w.hidden_features + w.in_features + 8)
         size = z.abs() @ w.W.abs().T + x.abs() @ w.U.abs().T + w.b.abs()
-        state = (state_error + 2 * bias_error / proof.m)[:, None]
+        state = exact.state_error[:, None]
         return Anchors(
-            v=problem.operator.affine(z, problem.bias),
+            v=exact.problem.operator.affine(z, exact.problem.bias),
             v_error=(state * moved + 2 * unit * size) * (1 + 1e-9),
-            logits=logits.double(),
-            logit_error=logit_error,
+            logits=found.value.double(),
+            logit_error=found.error,
+            elsewhere=found.uniform,
         )
 
     def _check_shape(self, x: Tensor) -> None:

@@ -13,6 +13,7 @@ from lben.certificates import Certificate, certify_convolution, certify_pooled
 from lben.convolutional import ConvolutionalWeights, PooledWeights
 from lben.layers.equilibrium import EquilibriumLayer
 from lben.layers.maps import Convolution
+from lben.layers.uniform import Rates, absolute_norm
 from lben.parameterizations import ConvolutionalParameterization, PooledParameterization
 from lben.parameterizations.explicit import taps
 from lben.rigorous import UNIT, gamma_k
@@ -119,6 +120,12 @@ class ImageEquilibriumLayer(EquilibriumLayer):
         size = self._map.apply(self._unshuffled(x).abs(), state.U.abs(), state.b.abs())
         v = size * gamma_k(state.U[0].numel() + 4) * taps(state.Lambda.sqrt())
         return torch.linalg.vector_norm(v.flatten(1), dim=1)
+
+    def _drive(self, state: ConvolutionalWeights, unit: float) -> tuple[float, float]:
+        """Return how much v grows with x, and its rounding."""
+        root = state.Lambda.sqrt()
+        drive = absolute_norm(root[:, None] * state.U.abs().flatten(2).sum(2))
+        return drive, (state.U[0].numel() + 4) * unit * drive
 
     def _new_operator(self, weights: Any) -> LinearOperator:
         return self._convolution(weights)
@@ -229,6 +236,21 @@ class EquilibriumConv2d(ImageEquilibriumLayer):
     def _prove(self, weights: ConvolutionalWeights) -> Certificate:
         return certify_convolution(weights, self.grid)
 
+    def _check_proof(self, weights: ConvolutionalWeights, proof: Certificate) -> None:
+        super()._check_proof(weights, proof)
+        proof.check_image(self.grid, exactly=weights.circular)
+
+    def _rates(self, weights: ConvolutionalWeights, unit: float) -> Rates:
+        drive, rounding = self._drive(weights, unit)
+        root, readout = weights.Lambda.sqrt(), 0.0
+        if not self._identity:
+            size = absolute_norm(weights.C.abs().flatten(2).sum(2) / root)
+            readout = (weights.C[0].numel() + 8) * unit * size
+        through = 0.0
+        if isinstance(weights.D, float):
+            through, readout = 8 * unit * weights.D, readout + 4 * unit / float(root.min())
+        return Rates(drive=drive, drive_rounding=rounding, readout=readout, through=through)
+
     def _rounding(
         self, weights: ConvolutionalWeights, x: Tensor, z: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -331,6 +353,16 @@ class PooledEquilibriumConv2d(ImageEquilibriumLayer):
 
     def _prove(self, weights: PooledWeights) -> Certificate:
         return certify_pooled(weights)
+
+    def _check_proof(self, weights: PooledWeights, proof: Certificate) -> None:
+        super()._check_proof(weights, proof)
+        proof.check_image(self.grid, exactly=weights.state.circular)
+
+    def _rates(self, weights: PooledWeights, unit: float) -> Rates:
+        drive, rounding = self._drive(weights.state, unit)
+        C = (weights.C / taps(weights.state.Lambda.sqrt())).flatten(1)
+        readout = (C.shape[1] + 8) * unit * absolute_norm(C)
+        return Rates(drive=drive, drive_rounding=rounding, readout=readout)
 
     def _rounding(self, weights: PooledWeights, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         C = weights.C.flatten(1)

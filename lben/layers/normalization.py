@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lben.certified import Affine, Certified
 from lben.rigorous import up
 
 
@@ -48,6 +49,17 @@ class Normalize(nn.Module):
         """Bound ‖fl(forward(x)) − forward(x)‖₂ per image: two roundings of at most u each."""
         unit = torch.finfo(x.dtype).eps / 2
         return 4 * unit * torch.linalg.vector_norm(self(x).flatten(1), dim=1)
+
+    def certified(self, x: Tensor, y: Tensor) -> Certified:
+        """Return what is known of y, the normalised images of x.
+
+        |fl(y) − y| ≤ 4u|y| entry by entry, and ‖y(x')‖ ≤ ‖y(x)‖ + ‖x' − x‖ / min std.
+        """
+        unit = 4 * torch.finfo(x.dtype).eps
+        size = torch.linalg.vector_norm(y.double().flatten(1), dim=1) * (1 + 2.0**-40)
+        tiny = 4 * x[0].numel() * torch.finfo(x.dtype).tiny * (1 + self.gain) if len(x) else 0.0
+        around = Affine(unit * size + tiny, unit * self.gain)
+        return Certified(value=y, error=around.constant, uniform=around)
 
     def room(
         self, x: Float[Tensor, "batch channels height width"]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lben.certificates import Certificate
+from lben.certified import Affine, Certified, Stage
 from lben.layers.companions import Companion
 from lben.layers.equilibrium import EquilibriumLayer
 from lben.layers.explicit import ExplicitLayer
@@ -57,35 +58,44 @@ class LipschitzSequential(nn.Sequential):
         return proofs
 
     @torch.no_grad()
-    def with_error(self, x: Tensor, proofs: Sequence[Certificate]) -> tuple[Tensor, Tensor, int]:
-        """Return y, a bound of its l2 distance to the exact y, and the most solver steps.
+    def certified(
+        self, x: Tensor, proofs: Sequence[Certificate], stage: Stage | None = None
+    ) -> tuple[Tensor, Stage]:
+        """Return y as the chain runs, and what is known of its distance to the exact y.
 
         The exact y has the same weights, exact equilibria and no rounding. What a layer adds is
         multiplied by the bounds of those after it.
 
         Args:
-            x: float64 where equilibrium layers are in the chain.
+            x: float32 or float64.
             proofs: of `certificates`, for these weights and images of this size.
+            stage: what is known of x; that it is exact when omitted.
 
         Raises:
             CertificateError: if a proof is for other weights or images.
             ValueError: if there are more or fewer proofs than layers.
         """
         self._check()
-        error, steps = x.new_zeros(len(x)), 0
+        stage = Stage.start(x) if stage is None else stage
         for layer, proof in self._with_proofs(proofs):
-            gain = 1.0 if proof is None else proof.bound
             if isinstance(layer, EquilibriumLayer):
                 assert proof is not None
-                x, own, needed = layer.with_error(x, proof)
-                steps = max(steps, needed)
+                found = layer.certified(x, proof)
             else:
                 assert isinstance(layer, ExplicitLayer | Companion)
                 if isinstance(layer, ExplicitLayer) and proof is not None:
                     layer.check(proof, x)
-                own, x = layer.rounding(x), layer(x)
-            error = (error * gain + own) * (1 + 16 * torch.finfo(x.dtype).eps)
-        return x, error, steps
+                found = evaluated(layer, x)
+            x, stage = found.value, stage.then(found, 1.0 if proof is None else proof.bound)
+        return x, stage
+
+    def with_error(self, x: Tensor, proofs: Sequence[Certificate]) -> tuple[Tensor, Tensor, int]:
+        """Return y, a bound of its l2 distance to the exact y, and the most solver steps.
+
+        Args and errors are those of `certified`.
+        """
+        y, stage = self.certified(x, proofs)
+        return y, stage.error, stage.steps
 
     def _with_proofs(
         self, proofs: Sequence[Certificate]
@@ -96,3 +106,15 @@ class LipschitzSequential(nn.Sequential):
         left = iter(proofs)
         for layer in self:
             yield layer, None if isinstance(layer, Companion) else next(left)
+
+
+def evaluated(layer: nn.Module, x: Tensor) -> Certified:
+    """Return what is known of a layer without a solve, whose rounding is affine in ‖x‖₂."""
+    rounding = layer.rounding  # type: ignore[operator]
+    size = torch.linalg.vector_norm(x.double().flatten(1), dim=1) * (1 + 2.0**-40)
+    unit = torch.zeros_like(x[:1])
+    unit.view(-1)[:1] = 1.0
+    constant, one = (float(rounding(t)[0]) if len(x) else 0.0 for t in (0 * unit, unit))
+    slope = (one - constant) * (1 + 2.0**-20)
+    around = Affine(constant + slope * size, slope)
+    return Certified(value=layer(x), error=around.constant, uniform=around)

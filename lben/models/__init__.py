@@ -1,6 +1,6 @@
 """Which networks have a name? Frozen configurations, and `build`, which makes modules of them."""
 
-from lben.models.base import Bound, CertifiedLogits, Classifier, ClassifierConfig
+from lben.models.base import Bound, CertifiedLogits, Classifier, ClassifierConfig, Promise
 from lben.models.equilibrium import (
     ActivationName,
     ConvolutionalEquilibriumClassifier,
@@ -29,6 +29,7 @@ __all__ = [
     "EquilibriumClassifier",
     "EquilibriumClassifierConfig",
     "Head",
+    "Promise",
     "ResidualClassifier",
     "ResidualClassifierConfig",
     "Size",

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, Self, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lben.certificates import NetworkCertificate
+from lben.certificates import CertificateError, NetworkCertificate
+from lben.certified import Affine, Stage
 from lben.layers import EquilibriumLayer, Normalize
+from lben.models.fingerprint import fingerprint
+from lben.parameterizations import FixedWeights
 from lben.radii import certified_radius
+
+Promise = Literal["running", "exact", "textbook"]
+"""What a certified radius promises.
+
+- running: the model as it runs, with these weights in this precision and with solves that met this
+  tolerance, gives the label at every image of the ball;
+- exact: the exact network of the same weights, solved and evaluated without error, does;
+- textbook: nothing. Margin ÷ bound of the logits as they come, as papers have it: for comparison.
+"""
 
 Bound = Literal["promised", "scaled", "pairs", "joint", "joint pairs"]
 """Which of its bounds a classifier proves: see `Classifier.certificate`."""
@@ -26,12 +40,41 @@ class CertifiedLogits:
     Attributes:
         logits: y.
         error: bound of ‖y − y*‖₂ per sample.
+        elsewhere: bound of the same distance at every image within a radius, for a model that runs
+            there with the same settings and whose solves meet their tolerance.
         steps: most solver iterations that a sample needed; 0 for an explicit network.
     """
 
     logits: Float[Tensor, "batch classes"]
     error: Float[Tensor, " batch"]
+    elsewhere: Affine
     steps: int
+
+    def radius(
+        self,
+        labels: Int[Tensor, " batch"],
+        certificate: NetworkCertificate,
+        promise: Promise = "running",
+    ) -> Float[Tensor, " batch"]:
+        """Return certified radii in the l2 norm of raw inputs; 0 where misclassified.
+
+        Warns where the solver's tolerance is too loose for any promise about the model as it runs.
+        """
+        bound = certificate.radius_bound()
+        if promise == "textbook":
+            return certified_radius(self.logits, labels, bound)
+        if promise == "exact":
+            return certified_radius(self.logits, labels, bound, logit_error=self.error)
+        if math.isinf(self.elsewhere.slope) and math.isfinite(certificate.bound):
+            warnings.warn(
+                "no radius is certified: the solver's tolerance is too loose to bound the error of "
+                "the model as it runs at other images of a ball. Use a smaller tol, or "
+                'promise="exact" for radii of the exact network',
+                stacklevel=3,
+            )
+        return certified_radius(
+            self.logits, labels, bound, logit_error=self.error, elsewhere=self.elsewhere
+        )
 
 
 class ClassifierConfig(Protocol):
@@ -75,6 +118,11 @@ class Classifier(nn.Module, ABC):
                 f"expected images of shape (batch, {', '.join(map(str, self.shape))}), "
                 f"got {tuple(x.shape)}"
             )
+        if not x.is_floating_point():
+            raise ValueError(
+                f"expected images in [0, 1] as floating-point numbers, got {x.dtype}: convert them "
+                "with lben.data.pixels"
+            )
         return self.normalize(x)
 
     @abstractmethod
@@ -106,13 +154,35 @@ class Classifier(nn.Module, ABC):
         if bound not in self.bounds:
             raise ValueError(f"this model has the bounds {', '.join(self.bounds)}, not {bound!r}")
         with torch.no_grad():
-            return self._certificate(bound)
+            return replace(self._certificate(bound), network=self.fingerprint)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that a proof about this model depends on, see `fingerprint`.
+
+        The layers in order with their weights and activations, normalisation, image size, dtype.
+        """
+        return fingerprint(self)
+
+    def _check(self, certificate: NetworkCertificate) -> None:
+        """Refuse a certificate of another network.
+
+        One that `compose` made names no network: its layers are checked one by one where they run,
+        and its input gain against the normalisation.
+        """
+        if certificate.network is not None:
+            certificate.check(self.fingerprint)
+        elif not certificate.input_gain >= self.normalize.gain:
+            raise CertificateError(
+                f"this certificate is for inputs that grow by at most {certificate.input_gain:.6g} "
+                f"before the first layer, the normalisation has {self.normalize.gain:.6g}"
+            )
 
     @abstractmethod
     def _certificate(self, bound: Bound) -> NetworkCertificate:
         """Prove one of `bounds`."""
 
-    @abstractmethod
+    @torch.no_grad()
     def certified_logits(
         self, x: Float[Tensor, "batch channels height width"], certificate: NetworkCertificate
     ) -> CertifiedLogits:
@@ -123,25 +193,67 @@ class Classifier(nn.Module, ABC):
 
         Raises:
             ValueError: if the model is neither float32 nor float64.
+            CertificateError: if the certificate is not of this model as it is now.
         """
+        self._check(certificate)
+        normalized, gain = self.prepared(x), certificate.input_gain
+        start = Stage.start(x).then(self.normalize.certified(x, normalized), gain)
+        logits, stage = self._certified(normalized, start, certificate)
+        return CertifiedLogits(
+            logits=logits, error=stage.error, elsewhere=stage.uniform, steps=stage.steps
+        )
+
+    @abstractmethod
+    def _certified(
+        self, x: Tensor, stage: Stage, certificate: NetworkCertificate
+    ) -> tuple[Tensor, Stage]:
+        """Return the logits of normalised images, and what is known of them."""
 
     def prepared(self, x: Float[Tensor, "batch channels height width"]) -> Tensor:
         """Return the normalised images of a model whose rounding is bounded, or raise."""
-        dtype = next(self.parameters()).dtype
+        dtype = self.dtype
         if dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
             raise ValueError(
                 f"rounding is bounded in float32 and float64 without autocast, the model is {dtype}"
             )
         return self._normalized(x)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that the model runs in."""
+        return next(self.parameters()).dtype
+
+    @property
+    def tol(self) -> float | None:
+        """The loosest tolerance of its equilibrium layers; None where there are none."""
+        layers = (m for m in self.modules() if isinstance(m, EquilibriumLayer))
+        return max((layer.tol for layer in layers), default=None)
+
+    def frozen(self, tol: float | None = None) -> Self:
+        """Return a copy for evaluation as the model runs: on the CPU, in its own precision.
+
+        Args:
+            tol: relative tolerance of the solver; that of each layer when None. A solve that misses
+                it raises.
+        """
+        frozen = copy.deepcopy(self).cpu().eval().requires_grad_(False)
+        for layer in frozen.modules():
+            if isinstance(layer, EquilibriumLayer):
+                layer.tol = layer.tol if tol is None else tol
+                layer.on_failure, layer.max_steps = "raise", 20 * layer.max_steps
+        return frozen
+
     def exact(self, tol: float) -> Self:
-        """Return a copy for evaluation: float64, on the CPU, solved to `tol` or raising."""
-        exact = copy.deepcopy(self).to("cpu", torch.float64).eval()
+        """Return a copy that stands for the exact network: float64, on the CPU, solved to `tol`.
+
+        Equilibrium layers keep the very weights that run; feed-forward layers compute T anew from
+        their parameters, which changes them by the rounding of the precision that they ran in.
+        """
+        exact = self.frozen(tol)
         for layer in exact.modules():
             if isinstance(layer, EquilibriumLayer):
-                layer.tol, layer.on_failure = tol, "raise"
-                layer.max_steps = 20 * layer.max_steps
-        return exact
+                layer.parameterization = FixedWeights(layer.weights())
+        return exact.double()
 
     def certified_radius(
         self,
@@ -149,6 +261,7 @@ class Classifier(nn.Module, ABC):
         labels: Int[Tensor, " batch"],
         certificate: NetworkCertificate | None = None,
         *,
+        promise: Promise = "running",
         sound: bool = True,
     ) -> Float[Tensor, " batch"]:
         """Return certified radii in the l2 norm of pixels in [0, 1]; 0 where misclassified.
@@ -157,13 +270,19 @@ class Classifier(nn.Module, ABC):
             x: images in [0, 1].
             labels: i.
             certificate: of this model; that of the promised bound when omitted.
-            sound: whether solver error and rounding are taken off. Without them it is the textbook
-                number, margin / bound of the logits as they come: for comparison with papers only,
-                as it can be larger than the truth.
+            promise: what the radius is for: the model as it runs at every image of the ball, the
+                exact network, or (textbook) nothing.
+            sound: False for the textbook number.
+
+        Raises:
+            ValueError: if the promise is unknown, labels do not fit, or the model is neither
+                float32 nor float64.
+            CertificateError: if the certificate is not of this model as it is now.
         """
+        if promise not in get_args(Promise):
+            raise ValueError(
+                f"promise must be one of {', '.join(get_args(Promise))}, got {promise!r}"
+            )
         certificate = self.certificate() if certificate is None else certificate
         result = self.certified_logits(x, certificate)
-        error = result.error if sound else 0.0
-        return certified_radius(
-            result.logits, labels, certificate.radius_bound(), logit_error=error
-        )
+        return result.radius(labels, certificate, "textbook" if not sound else promise)

@@ -16,7 +16,9 @@ from lben.certificates import (
     certify_pairs,
     certify_pooled,
     compose,
+    sensitivity,
 )
+from lben.certified import Certified, Stage
 from lben.layers import (
     EquilibriumLayer,
     EquilibriumLinear,
@@ -24,7 +26,7 @@ from lben.layers import (
     PooledEquilibriumConv2d,
 )
 from lben.local import Anchors, LocalCertificate
-from lben.models.base import Bound, CertifiedLogits, Classifier
+from lben.models.base import Bound, Classifier, Promise
 from lben.tightening import tighten, tighten_jointly, tighten_pairs, tighten_pooled
 from solvers import LeakyReLU, ProximalActivation, ReLU, Tanh
 
@@ -131,15 +133,12 @@ class SingleLayerClassifier(Classifier):
     def gamma(self) -> float | None:
         return self.layer.gamma
 
-    @torch.no_grad()
-    def certified_logits(
-        self, x: Float[Tensor, "batch channels height width"], certificate: NetworkCertificate
-    ) -> CertifiedLogits:
+    def _certified(
+        self, x: Tensor, stage: Stage, certificate: NetworkCertificate
+    ) -> tuple[Tensor, Stage]:
         (proof,) = certificate.layers
-        logits, error, steps = self.layer.with_error(self._features(self.prepared(x)), proof)
-        if math.isfinite(proof.bound):
-            error = error + proof.bound * self.normalize.rounding(x)
-        return CertifiedLogits(logits=logits, error=error, steps=steps)
+        found = self.layer.certified(self._features(x), proof)
+        return found.value, stage.then(found, proof.bound)
 
 
 class EquilibriumClassifier(SingleLayerClassifier):
@@ -193,6 +192,7 @@ class EquilibriumClassifier(SingleLayerClassifier):
         local: LocalCertificate,
         *,
         pixels: bool = False,
+        promise: Promise = "running",
     ) -> Anchors:
         """Return what is known of the model at some images, for proofs around them.
 
@@ -201,18 +201,26 @@ class EquilibriumClassifier(SingleLayerClassifier):
             certificate: of this model.
             local: of this model.
             pixels: whether proofs shall be for images in [0, 1] alone, which are more.
+            promise: whether they shall be for the model as it runs, or for the exact network.
 
         Raises:
             CertificateError: if a proof is for other weights.
         """
+        self._check(certificate)
         (proof,) = certificate.layers
         proof.check_fingerprint(local.fingerprint)
-        found = self.layer.anchors(self._features(self.prepared(x)), proof)
-        rounding = self.normalize.rounding(x)
+        normalized = self.prepared(x)
+        start = Stage.start(x).then(self.normalize.certified(x, normalized), certificate.input_gain)
+        found = self.layer.anchors(self._features(normalized), proof)
+        assert found.elsewhere is not None
+        stage = start.then(
+            Certified(value=x, error=found.logit_error, uniform=found.elsewhere), proof.bound
+        )
         return replace(
             found,
-            v_error=found.v_error + 2 * rounding[:, None] * local.gains,
-            logit_error=found.logit_error + proof.bound * rounding,
+            v_error=found.v_error + 2 * start.error[:, None] * local.gains,
+            logit_error=stage.error,
+            elsewhere=stage.uniform if promise == "running" else None,
             room=self.normalize.room(x).flatten(2) if pixels else None,
         )
 
@@ -225,9 +233,10 @@ class EquilibriumClassifier(SingleLayerClassifier):
     def _certificate(self, bound: Bound) -> NetworkCertificate:
         weights, gain = self.layer.weights(), self.normalize.gain
         if bound == "promised":
-            return compose([certify(weights)], gain)
+            return compose([self.layer.certificate()], gain)
         jointly = bound.startswith("joint")
         whole = certify(weights, tighten_jointly(weights) if jointly else tighten(weights))
+        whole = replace(whole, sensitivity=sensitivity(weights, whole))
         if not bound.endswith("pairs"):
             return compose([whole], gain)
         claims = tighten_pairs(weights, keep_multiplier=not jointly)
@@ -266,9 +275,11 @@ class ConvolutionalEquilibriumClassifier(SingleLayerClassifier):
         return ("promised", "scaled") if self.gamma is None else ("promised",)
 
     def _certificate(self, bound: Bound) -> NetworkCertificate:
-        weights = self.layer.weights()
-        claim = tighten_pooled(weights) if bound == "scaled" else None
-        return compose([certify_pooled(weights, claim)], self.normalize.gain)
+        weights, gain = self.layer.weights(), self.normalize.gain
+        if bound == "promised":
+            return compose([self.layer.certificate()], gain)
+        whole = certify_pooled(weights, tighten_pooled(weights))
+        return compose([replace(whole, sensitivity=sensitivity(weights, whole))], gain)
 
 
 def activation(name: ActivationName) -> ProximalActivation:

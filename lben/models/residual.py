@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lben.certificates import NetworkCertificate, compose
+from lben.certified import Stage
 from lben.layers import (
     AOLConv2d,
     AOLLinear,
@@ -32,7 +33,8 @@ from lben.layers import (
     SpectralConv2d,
     SpectralLinear,
 )
-from lben.models.base import Bound, CertifiedLogits, Classifier
+from lben.layers.sequential import evaluated
+from lben.models.base import Bound, Classifier
 
 Block = Literal["sll", "cpl", "aol", "spectral", "sandwich"]
 Head = Literal["rows", "orthonormal"]
@@ -156,19 +158,14 @@ class ResidualClassifier(Classifier):
         layers = [*self.features.certificates(self.shape), self.head.certificate()]
         return compose(layers, self.normalize.gain, self.head.pair_bounds().tolist())
 
-    @torch.no_grad()
-    def certified_logits(
-        self, x: Float[Tensor, "batch channels height width"], certificate: NetworkCertificate
-    ) -> CertifiedLogits:
+    def _certified(
+        self, x: Tensor, stage: Stage, certificate: NetworkCertificate
+    ) -> tuple[Tensor, Stage]:
         *layers, head = certificate.layers
         head.check(self.head.weights())
-        features, error, steps = self.features.with_error(self.prepared(x), layers)
-        error = error + compose(layers).bound * self.normalize.rounding(x)
-        return CertifiedLogits(
-            logits=self.head(features),
-            error=(head.bound * error + self.head.rounding(features)) * (1 + 1e-12),
-            steps=steps,
-        )
+        features, stage = self.features.certified(x, layers, stage)
+        found = evaluated(self.head, features)
+        return found.value, stage.then(found, head.bound)
 
 
 def _features(config: ResidualClassifierConfig) -> Iterator[nn.Module]:

@@ -8,6 +8,7 @@ from lben.parameterizations.convolutional import (
 )
 from lben.parameterizations.direct import DirectParameterization
 from lben.parameterizations.explicit import ExplicitParameterization
+from lben.parameterizations.fixed import FixedWeights
 from lben.parameterizations.multipliers import Gershgorin, MultiplierRule, Orthonormal
 from lben.parameterizations.orthogonal import CayleyRows
 from lben.parameterizations.residual import ResidualParameterization
@@ -21,6 +22,7 @@ __all__ = [
     "ConvolutionalParameterization",
     "DirectParameterization",
     "ExplicitParameterization",
+    "FixedWeights",
     "Gershgorin",
     "MultiplierRule",
     "Orthonormal",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lben.certification import Certification
 from lben.reports.picture import canvas
+from lben.reports.table import statement
 
 
 def certification_table(report: Certification) -> str:
@@ -14,6 +15,7 @@ def certification_table(report: Certification) -> str:
     lines = [
         f"{report.data}, first {report.samples} test images, clean accuracy "
         f"{100 * report.clean_accuracy:.2f} %; certified % at l2 radius r in pixels",
+        statement(report.dtype, report.tol, report.config.promise),
         f"{'':22}{'bound':>9}{head}{'proof s':>10}{'ms/image':>10}",
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lben.evaluation import Report
+from lben.models import Promise
 
 
 def table(report: Report) -> str:
@@ -20,20 +21,31 @@ def table(report: Report) -> str:
         f"violations         {report.violations} in {report.pairs} pairs and all PGD attacks",
         f"solver             {report.solver_steps} steps at most, logits proved within "
         f"{report.max_logit_error:.1e}",
+        f"certified          {statement(report.dtype, report.tol)};",
+        "                   exact: the same of the network of these weights, solved exactly",
         "",
-        f"l2 radius   certified %   certified %        PGD %   (last two on the first "
+        f"l2 radius   certified %   exact %   certified %     PGD %   (last two on the first "
         f"{report.attack_samples})",
     ]
     rows = zip(
         report.radii,
         report.certified_accuracy,
+        report.certified_exact,
         report.certified_attacked,
         report.pgd_accuracy,
         strict=True,
     )
-    for radius, certified, subset, attacked in rows:
+    for radius, certified, exact, subset, attacked in rows:
         lines.append(
-            f"{radius:9.3f}   {100 * certified:11.2f}   {100 * subset:11.2f}   "
-            f"{100 * attacked:10.2f}"
+            f"{radius:9.3f}   {100 * certified:11.2f}   {100 * exact:7.2f}   "
+            f"{100 * subset:11.2f}   {100 * attacked:7.2f}"
         )
     return "\n".join(lines)
+
+
+def statement(dtype: str, tol: float | None, promise: Promise = "running") -> str:
+    """Return in words what the certified radii of a report promise."""
+    if promise == "exact":
+        return "the exact network of these weights keeps the label in the ball"
+    solved = "" if tol is None else f", solves to {tol:g}"
+    return f"as it runs ({dtype}{solved}) it keeps the label in the ball"

@@ -6,6 +6,7 @@ I − W in the norm ‖z‖_Λ = √(zᵀΛz) that the operator carries.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -153,6 +154,19 @@ class LinearOperator(ABC):
         """Return a bound of the rounding error of `mv(z)` in the Λ norm."""
         unit = (self.summands + 4) * torch.finfo(z.dtype).eps
         return self.norm(unit * self.magnitude(z.abs()))
+
+    def rounding_gain(self, dtype: torch.dtype) -> float:
+        """Return a bound of ‖fl(Wz) − Wz‖_Λ / ‖z‖_Λ over all z, for products in a precision.
+
+        By Schur's test ‖A‖₂² is at most the largest row sum times the largest column sum, here of
+        A = Λ^½|W|Λ^(−½).
+        """
+        exact = self.to(torch.float64)
+        root = exact.metric.detach().sqrt()
+        rows = (root * exact.magnitude(1 / root)).max()
+        columns = (exact.T.magnitude(root) / root).max()
+        unit = (self.summands + 4) * torch.finfo(dtype).eps
+        return unit * math.sqrt(float(rows)) * math.sqrt(float(columns)) * (1 + 2.0**-30)
 
     @abstractmethod
     def diagonal(self) -> Float[Tensor, " n"]:

@@ -206,6 +206,13 @@ class ConvolutionOperator(LinearOperator):
         largest = float(self.channel_metric.detach().max()) ** 0.5
         return unit * largest * torch.linalg.vector_norm(z, dim=-1)
 
+    def rounding_gain(self, dtype: torch.dtype) -> float:
+        if self._is_direct:
+            return super().rounding_gain(dtype)
+        metric = self.channel_metric.detach().double()
+        unit = (self.summands + 4) * torch.finfo(dtype).eps * self._size()
+        return unit * float(metric.max() / metric.min()) ** 0.5 * (1 + 2.0**-30)
+
     def _size(self) -> float:
         """Return ‖Σₜ|K[·, ·, t]|‖_F, which bounds ‖Ŵ(ω)‖_F at every frequency."""
         return self.memo(

@@ -146,6 +146,13 @@ class LowRankUpdate(LinearOperator):
         unit = (self.n + A.shape[1] + 8) * torch.finfo(z.dtype).eps
         return self.base.rounding(z) + self.norm(unit * ((z.abs() @ B) @ A.T))
 
+    def rounding_gain(self, dtype: torch.dtype) -> float:
+        root = self.metric.detach().double().sqrt()[:, None]
+        A, B = self.A.detach().double(), self.B.detach().double()
+        unit = (self.n + A.shape[1] + 8) * torch.finfo(dtype).eps
+        size = float((A * root).norm() * (B / root).norm())
+        return self.base.rounding_gain(dtype) + unit * size * (1 + 2.0**-30)
+
     def diagonal(self) -> Tensor:
         return self.base.diagonal() + (self.A * self.B).detach().sum(-1)
 

@@ -32,7 +32,7 @@ class TinyConfig:
 class Tiny(Classifier):
     """Two convolutions and a matrix, with a running mean and a count in buffers."""
 
-    gamma, bounds, certified_logits = None, ("promised",), None
+    gamma, bounds, _certified = None, ("promised",), None
 
     def __init__(self, config):
         super().__init__((1, 8, 8), (0.0,), (1.0,))

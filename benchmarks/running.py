@@ -1,0 +1,246 @@
+"""Does the network as it runs keep its label at every image inside its certified radius?
+
+Images x' are put inside the radius of an image x, most of them close to its edge and towards the
+next class, and run through the very network that was certified: in its precision, at its tolerance,
+alone and in large batches, with one thread and two, in channels-last memory. Beside it stand the
+radii that take off the error at x alone, which promise nothing about the network at x'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import trained
+from benchmarks.networks import trained_on_digits
+from lben.attacks import across_the_boundary
+from lben.certificates import (
+    CertificateError,
+    Claim,
+    NetworkCertificate,
+    certify,
+    certify_pairs,
+    compose,
+)
+from lben.data import Dataset, load, pixels
+from lben.models import Classifier, EquilibriumClassifier, EquilibriumClassifierConfig, Promise
+from lben.weights import ExplicitWeights
+
+SHARES = (0.5, 0.9, 0.99, 0.999, 1 - 1e-6)
+"""Of the radius, at which images are put."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Case:
+    """A certified network and images to certify around.
+
+    Attributes:
+        name: of the network.
+        model: as it runs.
+        proof: of the model.
+        x: images.
+        directions: per image, of l2 norm 1, towards another class.
+    """
+
+    name: str
+    model: Classifier
+    proof: NetworkCertificate
+    x: Tensor
+    directions: Tensor
+
+
+def running(mnist: Dataset, quick: bool) -> list[dict[str, Any]]:
+    """Count images inside radii where the network as it runs gives another label."""
+    rows = []
+    tolerances = (1e-2, 1e-4, 1e-8) if quick else (1e-2, 1e-3, 1e-4, 1e-6, 1e-8)
+    for dtype in (torch.float32, torch.float64):
+        for tol in tolerances:
+            if tol < 1e-6 and dtype == torch.float32:
+                continue  # float32 does not hold it
+            totals: dict[str, dict[str, int]] = {}
+            for case in _cases(mnist, dtype, tol, quick):
+                total = totals.setdefault(case.name, {"images": 0, "wrong": 0, "at x alone": 0})
+                for key, promise in (("wrong", "running"), ("at x alone", "exact")):
+                    images, wrong = _wrong(case, promise)  # type: ignore[arg-type]
+                    total[key] += wrong
+                    total["images"] += images if key == "wrong" else 0
+            for name, total in totals.items():
+                rows.append({"network": name, "dtype": str(dtype)[6:], "tol": tol, **total})
+                print(rows[-1], flush=True)
+    return rows
+
+
+def promise(mnist: Dataset, quick: bool) -> list[dict[str, Any]]:
+    """Return certified % of MNIST at l2 radii 0.5, 1 and 1.5 by what is promised."""
+    rows = []
+    count = 1000 if quick else 10_000
+    x, labels = pixels(mnist.test_images[:count], torch.float64), mnist.test_labels[:count]
+    for name in ("1",) if quick else ("0.2", "0.5", "1", "5"):
+        for dtype, tol in (
+            (torch.float32, 1e-4),
+            (torch.float32, 1e-6),
+            *((torch.float64, tol) for tol in (1e-4, 1e-6, 1e-8)),
+        ):
+            model = trained(name).frozen(tol).to(dtype)
+            proof = model.certificate("scaled")
+            shares: dict[str, list[Tensor]] = {kind: [] for kind in get_args(Promise)}
+            for images, their in zip(x.split(2000), labels.split(2000), strict=True):
+                found = model.certified_logits(images.to(dtype), proof)
+                for kind in shares:
+                    shares[kind].append(found.radius(their, proof, kind))  # type: ignore[arg-type]
+            row: dict[str, Any] = {"γ": name, "dtype": str(dtype)[6:], "tol": tol}
+            for kind, radii in shares.items():
+                held = torch.cat(radii)
+                row[kind] = [round(100 * float((held > r).double().mean()), 2) for r in _RADII]
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+_RADII = (0.5, 1.0, 1.5)
+
+
+def _wrong(case: Case, promise: Promise) -> tuple[int, int]:
+    """Return how many images were put inside radii, and how many of them break the label."""
+    model, x = case.model, case.x
+    with torch.no_grad():
+        labels = model(x).argmax(1)
+        found = model.certified_logits(x, case.proof)
+        radius = found.radius(labels, case.proof, promise)
+    kept = (radius > 0).nonzero()[:, 0]
+    count = wrong = 0
+    for share in SHARES:
+        step = (share * radius)[:, None, None, None] * case.directions.double()
+        moved = (x.double() + step).to(x.dtype)
+        away = (moved.double() - x.double()).flatten(1).norm(dim=1)
+        inside = kept[(away < radius * (1 - 1e-14))[kept]]
+        if len(inside):
+            for predictions in _ways(model, moved[inside], share):
+                broken = predictions != labels[inside[: len(predictions)]]
+                count, wrong = count + len(predictions), wrong + int(broken.sum())
+    return count, wrong
+
+
+def _ways(model: Classifier, x: Tensor, share: float) -> Iterator[Tensor]:
+    """Yield predictions of the same images in every way in which a user may run them."""
+    with torch.no_grad():
+        threads = torch.get_num_threads()
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            yield model(x).argmax(1)
+        torch.set_num_threads(threads)
+        yield model(x.to(memory_format=torch.channels_last)).argmax(1)
+        if share == SHARES[-1]:
+            yield torch.cat([model(one).argmax(1) for one in x[:100].split(1)])
+
+
+def _cases(mnist: Dataset, dtype: torch.dtype, tol: float, quick: bool) -> Iterator[Case]:
+    for name in ("1",) if quick else ("0.2", "0.5", "1", "5"):
+        yield from _of(f"MNIST, γ = {name}", trained(name), mnist, dtype, tol, quick)
+    digits = load("digits")
+    kinds = ("2.0, tanh",) if quick else ("2.0, tanh", "1.0, leaky_relu", "10.0, relu")
+    names = [f"γ = {float(k.split(',')[0]):g},{k.split(',')[1]}" for k in kinds]
+    others = () if quick else ("feed-through", "convolution, γ = 1", "sll", "sll, equilibrium core")
+    for name in (*names, *others):
+        if (name, "digits") not in _TRAINED:
+            _TRAINED[name, "digits"] = trained_on_digits(name)
+        yield from _of(f"digits, {name}", _TRAINED[name, "digits"], digits, dtype, tol, quick)
+    for rho in (0.9, 0.99) if quick else _RHOS:
+        yield from slow(dtype, tol, rho)
+
+
+_TRAINED: dict[tuple[str, str], Classifier] = {}
+_RHOS = (
+    0.7,
+    0.8,
+    0.85,
+    0.9,
+    0.93,
+    0.95,
+    0.97,
+    0.98,
+    0.985,
+    0.99,
+    0.993,
+    0.995,
+    0.997,
+    0.998,
+    0.999,
+)
+
+
+def _of(
+    name: str, model: Classifier, data: Dataset, dtype: torch.dtype, tol: float, quick: bool
+) -> Iterator[Case]:
+    """Yield a trained network with test images, and with images next to its boundary."""
+    exact = model.exact(1e-10)
+    own = model.frozen(tol if model.tol is not None else None).to(dtype)
+    count = 100 if quick else 400
+    x = pixels(data.test_images[: 2 * count], torch.float64)
+    proof = own.certificate("scaled" if "scaled" in own.bounds else "promised")
+    if not math.isfinite(proof.bound):
+        return
+    sides = [across_the_boundary(exact, x[:count], x[count:], distance=d)[0] for d in (2e-2, 2e-3)]
+    near = torch.cat([x[:count], *sides]).to(dtype)
+    near, directions = near, _towards_another_class(exact, near.double())
+    yield Case(name=name, model=own, proof=proof, x=near, directions=directions)
+
+
+def _towards_another_class(model: Classifier, x: Tensor) -> Tensor:
+    """Return unit directions in which the margin falls fastest."""
+    x = x.clone().requires_grad_()
+    top = model(x).topk(2, dim=1).values
+    (gradient,) = torch.autograd.grad((top[:, 1] - top[:, 0]).sum(), x)
+    norm = gradient.flatten(1).norm(dim=1).clamp_min(1e-300)
+    return gradient / norm[:, None, None, None]
+
+
+def slow(dtype: torch.dtype, tol: float, rho: float, large: float = 0.0) -> Iterator[Case]:
+    """Yield networks of one pixel whose state is slow to converge where the output does not look.
+
+    Unit 0 is read out; units 1 and 2 see no input and make m small; units 3 and 4 are large and
+    solved at once, so that the residual of unit 0 weighs little.
+    """
+    W = torch.zeros(5, 5, dtype=torch.float64)
+    W[1, 2] = W[2, 1] = rho
+    W[3, 4] = W[4, 3] = 1 - math.sqrt((1 - rho) * (1 + rho))
+    U = torch.tensor([[1.0], [0.0], [0.0], [large], [large]], dtype=torch.float64)
+    C = torch.zeros(2, 5, dtype=torch.float64)
+    C[0, 0], C[1, 0] = -0.5, 0.5
+    weights = ExplicitWeights(
+        W=W, U=U, b=torch.zeros(5, dtype=torch.float64), C=C, D=None,
+        b_y=torch.tensor([0.25, -0.25], dtype=torch.float64),
+        Lambda=torch.ones(5, dtype=torch.float64), gamma=None,
+    )  # fmt: skip
+    model = EquilibriumClassifierConfig(
+        shape=(1, 1, 1), classes=2, mean=(0.0,), std=(1.0,), hidden=5, gamma=None,
+        learn_metric=False, tol=tol,
+    ).build().double()  # fmt: skip
+    parameterization = model.layer.parameterization
+    parameterization.right_inverse(weights)  # type: ignore[operator]
+    model = model.to(dtype).eval().requires_grad_(False)
+    proof = _by_its_own_multiplier(model)
+    if proof is None:
+        return
+    # Small inputs too: the label is that of the boundary at ½ seen from far and from near.
+    x = torch.linspace(0, 0.4999, 40, dtype=dtype).view(-1, 1, 1, 1)
+    yield Case(name="slow state", model=model, proof=proof, x=x, directions=torch.ones_like(x))
+
+
+def _by_its_own_multiplier(model: EquilibriumClassifier) -> NetworkCertificate | None:
+    """Prove the bound 1 of the difference of logits, by little weight on the units not read out."""
+    weights = model.layer.weights()
+    Lambda = torch.tensor([1.0, 1e-9, 1e-9, 1e-9, 1e-9], dtype=torch.float64)
+    for slack in (1e-7, 1e-6, 1e-5, 1e-4, 1e-3):
+        try:
+            pairs = certify_pairs(weights, {(0, 1): Claim(1.0 + slack, Lambda)})
+            whole = certify(weights, Claim(2.0, Lambda))
+        except CertificateError:
+            continue
+        return compose([whole], model.normalize.gain, pairs)
+    return None

@@ -1,0 +1,152 @@
+"""How far does an error within a layer move its output, wherever the layer is evaluated?
+
+An equilibrium layer that runs makes three errors: v is rounded, the solve leaves a residual, the
+read-out is rounded. Each enters z = σ(Wz + v) as a change of v or of the read-out, and how far it
+moves y is a constant of the weights.
+
+Note [Energies]
+Let S = 2Λ − ΛW − WᵀΛ ≻ 0, and let Δz answer the change Bξ of v. The sector condition gives
+½ΔzᵀSΔz ≤ ΔzᵀΛBξ ≤ √(ΔzᵀSΔz) √b ‖ξ‖ for every b with ΛB(ΛB)ᵀ ⪯ bS, so ΔzᵀSΔz ≤ 4b‖ξ‖²; and
+‖PΔz‖² ≤ aΔzᵀSΔz for every a with PᵀP ⪯ aS. Hence
+
+    ‖PΔz‖₂ ≤ 2 √(ab) ‖ξ‖₂,
+
+and one number for each way in and each way out bounds every gain. Two of them are known: S ⪰ 2mΛ,
+so that 1/(2m) serves P = Λ^½ and B = Λ^(−½).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.linalg
+import torch
+
+from lben.certificates.records import AnyWeights, Certificate, CertificateError, Sensitivity
+from lben.convolutional import ConvolutionalWeights, PooledWeights
+from lben.inequality import Inequality
+from lben.rigorous import Array, Enclosure, norm_bound, smallest_eigenvalue_bound, sum_up, up
+from lben.spectrum import at_frequencies
+from lben.weights import ExplicitWeights
+
+
+def sensitivity(weights: AnyWeights, proof: Certificate) -> Sensitivity:
+    """Prove how errors within an equilibrium layer move its state and its output.
+
+    Args:
+        weights: exactly as they run.
+        proof: of these weights; its m, L and output gain are used.
+
+    Raises:
+        CertificateError: if the proof is of other weights, or has no positive m.
+    """
+    proof.check(weights)
+    if not proof.m > 0:
+        raise CertificateError(f"the proof shows no strong monotonicity: m = {proof.m:g}")
+    if isinstance(weights, PooledWeights):
+        output, residual, drive = _pooled(weights, proof)
+    else:
+        output, residual, drive = _energies(_blocks(weights, proof), proof.m)
+    rest = up(1 / (2 * proof.m), 2)
+
+    def gain(out: float, into: float) -> float:
+        return up(2 * math.sqrt(up(out * into)), 3)
+
+    return Sensitivity(
+        input_to_state=gain(rest, drive),
+        drive_to_state=gain(rest, rest),
+        drive_to_output=gain(output, rest),
+        residual_to_state=gain(rest, residual),
+        residual_to_output=gain(output, residual),
+        state_to_output=proof.output_gain,
+    )
+
+
+def _blocks(
+    weights: ExplicitWeights | ConvolutionalWeights, proof: Certificate
+) -> Sequence[Inequality]:
+    """Return the inequality of the weights' own Λ: one, or one per frequency of the proof."""
+    exact = weights.to(torch.float64)
+    if isinstance(exact, ExplicitWeights):
+        return [Inequality.of(exact, exact.Lambda.numpy())]
+    assert proof.image is not None
+    return at_frequencies(exact, exact.grid(proof.image))
+
+
+def _energies(blocks: Sequence[Inequality], m: float) -> tuple[float, float, float]:
+    """Return numbers for P = C, for B = WΛ^(−½) and for B = U, the largest of all blocks."""
+    found = [0.0, 0.0, 0.0]
+    for block in blocks:
+        S, inverse_root = block.well_posedness(), block.Lambda.sqrt().reciprocal()
+        ways = [block.C.T, None, block.Lambda * block.U]
+        if block.W is not None:
+            ways[1] = block.Lambda * block.W * inverse_root.T
+        for way, G in enumerate(ways):
+            if G is not None and G.mid.any():
+                found[way] = max(found[way], _energy(S, G, inverse_root, m))
+    return found[0], found[1], found[2]
+
+
+def _energy(S: Enclosure, G: Enclosure, inverse_root: Enclosure, m: float) -> float:
+    """Return a number b, proved and near the least, with GGᵀ ⪯ bS.
+
+    ‖Λ^(−½)G‖² / 2m is one, by S ⪰ 2mΛ, where no smaller one can be proved.
+    """
+    scale = _congruence(S)
+    scaled, columns = _scaled(S, scale[:, None] * scale), _scaled(G, scale[:, None])
+    product = columns @ columns.T
+    try:
+        R = scipy.linalg.cholesky(scaled.mid)
+        inner = scipy.linalg.solve_triangular(R, columns.mid, trans="T")
+        least = float(np.linalg.norm(inner, 2)) ** 2
+    except (scipy.linalg.LinAlgError, ValueError):
+        least = math.inf
+    for slack in (2.0**-30, 2.0**-20, 2.0**-10):
+        b = up(least * (1 + slack))
+        if 0 < b < math.inf and smallest_eigenvalue_bound(scaled - product / b) > 0:
+            return b
+    return up(norm_bound(inverse_root * G) ** 2 / (2 * m), 4)
+
+
+def _congruence(S: Enclosure) -> Array:
+    """Return powers of two that make the diagonal of S near 1."""
+    diagonal = np.maximum(np.diag(S.mid), 2.0**-1000)
+    return np.ldexp(1.0, -(np.frexp(diagonal)[1] // 2))
+
+
+def _scaled(matrix: Enclosure, factor: Array) -> Enclosure:
+    return Enclosure(matrix.mid * factor, matrix.radius * factor)
+
+
+def _pooled(weights: PooledWeights, proof: Certificate) -> tuple[float, float, float]:
+    """Return the same for W = W₀∗ + A⟨C, ·⟩, from the frequencies of W₀.
+
+    Where γ is claimed, ΛA = −Cᵀ/2γ − F with F of the size of rounding, so S is that of W₀ plus
+    CᵀC/γ + FC + CᵀFᵀ. With e = ‖Λ^(−½)F‖‖CΛ^(−½)‖/m < 1 both S ⪰ CᵀC/γ and S ⪰ (1 − e)S₀ hold. The
+    way in through AC has the size of ‖S^(−½)ΛA‖ ‖CΛ^(−½)‖.
+    """
+    exact = weights.to(torch.float64)
+    blocks = at_frequencies(exact.state, exact.state.grid(weights.image))
+    _, residual, drive = _energies(blocks, proof.m)
+    gain, rest = proof.output_gain, up(1 / (2 * proof.m), 2)
+    output = up(rest * up(gain * gain), 2)
+    root = Enclosure(exact.state.Lambda.numpy()[:, None]).sqrt()
+    A, C = (Enclosure(t.transpose(0, 1).flatten(1).numpy()) for t in (exact.A, exact.C))
+    inward, outward = A * root, C * root.reciprocal()
+    through = up(_frobenius(inward) * math.sqrt(rest), 2)
+    if weights.gamma is not None:
+        F = _frobenius(inward + outward / (2 * weights.gamma))
+        share = up(up(F * gain, 2) / proof.m, 2)
+        if not share < 0.5:
+            raise CertificateError("A and C of the pooled weights do not belong to each other")
+        residual, drive = (up(b / (1 - share), 4) for b in (residual, drive))
+        output = min(output, weights.gamma)
+        through = up(math.sqrt(output) / (2 * weights.gamma) + up(F * math.sqrt(rest), 2), 4)
+    both = up(math.sqrt(residual) + up(through * gain, 2), 4)
+    return output, up(both * both), drive
+
+
+def _frobenius(matrix: Enclosure) -> float:
+    return up(math.sqrt(float(sum_up(matrix.magnitude**2 * (1 + 2.0**-50)))) * (1 + 2.0**-50), 2)

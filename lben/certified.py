@@ -1,0 +1,121 @@
+"""What is known of a layer as it runs: at one input, and at every input of a ball around it?
+
+A layer that runs rounds, and an equilibrium layer leaves a residual. How far its output lies from
+that of the exact layer (the same weights, solved and evaluated in real arithmetic) can be bounded
+at one input from what was found there. At another input nothing was found yet: there the bound is
+what the layer's tolerance and the size of its state allow, which grows at most linearly with the
+distance from the input that is known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_OUTWARDS = 1 + 2.0**-40
+"""Far above the rounding of the few float64 operations here."""
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """A bound that grows with the radius r of a ball: constant + slope·r, one ball per sample.
+
+    Args:
+        constant: per sample, float64.
+        slope: the same for all samples.
+    """
+
+    constant: Float[Tensor, " batch"]
+    slope: float
+
+    def at(self, radius: Float[Tensor, " batch"] | float) -> Float[Tensor, " batch"]:
+        """Return the bound for a radius."""
+        bound = (self.constant + self.slope * radius) * _OUTWARDS
+        return torch.as_tensor(bound).nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+    def select(self, index: Tensor) -> Affine:
+        """Return the bound of some samples."""
+        return Affine(self.constant[index], self.slope)
+
+    def __add__(self, other: Affine) -> Affine:
+        return Affine(
+            (self.constant + other.constant) * _OUTWARDS, (self.slope + other.slope) * _OUTWARDS
+        )
+
+    def __mul__(self, factor: float) -> Affine:
+        """Scale by a non-negative number; infinity times nothing is infinity."""
+        constant = (self.constant * factor * _OUTWARDS).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        slope = self.slope * factor * _OUTWARDS
+        return Affine(constant, slope if slope == slope else torch.inf)
+
+    def after(self, inner: Affine) -> Affine:
+        """Return the bound in terms of r where the radius here is at most inner(r)."""
+        return Affine(self.at(inner.constant), 0.0) + Affine(0 * self.constant, 1.0) * (
+            self.slope * inner.slope
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Certified:
+    """The output of a layer as it runs, with proved bounds of its distance to the exact output.
+
+    Attributes:
+        value: y, in the precision that the layer runs in.
+        error: bound of ‖y − y*‖₂ per sample, float64, where y* is the exact output for the same x.
+        uniform: bound of the same distance at every input within a radius of x (l2, in the layer's
+            input), for a layer that runs there with the same settings and meets its tolerance.
+        steps: most solver iterations that a sample needed; 0 for a layer without a solve.
+    """
+
+    value: Tensor
+    error: Float[Tensor, " batch"]
+    uniform: Affine
+    steps: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stage:
+    """What is known of a chain of layers after some of them, in terms of the chain's input.
+
+    Attributes:
+        gain: a Lipschitz bound of the exact chain so far.
+        error, uniform: as of `Certified`, for the chain so far.
+        steps: most solver iterations so far.
+    """
+
+    gain: float
+    error: Float[Tensor, " batch"]
+    uniform: Affine
+    steps: int = 0
+
+    @classmethod
+    def start(cls, x: Tensor) -> Stage:
+        """Return what is known before the first layer: x is exact."""
+        nothing = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        return cls(gain=1.0, error=nothing, uniform=Affine(nothing, 0.0))
+
+    @property
+    def reach(self) -> Affine:
+        """How far the value as it runs moves within the ball.
+
+        ‖F(x') − F(x)‖ ≤ ‖F(x') − f(x')‖ + ‖f(x') − f(x)‖ + ‖f(x) − F(x)‖, F as it runs and f exact.
+        """
+        return self.uniform + Affine(self.error, self.gain)
+
+    def then(self, layer: Certified, bound: float) -> Stage:
+        """Return what is known after one more layer.
+
+        Args:
+            layer: evaluated at the value of this stage.
+            bound: a Lipschitz bound of the exact layer.
+        """
+        error = (self.error * bound).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        return Stage(
+            gain=self.gain * bound * _OUTWARDS,
+            error=(error + layer.error.double()) * _OUTWARDS,
+            uniform=self.uniform * bound + layer.uniform.after(self.reach),
+            steps=max(self.steps, layer.steps),
+        )

@@ -1,0 +1,339 @@
+"""Certified radii are of the network as it runs: at every image of the ball, not only at x."""
+
+import dataclasses
+import math
+import warnings
+
+import pytest
+import torch
+
+from lben import (
+    EquilibriumClassifierConfig,
+    EquilibriumConv2d,
+    EquilibriumLinear,
+    PooledEquilibriumConv2d,
+)
+from lben.certificates import (
+    CertificateError,
+    Claim,
+    certify,
+    certify_pairs,
+    certify_pooled,
+    compose,
+    sensitivity,
+)
+from lben.certified import Affine, Certified, Stage
+from lben.layers.uniform import absolute_norm
+from lben.models import ResidualClassifierConfig
+from lben.parameterizations import FixedWeights
+from lben.tightening import tighten_pooled
+from lben.weights import ExplicitWeights
+from solvers import Sigmoid, Softplus, Tanh
+
+F64 = torch.float64
+
+
+def slow(rho, dtype, tol, large=0.0):
+    """One pixel; a state that is slow where the output does not look, and the bound 1.
+
+    Unit 0 is read out; 1 and 2 see no input and make m small; 3 and 4 are large and solved at once,
+    so that the residual of unit 0 weighs little.
+    """
+    W = torch.zeros(5, 5, dtype=F64)
+    W[1, 2] = W[2, 1] = rho
+    W[3, 4] = W[4, 3] = 1 - math.sqrt((1 - rho) * (1 + rho))
+    C = torch.zeros(2, 5, dtype=F64)
+    C[0, 0], C[1, 0] = -0.5, 0.5
+    weights = ExplicitWeights(
+        W=W, U=torch.tensor([[1.0], [0.0], [0.0], [large], [large]], dtype=F64),
+        b=torch.zeros(5, dtype=F64), C=C, D=None, b_y=torch.tensor([0.25, -0.25], dtype=F64),
+        Lambda=torch.ones(5, dtype=F64), gamma=None,
+    )  # fmt: skip
+    model = EquilibriumClassifierConfig(
+        shape=(1, 1, 1), classes=2, mean=(0.0,), std=(1.0,), hidden=5, gamma=None,
+        learn_metric=False, tol=tol,
+    ).build().double()  # fmt: skip
+    model.layer.parameterization.right_inverse(weights)
+    model = model.to(dtype).eval().requires_grad_(False)
+    Lambda = torch.tensor([1.0, 1e-9, 1e-9, 1e-9, 1e-9], dtype=F64)
+    weights = model.layer.weights()
+    pairs = certify_pairs(weights, {(0, 1): Claim(1.0 + 1e-3, Lambda)})
+    return model, compose([certify(weights, Claim(2.0, Lambda))], model.normalize.gain, pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize(("tol", "large"), [(1e-2, 0.0), (1e-4, 100.0)])
+@pytest.mark.filterwarnings("ignore:no radius is certified")
+def test_the_label_holds_at_every_image_of_the_ball(dtype, tol, large):
+    broken = {"running": 0, "exact": 0}
+    for rho in (0.7, 0.9, 0.97, 0.99, 0.999):
+        model, proof = slow(rho, dtype, tol, large)
+        x = torch.zeros(1, 1, 1, 1, dtype=dtype)
+        label = model(x).argmax(1)
+        for promise in broken:
+            radius = float(model.certified_radius(x, label, proof, promise=promise))
+            shares = 1 - torch.logspace(-7, -0.6, 100, dtype=F64)
+            near = (shares * radius).to(dtype)
+            near = near[near.double() < radius].view(-1, 1, 1, 1)
+            alone = torch.cat([model(one).argmax(1) for one in near.split(1)] + [label[:0]])
+            broken[promise] += int((alone != label).sum() + (model(near).argmax(1) != label).sum())
+    assert broken["running"] == 0
+    assert broken["exact"] > 0  # what was taken off at x alone: this test can fail
+
+
+LAYERS = {
+    "dense": lambda: EquilibriumLinear(7, 12, 4, gamma=2.0),
+    "feed-through": lambda: EquilibriumLinear(7, 12, 4, gamma=2.0, feedthrough=True),
+    "tanh": lambda: EquilibriumLinear(7, 12, 4, gamma=None, epsilon=0.1, activation=Tanh()),
+    "sigmoid": lambda: EquilibriumLinear(7, 12, 4, gamma=1.0, activation=Sigmoid()),
+    "softplus": lambda: EquilibriumLinear(7, 12, 4, gamma=1.0, activation=Softplus()),
+    "convolution": lambda: EquilibriumConv2d(2, 3, 2, image=(5, 6), gamma=1.0),
+    "residual": lambda: EquilibriumConv2d(2, 3, 2, image=(5, 6), gamma=1.0, skip=1.0),
+    "states": lambda: EquilibriumConv2d(2, 3, image=(5, 6), gamma=1.0, circular=True),
+    "pooled": lambda: PooledEquilibriumConv2d(2, 3, 4, image=(8, 8), gamma=2.0),
+    "scales": lambda: PooledEquilibriumConv2d(2, (3, 2), 4, image=(8, 8), gamma=None),
+}
+
+
+def build(name, dtype):
+    torch.manual_seed(3)
+    layer = LAYERS[name]().to(dtype).requires_grad_(False)
+    for parameter in layer.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.15)
+    shape = (7,) if isinstance(layer, EquilibriumLinear) else (2, *layer.image)
+    return layer, torch.randn(6, *shape, dtype=dtype)
+
+
+def exactly(layer, dtype):
+    """The layer of the very weights that run, in float64 and solved to the end."""
+    weights = layer.weights()
+    exact = build(next(n for n, make in LAYERS.items() if make is layer.made), dtype)[0]
+    exact.parameterization = FixedWeights(weights)
+    exact = exact.double()
+    exact.tol, exact.max_steps = 1e-13, 100_000
+    return exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_error_is_bounded_all_over_the_ball(name, dtype):
+    layer, x = build(name, dtype)
+    layer.made = LAYERS[name]
+    proof, exact = layer.certificate(), exactly(layer, dtype)
+    assert proof.sensitivity is not None
+    seen = 0.0
+    for tol in (1e-2, 1e-3, 1e-5):
+        layer.tol = tol
+        found = layer.certified(x, proof)
+        for rho in (0.0, 1e-3, 1.0, 30.0):
+            direction = torch.randn(x.shape, dtype=F64)
+            direction /= direction.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
+            moved = (x.double() + rho * (1 - 1e-6) * direction).to(dtype)
+            away = (moved.double() - x.double()).flatten(1).norm(dim=1)
+            error = (layer(moved).double() - exact(moved.double())).flatten(1).norm(dim=1)
+            bound = found.uniform.at(away)
+            assert bool((error <= bound + 1e-10 * (1 + rho)).all()), (tol, rho, error / bound)
+            seen = max(seen, float((error / bound).max()))
+    assert seen > 1e-4  # it is a bound of this error, not of anything
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gains_hold_for_every_pattern_of_slopes(name):
+    layer, _ = build(name, F64)
+    weights, proof = layer.weights(), layer.certificate()
+    if hasattr(weights, "state"):
+        dense = weights.dense()
+    elif isinstance(weights, ExplicitWeights):
+        dense = weights
+    else:
+        dense = weights.dense(layer.grid)
+    check_gains(dense, sensitivity(weights, proof))
+
+
+def check_gains(w, gains):
+    n, root = len(w.W), w.Lambda.sqrt()
+    reached = dict.fromkeys(
+        ("input_to_state", "drive_to_state", "drive_to_output", "residual_to_state",
+         "residual_to_output", "state_to_output"), 0.0)  # fmt: skip
+    for share in torch.linspace(0, 1, 25):
+        slopes = (torch.rand(n) <= share).double()
+        K = torch.linalg.solve(torch.eye(n, dtype=F64) - slopes[:, None] * w.W, slopes.diag())
+        found = {
+            "input_to_state": root[:, None] * (K @ w.U),
+            "drive_to_state": root[:, None] * K / root,
+            "drive_to_output": w.C @ K / root,
+            "residual_to_state": root[:, None] * (K @ w.W) / root,
+            "residual_to_output": w.C @ K @ w.W / root,
+            "state_to_output": w.C / root,
+        }
+        for gain, matrix in found.items():
+            quotient = float(torch.linalg.matrix_norm(matrix, 2)) / getattr(gains, gain)
+            assert quotient <= 1, (gain, quotient)
+            reached[gain] = max(reached[gain], quotient)
+    assert all(quotient > 0.02 for quotient in reached.values()), reached
+
+
+def test_gains_of_a_bound_through_the_state():
+    layer, _ = build("scales", F64)
+    weights = layer.weights()
+    proof = certify_pooled(weights, tighten_pooled(weights))
+    check_gains(weights.dense(), sensitivity(weights, proof))
+
+
+def test_gains_are_of_the_weights_of_the_proof():
+    layer, other = (EquilibriumLinear(4, 5, 3) for _ in range(2))
+    with pytest.raises(CertificateError, match="other weights"):
+        sensitivity(layer.weights(), other.certificate())
+
+
+def test_a_tolerance_that_is_too_loose_certifies_nothing_and_says_so():
+    model, proof = slow(0.999, F64, 1e-2)
+    x = torch.zeros(1, 1, 1, 1, dtype=F64)
+    with pytest.warns(UserWarning, match="tolerance is too loose .* smaller tol"):
+        assert float(model.certified_radius(x, torch.tensor([0]), proof)) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert float(model.certified_radius(x, torch.tensor([0]), proof, promise="exact")) > 0
+        assert float(model.certified_radius(x, torch.tensor([0]), proof, sound=False)) > 0
+
+
+def test_promises_are_ordered_and_named():
+    torch.manual_seed(0)
+    config = EquilibriumClassifierConfig(
+        shape=(1, 3, 3), classes=3, mean=(0.5,), std=(0.5,), hidden=9
+    )
+    model, x = config.build().eval(), torch.rand(40, 1, 3, 3)
+    labels = model(x).argmax(1)
+    running, exact, textbook = (
+        model.certified_radius(x, labels, promise=promise)
+        for promise in ("running", "exact", "textbook")
+    )
+    assert bool(((running <= exact) & (exact <= textbook)).all())
+    assert bool((running < exact).any())
+    with pytest.raises(ValueError, match="promise must be one of running, exact, textbook"):
+        model.certified_radius(x, labels, promise="true")
+
+
+def test_affine_bounds_compose():
+    inner = Affine(torch.tensor([1.0, 2.0], dtype=F64), 3.0)
+    outer = Affine(torch.tensor([5.0, 7.0], dtype=F64), 11.0)
+    for radius in (0.0, 0.5, 10.0):
+        truth = outer.constant + outer.slope * (inner.constant + inner.slope * radius)
+        found = outer.after(inner).at(radius)
+        assert bool((found >= truth).all() and (found <= truth * (1 + 1e-9)).all())
+    assert torch.isinf(Affine(torch.tensor([0.0], dtype=F64), math.inf).at(0.0)).all()
+    assert torch.isinf((inner * math.inf).constant).all()
+    assert math.isinf((Affine(0 * inner.constant, 0.0) * math.inf).slope)
+
+
+def test_a_chain_adds_up_errors_and_what_moves():
+    """Two layers x ↦ 2x that err by 0.1 and 0.2 + 0.5ρ."""
+    nothing = torch.zeros(1, dtype=F64)
+
+    def layer(error, constant, slope):
+        return Certified(
+            value=nothing, error=nothing + error, uniform=Affine(nothing + constant, slope)
+        )
+
+    stage = Stage.start(nothing[None]).then(layer(0.1, 0.1, 0.0), 2.0)
+    stage = stage.then(layer(0.2, 0.2, 0.5), 2.0)
+    assert stage.gain == pytest.approx(4.0)
+    assert float(stage.error) == pytest.approx(0.4)
+    # 2 · 0.1 + 0.2 + 0.5 (0.1 + 0.1 + 2r)
+    assert float(stage.uniform.constant) == pytest.approx(0.5)
+    assert stage.uniform.slope == pytest.approx(1.0)
+
+
+def test_absolute_norm_is_an_upper_bound():
+    torch.manual_seed(0)
+    for shape in ((3, 7), (7, 3), (1, 1), (0, 4)):
+        matrix = torch.randn(shape, dtype=F64)
+        assert (
+            absolute_norm(matrix) >= float(torch.linalg.matrix_norm(matrix.abs(), 2))
+            if len(matrix)
+            else absolute_norm(matrix) == 0
+        )
+    assert absolute_norm(torch.full((2, 2), 1e-200, dtype=F64)) >= 2e-200
+    assert math.isinf(absolute_norm(torch.tensor([[math.inf]], dtype=F64)))
+
+
+EQUILIBRIUM = EquilibriumClassifierConfig(
+    shape=(1, 4, 4), classes=4, mean=(0.5,), std=(1.0,), hidden=12, tol=1e-6
+)
+RESIDUAL = ResidualClassifierConfig(
+    shape=(1, 4, 4), classes=4, mean=(0.5,), std=(1.0,), channels=(4,), depths=(1,), conv_hidden=3,
+    pool=2, dense_depth=1, dense_hidden=8,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [EQUILIBRIUM, RESIDUAL], ids=["equilibrium", "residual"])
+@pytest.mark.parametrize("change", ["std", "mean", "std in place", "dtype", "weights", "shape"])
+def test_a_certificate_names_everything_it_depends_on(config, change):
+    torch.manual_seed(0)
+    model = config.build().double().eval()
+    x, labels = torch.rand(3, 1, 4, 4, dtype=F64), torch.tensor([0, 1, 2])
+    proof = model.certificate()
+    model.certified_radius(x, labels, proof)
+    other = model
+    if change in ("std", "mean"):
+        other = dataclasses.replace(config, **{change: (0.1,)}).build().double().eval()
+        other.load_state_dict(model.state_dict(), strict=False)
+        other.normalize.load_state_dict(
+            dataclasses.replace(config, **{change: (0.1,)}).build().normalize.state_dict()
+        )
+    elif change == "std in place":
+        model.normalize.std.mul_(0.1)
+    elif change == "dtype":
+        other, x = model.float(), x.float()
+    elif change == "weights":
+        with torch.no_grad():
+            next(model.parameters()).add_(1e-9)
+    else:
+        other.shape, x = (1, 4, 4, 1)[:3], x
+        other.normalize.mean = other.normalize.mean.expand(1, 4, 1).clone()
+    with pytest.raises(CertificateError, match="for another network"):
+        other.certified_radius(x, labels, proof)
+    with pytest.raises(CertificateError, match="for another network"):
+        other.certified_logits(x, proof)
+    other.certified_radius(x, labels, other.certificate())
+
+
+def test_the_order_of_layers_is_part_of_the_statement():
+    torch.manual_seed(0)
+    config = dataclasses.replace(RESIDUAL, dense_depth=2)
+    model = config.build().double().eval()
+    proof = model.certificate()
+    dense = [i for i, layer in enumerate(model.features) if "Linear" in type(layer).__name__]
+    first, second = dense
+    model.features[first], model.features[second] = model.features[second], model.features[first]
+    with pytest.raises(CertificateError, match="for another network"):
+        model.certified_radius(torch.rand(1, 1, 4, 4, dtype=F64), torch.tensor([0]), proof)
+
+
+def test_how_a_layer_is_solved_is_not_part_of_the_statement():
+    model = EQUILIBRIUM.build().double().eval()
+    proof = model.certificate()
+    model.layer.tol, model.layer.max_steps = 1e-9, 77
+    model.certified_radius(torch.rand(1, 1, 4, 4, dtype=F64), torch.tensor([0]), proof)
+
+
+def test_a_chain_composed_by_hand_has_to_cover_the_normalisation():
+    model = EQUILIBRIUM.build().double().eval()
+    x, label = torch.rand(1, 1, 4, 4, dtype=F64), torch.tensor([0])
+    by_hand = compose([model.layer.certificate()], model.normalize.gain)
+    assert float(model.certified_radius(x, label, by_hand)) == pytest.approx(
+        float(model.certified_radius(x, label))
+    )
+    too_little = compose([model.layer.certificate()], 0.5)
+    with pytest.raises(CertificateError, match=r"grow by at most 0\.5"):
+        model.certified_radius(x, label, too_little)
+
+
+def test_a_proof_for_another_torus_is_refused():
+    small = EquilibriumConv2d(1, 2, 1, image=(5, 5), circular=True)
+    large = EquilibriumConv2d(1, 2, 1, image=(9, 9), circular=True)
+    large.load_state_dict(small.state_dict())
+    x = torch.randn(2, 1, 9, 9)
+    with pytest.raises(CertificateError, match=r"images of \(5, 5\), got images of \(9, 9\)"):
+        large.with_error(x, small.certificate())
+    large.with_error(x, large.certificate())

@@ -13,6 +13,7 @@ from lben.certificates.records import (
     CertificateError,
     Claim,
     NetworkCertificate,
+    PairCertificate,
     compose,
 )
 
@@ -23,6 +24,7 @@ __all__ = [
     "Claim",
     "LargestClaim",
     "NetworkCertificate",
+    "PairCertificate",
     "certify",
     "certify_convolution",
     "certify_largest",

@@ -285,7 +285,7 @@ def largest_eigenvalue_bound(matrix: Enclosure) -> float:
 
 
 def norm_bound(matrix: Enclosure) -> float:
-    """Return a proved upper bound of ‖A‖₂, from the smaller of AᵀA and AAᵀ; inf if none is finite."""
+    """Return a proved upper bound of ‖A‖₂, from the smaller of AᵀA and AAᵀ, or inf."""
     rows, columns = matrix.mid.shape
     # In units of a power of two near the largest entry: its square neither overflows nor vanishes.
     unit = power_of_two(float(np.max(np.abs(matrix.mid), initial=0.0)))

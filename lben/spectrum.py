@@ -69,7 +69,7 @@ def _phases(
     """Return cos and sin of ω·(t − anchor), offsets × frequencies.
 
     The angle is reduced in integers; what is left rounds by at most 2π·3u before the cosine, with
-    u = 2⁻⁵² in any rounding mode, and by a few units in the last place in it: under 2⁻⁴⁶ altogether.
+    u = 2⁻⁵² in any rounding mode, and by a few units in the last place in it: under 2⁻⁴⁶ in all.
     """
     height, width = grid
     columns = []

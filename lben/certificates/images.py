@@ -99,7 +99,7 @@ def _certify_through_state(weights: PooledWeights, claim: Claim) -> Certificate:
         )
     )
     # Larger outputs are harder to bound: rounded up, and never so small that they vanish.
-    outputs = torch.diag((gain * root * (1 + 2.0**-48)).clamp_min(2.0**-500))[:, :, None, None]
+    outputs = torch.diag((gain * root * (1 + 2.0**-48)).clamp_min(2.0**-800))[:, :, None, None]
     state = replace(exact.state, C=outputs, b_y=root, Lambda=multiplier)
     proof = _prove_frequencies(weights, state, weights.image, gamma, exact.state)
     return replace(proof, output_gain=gain)

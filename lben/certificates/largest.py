@@ -46,8 +46,8 @@ def certify_largest(
         The less of √Στ and `interval_bounds` for every pair, q × q, with 1 on the diagonal.
 
     Raises:
-        ValueError: if a pair has no claim, a claim's τ or Λ another size, or the weights are neither
-            float32 nor float64.
+        ValueError: if a pair has no claim, a claim's τ or Λ another size, or the weights are
+            neither float32 nor float64.
         CertificateError: if a τ or Λ is not positive and finite, or a proof fails.
     """
     exact, q = exactly(weights), weights.out_features
@@ -95,7 +95,7 @@ def interval_bounds(weights: ExplicitWeights) -> PairCertificate:
 def _by_intervals(exact: ExplicitWeights) -> list[list[float]]:
     """Return the bounds of `interval_bounds` for float64 weights."""
     W, U, C = (t.numpy() for t in (exact.W, exact.U, exact.C))
-    q, n = C.shape
+    q = len(C)
     bounds = np.full((q, q), math.inf)
     np.fill_diagonal(bounds, 1.0)
     sizes = np.asarray(sum_up(np.abs(U), axis=1))

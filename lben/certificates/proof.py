@@ -23,8 +23,8 @@ def exactly(weights: Weights) -> Weights:
     """Return weights in float64 as they are stored, or refuse those of which nothing can be proved.
 
     Raises:
-        ValueError: for tensors that are not all float32 or all float64, not dense, on several devices,
-            without values, or inside a transform of torch.func.
+        ValueError: for tensors that are not all float32 or all float64, not dense, on several
+            devices, without values, or inside a transform of torch.func.
         CertificateError: for NaN, infinite numbers, and multipliers that are not positive.
     """
     tensors = weights.tensors()

@@ -5,6 +5,7 @@ As `ExplicitWeights` (lben.weights), with convolutions in place of matrices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -14,7 +15,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from lben.weights import ExplicitWeights, check_gamma, digest
+from lben.weights import (
+    ExplicitWeights,
+    as_number,
+    check_dimensions,
+    check_gamma,
+    check_tensors,
+    converted,
+    digest,
+)
 
 _LARGEST = 2**28
 """Entries of a matrix that `dense` writes out."""
@@ -40,7 +49,8 @@ class ConvolutionalWeights:
         circular: whether the image is a torus; otherwise it is surrounded by zeros.
 
     Raises:
-        ValueError: if the shapes do not fit each other, or gamma is not positive and finite.
+        ValueError: if something is not a tensor, the shapes do not fit each other, or gamma is not
+            positive and finite.
     """
 
     W: Float[Tensor, "n n j j"] | None = None
@@ -54,6 +64,15 @@ class ConvolutionalWeights:
     circular: bool
 
     def __post_init__(self) -> None:
+        if self.D is not None and (number := as_number(self.D)) is not None:
+            if not math.isfinite(number):
+                raise ValueError(f"D = dI needs a finite number d, got {self.D!r}")
+            object.__setattr__(self, "D", number)
+        names = ("W", "U", "b", "C", "D", "b_y", "Lambda")
+        check_tensors({n: v for n in names if not isinstance(v := getattr(self, n), float)})
+        for name in ("W", "U", "C", "D"):
+            if isinstance(kernel := getattr(self, name), Tensor):
+                check_dimensions(name, kernel, 4)
         n, p, k, _ = self.U.shape
         q, _, readout, _ = self.C.shape
         expected = {
@@ -74,7 +93,8 @@ class ConvolutionalWeights:
             raise ValueError(f"the kernel W must have an odd size, got {self.W.shape[-1]}")
         if k != readout and (k % 2 == 0 or readout % 2 == 0):
             raise ValueError(f"kernels U and C of sizes {k} and {readout} must both be odd")
-        check_gamma(self.gamma)
+        object.__setattr__(self, "gamma", check_gamma(self.gamma))
+        object.__setattr__(self, "circular", bool(self.circular))
 
     def grid(self, image: tuple[int, int]) -> tuple[int, int]:
         """Return the torus on which images of this height and width are proved.
@@ -100,7 +120,7 @@ class ConvolutionalWeights:
 
     def to(self, dtype: torch.dtype) -> ConvolutionalWeights:
         """Return the weights in another precision, cut from the graph, on the CPU."""
-        return self.apply(lambda t: t.detach().to("cpu", dtype))
+        return self.apply(lambda t: converted(t, dtype))
 
     def dense(self, image: tuple[int, int]) -> ExplicitWeights:
         """Return the same layer as matrices on flattened images, channels first.
@@ -190,6 +210,8 @@ class PooledWeights:
     gamma: float | None
 
     def __post_init__(self) -> None:
+        check_tensors({"A": self.A, "C": self.C, "b_y": self.b_y})
+        check_dimensions("C", self.C, 4)
         q, n, *_ = self.C.shape
         if self.C.ndim != 4 or n != len(self.state.b) or self.A.shape != self.C.shape:
             raise ValueError(
@@ -202,7 +224,7 @@ class PooledWeights:
             raise ValueError("the state of pooled weights has no outputs and claims no bound")
         if self.state.U.shape[-1] % 2 == 0:
             raise ValueError(f"the kernel U must be odd, got {self.state.U.shape[-1]}")
-        check_gamma(self.gamma)
+        object.__setattr__(self, "gamma", check_gamma(self.gamma))
 
     @property
     def image(self) -> tuple[int, int]:
@@ -215,7 +237,7 @@ class PooledWeights:
 
     def to(self, dtype: torch.dtype) -> PooledWeights:
         """Return the weights in another precision, cut from the graph, on the CPU."""
-        return self.apply(lambda t: t.detach().to("cpu", dtype))
+        return self.apply(lambda t: converted(t, dtype))
 
     def apply(self, transform: Callable[[Tensor], Tensor]) -> PooledWeights:
         """Return the weights with every tensor transformed."""

@@ -7,17 +7,20 @@ convolutional ones at every frequency.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.linalg
 
 from lben.rigorous import (
+    TINY,
     Array,
     Enclosure,
     block,
     down,
+    is_denormal,
     norm_bound,
+    power_of_two,
     smallest_eigenvalue_bound,
 )
 from lben.weights import ExplicitWeights
@@ -32,7 +35,7 @@ class Inequality:
         U: n × p.
         C: q × n.
         D: q × p; a number d for D = dI; None for no feed-through.
-        Lambda: n × 1, exact positive numbers.
+        Lambda: n × 1 positive numbers, exact until they are scaled.
     """
 
     W: Enclosure | None
@@ -46,7 +49,7 @@ class Inequality:
         """Take float64 weights on the CPU as they are, with a multiplier of n numbers."""
         w = {name: tensor.numpy() for name, tensor in weights.tensors().items()}
         return cls(
-            W=Enclosure(w["W"]) if w["W"].any() else None,
+            W=None if _vanishes(w["W"]) else Enclosure(w["W"]),
             U=Enclosure(w["U"]),
             C=Enclosure(w["C"]),
             D=_feedthrough(w["D"]) if "D" in w else None,
@@ -61,15 +64,39 @@ class Inequality:
     def margin(self, gamma: float | None) -> float:
         """Return a proved lower bound of the smallest eigenvalue that has to be positive.
 
-        It is that of `reduced`, with every unit scaled by a power of two near Λ^(−½): an
-        exact congruence, without which units of very different Λ could not be proved together.
+        It is that of `reduced`, in the units of `in_units_of`; −inf where numbers leave the range.
         """
-        matrix = self.reduced(gamma)
-        inputs = len(matrix.mid) - self.n
-        root = np.ones(len(matrix.mid))
-        root[inputs:] = np.ldexp(1.0, -(np.frexp(self.Lambda.mid[:, 0])[1] // 2))
-        scale = root[:, None] * root
-        return smallest_eigenvalue_bound(Enclosure(matrix.mid * scale, matrix.radius * scale))
+        if gamma is not None and not TINY <= gamma < math.inf:
+            return -math.inf
+        unit = 1.0 if gamma is None else power_of_two(gamma)
+        with np.errstate(all="ignore"):  # what overflows is found not to be finite
+            matrix = self.in_units_of(unit).reduced(None if gamma is None else gamma / unit)
+            return smallest_eigenvalue_bound(matrix)
+
+    def in_units_of(self, unit: float) -> Inequality:
+        """Return the inequality of the same layer with y in a unit near γ, and every Λ near 1.
+
+        With y = ay′ and z = diag(c)z′ the weights are c⁻¹Wc, c⁻¹U, Cc/a and D/a, γ is γ/a, Λ is
+        Λc²/a, and M(Λ, γ)/a its own congruence. a and c are powers of two, so nothing is rounded;
+        without them a γ far from 1, or units of very different Λ, could not be proved.
+
+        Args:
+            unit: a.
+        """
+        exponent = math.frexp(unit)[1] - 1
+        halves = (exponent - np.frexp(self.Lambda.mid[:, 0])[1]) // 2
+        c = np.ldexp(1.0, halves.clip(-1000, 1000))
+        D = self.D
+        if isinstance(D, Enclosure):
+            D = D.scaled(1 / unit)
+        elif D is not None:
+            D = D / unit if abs(D / unit) >= TINY or D == 0 else math.nan  # out of range
+        return replace(
+            self, W=None if self.W is None else self.W.scaled(1 / c, c),
+            U=self.U.scaled(1 / c, np.ones(self.U.mid.shape[1])),
+            C=self.C.scaled(np.full(self.C.mid.shape[0], 1 / unit), c), D=D,
+            Lambda=self.Lambda.scaled(c, np.ones(1)).scaled(c / unit, np.ones(1)),
+        )  # fmt: skip
 
     def reduced(self, gamma: float | None) -> Enclosure:
         """Return a matrix that is positive definite if and only if M(Λ, γ) is.
@@ -94,7 +121,7 @@ class Inequality:
         if self.n == 0:
             return corner
         if not corner.mid[0, 0] - corner.radius[0, 0] > 0:
-            return Enclosure(np.full((1 + self.n, 1 + self.n), -math.inf))
+            return Enclosure(np.full((1, 1), -math.inf))
         if self.D:
             G = G + d * self.C.T / gamma
         return S - G @ G.T * corner.reciprocal()
@@ -102,7 +129,8 @@ class Inequality:
     def well_posedness(self) -> Enclosure:
         """2Λ − ΛW − WᵀΛ."""
         if self.W is None:
-            return Enclosure(np.diag(2 * self.Lambda.mid[:, 0]))
+            double = self.Lambda + self.Lambda
+            return Enclosure(np.diag(double.mid[:, 0]), np.diag(double.radius[:, 0]))
         weighted = self.Lambda * (_identity(self.n) - self.W)
         return weighted + weighted.T
 
@@ -170,7 +198,15 @@ def _smallest(matrix: Array) -> float:
     return float(np.linalg.eigvalsh(matrix)[0])
 
 
-def _feedthrough(D: Array) -> Enclosure | float:
-    """Return the number d if D = dI."""
+def _feedthrough(D: Array) -> Enclosure | float | None:
+    """Return the number d if D = dI, and nothing for a matrix without entries."""
+    if D.size == 0:
+        return None
     square = D.shape[0] == D.shape[1]
-    return float(D[0, 0]) if square and not (D - D[0, 0] * np.eye(len(D))).any() else Enclosure(D)
+    if square and not is_denormal(D).any() and not (D - D[0, 0] * np.eye(len(D))).any():
+        return float(D[0, 0])
+    return Enclosure(D)
+
+
+def _vanishes(W: Array) -> bool:
+    return not (W.any() or is_denormal(W).any())

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lben.certificates import Certificate
+from lben.certificates import Certificate, PairCertificate
 from lben.certified import Affine
-from lben.rigorous import up
+from lben.rigorous import TINY, up
+from lben.weights import as_number, converted
 
 ROOT2 = up(math.sqrt(2.0))
+_LEAST = 2.0**-960
+"""A smaller radius is returned as 0: none is near the numbers that underflow."""
 
 
 def certified_radius(
     logits: Float[Tensor, "batch classes"],
     labels: Int[Tensor, " batch"],
-    bound: float | Float[Tensor, "classes classes"],
+    bound: float | PairCertificate | Sequence[Sequence[float]] | Float[Tensor, "classes classes"],
     *,
     logit_error: Float[Tensor, " batch"] | float = 0.0,
     elsewhere: Affine | None = None,
@@ -27,7 +32,8 @@ def certified_radius(
 
     r = max(0, min over j ≠ i of (yᵢ − yⱼ − √2 e) / Lᵢⱼ), rounded downwards, where Lᵢⱼ bounds
     (eᵢ − eⱼ)ᵀy: √2γ for every pair, or the pair's own bound. An error of at most e in y moves the
-    difference by at most √2e. 0 for a sample that is misclassified.
+    difference by at most √2e. 0 for a sample that is misclassified. With bounds of pairs in the
+    largest norm it is a radius in the largest norm.
 
     This is a radius of the exact network. At another input of the ball a network that runs has an
     error of its own, at most a + kr; with it in `elsewhere` the radius is that of the network as it
@@ -36,7 +42,8 @@ def certified_radius(
     Args:
         logits: y.
         labels: i, integers in [0, classes).
-        bound: γ of the whole network from raw input to logits, or Lᵢⱼ of every pair.
+        bound: γ of the whole network from raw input to logits, or Lᵢⱼ of every pair: what
+            `certify_pairs` returns, a table of numbers, or a tensor.
         logit_error: e, a bound of ‖y − y*‖₂ per sample (solver and rounding).
         elsewhere: a bound of the same distance at every input within a radius.
 
@@ -44,58 +51,93 @@ def certified_radius(
         ValueError: if shapes disagree, a label is out of range, there are fewer than two classes,
             logits are not finite, or a bound is not positive.
     """
-    check_labels(logits, labels)
-    pairs = pair_bounds(bound, logits.shape[1]).to(logits.device)
+    labels = check_labels(logits, labels)
+    pairs = pair_bounds(bound, logits.shape[1])
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("logits contain NaN or Inf")
-    y = logits.detach().double()
-    error = torch.as_tensor(logit_error, dtype=torch.float64, device=y.device)
-    if elsewhere is not None:
-        error = error + elsewhere.constant
-        pairs = (pairs + ROOT2 * elsewhere.slope) * (1 + 2.0**-50)
-    error = ROOT2 * error.expand(len(y))[:, None]
-    if not bool((error >= 0).all()):
+    y = converted(logits, torch.float64)
+    error = torch.as_tensor(logit_error).detach()
+    if error.is_complex() or not bool((error >= 0).all()):
         raise ValueError("logit_error must be at least 0 and not NaN")
-    constants = pairs[labels]
-    radius = (y.gather(1, labels[:, None]) - y - error) / constants
-    # The subtraction of logits, the error term and the quotient round by under 4 u each.
-    slack = 8 * 2.0**-53 * (y.abs().amax(1, keepdim=True) + error) / constants
-    radius = radius - slack - radius.abs() * 2.0**-50
-    radius = radius.nan_to_num(nan=0.0)  # an infinite margin less an infinite slack
-    return radius.scatter(1, labels[:, None], math.inf).amin(1).clamp_min(0)
+    error = converted(error, torch.float64).expand(len(y))[:, None]
+    if elsewhere is not None:
+        error = error + converted(elsewhere.constant, torch.float64)[:, None]
+        pairs = (pairs + ROOT2 * elsewhere.slope) * (1 + 2.0**-48)
+    index = labels.cpu()
+    # Note [Radii at every magnitude]: an eighth of all cannot overflow, and what underflows is
+    # below 2⁻¹⁰²², a few of which are taken off. The subtractions and the quotient round by under
+    # 8u of the largest number each, with u = 2⁻⁵² in any rounding mode.
+    y, error = y / 8, ROOT2 * error / 8 * (1 + 2.0**-48) + TINY
+    margin = y.gather(1, index[:, None]) - y - error
+    slack = 2.0**-48 * (y.abs().amax(1, keepdim=True) + error) + 16 * TINY
+    radius = (margin - slack) / pairs[index].clamp_min(TINY) * (1 - 2.0**-48)
+    radius = torch.where(radius > _LEAST, 8 * radius, 0.0)  # NaN, an infinite quotient, is 0
+    radius = radius.scatter(1, index[:, None], math.inf).amin(1)
+    return radius.clamp_max(torch.finfo(torch.float64).max).to(logits.device)
 
 
 def pair_bounds(
-    bound: float | Float[Tensor, "classes classes"], classes: int
+    bound: float | PairCertificate | Sequence[Sequence[float]] | Float[Tensor, "classes classes"],
+    classes: int,
 ) -> Float[Tensor, "classes classes"]:
     """Return a bound of yᵢ − yⱼ for every pair: √2 times that of all of y, or those given.
 
     Raises:
-        ValueError: if a bound is not positive, or pairs have another number of classes.
+        ValueError: if a bound is not a positive number, or pairs have another number of classes.
     """
-    if not bool((torch.as_tensor(bound) > 0).all()):
-        raise ValueError(f"bound must be positive, got {bound}")
+    number = as_number(bound)
+    if number is not None:
+        if not number > 0:
+            raise ValueError(f"bound must be positive, got {bound}")
+        if number != bound:  # an integer, say, that no float64 is equal to
+            number = up(number)
+        table = torch.full((classes, classes), up(ROOT2 * number), dtype=torch.float64)
+        return table.cpu()
+    table = _table(bound)
+    if table.shape != (classes, classes):
+        raise ValueError(f"pair bounds must be {classes} × {classes}, got {tuple(table.shape)}")
+    if not bool((table > 0).all()):
+        raise ValueError(f"bound must be positive, got {table}")
+    return table
+
+
+def _table(bound: object) -> Tensor:
+    """Return a table of numbers in float64, on the CPU."""
+    if isinstance(bound, PairCertificate):
+        return bound.tensor()
     if not isinstance(bound, Tensor):
-        return torch.full((classes, classes), up(ROOT2 * bound), dtype=torch.float64)
-    if bound.shape != (classes, classes):
-        raise ValueError(f"pair bounds must be {classes} × {classes}, got {tuple(bound.shape)}")
-    return bound.detach().to("cpu", torch.float64)
+        try:
+            bound = torch.from_numpy(np.array(bound, dtype=np.float64))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"bound must be a number or a table of numbers, got {type(bound).__name__}"
+            ) from error
+    if bound.is_complex() or bound.dtype == torch.bool:
+        raise ValueError(f"bound must be real, got {bound.dtype}")
+    return converted(bound, torch.float64)
 
 
-def check_labels(logits: Tensor, labels: Tensor) -> None:
-    """Raise ValueError unless labels are integers in [0, classes), one per row of logits."""
+def check_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return labels as int64, one per row of logits.
+
+    Raises:
+        ValueError: unless they are integers in [0, classes), one per row.
+    """
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(f"logits must be (batch, classes ≥ 2), got {tuple(logits.shape)}")
-    if labels.shape != logits.shape[:1] or labels.is_floating_point():
+    if not logits.is_floating_point():
+        raise ValueError(f"logits must be real floating-point numbers, got {logits.dtype}")
+    if labels.shape != logits.shape[:1] or labels.is_floating_point() or labels.is_complex():
         raise ValueError(
             f"labels must be {logits.shape[0]} integers, got {tuple(labels.shape)} {labels.dtype}"
         )
-    classes = logits.shape[1]
+    labels, classes = labels.long(), logits.shape[1]
     if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         raise ValueError(
             f"labels must lie in [0, {classes}), "
             f"got values from {int(labels.min())} to {int(labels.max())}"
         )
+    return labels
 
 
 def logit_error(

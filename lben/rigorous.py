@@ -3,8 +3,17 @@
 An `Enclosure` is a float64 matrix with a radius per entry; arithmetic on it keeps the exact result
 inside, whatever the order of summation and whether or not fused multiply-adds are used. Error
 bounds are the standard ones of Higham (2002), section 3.1: |fl(Σ aᵢbᵢ) − Σ aᵢbᵢ| ≤
-γ_k Σ|aᵢbᵢ|, γ_k = ku/(1 − ku), u = 2⁻⁵³, plus k·2⁻¹⁰⁷⁴ for underflow. They hold for every classical
-matrix product (not for Strassen's, which no BLAS uses by default).
+γ_k Σ|aᵢbᵢ|, γ_k = ku/(1 − ku), plus some multiples of 2⁻¹⁰²² for underflow. They hold for every
+classical matrix product (not for Strassen's, which no BLAS uses by default).
+
+Note [Any floating-point mode]
+Every thread has its own rounding mode and its own switches that read and write denormal numbers as
+zero (`torch.set_flush_denormal`, libraries built with -ffast-math), those of a BLAS included. So
+nothing here relies on them: u = 2⁻⁵² covers all four rounding modes, and an operation whose result
+lies below 2⁻¹⁰²², the smallest normal number, is charged 2⁻¹⁰²². A denormal operand that is read as
+zero is another matter, as the error is multiplied by the other operand: the numbers in an
+`Enclosure` are normal or zero, and a denormal one becomes zero with radius 2⁻¹⁰²². The midpoint of
+a result may be denormal: its radius has room for it to be read as zero.
 
 Only products, sums and elementary operations are trusted. Eigenvalues and Cholesky factors are
 proposals: what they claim is checked afterwards by a product.
@@ -21,8 +30,10 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-UNIT = 2.0**-53
-_TINY = 2.0**-1074
+UNIT = 2.0**-52
+"""u of every rounding mode: half of it would do for rounding to nearest."""
+TINY = 2.0**-1022
+"""The smallest normal number, see Note [Any floating-point mode]."""
 
 
 def gamma_k(k: int) -> float:
@@ -31,32 +42,41 @@ def gamma_k(k: int) -> float:
 
 
 def up(x: float, ulps: int = 1) -> float:
-    """Return x moved up by some units in the last place."""
+    """Return x moved up by some units in the last place, and past the denormal numbers."""
     for _ in range(ulps):
         x = math.nextafter(x, math.inf)
-    return x
+    return TINY if 0 <= x < TINY else x
 
 
 def down(x: float, ulps: int = 1) -> float:
-    """Return x moved down by some units in the last place."""
+    """Return x moved down by some units in the last place, and past the denormal numbers."""
     return -up(-x, ulps)
 
 
 def sum_up(values: Array, axis: int | None = None) -> Array:
     """Return upper bounds of sums of non-negative numbers."""
     count = values.size if axis is None else values.shape[axis]
-    return np.asarray(np.sum(values, axis=axis) * (1 + 2 * gamma_k(count + 2)))
+    total = np.sum(values, axis=axis) * (1 + 2 * gamma_k(count + 2))
+    return np.asarray(total + 2 * count * TINY)  # of values that were read as zero
+
+
+def is_denormal(values: Array) -> NDArray[np.bool_]:
+    """Say which numbers are denormal, in a mode that reads them as zero too."""
+    bits = np.ascontiguousarray(values).view(np.int64)
+    return (bits << 1 != 0) & (np.abs(values) < TINY)
 
 
 def norms_up(values: Array, axis: int) -> Array:
     """Return upper bounds of l2 norms along an axis."""
     count, largest = values.shape[axis], float(np.max(np.abs(values), initial=0.0))
-    if not 0 < largest < math.inf:
+    if not TINY <= largest < math.inf:
+        # Not finite, or no more than the smallest normal number in any entry.
+        largest = count * TINY if largest < TINY else largest
         return np.full(np.sum(values, axis=axis).shape, largest)
     # In units of a power of two near the largest; what squares lose to underflow is added.
-    unit = 2.0 ** max(-1000, min(1000, math.frexp(largest)[1]))
+    unit = power_of_two(largest)
     norms = np.sqrt(np.sum((values / unit) ** 2, axis=axis)) * (1 + 2 * gamma_k(count + 4))
-    return np.asarray((norms + count * 2.0**-500) * unit * (1 + 4 * UNIT) + 4 * _TINY)
+    return np.asarray((norms + count * 2.0**-500) * unit * (1 + 4 * UNIT) + 4 * TINY)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +84,7 @@ class Enclosure:
     """All real matrices within `radius` of `mid`, entry by entry.
 
     Args:
-        mid: float64 array.
+        mid: float64 array; a denormal number becomes zero, and its size is added to the radius.
         radius: non-negative float64 array of the same shape; zeros when omitted (exact).
     """
 
@@ -72,14 +92,29 @@ class Enclosure:
     radius: Array = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mid", np.asarray(self.mid, dtype=np.float64))
-        radius = np.zeros_like(self.mid) if self.radius is None else self.radius
+        mid = np.asarray(self.mid, dtype=np.float64)
+        radius = np.zeros_like(mid) if self.radius is None else self.radius
+        vague = is_denormal(mid)
+        if vague.any():
+            mid, radius = np.where(vague, 0.0, mid), radius + np.where(vague, TINY, 0.0)
+        if self.radius is not None:
+            vague = is_denormal(radius)
+            radius = np.where(vague, TINY, radius) if vague.any() else radius
+        object.__setattr__(self, "mid", mid)
         object.__setattr__(self, "radius", radius)
+
+    @classmethod
+    def _made(cls, mid: Array, radius: Array) -> Enclosure:
+        """Return an enclosure whose radius has room for a midpoint that is read as zero."""
+        result: Enclosure = object.__new__(cls)
+        object.__setattr__(result, "mid", mid)
+        object.__setattr__(result, "radius", radius)
+        return result
 
     @property
     def T(self) -> Enclosure:
         """Transpose."""
-        return Enclosure(self.mid.T, self.radius.T)
+        return Enclosure._made(self.mid.T, self.radius.T)
 
     @property
     def magnitude(self) -> Array:
@@ -96,9 +131,10 @@ class Enclosure:
         rounding = np.abs(mid)
         rounding *= UNIT
         radius += rounding
-        radius += 4 * _TINY
+        # Up to four products that underflowed, and a midpoint that is read as zero.
+        radius += 8 * TINY
         radius *= 1 + (operations + 6) * 2 * UNIT
-        return Enclosure(mid, radius)
+        return Enclosure._made(mid, radius)
 
     def __add__(self, other: Enclosure) -> Enclosure:
         return self._result(self.mid + other.mid, self.radius + other.radius, 2)
@@ -107,7 +143,7 @@ class Enclosure:
         return self._result(self.mid - other.mid, self.radius + other.radius, 2)
 
     def __neg__(self) -> Enclosure:
-        return Enclosure(-self.mid, self.radius)
+        return Enclosure._made(-self.mid, self.radius)
 
     def __mul__(self, other: Enclosure) -> Enclosure:
         """Entrywise product, with broadcasting."""
@@ -124,14 +160,29 @@ class Enclosure:
         # Sums of |aᵢₖ||bₖⱼ| by Cauchy and Schwarz: a little wider, and no product of matrices.
         k = self.mid.shape[1]
         rows, columns = norms_up(self.mid, 1), norms_up(other.mid, 0)
-        radius = np.multiply.outer(gamma_k(k) * rows + _TINY, columns)
+        radius = np.multiply.outer(gamma_k(k) * rows + TINY, columns)
         if self.radius.any():
             radius += np.multiply.outer(norms_up(self.radius, 1), columns)
         if other.radius.any():
             radius += np.multiply.outer(norms_up(self.magnitude, 1), norms_up(other.radius, 0))
-        radius += (2 * k + 4) * _TINY
+        # Of each term the product, the sum, and reading either; and the products above.
+        radius += (4 * k + 16) * TINY
         radius *= 1 + 16 * UNIT
-        return Enclosure(self.mid @ other.mid, radius)
+        return Enclosure._made(self.mid @ other.mid, radius)
+
+    def scaled(self, rows: Array | float, columns: Array | float = 1.0) -> Enclosure:
+        """Return diag(rows) A diag(columns) for powers of two, exactly where nothing underflows.
+
+        Args:
+            rows, columns: as many as A has, or one for all.
+        """
+        scale = np.multiply.outer(np.atleast_1d(rows), np.atleast_1d(columns))
+        if not (scale >= TINY).all():
+            scale = np.full_like(scale, math.nan)
+        mid, radius = self.mid * scale, self.radius * scale
+        if self.radius.any() or ((np.abs(mid) < TINY) & (self.mid != 0)).any():
+            radius += 8 * TINY
+        return Enclosure._made(mid, radius)
 
     def sqrt(self) -> Enclosure:
         """Entrywise square root of exact non-negative numbers."""
@@ -145,7 +196,8 @@ class Enclosure:
         if not (low > 0).all():
             raise ValueError("reciprocal of an interval that contains zero")
         mid = 1 / self.mid
-        return self._result(mid, self.radius * np.abs(mid) / low * (1 + 8 * UNIT), 6)
+        relative = self.radius / low + 2 * TINY  # what underflowed is multiplied by the next line
+        return self._result(mid, relative * np.abs(mid) * (1 + 8 * UNIT), 6)
 
     def symmetric_part(self) -> Enclosure:
         """½(A + Aᵀ)."""
@@ -180,8 +232,8 @@ def solve(A: Enclosure, B: Enclosure) -> Enclosure:
     if not e <= 0.5:
         raise ValueError("the matrix is singular, or close to it")
     step = (R @ (B - A @ Enclosure(X))).magnitude
-    radius = (step + 2 * e * np.max(step, axis=0, initial=0.0)) * (1 + 8 * UNIT) + 4 * _TINY
-    return Enclosure(X, radius)
+    radius = (step + 2 * e * np.max(step, axis=0, initial=0.0)) * (1 + 8 * UNIT) + 8 * TINY
+    return Enclosure._made(X, radius)
 
 
 def smallest_eigenvalue_bound(matrix: Enclosure) -> float:
@@ -194,13 +246,22 @@ def smallest_eigenvalue_bound(matrix: Enclosure) -> float:
         λmin ≥ c − ‖A − cI − RᵀR‖_∞ − ‖radius‖_∞,
 
     where the difference is evaluated as an enclosure. Returns −inf when nothing finite can be
-    proved (the entries are not finite, or no factor was found).
+    proved (the entries are not finite, or no factor was found), inf for a matrix without rows.
     """
-    matrix = matrix.symmetric_part()
+    n = matrix.mid.shape[0]
+    if n == 0:
+        return math.inf
+    with np.errstate(all="ignore"):  # what overflows is found not to be finite
+        matrix = matrix.symmetric_part()
+        A = matrix.mid
+        if not (np.isfinite(A).all() and np.isfinite(matrix.radius).all()):
+            return -math.inf
+        return _proved_shift(matrix, np.linalg.eigvalsh(A))
+
+
+def _proved_shift(matrix: Enclosure, values: Array) -> float:
+    """Prove a lower bound near the smallest of the eigenvalues that were computed."""
     A, n = matrix.mid, matrix.mid.shape[0]
-    if not (np.isfinite(A).all() and np.isfinite(matrix.radius).all()):
-        return -math.inf
-    values = np.linalg.eigvalsh(A)
     scale = max(abs(values[0]), abs(values[-1]), 2.0**-1000)
     slack = 4 * n * UNIT * scale
     for _ in range(8):
@@ -224,7 +285,18 @@ def largest_eigenvalue_bound(matrix: Enclosure) -> float:
 
 
 def norm_bound(matrix: Enclosure) -> float:
-    """Return a proved upper bound of ‖A‖₂, from the smaller of AᵀA and AAᵀ."""
+    """Return a proved upper bound of ‖A‖₂, from the smaller of AᵀA and AAᵀ, or inf."""
     rows, columns = matrix.mid.shape
-    gram = matrix @ matrix.T if rows <= columns else matrix.T @ matrix
-    return up(math.sqrt(max(largest_eigenvalue_bound(gram), 0.0)), 2)
+    # In units of a power of two near the largest entry: its square neither overflows nor vanishes.
+    unit = power_of_two(float(np.max(np.abs(matrix.mid), initial=0.0)))
+    with np.errstate(all="ignore"):
+        A = matrix.scaled(1 / unit)
+        gram = A @ A.T if rows <= columns else A.T @ A
+    return up(unit * up(math.sqrt(max(largest_eigenvalue_bound(gram), 0.0)), 2))
+
+
+def power_of_two(size: float) -> float:
+    """Return a power of two near a size, within 2^±1000; 1 for 0 and what is not finite."""
+    if not TINY <= size < math.inf:
+        return 1.0
+    return math.ldexp(1.0, max(-1000, min(1000, math.frexp(size)[1] - 1)))

@@ -68,8 +68,8 @@ def _phases(
 ) -> tuple[Enclosure, Enclosure]:
     """Return cos and sin of ω·(t − anchor), offsets × frequencies.
 
-    The angle is reduced in integers; what is left rounds by at most 2π·3u before the cosine and by
-    one unit in the last place in it: under 2⁻⁴⁸ altogether.
+    The angle is reduced in integers; what is left rounds by at most 2π·3u before the cosine, with
+    u = 2⁻⁵² in any rounding mode, and by a few units in the last place in it: under 2⁻⁴⁶ in all.
     """
     height, width = grid
     columns = []
@@ -81,5 +81,5 @@ def _phases(
             ]
         )
     angle = 2 * np.pi * (np.array(columns, dtype=np.float64).T / (height * width))
-    radius = np.full_like(angle, 2.0**-48)
+    radius = np.full_like(angle, 2.0**-46)
     return Enclosure(np.cos(angle), radius), Enclosure(np.sin(angle), radius)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import math
+import numbers
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -25,10 +28,11 @@ class ExplicitWeights:
         b_y: q.
         Lambda: diagonal multiplier Λ as a vector of n positive numbers.
         gamma: the Lipschitz bound that is claimed for x ↦ y in l2, or None for no claim. A claim
-            is worth nothing until `certify` has proved it.
+            is worth nothing until `certify` has proved it. Any real number, kept as a float.
 
     Raises:
-        ValueError: if the shapes do not fit each other, or gamma is not positive and finite.
+        ValueError: if something is not a tensor, the shapes do not fit each other, or gamma is not
+            positive and finite.
     """
 
     W: Float[Tensor, "n n"]
@@ -41,6 +45,9 @@ class ExplicitWeights:
     gamma: float | None
 
     def __post_init__(self) -> None:
+        check_tensors({f.name: getattr(self, f.name) for f in fields(self) if f.name != "gamma"})
+        for name in ("U", "C"):
+            check_dimensions(name, getattr(self, name), 2)
         n, p = self.U.shape
         q = self.C.shape[0]
         expected = {
@@ -50,7 +57,7 @@ class ExplicitWeights:
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
-        check_gamma(self.gamma)
+        object.__setattr__(self, "gamma", check_gamma(self.gamma))
 
     @property
     def in_features(self) -> int:
@@ -74,7 +81,7 @@ class ExplicitWeights:
 
     def to(self, dtype: torch.dtype) -> ExplicitWeights:
         """Return the weights in another precision, cut from the graph, on the CPU."""
-        return self.apply(lambda t: t.detach().to("cpu", dtype))
+        return self.apply(lambda t: converted(t, dtype))
 
     def apply(self, transform: Callable[[Tensor], Tensor]) -> ExplicitWeights:
         """Return the weights with every tensor transformed."""
@@ -88,12 +95,36 @@ class ExplicitWeights:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of names, shapes, dtypes, bytes and gamma: ties a certificate to its weights."""
+        """SHA-256 of names, shapes, dtypes, bits and gamma: ties a certificate to its weights.
+
+        0.0 and −0.0 are two numbers here. Device, memory layout, and whether a gradient is asked
+        for are not part of it.
+        """
         return digest(f"gamma={self.gamma!r};", self.tensors())
+
+    @property
+    def function_fingerprint(self) -> str:
+        """As `fingerprint`, of what x ↦ y depends on: without Λ and gamma, which only claim."""
+        tensors = self.tensors()
+        del tensors["Lambda"]
+        return digest("", tensors)
+
+    def scaled(self, factor: float) -> ExplicitWeights:
+        """Return the weights of factor · y, with the claim and the multiplier to it.
+
+        M(Λ, γ) of both is the same up to this factor and, in z and x, nothing else.
+        """
+        return replace(
+            self, C=factor * self.C, D=None if self.D is None else factor * self.D,
+            b_y=factor * self.b_y, Lambda=factor * self.Lambda,
+            gamma=None if self.gamma is None else factor * self.gamma,
+        )  # fmt: skip
 
     @classmethod
     def affine(cls, D: Tensor, b_y: Tensor, gamma: float) -> ExplicitWeights:
         """Return the weights of y = Dx + b_y, a layer without units."""
+        check_tensors({"D": D, "b_y": b_y})
+        check_dimensions("D", D, 2)
         q, p = D.shape
         return cls(
             W=D.new_zeros(0, 0), U=D.new_zeros(0, p), b=D.new_zeros(0), C=D.new_zeros(q, 0),
@@ -134,19 +165,87 @@ def stack(first: ExplicitWeights, second: ExplicitWeights) -> ExplicitWeights:
     )  # fmt: skip
 
 
-def digest(header: str, tensors: dict[str, Tensor]) -> str:
-    """Return the SHA-256 of a header and of names, shapes, dtypes and bytes of tensors."""
+def digest(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a header and of names, shapes, dtypes and bits of tensors."""
     result = hashlib.sha256(header.encode())
     for name, value in sorted(tensors.items()):
-        array = value.detach().cpu().contiguous()
+        array = value.detach().cpu().resolve_neg().contiguous()
         result.update(f"{name}:{array.dtype}:{tuple(array.shape)};".encode())
-        result.update(array.numpy().tobytes())
+        result.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
     return result.hexdigest()
 
 
-def check_gamma(gamma: float | None) -> None:
-    """Raise ValueError unless gamma is None or a positive finite number."""
-    if gamma is not None and not 0 < gamma < float("inf"):
+def converted(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in another precision, cut from the graph, on the CPU.
+
+    To float64 it is exact, also where the process reads denormal numbers as zero: those of float32
+    are an integer times 2⁻¹⁴⁹.
+    """
+    t = t.detach().to("cpu")
+    if dtype != torch.float64 or t.dtype == torch.float64:
+        return t.to(dtype)
+    if t.dtype != torch.float32:  # bfloat16, float16: a matter of bits
+        t = t.to(torch.float32)
+    wide, bits = t.double(), t.contiguous().view(torch.int32)
+    tiny = ((bits & 0x7F800000) == 0) & ((bits & 0x007FFFFF) != 0)
+    if bool(tiny.any()):
+        size = (bits & 0x007FFFFF).double() * 2.0**-149
+        wide = torch.where(tiny, torch.where(bits < 0, -size, size), wide)
+    return wide
+
+
+def check_tensors(values: Mapping[str, Any]) -> None:
+    """Raise ValueError unless every value is None or a tensor."""
+    for name, value in values.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name} must be a torch.Tensor, got {type(value).__name__}: take "
+                "torch.as_tensor(...) of it"
+            )
+
+
+def check_dimensions(name: str, value: Tensor, count: int) -> None:
+    """Raise ValueError unless a tensor has this number of dimensions."""
+    if value.ndim != count:
+        raise ValueError(f"{name} must have {count} dimensions, got shape {tuple(value.shape)}")
+
+
+def check_gamma(gamma: Any) -> float | None:
+    """Return gamma as a float, or None for None.
+
+    Raises:
+        ValueError: unless gamma is None or a positive, finite real number.
+    """
+    number = None if gamma is None else as_number(gamma)
+    if gamma is not None and (number is None or not 0 < number < math.inf):
         raise ValueError(
-            f"gamma must be a positive, finite Lipschitz bound (or None for no bound), got {gamma}"
+            "gamma must be a positive, finite Lipschitz bound (or None for no bound), "
+            f"got {gamma!r}"
         )
+    return number
+
+
+def check_epsilon(epsilon: Any) -> float:
+    """Return epsilon as a float.
+
+    Raises:
+        ValueError: unless it is a positive, finite real number.
+    """
+    number = as_number(epsilon)
+    if number is None or not 0 < number < math.inf:
+        raise ValueError(f"epsilon must be positive and finite, got {epsilon!r}")
+    return number
+
+
+def as_number(value: Any) -> float | None:
+    """Return a real number of Python, NumPy or torch as a float; None for all else, and bool."""
+    if isinstance(value, Tensor | np.ndarray) and value.ndim:
+        return None
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

@@ -13,6 +13,7 @@ from lben.certificates.records import (
     CertificateError,
     Claim,
     NetworkCertificate,
+    PairCertificate,
     Sensitivity,
     compose,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "Claim",
     "LargestClaim",
     "NetworkCertificate",
+    "PairCertificate",
     "Sensitivity",
     "certify",
     "certify_convolution",

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from lben.certificates.proof import check_entries, prove, require
-from lben.certificates.records import Certificate, Claim
+from lben.certificates.proof import check_multiplier, exactly, numbers_of, prove, require
+from lben.certificates.records import Certificate, Claim, PairCertificate
 from lben.inequality import Inequality
 from lben.rigorous import Enclosure
 from lben.weights import ExplicitWeights, check_gamma
+
+METHOD = "Cholesky of a shifted Schur complement, verified a posteriori in float64"
+"""How every bound of a dense layer is proved."""
 
 
 def certify(weights: ExplicitWeights, claim: Claim | None = None) -> Certificate:
@@ -26,25 +29,25 @@ def certify(weights: ExplicitWeights, claim: Claim | None = None) -> Certificate
     Manchester 2023).
 
     Raises:
-        ValueError: if the claimed γ is not positive and finite, or its Λ has another size.
+        ValueError: if the claimed γ is not positive and finite, its Λ has another size, or the
+            weights are neither float32 nor float64.
         CertificateError: if the proof fails, with the smallest eigenvalue found.
     """
     claim = Claim(weights.gamma, weights.Lambda) if claim is None else claim
+    gamma, tensors = check_gamma(claim.gamma), exactly(weights)
     multiplier = _multiplier(weights, claim)
-    tensors = weights.to(torch.float64)
-    check_entries(tensors, multiplier)
     return prove(
         weights,
-        claim.gamma,
+        gamma,
         [Inequality.of(tensors, multiplier.numpy())],
         [Inequality.of(tensors, tensors.Lambda.numpy())],
-        "Cholesky of a shifted Schur complement, verified a posteriori in float64",
+        METHOD,
     )
 
 
 def certify_pairs(
     weights: ExplicitWeights, claims: Mapping[tuple[int, int], Claim]
-) -> tuple[tuple[float, ...], ...]:
+) -> PairCertificate:
     """Prove a bound of yᵢ − yⱼ for every pair of outputs, or raise.
 
     M(Λ, γ) for the output (eᵢ − eⱼ)ᵀy, the rounding of the difference of the rows of C and D
@@ -55,38 +58,44 @@ def certify_pairs(
         claims: a bound and the multiplier that shows it, for every pair i < j.
 
     Returns:
-        The bounds, q × q, with 1 on the diagonal: what `certified_radius` takes.
+        The bounds, q × q, with 1 on the diagonal: what `certified_radius` and `compose` take.
 
     Raises:
-        ValueError: if a pair has no claim, or a claim no positive finite γ or a Λ of another size.
+        ValueError: if a pair has no claim, a claim no positive finite γ or a Λ of another size, or
+            the weights are neither float32 nor float64.
         CertificateError: if a proof fails, with the smallest eigenvalue found.
     """
     q = weights.out_features
-    exact = weights.to(torch.float64)
+    exact = exactly(weights)
     bounds = [[1.0] * q for _ in range(q)]
     for i in range(q):
         for j in range(i + 1, q):
             claim = claims.get((i, j))
-            if claim is None or claim.gamma is None:
+            gamma = None if claim is None else check_gamma(claim.gamma)
+            if claim is None or gamma is None:
                 raise ValueError(f"no bound is claimed for the outputs {i} and {j}")
-            multiplier = _multiplier(weights, claim)
-            check_entries(exact, multiplier)
-            block = difference(exact, multiplier, i, j)
-            compute = partial(block.smallest_eigenvalue, claim.gamma)
-            require(block.margin(claim.gamma), compute, claim.gamma)
-            bounds[i][j] = bounds[j][i] = claim.gamma
-    return tuple(map(tuple, bounds))
+            block = difference(exact, _multiplier(weights, claim), i, j)
+            require(block.margin(gamma), partial(block.smallest_eigenvalue, gamma), gamma)
+            bounds[i][j] = bounds[j][i] = gamma
+    return pair_certificate(weights, bounds, "l2", METHOD)
+
+
+def pair_certificate(
+    weights: ExplicitWeights, bounds: Sequence[Sequence[float]], norm: str, method: str
+) -> PairCertificate:
+    """Return what was proved of every pair of outputs, tied to the weights."""
+    return PairCertificate(
+        bounds=tuple(tuple(map(float, row)) for row in bounds), norm=norm,
+        fingerprint=weights.fingerprint, dtype=str(weights.W.dtype).removeprefix("torch."),
+        method=method,
+    )  # fmt: skip
 
 
 def _multiplier(weights: ExplicitWeights, claim: Claim) -> Tensor:
     """Return the Λ of a claim, in float64."""
-    check_gamma(claim.gamma)
-    if claim.Lambda.shape != weights.Lambda.shape:
-        raise ValueError(
-            f"the claim's Lambda must have shape {tuple(weights.Lambda.shape)}, "
-            f"got {tuple(claim.Lambda.shape)}"
-        )
-    return claim.Lambda.detach().to("cpu", torch.float64)
+    multiplier = torch.from_numpy(numbers_of("Lambda", claim.Lambda, weights.hidden_features))
+    check_multiplier(multiplier)
+    return multiplier
 
 
 def difference(weights: ExplicitWeights, multiplier: Tensor, i: int, j: int) -> Inequality:

@@ -8,11 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lben.certificates.proof import check_entries, prove, require
+from lben.certificates.proof import check_multiplier, exactly, numbers_of, prove, require
 from lben.certificates.records import Certificate, Claim
 from lben.convolutional import ConvolutionalWeights, PooledWeights
 from lben.rigorous import Enclosure, down, norm_bound, sum_up, up
 from lben.spectrum import at_frequencies
+from lben.weights import check_gamma
 
 
 def certify_convolution(weights: ConvolutionalWeights, image: tuple[int, int]) -> Certificate:
@@ -30,12 +31,13 @@ def certify_convolution(weights: ConvolutionalWeights, image: tuple[int, int]) -
         image: height and width.
 
     Raises:
-        ValueError: if a circular image is smaller than the kernel.
+        ValueError: if a circular image is smaller than the kernel, or the weights are neither
+            float32 nor float64.
         CertificateError: if the proof fails, with the smallest eigenvalue found.
     """
     if min(image) < 1:
         raise ValueError(f"height and width of an image must be at least 1, got {image}")
-    return _prove_frequencies(weights, weights, image, weights.gamma)
+    return _prove_frequencies(weights, exactly(weights), image, weights.gamma)
 
 
 def certify_pooled(weights: PooledWeights, claim: Claim | None = None) -> Certificate:
@@ -58,11 +60,11 @@ def certify_pooled(weights: PooledWeights, claim: Claim | None = None) -> Certif
     """
     if claim is not None:
         return _certify_through_state(weights, claim)
-    proof = _prove_frequencies(weights, weights.state, weights.image, weights.gamma)
-    exact = weights.to(torch.float64)
+    exact = exactly(weights)
+    proof = _prove_frequencies(weights, exact.state, weights.image, weights.gamma)
     root = Enclosure(exact.state.Lambda.numpy()[:, None]).sqrt()
     A, C = _by_channel(exact.A) * root, _by_channel(exact.C) * root.reciprocal()
-    F = A if weights.gamma is None else A + C / (2 * weights.gamma)
+    F = A if weights.gamma is None else A + C / weights.gamma / 2.0
     size, excess = _frobenius(C), _frobenius(F)
     # The scale of `margin` is within a factor √2 of Λ^(−½).
     excess = up(2 * excess * size * (1 + 2.0**-48))
@@ -78,8 +80,11 @@ def certify_pooled(weights: PooledWeights, claim: Claim | None = None) -> Certif
 
 
 def _certify_through_state(weights: PooledWeights, claim: Claim) -> Certificate:
-    exact = weights.to(torch.float64)
-    if bool(exact.A.any()):
+    exact = exactly(weights)
+    gamma = check_gamma(claim.gamma)
+    multiplier = torch.from_numpy(numbers_of("Lambda", claim.Lambda, len(exact.state.Lambda)))
+    check_multiplier(multiplier)
+    if bool((exact.A != 0).any()):
         raise ValueError("another claim can only be proved for weights that claim no bound (A = 0)")
     root = exact.state.Lambda.sqrt()
     inverse = Enclosure(exact.state.Lambda.numpy()[:, None]).sqrt().reciprocal()
@@ -93,11 +98,10 @@ def _certify_through_state(weights: PooledWeights, claim: Claim) -> Certificate:
             )
         )
     )
-    outputs = torch.diag(gain * root * (1 + 2.0**-50))[:, :, None, None]
-    state = replace(
-        exact.state, C=outputs, b_y=root, Lambda=claim.Lambda.detach().to("cpu", torch.float64)
-    )
-    proof = _prove_frequencies(weights, state, weights.image, claim.gamma, exact.state)
+    # Larger outputs are harder to bound: rounded up, and never so small that they vanish.
+    outputs = torch.diag((gain * root * (1 + 2.0**-48)).clamp_min(2.0**-800))[:, :, None, None]
+    state = replace(exact.state, C=outputs, b_y=root, Lambda=multiplier)
+    proof = _prove_frequencies(weights, state, weights.image, gamma, exact.state)
     return replace(proof, output_gain=gain)
 
 
@@ -119,11 +123,11 @@ def _prove_frequencies(
 ) -> Certificate:
     """Prove the inequality of the state at every frequency of its grid.
 
-    `own` has the Λ in which the layer is solved, where that of the claim is another.
+    State and `own` are float64; `own` has the Λ in which the layer is solved, where that of the
+    claim is another.
     """
-    check_entries(weights.to(torch.float64), state.Lambda.detach().cpu().double())
-    blocks = at_frequencies(state.to(torch.float64), state.grid(image))
-    solved = blocks if own is None else at_frequencies(own.to(torch.float64), state.grid(image))
+    blocks = at_frequencies(state, state.grid(image))
+    solved = blocks if own is None else at_frequencies(own, state.grid(image))
     kind = "exactly" if state.circular else "at most"
     proof = prove(
         weights,

@@ -10,10 +10,11 @@ from functools import partial
 import numpy as np
 import torch
 
-from lben.certificates.dense import difference
-from lben.certificates.proof import check_entries, require
+from lben.certificates.dense import METHOD, difference, pair_certificate
+from lben.certificates.proof import check_multiplier, exactly, numbers_of, require
+from lben.certificates.records import CertificateError, PairCertificate
 from lben.inequality import Inequality
-from lben.rigorous import Array, Enclosure, sum_up, up
+from lben.rigorous import TINY, Array, Enclosure, sum_up, up
 from lben.weights import ExplicitWeights
 
 
@@ -32,40 +33,40 @@ class LargestClaim:
 
 def certify_largest(
     weights: ExplicitWeights, claims: Mapping[tuple[int, int], LargestClaim]
-) -> tuple[tuple[float, ...], ...]:
+) -> PairCertificate:
     """Prove a bound of |Δyᵢ − Δyⱼ| ÷ max |Δxₖ| for every pair of outputs, or raise.
 
-    It is M(Λ, 1) for inputs in units of τ^(−½).
+    It is M(Λ, 1) for inputs in units of τ^(−½). Where intervals show less, that is returned.
 
     Args:
         weights: exactly as they run.
         claims: for every pair i < j.
 
     Returns:
-        √Στ of every pair, q × q, with 1 on the diagonal.
+        The less of √Στ and `interval_bounds` for every pair, q × q, with 1 on the diagonal.
 
     Raises:
-        ValueError: if a pair has no claim.
-        CertificateError: if a proof fails.
+        ValueError: if a pair has no claim, a claim's τ or Λ another size, or the weights are
+            neither float32 nor float64.
+        CertificateError: if a τ or Λ is not positive and finite, or a proof fails.
     """
-    exact, q = weights.to(torch.float64), weights.out_features
-    shapes = (weights.in_features,), (weights.hidden_features,)
-    bounds = [[1.0] * q for _ in range(q)]
+    exact, q = exactly(weights), weights.out_features
+    bounds = [list(row) for row in _by_intervals(exact)]
     for i in range(q):
         for j in range(i + 1, q):
             if (i, j) not in claims:
                 raise ValueError(f"nothing is claimed for the outputs {i} and {j}")
             claim = claims[i, j]
-            if (claim.tau.shape, claim.Lambda.shape) != shapes:
-                raise ValueError(
-                    f"a claim needs τ and Λ of shapes {shapes[0]} and {shapes[1]}, "
-                    f"got {claim.tau.shape} and {claim.Lambda.shape}"
-                )
-            check_entries(exact, torch.from_numpy(claim.Lambda))
-            block = _in_units(difference(exact, torch.from_numpy(claim.Lambda), i, j), claim.tau)
+            tau = numbers_of("τ", claim.tau, weights.in_features)
+            Lambda = torch.from_numpy(numbers_of("Λ", claim.Lambda, weights.hidden_features))
+            check_multiplier(Lambda)
+            if not (np.isfinite(tau).all() and (tau >= TINY).all()):
+                raise CertificateError(f"τ must be positive and finite in every entry, got {tau}")
+            block = _in_units(difference(exact, Lambda, i, j), tau)
             require(block.margin(1.0), partial(block.smallest_eigenvalue, 1.0), 1.0)
-            bounds[i][j] = bounds[j][i] = up(math.sqrt(float(sum_up(claim.tau))), 2)
-    return tuple(map(tuple, bounds))
+            proved = up(math.sqrt(float(sum_up(tau))), 2)
+            bounds[i][j] = bounds[j][i] = min(bounds[i][j], proved)
+    return pair_certificate(weights, bounds, "linf", METHOD)
 
 
 def _in_units(block: Inequality, tau: Array) -> Inequality:
@@ -74,7 +75,7 @@ def _in_units(block: Inequality, tau: Array) -> Inequality:
     return replace(block, U=block.U * unit, D=D)
 
 
-def interval_bounds(weights: ExplicitWeights) -> tuple[tuple[float, ...], ...]:
+def interval_bounds(weights: ExplicitWeights) -> PairCertificate:
     """Bound |Δyᵢ − Δyⱼ| ÷ max |Δxₖ| by intervals: the cheap baseline.
 
     With slopes in [0, 1], (1 − Wᵢᵢ)|Δzᵢ| ≤ Σ |Wᵢⱼ||Δzⱼ| + Σ |Uᵢₖ||Δxₖ|. Where the matrix of the
@@ -82,31 +83,57 @@ def interval_bounds(weights: ExplicitWeights) -> tuple[tuple[float, ...], ...]:
 
     Returns:
         q × q, with 1 on the diagonal; infinite where it is no M-matrix.
+
+    Raises:
+        ValueError: if the weights are neither float32 nor float64.
+        CertificateError: if they contain NaN or Inf.
     """
-    exact = weights.to(torch.float64)
+    bounds = _by_intervals(exactly(weights))
+    return pair_certificate(weights, bounds, "linf", "intervals, with rounding enclosed")
+
+
+def _by_intervals(exact: ExplicitWeights) -> list[list[float]]:
+    """Return the bounds of `interval_bounds` for float64 weights."""
     W, U, C = (t.numpy() for t in (exact.W, exact.U, exact.C))
-    q, n = C.shape
+    q = len(C)
     bounds = np.full((q, q), math.inf)
     np.fill_diagonal(bounds, 1.0)
     sizes = np.asarray(sum_up(np.abs(U), axis=1))
+    with np.errstate(all="ignore"):
+        w = _positive_vector(W, sizes)
+        if w is not None:
+            for i in range(q):
+                for j in range(i + 1, q):
+                    bounds[i, j] = bounds[j, i] = _change(exact, w, i, j)
+    return [[float(b) for b in row] for row in bounds]
+
+
+def _positive_vector(W: Array, sizes: Array) -> Array | None:
+    """Return w ≥ |Δz| for every |Δx| ≤ 1, or None where none can be proved."""
+    n = len(W)
     comparison = -np.abs(W)
     np.fill_diagonal(comparison, 1 - np.diag(W))
-    with np.errstate(all="ignore"):
-        w = np.abs(np.linalg.solve(comparison, sizes + 1e-300)) * (1 + 1e-9)
-    inside = Enclosure(-np.abs(W) + np.diag(np.abs(np.diag(W)))) @ Enclosure(w[:, None])
-    diagonal = (Enclosure(np.ones((n, 1))) - Enclosure(np.diag(W)[:, None])) * Enclosure(w[:, None])
-    image = diagonal + inside
-    if not (np.isfinite(w).all() and (w > 0).all()):
-        return tuple(map(tuple, bounds.tolist()))
-    if not ((image.mid - image.radius)[:, 0] * (1 - 2.0**-50) > sizes).all():
-        return tuple(map(tuple, bounds.tolist()))
-    for i in range(q):
-        for j in range(i + 1, q):
-            row = (Enclosure(C[i : i + 1]) - Enclosure(C[j : j + 1])).magnitude[0]
-            change = float(sum_up(row * w * (1 + 2.0**-50)))
-            if exact.D is not None:
-                D = exact.D.numpy()
-                direct = (Enclosure(D[i : i + 1]) - Enclosure(D[j : j + 1])).magnitude[0]
-                change = up(change + float(sum_up(direct)))
-            bounds[i, j] = bounds[j, i] = change
-    return tuple(map(tuple, bounds.tolist()))
+    try:
+        w = np.abs(np.linalg.solve(comparison, sizes + 1e-300)) * (1 + 1e-9) + 2 * TINY
+    except np.linalg.LinAlgError:
+        return None
+    if not np.isfinite(w).all():
+        return None
+    column = Enclosure(w[:, None])
+    off_diagonal = Enclosure(-np.abs(W) * (1 - np.eye(n)))
+    own = (Enclosure(np.ones((n, 1))) - Enclosure(np.diag(W)[:, None])) * column
+    image = own + off_diagonal @ column
+    held = (image.mid - image.radius)[:, 0] * (1 - 2.0**-50) > sizes
+    return w if held.all() else None
+
+
+def _change(exact: ExplicitWeights, w: Array, i: int, j: int) -> float:
+    """Bound |Δyᵢ − Δyⱼ| where |Δz| ≤ w and |Δx| ≤ 1."""
+
+    def size(rows: Array) -> Array:
+        return (Enclosure(rows[i : i + 1]) - Enclosure(rows[j : j + 1])).magnitude[0]
+
+    change = float(sum_up(size(exact.C.numpy()) * w * (1 + 2.0**-50)))
+    if exact.D is not None:
+        change = up(change + float(sum_up(size(exact.D.numpy()))))
+    return change if math.isfinite(change) else math.inf

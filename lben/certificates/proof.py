@@ -4,23 +4,97 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lben.certificates.records import AnyWeights, Certificate, CertificateError
-from lben.convolutional import PooledWeights
+from lben.convolutional import ConvolutionalWeights, PooledWeights
 from lben.inequality import Inequality
+from lben.rigorous import TINY, Array
+from lben.weights import ExplicitWeights, converted
+
+Weights = TypeVar("Weights", ExplicitWeights, ConvolutionalWeights, PooledWeights)
 
 
-def check_entries(weights: AnyWeights, multiplier: Tensor) -> None:
-    """Refuse weights that are not finite, and multipliers that are not positive."""
-    if not all(bool(torch.isfinite(t).all()) for t in weights.tensors().values()):
-        raise CertificateError("the weights contain NaN or Inf")
+def exactly(weights: Weights) -> Weights:
+    """Return weights in float64 as they are stored, or refuse those of which nothing can be proved.
+
+    Raises:
+        ValueError: for tensors that are not all float32 or all float64, not dense, on several
+            devices, without values, or inside a transform of torch.func.
+        CertificateError: for NaN, infinite numbers, and multipliers that are not positive.
+    """
+    tensors = weights.tensors()
+    for name, t in tensors.items():
+        if torch._C._functorch.is_functorch_wrapped_tensor(t):
+            raise ValueError(
+                f"a proof needs numbers, and {name} is inside a transform of torch.func: prove the "
+                "weights outside of it"
+            )
+        if t.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"proofs are of float32 and float64 weights, {name} is {t.dtype}: convert all of "
+                "them (weights.to(torch.float64) is exact for bfloat16 and float16), or the layer "
+                "by float()"
+            )
+        if t.layout != torch.strided:
+            raise ValueError(f"a proof needs dense tensors, and {name} is {t.layout}")
+        if t.is_meta:
+            raise ValueError(f"a proof needs numbers, and {name} is on the meta device")
+    for what in ("dtype", "device"):
+        kinds = {str(getattr(t, what)): name for name, t in tensors.items()}
+        if len(kinds) > 1:
+            found = " and ".join(f"{kind} in {name}" for kind, name in sorted(kinds.items()))
+            raise ValueError(f"the tensors of the weights must share one {what}, got {found}")
+    bad = [name for name, t in tensors.items() if not bool(torch.isfinite(t).all())]
+    if bad:
+        raise CertificateError(f"the weights contain NaN or Inf, in {', '.join(bad)}")
     own = weights.state.Lambda if isinstance(weights, PooledWeights) else weights.Lambda
-    if not bool((own > 0).all() and (multiplier > 0).all()):
-        raise CertificateError("Λ must be positive in every entry")
+    exact = weights.to(torch.float64)
+    check_multiplier(converted(own, torch.float64))
+    return exact
+
+
+def check_multiplier(multiplier: Tensor) -> None:
+    """Refuse multipliers that are not positive normal numbers."""
+    finite = bool(torch.isfinite(multiplier).all())
+    if not (finite and bool((multiplier >= TINY).all())):
+        least = float(multiplier.min()) if finite else math.nan
+        raise CertificateError(
+            f"Λ must be positive in every entry: finite numbers from {TINY:.3g}, its least is "
+            f"{least:.3g}"
+        )
+
+
+def numbers_of(name: str, values: object, size: int) -> Array:
+    """Return numbers of a claim in float64, or refuse them.
+
+    Args:
+        name: in the message.
+        values: a tensor or an array of real numbers.
+        size: how many there should be.
+
+    Raises:
+        ValueError: for another size, or numbers that are not real.
+    """
+    array = values if isinstance(values, Tensor) else np.asarray(values)
+    if tuple(array.shape) != (size,):
+        raise ValueError(
+            f"a claim needs {size} numbers {name}: {name} must have shape {(size,)}, "
+            f"got {tuple(array.shape)}"
+        )
+    if isinstance(array, Tensor):
+        if array.dtype.is_complex or array.dtype == torch.bool:
+            raise ValueError(f"the claim's {name} must hold real numbers, got {array.dtype}")
+        return np.asarray(converted(array, torch.float64).numpy())
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"the claim's {name} must hold real numbers, got {array.dtype}")
+    if array.dtype == np.float32:
+        return np.asarray(converted(torch.from_numpy(array), torch.float64).numpy())
+    return np.asarray(array, dtype=np.float64)
 
 
 def prove(
@@ -67,6 +141,7 @@ def require(margin: float, compute: Callable[[], float], gamma: float | None) ->
         raise CertificateError(
             f"{statement} could not be proved: M has smallest eigenvalue {computed:.3e}, and the "
             f"proved lower bound {margin:.3e} is not positive. Causes: the weights do not satisfy "
-            "the condition (a parameterization is broken or was rounded to low precision), or the "
-            "slack ε is smaller than rounding. Try float64 or a larger epsilon."
+            "the condition (a parameterization is broken or was rounded to low precision), the "
+            "slack ε is smaller than rounding, or numbers leave the range of float64. Try float64, "
+            "a larger epsilon, or weights scaled towards 1."
         )

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import overload
 
 import torch
 from jaxtyping import Float
@@ -130,6 +131,46 @@ class Certificate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairCertificate(Sequence[tuple[float, ...]]):
+    """Proved bounds of yᵢ − yⱼ for every pair of outputs: a q × q table, and what it is about.
+
+    It is indexed and iterated like the table, so that `pairs[0][1]` is the bound of y₀ − y₁, and
+    `certified_radius` and `compose` take it as it is.
+
+    Attributes:
+        bounds: q × q, with 1 on the diagonal.
+        norm: of the change of x that the bounds multiply: "l2", or "linf" for max |Δxₖ|.
+        fingerprint: of the weights, see `ExplicitWeights.fingerprint`.
+        dtype: of the weights as given.
+        method: how it was proved.
+    """
+
+    bounds: tuple[tuple[float, ...], ...]
+    norm: str
+    fingerprint: str
+    dtype: str
+    method: str
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[float, ...]: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[tuple[float, ...], ...]: ...
+    def __getitem__(self, index: int | slice) -> tuple[float, ...] | tuple[tuple[float, ...], ...]:
+        return self.bounds[index]
+
+    def tensor(self) -> Float[Tensor, "q q"]:
+        """Return the bounds in float64, on the CPU."""
+        return torch.tensor(self.bounds, dtype=torch.float64, device="cpu")
+
+    def to_json(self) -> str:
+        """Return the certificate as JSON."""
+        return _json(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class NetworkCertificate:
     """The bound of a chain: preprocessing, then layers, in raw input units.
 
@@ -171,7 +212,7 @@ class NetworkCertificate:
         return _json(self)
 
 
-def _json(record: Certificate | NetworkCertificate) -> str:
+def _json(record: Certificate | NetworkCertificate | PairCertificate) -> str:
     def finite(value: object) -> object:
         if isinstance(value, float) and not math.isfinite(value):
             return None
@@ -185,7 +226,7 @@ def _json(record: Certificate | NetworkCertificate) -> str:
 def compose(
     layers: Sequence[Certificate],
     input_gain: float = 1.0,
-    pairs: Sequence[Sequence[float]] | None = None,
+    pairs: PairCertificate | Sequence[Sequence[float]] | None = None,
 ) -> NetworkCertificate:
     """Bound a chain of layers behind a preprocessing step by the product of their bounds.
 
@@ -193,11 +234,28 @@ def compose(
         layers: first to last.
         input_gain: Lipschitz constant of the preprocessing.
         pairs: proved bounds of yᵢ − yⱼ as functions of what the last layer takes.
+
+    Raises:
+        CertificateError: if the pairs are of other weights than the last layer's, or not in l2.
     """
+    if isinstance(pairs, PairCertificate):
+        if pairs.norm != "l2":
+            raise CertificateError(
+                f"bounds of pairs in {pairs.norm} do not compose with bounds in l2: take "
+                "certify_pairs"
+            )
+        if not layers or pairs.fingerprint != layers[-1].fingerprint:
+            last = layers[-1].fingerprint[:12] if layers else "none"
+            raise CertificateError(
+                "the bounds of pairs are for other weights than the last layer: fingerprint "
+                f"{pairs.fingerprint[:12]}…, the last layer has {last}…"
+            )
     bound = before = input_gain
     for layer in layers:
         before, bound = bound, up(bound * layer.bound)
-    scaled = None if pairs is None else tuple(tuple(up(before * b) for b in row) for row in pairs)
+    scaled = (
+        None if pairs is None else tuple(tuple(up(before * float(b)) for b in row) for row in pairs)
+    )
     return NetworkCertificate(
         bound=bound, input_gain=input_gain, layers=tuple(layers), pairs=scaled
     )

@@ -189,8 +189,9 @@ class EquilibriumLayer(nn.Module, ABC):
         summands = operator.summands + operator.n + 32
         if not summands * unit < 2.0**-4:
             raise ValueError(f"rounding in {dtype} is not bounded for sums of {summands} terms")
-        # From float64 to the precision that runs, second order included; and what underflows.
-        ratio, tiny = 1.1 * unit / torch.finfo(torch.float64).eps, torch.finfo(dtype).tiny
+        # From 2⁻⁵² to half an ulp of the precision that runs (rounding to nearest), second order
+        # included; and what underflows.
+        ratio, tiny = 0.55 * unit / torch.finfo(torch.float64).eps, torch.finfo(dtype).tiny
         norm = operator.norm
         vanished = summands * norm(torch.full_like(exact.z, tiny))
         return Running(

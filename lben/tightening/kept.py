@@ -1,8 +1,24 @@
-"""Which bound does the layer's own Λ support, up to a common factor?"""
+"""Which bound does the layer's own Λ support, up to a common factor?
+
+Note [One number]
+Let S = 2Λ − ΛW − WᵀΛ = LLᵀ, K = L⁻¹Cᵀ and B = L⁻¹ΛUUᵀΛL⁻ᵀ. With D = 0 the claim (γ, tΛ) holds where
+tS ⪰ CᵀC/γ + t²ΛUUᵀΛ/γ, that is, with s = t/γ, where
+
+    γ² I ⪰ Kᵀ (s(I − sB))⁻¹ K,   0 < s < 1/λmax(B).
+
+In the eigenvectors of B the right side is a sum of terms 1/(s(1 − sβ)), convex in s. So one
+factorization, and the least of one function of one number.
+
+Note [Nothing to bound]
+If K = 0 or B = 0 then y is constant and every γ > 0 holds. The claim is then `LEAST`, as a
+Lipschitz bound of 0 is no number to divide by.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
@@ -11,89 +27,189 @@ import torch
 
 from lben.certificates import CertificateError, Claim
 from lben.convolutional import PooledWeights
+from lben.rigorous import Array, power_of_two
 from lben.weights import ExplicitWeights
 from solvers.operators import Torus
+
+LEAST = 2.0**-500
+"""What is claimed of a constant, see Note [Nothing to bound]."""
+ROOM = 1 + 1e-7
+"""For the proof."""
 
 
 def tighten(weights: ExplicitWeights) -> Claim:
     """Propose the least γ that the weights' own Λ, up to a common factor, supports.
 
-    For D = 0 and S = 2Λ − ΛW − WᵀΛ the condition with Λ scaled by t is
-    S ⪰ (CᵀC/t + tΛUUᵀΛ)/γ, so γ(t) = λmax(S⁻¹(CᵀC/t + tΛUUᵀΛ)), a convex function of log t
-    minimised on a line. Works for layers that claim no bound (γ None) as well. The result is a
+    See Note [One number]. Works for layers that claim no bound (γ None) as well. The result is a
     proposal: `certify` proves it.
 
     Raises:
         ValueError: if the weights have a feed-through D.
-        CertificateError: if S is not positive definite.
+        CertificateError: if 2Λ − ΛW − WᵀΛ is not positive definite.
     """
-    if weights.D is not None:
+    if not drives_alone(weights):
         raise ValueError("tighten needs weights without feed-through D")
-    double = weights.to(torch.float64)
-    W, C, Lambda = double.W.numpy(), double.C.numpy(), double.Lambda.numpy()
-    G = Lambda[:, None] * double.U.numpy()
-    weighted = Lambda[:, None] * W
-    S = 2 * np.diag(Lambda) - weighted - weighted.T
-    CC, GG = C.T @ C, G @ G.T
-    last = [len(S) - 1, len(S) - 1]
-    try:
-        scipy.linalg.cholesky(S)
-    except scipy.linalg.LinAlgError as error:
-        raise CertificateError("2Λ − ΛW − WᵀΛ is not positive definite") from error
+    exact = weights.to(torch.float64)
+    claim = Kept.of(exact).claim(exact.C.numpy())
+    return least([claim, promised(weights)])
 
-    def gamma(log_t: float) -> float:
-        t = math.exp(log_t)
-        top = scipy.linalg.eigh(CC / t + t * GG, S, eigvals_only=True, subset_by_index=last)
-        return float(top[0])
 
-    centre = 0.5 * math.log(np.trace(CC) / np.trace(GG))
-    best = scipy.optimize.minimize_scalar(
-        gamma, bounds=(centre - 5, centre + 5), method="bounded", options={"xatol": 1e-4}
-    )
-    t = math.exp(float(best.x))
-    found = gamma(float(best.x)) * (1 + 1e-7)  # room for the proof
-    if weights.gamma is not None and found >= weights.gamma:
-        return Claim(weights.gamma, weights.Lambda)
-    return Claim(found, double.Lambda * t)
+def promised(weights: ExplicitWeights) -> Claim:
+    """Return what the weights claim of themselves; γ None if nothing."""
+    return Claim(weights.gamma, weights.Lambda)
+
+
+def least(claims: list[Claim]) -> Claim:
+    """Return the claim of the least γ; the last one where several have it."""
+    return min(reversed(claims), key=lambda c: math.inf if c.gamma is None else c.gamma)
+
+
+def drives_alone(weights: ExplicitWeights) -> bool:
+    """Say whether y depends on x through z alone."""
+    return weights.D is None or not bool((weights.D != 0).any())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Kept:
+    """Λ of float64 weights, up to a factor, for any outputs: see Note [One number].
+
+    All is in the metric of Λ and in units: U of `drive`, a power of two.
+
+    Attributes:
+        root: Λ^½.
+        factor: L of S in that metric.
+        vectors: Q with QᵀBQ = diag(β).
+        beta: eigenvalues of B, ascending.
+        drive: the unit of U.
+        G: L⁻¹Λ^½U in that unit.
+    """
+
+    root: Array
+    factor: Array
+    vectors: Array
+    beta: Array
+    drive: float
+    G: Array
+
+    @classmethod
+    def of(cls, weights: ExplicitWeights) -> Kept:
+        """Factor S.
+
+        Raises:
+            CertificateError: if it is not positive definite.
+        """
+        root = np.sqrt(weights.Lambda.numpy())
+        H = root[:, None] * (np.eye(len(root)) - weights.W.numpy()) / root
+        with np.errstate(all="ignore"):
+            H = H + H.T
+        try:
+            factor = scipy.linalg.cholesky(H, lower=True) if len(H) else H
+        except (scipy.linalg.LinAlgError, ValueError) as error:
+            raise CertificateError("2Λ − ΛW − WᵀΛ is not positive definite") from error
+        G = root[:, None] * weights.U.numpy()
+        drive = _size(G)
+        G = _solved(factor, G / drive)
+        beta, vectors = np.linalg.eigh(G @ G.T) if len(H) else (np.zeros(0), H)
+        return cls(root=root, factor=factor, vectors=vectors, beta=beta, drive=drive, G=G)
+
+    def readout(self, C: Array) -> tuple[Array, float]:
+        """Return L⁻¹Λ^(−½)Cᵀ in a unit, a power of two, and the unit."""
+        K = (C / self.root).T
+        unit = _size(K)
+        return _solved(self.factor, K / unit), unit
+
+    def claim(self, C: Array) -> Claim:
+        """Return the best claim for y = Cz."""
+        K, unit = self.readout(C)
+        K = self.vectors.T @ K
+
+        def square(s: float) -> float:
+            scale = np.sqrt(s * (1 - s * self.beta))
+            return float(np.linalg.norm(K / scale[:, None], 2)) ** 2
+
+        top = float(self.beta[-1]) if len(self.beta) else 0.0
+        gamma, s = least_over_factor(square, float(np.sum(K * K)), top, unit * self.drive)
+        # s is in units of drive⁻²; Λ is γ s, in the metric of Λ.
+        factor = gamma * s / self.drive / self.drive
+        return Claim(gamma, torch.from_numpy(factor * self.root * self.root))
+
+
+def least_over_factor(
+    square: Callable[[float], float], reads: float, top: float, unit: float
+) -> tuple[float, float]:
+    """Return the least γ over 0 < s < 1/top, with some room, and its s.
+
+    Args:
+        square: γ² of s, in units.
+        reads: ‖K‖², 0 where nothing is read out.
+        top: λmax(B), 0 where nothing drives the units.
+        unit: of γ.
+    """
+    if reads > 0 and top > 0:
+        # s = 1/(top(1 + e^−θ)): the ends are where 1 − s·top or s·top is 1e-8.
+        def of(theta: float) -> float:
+            return 1 / (top * (1 + math.exp(-theta)))
+
+        best = scipy.optimize.minimize_scalar(
+            lambda theta: math.log(square(of(theta))), bounds=(-18.0, 18.0), method="bounded",
+            options={"xatol": 1e-5},
+        )  # fmt: skip
+        s = of(float(best.x))
+        return max(math.sqrt(square(s)) * unit * ROOM, LEAST), s
+    gamma = LEAST * max(unit, 1.0)
+    if reads > 0:
+        return gamma, 2 * reads * (min(unit, 1.0) / LEAST) ** 2
+    return gamma, 1 / (2 * top) if top > 0 else 1.0
 
 
 def tighten_pooled(weights: PooledWeights) -> Claim:
     """Propose the least γ that Λ, up to a common factor t, supports through a bound of the state.
 
-    With CᵀC ⪯ g²Λ, g = ‖CΛ^(−½)‖₂, the condition is block diagonal over frequencies:
-    γ(t) = max over ω of λmax(S(ω)⁻¹(g²Λ/t + tΛÛÛᴴΛ)), minimised as in `tighten`. The result is a
-    proposal: `certify_pooled` proves it.
+    With CᵀC ⪯ g²Λ, g = ‖CΛ^(−½)‖₂, the condition is block diagonal over frequencies: it is that of
+    Note [One number] at each of them, with gΛ^½ for C. The result is a proposal: `certify_pooled`
+    proves it.
 
     Raises:
         ValueError: if the weights claim a bound of their own.
-        CertificateError: if S is not positive definite at some frequency.
+        CertificateError: if 2Λ − ΛW − WᵀΛ is not positive definite at some frequency.
     """
     if weights.gamma is not None:
         raise ValueError(f"the weights claim a bound of their own, {weights.gamma:g}")
     double = weights.to(torch.float64)
     state = double.state
     root = state.Lambda.sqrt()
-    assert state.W is not None
     torus = Torus(len(root), *state.grid(weights.image))
-    W = torus.symbols(state.W)
-    U = torus.symbols(state.U)
-    identity = torch.eye(len(root), dtype=torch.float64)
+    drive = _size(state.U.numpy())
+    U = torus.symbols(state.U / drive)
+    identity = torch.eye(len(root), dtype=torch.float64, device="cpu")
+    W = 0 * identity.expand(len(U), -1, -1) if state.W is None else torus.symbols(state.W)
     H = root[:, None] * (identity - W) / root
-    values, vectors = torch.linalg.eigh(H + H.mH)
-    if not bool((values > 0).all()):
+    L, failed = torch.linalg.cholesky_ex(H + H.mH)
+    if bool((failed != 0).any()):
         raise CertificateError("2Λ − ΛW − WᵀΛ is not positive definite at some frequency")
-    half = vectors / values.sqrt()[:, None, :]
-    G = half.mH @ (root[:, None] * U)
-    gain = float(torch.linalg.matrix_norm((double.C / root[:, None, None]).flatten(1), 2))
+    G = torch.linalg.solve_triangular(L, root[:, None] * U, upper=False)
+    K = torch.linalg.solve_triangular(L, identity.to(L.dtype).expand_as(L), upper=False)
+    beta, vectors = torch.linalg.eigh(G @ G.mH)
+    K = vectors.mH @ K
+    C = (double.C / root[:, None, None]).flatten(1)
+    reads = _size(C.numpy())
+    gain = float(torch.linalg.matrix_norm(C / reads, 2)) * (1 + 1e-12)
 
-    def gamma(log_t: float) -> float:
-        t = math.exp(log_t)
-        top = torch.diag_embed(gain**2 / (t * values)).to(G.dtype) + t * G @ G.mH
-        return float(torch.linalg.eigvalsh(top)[:, -1].max())
+    def square(s: float) -> float:
+        scale = (s * (1 - s * beta)).sqrt()
+        return gain**2 * float(torch.linalg.matrix_norm(K / scale[:, :, None], 2).max()) ** 2
 
-    centre = math.log(gain) - math.log(float(torch.linalg.matrix_norm(G, 2).max()))
-    best = scipy.optimize.minimize_scalar(
-        gamma, bounds=(centre - 5, centre + 5), method="bounded", options={"xatol": 1e-3}
-    )
-    found = gamma(float(best.x)) * (1 + 1e-6)  # room for the proof
-    return Claim(found, state.Lambda * math.exp(float(best.x)))
+    norm = float(torch.linalg.matrix_norm(K, 2).max()) ** 2
+    gamma, s = least_over_factor(square, gain**2 * norm, float(beta.max()), reads * drive)
+    gamma *= 1 + 1e-6
+    return Claim(gamma, state.Lambda * (gamma * s / drive / drive))
+
+
+def _size(matrix: Array) -> float:
+    return power_of_two(float(np.max(np.abs(matrix), initial=0.0)))
+
+
+def _solved(factor: Array, right: Array) -> Array:
+    if not right.size:
+        return right
+    return np.asarray(scipy.linalg.solve_triangular(factor, right, lower=True))

@@ -18,6 +18,11 @@ the barrier −log det M has the gradient −2eᵢᵀZcᵢ and the Hessian
 costs a few products of matrices as large as M, and nothing that a general solver of semidefinite
 programs spends on n unstructured constraints.
 
+Note [Units that nothing moves]
+Where no input reaches some units, every large enough multiple of their λ is feasible, −log det M
+falls without end, and there is no central path. So λ is bounded above, by `WIDE` times where it
+starts, with a barrier of its own.
+
 Everything here proposes; `lben.certificates` proves.
 """
 
@@ -32,6 +37,8 @@ from torch import Tensor
 
 from lben.tightening.path import ended, follow, log_barrier, solved
 
+WIDE = 1e6
+"""Largest λ, see Note [Units that nothing moves]."""
 _SHARE = 0.1
 """Of the norm of an output that facts take off at the start."""
 
@@ -49,6 +56,7 @@ class Program:
         facts: f × (p + n), for q = 1 and one τ: F(x, z) ≥ 0 is known, so the output less wᵀF falls
             no slower than the output itself, for every w ≥ 0, and w is optimised with the rest.
         prices: f numbers ≥ 0: what w adds to the objective, per unit.
+        most: n upper bounds of λ; see Note [Units that nothing moves].
     """
 
     W: Float[Tensor, "batch n n"]
@@ -58,6 +66,7 @@ class Program:
     per_input: bool = False
     facts: Float[Tensor, "batch f N"] | None = None
     prices: Float[Tensor, "batch f"] | None = None
+    most: Float[Tensor, "batch n"] | None = None
 
     def reduced(self) -> Program:
         """Return the same programs with p ≤ n + q inputs, in an orthonormal basis of U and D.
@@ -83,9 +92,10 @@ class Program:
 
     @property
     def parameter(self) -> int:
-        """The barrier's parameter: rows of M, units and facts."""
+        """The barrier's parameter: rows of M, bounds of units, and facts."""
         facts = 0 if self.facts is None else self.facts.shape[1]
-        return 2 * self.W.shape[-1] + self.U.shape[2] + facts
+        sides = 2 if self.most is None else 3
+        return sides * self.W.shape[-1] + self.U.shape[2] + facts
 
     @property
     def columns(self) -> Float[Tensor, "batch n N"]:
@@ -123,9 +133,16 @@ class Program:
         return M
 
     def value(self, point: Tensor, weight: Tensor) -> Float[Tensor, " batch"]:
-        """Return objective/μ − log det M − Σ log λ − Σ log w, infinite outside the cone."""
+        """Return objective/μ − log det M − Σ log λ − Σ log w, infinite outside the cone.
+
+        And −Σ log(most − λ), where λ is bounded.
+        """
         inside = (point > 0).all(1)
         value = self.objective(point) / weight + log_barrier(self.matrix(point))
+        if self.most is not None:
+            left = 1 - self.split(point)[1] / self.most
+            inside &= (left > 0).all(1)
+            value = value - left.log().sum(1)
         return torch.where(inside, value - point[:, self.costs :].log().sum(1), torch.inf)
 
     def newton(self, point: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,6 +155,9 @@ class Program:
         gradient_x = -2 * F.diagonal(dim1=1, dim2=2) - 1 / lam
         curvature = 2 * (E * G + F * F.mT)
         curvature.diagonal(dim1=1, dim2=2).add_(1 / lam.square())
+        if self.most is not None:
+            gradient_x = gradient_x + 1 / (self.most - lam)
+            curvature.diagonal(dim1=1, dim2=2).add_(1 / (self.most - lam).square())
         mixed = 2 * Z[:, p:, :p] * Y.mT
         diagonal = X.diagonal(dim1=1, dim2=2)
         if self.per_input:
@@ -214,6 +234,7 @@ def minimise(
     """
     program = program.reduced()
     start = feasible(program, multiplier)
+    program = replace(program, most=WIDE * program.split(start)[1])
     end = follow(program, start, gap=gap, target=target, max_steps=max_steps)
     tau, lam, w = program.split(end.point)
     return Optimum(tau=tau, multiplier=lam, facts=w, gap=end.gap, steps=end.steps)

@@ -157,6 +157,10 @@ class Inequality:
         rows replaces the input space when it is larger. For D = dI it acts as (γ − d²/γ)I on
         inputs orthogonal to the rows of U and C.
         """
+        with np.errstate(all="ignore"):  # for information: what overflows is not finite
+            return self._smallest_eigenvalue(gamma)
+
+    def _smallest_eigenvalue(self, gamma: float | None) -> float:
         if gamma is None:
             return _smallest(self.well_posedness().mid)
         if self.n == 0:

@@ -57,7 +57,7 @@ def sum_up(values: Array, axis: int | None = None) -> Array:
     """Return upper bounds of sums of non-negative numbers."""
     count = values.size if axis is None else values.shape[axis]
     total = np.sum(values, axis=axis) * (1 + 2 * gamma_k(count + 2))
-    return np.asarray(total + 2 * count * TINY)  # of values that were read as zero
+    return np.asarray(total + 2 * TINY * np.sum(values < TINY, axis=axis))  # read as zero
 
 
 def is_denormal(values: Array) -> NDArray[np.bool_]:

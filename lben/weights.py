@@ -109,11 +109,21 @@ class ExplicitWeights:
         del tensors["Lambda"]
         return digest("", tensors)
 
+    def divided(self, unit: float) -> ExplicitWeights:
+        """Return the weights of y ÷ unit: undoes `scaled`, to rounding."""
+        return replace(
+            self, C=self.C / unit, D=None if self.D is None else self.D / unit,
+            b_y=self.b_y / unit, Lambda=self.Lambda / unit,
+            gamma=None if self.gamma is None else self.gamma / unit,
+        )  # fmt: skip
+
     def scaled(self, factor: float) -> ExplicitWeights:
         """Return the weights of factor · y, with the claim and the multiplier to it.
 
-        M(Λ, γ) of both is the same up to this factor and, in z and x, nothing else.
+        M(Λ, γ) of both is the same up to this factor.
         """
+        if factor == 1:
+            return self
         return replace(
             self, C=factor * self.C, D=None if self.D is None else factor * self.D,
             b_y=factor * self.b_y, Lambda=factor * self.Lambda,

@@ -24,7 +24,8 @@ class CompleteParameterization(nn.Module):
 
     for which M(Λ, γ₀) = [√γ₀Q₂, Y]ᵀ[√γ₀Q₂, Y] + diag(0, 2εΛ) ⪰ 0; the room between γ₀ and γ is for
     the proof in floating point. Conversely every M(Λ, γ₀) ⪰ diag(0, 2εΛ) has such a square root,
-    and its blocks are these equations.
+    and its blocks are these equations. γ is the unit of y (see `DirectParameterization`): the
+    tensors are those of y/γ, for which γ = 1.
 
     Args:
         weights: with a bound γ, from which the tensors start; best in float64.
@@ -37,7 +38,8 @@ class CompleteParameterization(nn.Module):
         super().__init__()
         if weights.gamma is None:
             raise ValueError("weights without a bound cannot be parameterized by one")
-        self.gamma, w = weights.gamma, weights.apply(Tensor.detach)
+        self.gamma = weights.gamma
+        w = weights.apply(Tensor.detach).divided(self.gamma)
         gamma, identity = self._inner(), torch.eye(w.in_features).to(w.U)
         D = w.C.new_zeros(w.out_features, w.in_features) if w.D is None else w.D
         G = w.Lambda[:, None] * w.U + w.C.T @ D / gamma
@@ -65,8 +67,9 @@ class CompleteParameterization(nn.Module):
         self.b, self.b_y = nn.Parameter(w.b.clone()), nn.Parameter(w.b_y.clone())
         self.N = nn.Parameter((rest - rest.T) / 4)
 
-    def _inner(self) -> float:
-        return self.gamma / math.sqrt(UNIT_BOUND)
+    @staticmethod
+    def _inner() -> float:
+        return 1 / math.sqrt(UNIT_BOUND)
 
     def forward(self) -> ExplicitWeights:
         """Return the explicit weights, differentiable in the free tensors."""
@@ -79,5 +82,5 @@ class CompleteParameterization(nn.Module):
         W = (1 - self.epsilon) * torch.eye(len(U), dtype=U.dtype, device=U.device) - half / Lambda
         return ExplicitWeights(
             W=W, U=U, b=self.b, C=self.C, D=gamma * Q[:q], b_y=self.b_y,
-            Lambda=Lambda[:, 0], gamma=self.gamma,
-        )  # fmt: skip
+            Lambda=Lambda[:, 0], gamma=1.0,
+        ).scaled(self.gamma)  # fmt: skip

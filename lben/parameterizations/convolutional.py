@@ -19,7 +19,7 @@ from lben.convolutional import ConvolutionalWeights, PooledWeights
 from lben.parameterizations.explicit import UNIT_BOUND, mirrored, taps
 from lben.parameterizations.multipliers import gram
 from lben.parameterizations.polyphase import Polyphase
-from lben.weights import check_gamma
+from lben.weights import check_epsilon, check_gamma
 
 
 class ConvolutionalParameterization(nn.Module):
@@ -29,7 +29,10 @@ class ConvolutionalParameterization(nn.Module):
 
         W = I − Λ⁻¹ ( ½CᵀC/γ + ½GGᵀ/r + VᵀV + εΛ + N − Nᵀ ),   D = sI.
 
-    At s = γ, where residual layers live, r is zero: then G has to be, and U = −Λ⁻¹Cᵀ.
+    At s = γ, where residual layers live, r is zero: then G has to be, and U = −Λ⁻¹Cᵀ. γ is the unit
+    of y (see `DirectParameterization`): C, D, b_y and Λ are γ times those of γ = 1, to which the
+    free kernels belong. For y = z it is the unit of z instead: U and b are γ times theirs, Λ is
+    that divided by γ.
 
     Args:
         in_channels: p.
@@ -38,7 +41,7 @@ class ConvolutionalParameterization(nn.Module):
         kernel_size: k, odd.
         gamma: l2 Lipschitz bound of x ↦ y, or None.
         skip: s in [0, γ]; 0 for no feed-through.
-        learn_metric: whether Λ is trained; otherwise Λ = I.
+        learn_metric: whether Λ is trained; otherwise it is that of Λ = I at γ = 1.
         epsilon: slack, m ≥ ε.
         circular: whether the image is a torus; otherwise it is surrounded by zeros.
         device, dtype: as in torch.nn.
@@ -65,7 +68,8 @@ class ConvolutionalParameterization(nn.Module):
     ) -> None:
         super().__init__()
         outputs = hidden_channels if out_channels is None else out_channels
-        _check_sizes((in_channels, hidden_channels, outputs), kernel_size, gamma, epsilon)
+        _check_sizes((in_channels, hidden_channels, outputs), kernel_size)
+        gamma, epsilon, skip = check_gamma(gamma), check_epsilon(epsilon), float(skip)
         if skip and (gamma is None or not 0 <= skip <= gamma):
             raise ValueError(f"skip must lie in [0, gamma], got {skip} with gamma = {gamma}")
         if skip and (in_channels != out_channels):
@@ -74,7 +78,7 @@ class ConvolutionalParameterization(nn.Module):
                 f"{out_channels}"
             )
         # At s = γ the room between γ and s is for the proof in floating point.
-        self.skip = skip / math.sqrt(UNIT_BOUND) if skip == gamma else float(skip)
+        self.skip = skip / math.sqrt(UNIT_BOUND) if skip == gamma else skip
         self.gamma, self.epsilon, self.circular = gamma, epsilon, circular
         k, n = kernel_size, hidden_channels
 
@@ -108,24 +112,29 @@ class ConvolutionalParameterization(nn.Module):
         b_y = torch.zeros_like(self.b) if self.b_y is None else self.b_y
         U, terms = self._bound_terms(Lambda, C)
         W = _state_kernel(self.V, self.N, terms, Lambda, self.epsilon)
+        b, unit = self.b, 1.0 if self.gamma is None else self.gamma
+        if self.C is None:
+            U, b, Lambda = unit * U, unit * b, Lambda / unit
+        else:
+            C, b_y, Lambda = unit * C, unit * b_y, unit * Lambda
         return ConvolutionalWeights(
-            W=W, U=U, b=self.b, C=C, D=self.skip or None, b_y=b_y, Lambda=Lambda,
+            W=W, U=U, b=b, C=C, D=self.skip or None, b_y=b_y, Lambda=Lambda,
             gamma=self.gamma, circular=self.circular,
         )  # fmt: skip
 
     def _bound_terms(self, Lambda: Tensor, C: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return U and the kernels ½CᵀC/γ and ½GGᵀ/r."""
+        """Return U and the kernels ½CᵀC and ½GGᵀ/r, all at γ = 1."""
         row = Lambda[:, None, None, None]
         if self.gamma is None:
             assert self.U is not None
             return self.U, []
+        skip = self.skip / self.gamma
         if self.U is None:
-            return -mirrored(C) / row, [_outer(C) / (2 * self.skip)]
+            return -mirrored(C) / row, [_outer(C) / (2 * skip)]
         G = row * self.U
-        if self.skip:
-            G = G + (self.skip / self.gamma) * mirrored(C)
-        rest = self.gamma - self.skip**2 / self.gamma
-        return self.U, [_outer(C) / (2 * self.gamma), gram(G) / (2 * rest)]
+        if skip:
+            G = G + skip * mirrored(C)
+        return self.U, [_outer(C) / 2, gram(G) / (2 * (1 - skip**2))]
 
 
 _GAIN = 2.0
@@ -137,6 +146,8 @@ class PooledParameterization(nn.Module):
 
         y = Cz + b_y,   C = G · (sum over windows ÷ side of the windows),
         W = I − Λ⁻¹ ( ½CᵀC/γ + ½ΛUUᵀΛ/γ + VᵀV + εΛ + N − Nᵀ ).
+
+    Here γ is the unit of y (see `DirectParameterization`): C, b_y and Λ are γ times those of γ = 1.
 
     The pooling preserves norms: ‖C‖₂ = ‖G‖₂. CᵀC has rank q and is kept apart: W is a convolution
     plus A⟨C, ·⟩ with A = −½CΛ⁻¹/γ. So the bound is that of y, and not the product of a bound of z
@@ -156,7 +167,7 @@ class PooledParameterization(nn.Module):
         image: height and width of the input, multiples of the windows and of the coarsest pixels.
         pool: size of the windows in pixels of the input.
         gamma: l2 Lipschitz bound of x ↦ y, or None.
-        learn_metric: whether Λ is trained; otherwise Λ = I.
+        learn_metric: whether Λ is trained; otherwise Λ = γI, or I without γ.
         epsilon: slack, m ≥ ε.
         circular: whether the image is a torus; otherwise it is surrounded by zeros.
         device, dtype: as in torch.nn.
@@ -184,7 +195,8 @@ class PooledParameterization(nn.Module):
     ) -> None:
         super().__init__()
         scales = (hidden_channels,) if isinstance(hidden_channels, int) else tuple(hidden_channels)
-        _check_sizes((in_channels, *scales, out_features, pool), kernel_size, gamma, epsilon)
+        _check_sizes((in_channels, *scales, out_features, pool), kernel_size)
+        gamma, epsilon = check_gamma(gamma), check_epsilon(epsilon)
         self.layout = Polyphase(in_channels, scales, kernel_size)
         coarsest = self.layout.factors[0]  # a coarsest pixel in pixels of the input
         for unit, what in ((pool, "windows"), (coarsest, "coarsest pixels")):
@@ -216,7 +228,8 @@ class PooledParameterization(nn.Module):
         """Draw fresh kernels: U and G near orthogonal and of norm 2, V and N small.
 
         Where U passes every direction at gain u, G reads at gain c, and VᵀV + ε is s, the output
-        moves by cu / (½(c² + u²)/γ + s) at most: γ is reached where the two are alike and large.
+        moves by cu / (½(c² + u²) + s) at most, at γ = 1: which is reached where the two are alike
+        and large.
         """
         _draw(self.U, 0.3 * _GAIN)
         centre = self.U.shape[-1] // 2
@@ -243,15 +256,18 @@ class PooledParameterization(nn.Module):
         U, V, N = layout.input(self.U), layout.state(list(self.V)), layout.state(list(self.N))
         C, terms, A = self._readout(), [], None
         if self.gamma is not None:
-            terms = [gram(Lambda[:, None, None, None] * U) / (2 * self.gamma)]
+            terms = [gram(Lambda[:, None, None, None] * U) / 2]
             A = C / taps(-2 * self.gamma * Lambda)
         W = _state_kernel(V, N, terms, Lambda, self.epsilon)
+        b_y = self.b_y
+        if self.gamma is not None:
+            C, b_y, Lambda = self.gamma * C, self.gamma * b_y, self.gamma * Lambda
         state = ConvolutionalWeights(
             W=W, U=U, b=b, C=W.new_zeros(0, len(b), 1, 1), D=None, b_y=b.new_zeros(0),
             Lambda=Lambda, gamma=None, circular=self.circular,
         )  # fmt: skip
         return PooledWeights(
-            state=state, A=torch.zeros_like(C) if A is None else A, C=C, b_y=self.b_y,
+            state=state, A=torch.zeros_like(C) if A is None else A, C=C, b_y=b_y,
             gamma=self.gamma,
         )  # fmt: skip
 
@@ -264,18 +280,13 @@ class PooledParameterization(nn.Module):
         return C.repeat_interleave(window, 2).repeat_interleave(window, 3)
 
 
-def _check_sizes(
-    sizes: tuple[int, ...], kernel_size: int, gamma: float | None, epsilon: float
-) -> None:
+def _check_sizes(sizes: tuple[int, ...], kernel_size: int) -> None:
     if min(*sizes, kernel_size) < 1:
         raise ValueError(
             f"every size must be at least 1, got {sizes} and kernel_size {kernel_size}"
         )
     if kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd, got {kernel_size}")
-    check_gamma(gamma)
-    if not 0 < epsilon < math.inf:
-        raise ValueError(f"epsilon must be positive and finite, got {epsilon}")
 
 
 def _draw(kernel: Tensor, size: float) -> None:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lben.weights import ExplicitWeights, check_gamma
+from lben.weights import ExplicitWeights, check_epsilon, check_gamma
 
 
 class DirectParameterization(nn.Module):
@@ -27,8 +27,13 @@ class DirectParameterization(nn.Module):
     - gamma None: the C and U terms are dropped; well-posed, no bound;
     - gamma None and learn_metric False: Λ = I as well (monDEQ, Winston and Kolter 2020).
 
-    The feed-through is D = γL⁻¹X with LLᵀ = I + XXᵀ, which has ‖D‖₂ < γ for every X and makes
-    R⁻¹ = (I + XᵀX)/γ free of any inverse.
+    Note [γ is the unit of y]
+    The free tensors are those of γ = 1, and y is multiplied by γ: C, D, b_y and Λ are γ times what
+    the formulas give at γ = 1, V is √γ and N is γ times what is stored. So W, the state and all
+    solves are the same at any γ, and training is, up to the size of y.
+
+    At γ = 1 the feed-through is D = L⁻¹X with LLᵀ = I + XXᵀ, which has ‖D‖₂ < 1 for every X and
+    makes R⁻¹ = I + XᵀX free of any inverse.
 
     Args:
         in_features: p.
@@ -36,7 +41,7 @@ class DirectParameterization(nn.Module):
         out_features: q.
         gamma: l2 Lipschitz bound, or None.
         feedthrough: whether y has a term Dx (needs gamma).
-        learn_metric: whether Λ is trained; otherwise Λ = I.
+        learn_metric: whether Λ is trained; otherwise Λ = γI, or I without γ.
         epsilon: slack; I − W ⪰ εI in the Λ norm, so m ≥ ε.
         device, dtype: as in torch.nn.
 
@@ -65,12 +70,9 @@ class DirectParameterization(nn.Module):
         ):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        check_gamma(gamma)
-        if not 0 < epsilon < math.inf:
-            raise ValueError(f"epsilon must be positive and finite, got {epsilon}")
+        self.gamma, self.epsilon = check_gamma(gamma), check_epsilon(epsilon)
         if feedthrough and gamma is None:
             raise ValueError("feedthrough needs gamma: D is bounded by it")
-        self.gamma, self.epsilon = gamma, epsilon
         n, p, q = hidden_features, in_features, out_features
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -87,7 +89,7 @@ class DirectParameterization(nn.Module):
         """Draw fresh parameters from torch's generator.
 
         U and C have orthonormal rows, so the two terms of the bound weigh alike and
-        I − W starts near ½(UUᵀ + CᵀC)/γ; V and N start at 0.3 of a unit-norm random matrix.
+        I − W starts near ½(UUᵀ + CᵀC); V and N start at 0.3 of a unit-norm random matrix.
         """
         spread = 0.3 / math.sqrt(self.V.shape[0])
         nn.init.orthogonal_(self.U)
@@ -108,43 +110,48 @@ class DirectParameterization(nn.Module):
         monotone = torch.addmm(self.N - self.N.T, self.V.T, self.V) + bound_term
         W = -monotone / Lambda[:, None]
         W = W + (1 - self.epsilon) * torch.eye(W.shape[0], dtype=W.dtype, device=W.device)
-        return ExplicitWeights(
-            W=W, U=self.U, b=self.b, C=self.C, D=D, b_y=self.b_y, Lambda=Lambda, gamma=self.gamma
+        unit = None if self.gamma is None else 1.0
+        weights = ExplicitWeights(
+            W=W, U=self.U, b=self.b, C=self.C, D=D, b_y=self.b_y, Lambda=Lambda, gamma=unit
         )
+        return weights if self.gamma is None else weights.scaled(self.gamma)
 
     def _bound_term(self, Lambda: Tensor) -> tuple[Tensor | None, Tensor | float]:
-        """Return D and ½CᵀC/γ + ½G R⁻¹Gᵀ."""
+        """Return D and ½CᵀC + ½G R⁻¹Gᵀ at γ = 1."""
         if self.gamma is None:
             return None, 0.0
         D, G = None, Lambda[:, None] * self.U
         if self.X is not None:
             X, identity = self.X, torch.eye(len(self.X), dtype=G.dtype, device=G.device)
             root = torch.linalg.cholesky(identity + X @ X.T)
-            D = self.gamma * torch.linalg.solve_triangular(root, X, upper=False)
-            G = G + self.C.T @ D / self.gamma
-            G = torch.cat([G, G @ X.T], dim=1)  # G R⁻¹Gᵀ = (GGᵀ + GXᵀXGᵀ)/γ
-        return D, (self.C.T @ self.C + G @ G.T) / (2 * self.gamma)
+            D = torch.linalg.solve_triangular(root, X, upper=False)
+            G = G + self.C.T @ D
+            G = torch.cat([G, G @ X.T], dim=1)  # G R⁻¹Gᵀ = GGᵀ + GXᵀXGᵀ
+        return D, (self.C.T @ self.C + G @ G.T) / 2
 
     @torch.no_grad()
     def right_inverse(self, weights: ExplicitWeights) -> None:
         """Set the free tensors so that `forward` returns these weights, to rounding.
 
         Raises:
-            ValueError: if gamma or the presence of D differs, Λ ≠ I although it is not learned,
-                or the weights do not satisfy the certificate with slack εΛ.
+            ValueError: if gamma or the presence of D differs, Λ is not γI although it is not
+                learned, or the weights do not satisfy the certificate with slack εΛ.
         """
         if weights.gamma != self.gamma:
             raise ValueError(f"gamma is {self.gamma} here and {weights.gamma} in the weights")
         if (weights.D is None) != (self.X is None):
             raise ValueError("feed-through D must be present in both, or in neither")
+        if self.gamma is not None:  # Note [γ is the unit of y]
+            weights = weights.divided(self.gamma)
         if self.log_metric is not None:
             self.log_metric.copy_(weights.Lambda.log())
         elif not torch.equal(weights.Lambda, torch.ones_like(weights.Lambda)):
-            raise ValueError("the weights have Λ ≠ I, but this parameterization keeps Λ = I")
+            kept = "Λ = I" if self.gamma is None else f"Λ = I times {self.gamma:g}"
+            raise ValueError(f"the weights have another Λ, but this parameterization keeps {kept}")
         for name in ("U", "C", "b", "b_y"):
             getattr(self, name).copy_(getattr(weights, name))
-        if self.X is not None and weights.D is not None and self.gamma is not None:
-            scaled = weights.D / self.gamma
+        if self.X is not None and weights.D is not None:
+            scaled = weights.D
             gap = torch.eye(len(scaled), dtype=scaled.dtype, device=scaled.device)
             gap -= scaled @ scaled.T
             root, failed = torch.linalg.cholesky_ex(gap)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lben.certificates import CertificateError, Claim
 from lben.rigorous import power_of_two, up
-from lben.tightening.kept import LEAST, Kept, drives_alone, least, promised
+from lben.tightening.kept import LEAST, Kept, drives_alone, least, promised, promises_less
 from lben.tightening.semidefinite import Program, minimise
 from lben.weights import ExplicitWeights
 
@@ -43,7 +43,7 @@ def tighten_jointly(weights: ExplicitWeights, *, gap: float = 1e-5) -> Claim:
     claims = _optimal(exact, exact.C[None], _feedthrough(exact)[None], gap)
     if drives_alone(exact):
         claims.append(Kept.of(exact).claim(exact.C.numpy()))
-    return least([*claims, promised(weights)])
+    return least(weights, claims)
 
 
 def tighten_pairs(
@@ -74,22 +74,25 @@ def tighten_pairs(
         return {}
     index = torch.tensor(pairs, device="cpu")
     C, D = (t[index[:, 0]] - t[index[:, 1]] for t in (exact.C, _feedthrough(exact)))
-    proposals = [[_of_pair(promised(weights))] for _ in pairs]
+    proposals: list[list[Claim]] = [[] for _ in pairs]
     if alone:
         kept = Kept.of(exact)
-        whole = _of_pair(kept.claim(exact.C.numpy()))
+        whole = kept.claim(exact.C.numpy())
         for claims, row in zip(proposals, C.numpy(), strict=True):
-            claims += [whole, kept.claim(row[None])]
+            claims += [of_pair(whole), kept.claim(row[None])]
     if not keep_multiplier:
-        whole = _of_pair(tighten_jointly(weights))
-        for claims, claim in zip(
-            proposals, _optimal(exact, C[:, None], D[:, None], gap), strict=True
-        ):
-            claims += [whole, claim]
-    return {pair: least(claims) for pair, claims in zip(pairs, proposals, strict=True)}
+        whole = tighten_jointly(weights)
+        optimal = _optimal(exact, C[:, None], D[:, None], gap)
+        for claims, claim in zip(proposals, optimal, strict=True):
+            claims += [of_pair(whole), claim]
+    best = [min(claims, key=lambda c: c.gamma or math.inf) for claims in proposals]
+    if keep_multiplier and promises_less(weights, max(c.gamma or 0.0 for c in best) / _ROOT2):
+        whole = of_pair(promised(weights))
+        best = [min(c, whole, key=lambda c: c.gamma or math.inf) for c in best]
+    return dict(zip(pairs, best, strict=True))
 
 
-def _of_pair(claim: Claim) -> Claim:
+def of_pair(claim: Claim) -> Claim:
     """Return what a claim of all outputs says of the difference of two."""
     if claim.gamma is None:
         return claim

@@ -27,6 +27,7 @@ import torch
 
 from lben.certificates import CertificateError, Claim
 from lben.convolutional import PooledWeights
+from lben.inequality import Inequality
 from lben.rigorous import Array, power_of_two
 from lben.weights import ExplicitWeights
 from solvers.operators import Torus
@@ -50,8 +51,13 @@ def tighten(weights: ExplicitWeights) -> Claim:
     if not drives_alone(weights):
         raise ValueError("tighten needs weights without feed-through D")
     exact = weights.to(torch.float64)
-    claim = Kept.of(exact).claim(exact.C.numpy())
-    return least([claim, promised(weights)])
+    return least(weights, [Kept.of(exact).claim(exact.C.numpy())])
+
+
+def least(weights: ExplicitWeights, claims: list[Claim]) -> Claim:
+    """Return the claim of the least γ, or what the weights claim of themselves, if that holds."""
+    best = min(claims, key=_gamma)
+    return promised(weights) if promises_less(weights, _gamma(best)) else best
 
 
 def promised(weights: ExplicitWeights) -> Claim:
@@ -59,9 +65,17 @@ def promised(weights: ExplicitWeights) -> Claim:
     return Claim(weights.gamma, weights.Lambda)
 
 
-def least(claims: list[Claim]) -> Claim:
-    """Return the claim of the least γ; the last one where several have it."""
-    return min(reversed(claims), key=lambda c: math.inf if c.gamma is None else c.gamma)
+def promises_less(weights: ExplicitWeights, gamma: float) -> bool:
+    """Say whether the weights claim a bound of at most γ that can be proved."""
+    own = weights.gamma
+    if own is None or own > gamma:
+        return False
+    exact = weights.to(torch.float64)
+    return Inequality.of(exact, exact.Lambda.numpy()).margin(own) > 0
+
+
+def _gamma(claim: Claim) -> float:
+    return math.inf if claim.gamma is None else claim.gamma
 
 
 def drives_alone(weights: ExplicitWeights) -> bool:

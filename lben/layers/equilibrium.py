@@ -274,16 +274,18 @@ class EquilibriumLayer(nn.Module, ABC):
         return self.activation
 
     def _solve(self, weights: Any, x: Tensor, z0: Tensor | None) -> Solution:
-        return equilibrium(
-            self._inclusion(weights, x),
-            self.method,
-            tol=self.tol,
-            max_steps=self.max_steps,
-            z0=z0,
-            gradient=self.gradient,
-            on_failure=self.on_failure,
-            require_monotone=False,  # m ≥ epsilon by construction
-        )
+        problem = self._inclusion(weights, x)
+        with precision.full():
+            return equilibrium(
+                problem,
+                self.method,
+                tol=self.tol,
+                max_steps=self.max_steps,
+                z0=z0,
+                gradient=self.gradient,
+                on_failure=self.on_failure,
+                require_monotone=False,  # m ≥ epsilon by construction
+            )
 
     def _inclusion(self, weights: Any, x: Tensor) -> Inclusion:
         self._check_input(x)

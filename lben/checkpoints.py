@@ -64,7 +64,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say where
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a full disk does not say where
         raise
     finally:
         with suppress(OSError):

@@ -27,6 +27,7 @@ from lben.models.checks import check_channels
 from lben.optimization import AdamW, OptimizerConfig, Schedule, WarmupCosine
 from lben.records import by_name, decode
 from lben.values import check_positive, conform
+from lben.weights import check_gamma
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,8 @@ class TrainingConfig(ABC):
         if not self.out:
             raise ValueError("out must name the folder of the run, got empty text")
         check_positive(self, "epochs", "batch_size", "accumulate", "lr")
+        if not abs(self.seed) < 2**40:
+            raise ValueError(f"seed must be an integer below 2^40, got {self.seed}")
         if self.accumulate > self.batch_size:
             raise ValueError(
                 f"accumulate must be at most batch_size {self.batch_size}, got {self.accumulate}"
@@ -134,7 +137,8 @@ class EquilibriumTraining(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "hidden", "gamma", "epsilon", "tol")
+        check_positive(self, "hidden", "epsilon", "tol")
+        check_gamma(self.gamma)
 
     def model(self, data: Dataset) -> EquilibriumClassifierConfig:
         """Return the configuration of the model for this data."""
@@ -173,7 +177,8 @@ class ConvolutionalEquilibriumTraining(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "stem", "kernel_size", "pool", "gamma", "epsilon", "tol")
+        check_positive(self, "stem", "kernel_size", "pool", "epsilon", "tol")
+        check_gamma(self.gamma)
         check_channels(self.channels)
 
     def model(self, data: Dataset) -> ConvolutionalEquilibriumClassifierConfig:

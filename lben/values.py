@@ -14,7 +14,7 @@ import types
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -81,9 +81,11 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def _converted(value: Any, hint: Any) -> Any:
     """Return a value as the annotation has it, or raise _Refused."""
-    value, origin = plain(value), get_origin(hint)
-    if isinstance(hint, TypeVar) or hint is Any:
+    origin = get_origin(hint)
+    known = origin in (Union, types.UnionType, Literal, tuple) or hint in _WORDS
+    if not known and not (isinstance(hint, type) and is_dataclass(hint)):
         return value
+    value = plain(value)
     if origin in (Union, types.UnionType):
         return _first(value, get_args(hint))
     if origin is Literal:
@@ -92,9 +94,7 @@ def _converted(value: Any, hint: Any) -> Any:
         return _tuple(value, get_args(hint))
     if hint in (bool, str, types.NoneType):
         return _instance(value, hint)
-    if hint in (int, float):
-        return _number(value, hint)
-    return _instance(value, hint) if isinstance(hint, type) and is_dataclass(hint) else value
+    return _number(value, hint) if hint in (int, float) else _instance(value, hint)
 
 
 def _first(value: Any, hints: Sequence[Any]) -> Any:

@@ -19,7 +19,7 @@ ROOMS = {
     "lben": (
         "_companion values records precision weights convolutional rigorous inequality spectrum "
         "parameterizations certificates tightening radii local layers models data losses "
-        "augmentation optimization recipes checkpoints attacks parallel training "
+        "augmentation optimization recipes checkpoints progress attacks parallel training "
         "evaluation certification reports cli __main__"
     ),
 }

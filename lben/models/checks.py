@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from lben.values import check_positive, conform
+from lben.weights import check_gamma
 
 
 def check_model(config: Any, *positive: str) -> None:
@@ -20,6 +21,8 @@ def check_model(config: Any, *positive: str) -> None:
     """
     conform(config)
     check_positive(config, "shape", "std", *positive)
+    if hasattr(config, "gamma"):
+        check_gamma(config.gamma)
     if config.classes < 2:
         raise ValueError(f"classes must be at least 2, got {config.classes}")
     channels = config.shape[0]

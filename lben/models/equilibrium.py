@@ -65,7 +65,7 @@ class EquilibriumClassifierConfig:
     max_steps: int = 5000
 
     def __post_init__(self) -> None:
-        check_model(self, "hidden", "gamma", "epsilon", "tol", "max_steps")
+        check_model(self, "hidden", "epsilon", "tol", "max_steps")
 
     def build(self) -> EquilibriumClassifier:
         """Return a freshly initialised model."""
@@ -115,7 +115,7 @@ class ConvolutionalEquilibriumClassifierConfig:
     max_steps: int = 5000
 
     def __post_init__(self) -> None:
-        check_model(self, "stem", "pool", "gamma", "epsilon", "tol", "max_steps")
+        check_model(self, "stem", "pool", "epsilon", "tol", "max_steps")
         check_channels(self.channels)
         check_kernel(self.kernel_size)
 

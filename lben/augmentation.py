@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lben.data import pixels
+from lben.values import conform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class Augmentation:
     hue: float = 0.0
 
     def __post_init__(self) -> None:
+        conform(self)
         if not 0 <= self.shift < math.inf:
             raise ValueError(f"shift must be at least 0, got {self.shift}")
         if self.reflect and not self.shift:

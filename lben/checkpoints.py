@@ -6,14 +6,17 @@
     training.safetensors   parameters, their average, optimiser state and position, for resuming
     metrics.jsonl          one JSON object per epoch
 
-Every file is written beside its place and moved there in one step. Nothing is pickled.
+Every file is written beside its place and moved there in one step. Text is UTF-8, JSON is strict
+(null where a number is not finite), and nothing is pickled.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lben.certificates import NetworkCertificate
 from lben.models import (
     Classifier,
     ClassifierConfig,
@@ -30,7 +34,7 @@ from lben.models import (
     ResidualClassifierConfig,
 )
 from lben.optimization import EMA
-from lben.records import decode, encode
+from lben.records import decode, encode, to_json
 
 FORMAT = 1
 CONFIG, MODEL, CERTIFICATE = "config.json", "model.safetensors", "certificate.json"
@@ -47,13 +51,83 @@ class CheckpointError(Exception):
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader finds the old content or the new, never a part."""
+    """Write a file so that a reader finds the old content or the new, never a part.
+
+    Raises:
+        OSError: if it cannot be written; the old content is then as it was.
+    """
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a full disk does not say where
+        raise
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as `lben.records.to_json` has it, whole or not at all."""
+    write_atomically(path, (to_json(value) + "\n").encode("utf-8"))
+
+
+def append_json(path: Path, value: Any) -> None:
+    """Add one line of JSON to a file of such lines."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(to_json(value, indent=None) + "\n")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to, without touching anything.
+
+    Raises:
+        CheckpointError: naming what is in the way.
+    """
+    advice = "choose another --out"
+    try:
+        there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        if not there.is_dir():
+            raise CheckpointError(
+                f"cannot write into {folder}: {there} is a file, not a folder; {advice}"
+            )
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise CheckpointError(
+                f"cannot write into {folder}: no permission to write in {there}; {advice}"
+            )
+    except (OSError, ValueError) as error:  # below a file, a name too long, a null character
+        if getattr(error, "errno", None) == errno.ENOTDIR:
+            raise CheckpointError(
+                f"cannot write into {folder}: a part of its path is a file, not a folder; {advice}"
+            ) from error
+        raise CheckpointError(f"cannot write into {folder}: {error}; {advice}") from error
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[None]:
+    """Make a folder for the first files of a run; when they fail, leave what was there before.
+
+    Raises:
+        CheckpointError: as `check_folder` does.
+    """
+    check_folder(folder)
+    missing = [p for p in (folder, *folder.absolute().parents) if not p.exists()]
+    before = set(folder.iterdir()) if folder.exists() else set()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for path in set(folder.iterdir()) - before:
+                path.unlink()
+            for path in missing:
+                path.rmdir()
+        raise
 
 
 def save_config(folder: Path, model: ClassifierConfig, training: Mapping[str, Any]) -> None:
@@ -62,6 +136,7 @@ def save_config(folder: Path, model: ClassifierConfig, training: Mapping[str, An
     Raises:
         CheckpointError: if no kind of model in `MODELS` is configured like this.
     """
+    folder = Path(folder)
     kind = next((k for k, cls in MODELS.items() if type(model) is cls), None)
     if kind is None:
         raise CheckpointError(f"{type(model).__name__} has no name in lben.checkpoints.MODELS")
@@ -72,7 +147,7 @@ def save_config(folder: Path, model: ClassifierConfig, training: Mapping[str, An
         "model": {**encode(model), "kind": kind},
         "training": dict(training),
     }
-    write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    write_json(folder / CONFIG, config)
 
 
 def load_config(folder: Path | str) -> tuple[ClassifierConfig, dict[str, Any]]:
@@ -83,10 +158,13 @@ def load_config(folder: Path | str) -> tuple[ClassifierConfig, dict[str, Any]]:
     """
     path = Path(folder) / CONFIG
     try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"no checkpoint in {folder}: {CONFIG} is missing") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(
+            f"no checkpoint in {folder}: {CONFIG} is missing; give the folder that "
+            "`lben train --out` wrote"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is truncated or corrupt: {error}") from error
     _check_format(path, config.get("format") if isinstance(config, dict) else None)
     try:
@@ -95,27 +173,59 @@ def load_config(folder: Path | str) -> tuple[ClassifierConfig, dict[str, Any]]:
             raise CheckpointError(f"{path}: unknown kind of model {kind!r}")
         return decode(config["model"], MODELS), dict(config["training"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} lacks a field or has one too many: {error}") from error
+        raise CheckpointError(
+            f"{path} lacks a field or has one too many, or one of another kind: {error}"
+        ) from error
 
 
 def save_model(folder: Path, model: Classifier) -> None:
-    """Write model.safetensors."""
+    """Write model.safetensors, in the precision that the model has."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    write_atomically(folder / MODEL, save(tensors, metadata={"format": "pt"}))
+    write_atomically(Path(folder) / MODEL, save(tensors, metadata={"format": "pt"}))
 
 
-def load_model(folder: Path | str) -> Classifier:
-    """Build the model of a checkpoint and load its parameters, on the CPU, in eval mode.
+def load_model(folder: Path | str, device: torch.device | str = "cpu") -> Classifier:
+    """Build the model of a checkpoint and load its parameters, in eval mode.
+
+    Every parameter and buffer has the dtype that it was saved with.
+
+    Args:
+        folder: of the run.
+        device: that the model is put on.
 
     Raises:
         CheckpointError: if a file is missing, truncated, of another format, or does not fit.
     """
     folder = Path(folder)
     config, _ = load_config(folder)
-    model = config.build()
     tensors, _ = _read(folder / MODEL)
+    try:
+        model = config.build()
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG} configures no model: {error}") from error
     _load_state(folder / MODEL, model, tensors)
-    return model.eval()
+    return model.to(device).eval()
+
+
+def certificate_doubts(folder: Path | str, proved: NetworkCertificate) -> str | None:
+    """Compare certificate.json with a new proof of the model beside it.
+
+    Args:
+        folder: of the run.
+        proved: of the model, just now.
+
+    Returns:
+        None if the file is there and about this model; else one sentence that says what differs.
+    """
+    path = Path(folder) / CERTIFICATE
+    try:
+        kept = NetworkCertificate.from_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except (OSError, ValueError) as error:
+        return f"{path} cannot be read: {error}"
+    differing = kept.differences(proved)
+    return f"{path} is of another model: {differing}" if differing else None
 
 
 def save_training(
@@ -149,7 +259,10 @@ def load_training(
     """
     path = folder / TRAINING
     tensors, metadata = _read(path)
-    _check_format(path, int(metadata.get("format", "0")))
+    _check_format(path, int(metadata["format"]) if metadata.get("format") == str(FORMAT) else None)
+    epoch = metadata.get("epoch", "")
+    if not epoch.isdecimal():
+        raise CheckpointError(f"{path} does not say which epoch it holds: it is not of a run")
     states: dict[int, dict[str, Tensor]] = {}
     average: dict[str, Tensor] = {}
     for name, value in tensors.items():
@@ -158,7 +271,12 @@ def load_training(
             average[rest] = value
         if part == "optimizer":
             index, _, key = rest.partition(".")
-            states.setdefault(int(index), {})[key] = value
+            states.setdefault(int(index) if index.isdecimal() else -1, {})[key] = value
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, state in states.items():
+        shape = parameters[index].shape if 0 <= index < len(parameters) else None
+        if any(value.ndim and value.shape != shape for value in state.values()) or shape is None:
+            raise CheckpointError(f"{path} holds the state of another optimizer or model")
     _load_state(path, model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
@@ -167,7 +285,7 @@ def load_training(
             ema.load_state_dict(average)
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(f"{path} holds no average of this model: {error}") from error
-    return int(metadata["epoch"])
+    return int(epoch)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -182,6 +300,23 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _load_state(path: Path, model: Classifier, tensors: dict[str, Tensor]) -> None:
+    """Give a model the tensors of a file, in their own dtypes."""
+    own = model.state_dict(keep_vars=True)
+    wrong = sorted(
+        name
+        for name, tensor in tensors.items()
+        if name in own and own[name].is_floating_point() != tensor.is_floating_point()
+    )
+    if wrong:
+        raise CheckpointError(
+            f"{path} does not fit its {CONFIG}: {wrong[0]} is {tensors[wrong[0]].dtype}"
+        )
+    floating = [tensors[k].dtype for k, _ in model.named_parameters() if k in tensors]
+    if len(set(floating)) == 1:
+        model.to(floating[0])  # also what the file does not hold
+    for name, tensor in own.items():
+        if name in tensors:
+            tensor.data = tensor.data.to(tensors[name].dtype)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
+import io
 import json
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import torch
 import tyro
@@ -23,6 +28,7 @@ from lben.data import DataError, Dataset, load
 from lben.evaluation import EvaluationConfig, evaluate
 from lben.models import Classifier
 from lben.parallel import is_first, processes
+from lben.progress import spoken
 from lben.recipes import (
     ConvolutionalEquilibriumTraining,
     EquilibriumTraining,
@@ -155,31 +161,107 @@ class Bench:
 
 Command = Demo | Train | TrainConv | TrainExplicit | Resume | Evaluate | Certify | Bench
 
-_ERRORS = (CheckpointError, DataError, CertificateError, SolveError, ValueError, ImportError)
+_ERRORS = (
+    CheckpointError, DataError, CertificateError, SolveError, ValueError, ImportError, OSError,
+    MemoryError, torch.OutOfMemoryError,
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 1 for an error, 130 for Ctrl-C."""
+    """Run the command line and return its exit status: 0, 1 for an error, 130 for Ctrl-C.
+
+    Every error is one line. Characters that the terminal has none of become question marks, and a
+    reader that has gone away (`| head`) ends the output without a word.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        _run(
-            tyro.cli(
+        status = _status(sys.argv[1:] if arguments is None else list(arguments))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        with suppress(OSError):  # or Python complains once more when it flushes at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+def _status(arguments: list[str]) -> int:
+    try:
+        command = _parsed(arguments)
+        if command is None:
+            return 1
+        _run(command)
+    except Interrupted as stop:
+        _tell(f"\nlben: {stop}")
+        return 130
+    except KeyboardInterrupt:
+        _tell("\nlben: interrupted")
+        return 130
+    except BrokenPipeError:
+        raise
+    except _ERRORS as error:
+        _tell(f"lben: {_sentence(error)}")
+        return 1
+    return 0
+
+
+def _parsed(arguments: list[str]) -> Command | None:
+    """Return the command, or say in one line what is wrong with it."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            command: Command = tyro.cli(
                 Command,
                 prog="lben",
                 description="Equilibrium networks whose Lipschitz bound holds by construction.",
-                args=None if arguments is None else list(arguments),
+                args=arguments,
                 config=(tyro.conf.CascadeSubcommandArgs,),  # flags may stand in any order
             )
-        )
-    except Interrupted as stop:
-        print(f"\nlben: {stop}", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("\nlben: interrupted", file=sys.stderr)
-        return 130
-    except _ERRORS as error:
-        print(f"lben: {error}", file=sys.stderr)
-        return 1
-    return 0
+            return command
+    except SystemExit as end:
+        if not end.code:
+            raise  # --help
+        # A box: its title, what is wrong, and below a rule where to read on.
+        rows = [row.strip("│╭╮╰╯ ") for row in said.getvalue().splitlines()[1:]]
+        rows = [row for row in rows if row and not row.endswith(("───", "---"))]
+        ends = ("Argument help", "For full help")
+        end_of_it = next((i for i, row in enumerate(rows) if row.startswith(ends)), None)
+        words = " ".join(" ".join(rows[:end_of_it]).split()).rstrip(".")
+        known = arguments[0] if arguments and arguments[0] in words_of_commands() else ""
+        _tell(f"lben: {words}; see `{' '.join(f'lben {known}'.split())} --help`")
+        return None
+
+
+def words_of_commands() -> tuple[str, ...]:
+    """Return the first words that `lben` takes."""
+    return tuple(
+        "".join(f"-{c.lower()}" if c.isupper() else c for c in cls.__name__).lstrip("-")
+        for cls in get_args(Command)
+    )
+
+
+def _sentence(error: BaseException) -> str:
+    """Return what an error says in one line, with the next step."""
+    words = " ".join(str(error).split())
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return f"out of memory: take a smaller --batch-size, or --accumulate ({words})"
+    if not isinstance(error, OSError) or error.errno is None:
+        return words
+    advice = {
+        errno.ENOSPC: "free some space and repeat the command",
+        errno.EDQUOT: "free some space and repeat the command",
+        errno.EACCES: "choose a folder that you may write to",
+        errno.EROFS: "choose a folder that you may write to",
+    }.get(error.errno, "see to that and repeat the command")
+    where = f" {error.filename}" if error.filename else ""
+    return f"cannot read or write{where}: {error.strerror}; {advice}"
+
+
+def _tell(line: str) -> None:
+    with suppress(OSError):  # nobody listens
+        print(line, file=sys.stderr, flush=True)
 
 
 def _run(command: Command) -> None:
@@ -218,23 +300,33 @@ def _bench(command: Bench) -> None:
 def _say_trained(folder: str) -> None:
     if not is_first():
         return
-    metrics = (Path(folder) / checkpoints.METRICS).read_text().splitlines()
+    metrics = (Path(folder) / checkpoints.METRICS).read_text(encoding="utf-8").splitlines()
     error = json.loads(metrics[-1])["test_error_percent"]
     print(f"test error {error:.2f} %; model in {folder}; next: lben evaluate {folder}")
 
 
 def _demo(command: Demo) -> None:
-    folder = Path(command.out)
-    for name in (checkpoints.TRAINING, checkpoints.METRICS):
-        (folder / name).unlink(missing_ok=True)  # the demo starts afresh
-    train(
-        EquilibriumTraining(
-            data="digits", out=command.out, gamma=command.gamma, epochs=command.epochs,
-            batch_size=64, seed=command.seed,
-        )
+    started, folder = time.perf_counter(), Path(command.out)
+    recipe = EquilibriumTraining(
+        data="digits", out=command.out, gamma=command.gamma, epochs=command.epochs,
+        batch_size=64, seed=command.seed,
     )  # fmt: skip
+    if (folder / checkpoints.CONFIG).exists():
+        _, there = checkpoints.load_config(folder)
+        if there.get("data") != "digits":
+            raise CheckpointError(
+                f"{folder} holds a run on {there.get('data')}, which the demo would replace: "
+                "choose another --out"
+            )
+    train(recipe, overwrite=True)  # the demo starts afresh
     config = EvaluationConfig(pairs=10000, ascent_pairs=50, ascent_steps=100, seed=command.seed)
     _evaluate(folder, replace(config, attack_samples=360), None)
+    if is_first():
+        print(
+            f"trained for {command.epochs} epochs on 1437 digits, proved the bound, certified and "
+            f"attacked the other 360, in {spoken(time.perf_counter() - started)}; "
+            f"next: lben certify {folder}"
+        )
 
 
 def _evaluate(folder: Path, config: EvaluationConfig, root: str | None) -> None:
@@ -244,9 +336,9 @@ def _evaluate(folder: Path, config: EvaluationConfig, root: str | None) -> None:
         report = evaluate(model, data, config, team)
     if not team.first:
         return
-    _write(folder / "report.json", report.to_dict())
-    print(table(report))
+    checkpoints.write_json(folder / "report.json", report)
     picture = _drawn(partial(draw, report), folder / "robustness.png")
+    print(table(report))
     print(f"\n{folder}: {checkpoints.MODEL}, {checkpoints.CERTIFICATE}, report.json{picture}")
     _refuse(report.violations)
 
@@ -257,30 +349,39 @@ def _certify(folder: Path, config: CertificationConfig, root: str | None) -> Non
         certificate, report = certify_model(model, data, config, team)
     if not team.first:
         return
-    text = certificate.to_json() + "\n"
-    checkpoints.write_atomically(folder / checkpoints.CERTIFICATE, text.encode())
-    _write(folder / "certification.json", report.to_dict())
-    print(certification_table(report))
+    checkpoints.write_json(folder / checkpoints.CERTIFICATE, certificate)
+    checkpoints.write_json(folder / "certification.json", report)
     picture = _drawn(partial(draw_certification, report), folder / "certification.png")
+    print(certification_table(report))
     print(f"\n{folder}: {checkpoints.CERTIFICATE}, certification.json{picture}")
     _refuse(report.violations)
 
 
 def _trained(folder: Path, root: str | None) -> tuple[Classifier, Dataset]:
+    """Return the model of a run, its certificate checked, and the data that it was trained on."""
     model = checkpoints.load_model(folder)
     _, training = checkpoints.load_config(folder)
-    return model, load(training["data"], root or training["root"])
-
-
-def _write(path: Path, values: dict[str, object]) -> None:
-    checkpoints.write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
+    if "data" not in training:
+        raise CheckpointError(
+            f"{folder / checkpoints.CONFIG} does not say which data the model was trained on"
+        )
+    data = load(training["data"], root or training.get("root"))
+    checkpoints.check_folder(folder)
+    if is_first():
+        proved = model.certificate()
+        doubts = checkpoints.certificate_doubts(folder, proved)
+        if doubts:
+            _tell(f"warning: {doubts}; the bound was proved anew and written there")
+            checkpoints.write_json(folder / checkpoints.CERTIFICATE, proved)
+        else:
+            print(f"{checkpoints.CERTIFICATE} is of this model: its bound was proved again")
+    return model, data
 
 
 def _drawn(draw_into: Callable[[Path], None], path: Path) -> str:
     """Draw where that is possible, and return what to add to the list of files."""
     if importlib.util.find_spec("matplotlib") is None:
-        print("no picture: matplotlib is not installed (pip install 'lben[plots]')")
-        return ""
+        return " (no picture: matplotlib is not installed, pip install 'lben[plots]')"
     draw_into(path)
     return f", {path.name}"
 

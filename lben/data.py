@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import os
 import pickle
 import shutil
@@ -26,6 +27,8 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from lben.values import conform
+
 DatasetName = Literal["digits", "mnist", "cifar10"]
 
 
@@ -35,17 +38,20 @@ class DataError(Exception):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
-    """Images of one data set with its fixed train and test split.
+    """Images of one data set with its fixed train and test split; also one of your own.
 
     Attributes:
         name: of the data set.
         train_images, test_images: uint8, samples × channels × height × width.
-        train_labels, test_labels: int64 in [0, classes).
+        train_labels, test_labels: in [0, classes); integers of any type, kept as int64.
         classes: number of classes.
         mean, std: per channel, of pixels scaled to [0, 1], on the training images.
+
+    Raises:
+        ValueError: naming what does not fit.
     """
 
-    name: DatasetName
+    name: str
     train_images: UInt8[Tensor, "n c h w"]
     train_labels: Int[Tensor, " n"]
     test_images: UInt8[Tensor, "m c h w"]
@@ -53,6 +59,30 @@ class Dataset:
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        conform(self)
+        if self.classes < 2:
+            raise ValueError(f"classes must be at least 2, got {self.classes}")
+        for part in ("train", "test"):
+            images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
+            _check_images(f"{part}_images", images)
+            labels = _checked_labels(f"{part}_labels", labels, len(images), self.classes)
+            object.__setattr__(self, f"{part}_labels", labels)
+        if self.test_images.shape[1:] != self.train_images.shape[1:]:
+            raise ValueError(
+                f"train_images are {tuple(self.train_images.shape[1:])}, "
+                f"test_images {tuple(self.test_images.shape[1:])}: they must have one shape"
+            )
+        for name in ("mean", "std"):
+            numbers, channels = getattr(self, name), self.train_images.shape[1]
+            if len(numbers) != channels or not all(map(math.isfinite, numbers)):
+                raise ValueError(
+                    f"{name} must be one finite number for each of {channels} channels, "
+                    f"got {numbers}"
+                )
+        if not min(self.std) > 0:
+            raise ValueError(f"std must be positive, got {self.std}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -62,8 +92,48 @@ class Dataset:
 
 
 def pixels(images: UInt8[Tensor, "*shape"], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return images scaled to [0, 1]."""
+    """Return images scaled to [0, 1].
+
+    Raises:
+        ValueError: unless they are uint8.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(
+            f"pixels scales uint8 images to [0, 1], got {images.dtype}: floats in [0, 1] are pixels"
+        )
     return images.to(dtype) / 255
+
+
+def _check_images(name: str, images: Tensor) -> None:
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(
+            f"{name} must be a uint8 Tensor with values from 0 to 255, got {kind}: make one of "
+            "floats in [0, 1] by x.mul(255).round().to(torch.uint8), of an array by "
+            "torch.from_numpy"
+        )
+    if images.ndim != 4 or 0 in images.shape[1:]:
+        raise ValueError(
+            f"{name} must be samples × channels × height × width, got {tuple(images.shape)}"
+        )
+
+
+def _checked_labels(name: str, labels: Tensor, samples: int, classes: int) -> Tensor:
+    whole = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
+    if not whole or labels.shape != (samples,):
+        kind = (
+            f"{tuple(labels.shape)} {labels.dtype}"
+            if isinstance(labels, Tensor)
+            else repr(type(labels).__name__)
+        )
+        raise ValueError(f"{name} must be a Tensor of {samples} integers, got {kind}")
+    labels = labels.to(torch.int64)
+    if samples and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(
+            f"{name} must lie in [0, {classes}), got values from {int(labels.min())} to "
+            f"{int(labels.max())}"
+        )
+    return labels
 
 
 def load(name: DatasetName, root: Path | str | None = None, *, download: bool = False) -> Dataset:
@@ -84,6 +154,11 @@ def load(name: DatasetName, root: Path | str | None = None, *, download: bool = 
     if root is None:
         raise DataError(f"{name} is read from files: give the folder that holds them (--root)")
     folder = Path(root)
+    if not folder.is_dir() and not download:
+        raise DataError(
+            f"missing {'train-images-idx3-ubyte' if name == 'mnist' else 'data_batch_1'}: there is "
+            f"no folder {folder}; give the folder that holds {name} (--root), or --download"
+        )
     return _mnist(folder, download) if name == "mnist" else _cifar10(folder, download)
 
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 import platform
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from lben.attacks import ascend_quotient, pgd_l2, quotients, random_pairs
+from lben.attacks.common import differentiating
 from lben.certificates import NetworkCertificate
 from lben.certified import Affine
 from lben.data import Dataset, pixels
 from lben.models import Bound, CertifiedLogits, Classifier
 from lben.parallel import ALONE, Processes
+from lben.records import from_json, strict
+from lben.values import conform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,7 @@ class EvaluationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        conform(self)
         if not self.radii or not all(0 <= r < math.inf for r in self.radii):
             raise ValueError(f"radii must be at least 0 and finite, got {self.radii}")
         for f in fields(self):
@@ -119,15 +123,25 @@ class Report:
     environment: dict[str, str]
 
     def to_dict(self) -> dict[str, object]:
-        """Return plain values, ready for JSON."""
-        return asdict(self)
+        """Return plain values, ready for strict JSON: None where a number is not finite."""
+        values: dict[str, object] = strict(self)
+        return values
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Return the report that report.json holds; null where a number was infinite.
+
+        Raises:
+            ValueError: if it holds none.
+        """
+        return from_json(cls, text)
 
 
 def environment(team: Processes = ALONE) -> dict[str, str]:
     """Return versions, hardware and processes, as every result file records them."""
     processor = platform.processor() or platform.machine()
     try:
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             processor = next(line for line in file if line.startswith("model name"))
             processor = processor.partition(":")[2].strip()
     except (OSError, StopIteration):
@@ -142,6 +156,7 @@ def environment(team: Processes = ALONE) -> dict[str, str]:
     }
 
 
+@differentiating
 def evaluate(
     model: Classifier, data: Dataset, config: EvaluationConfig, team: Processes = ALONE
 ) -> Report:

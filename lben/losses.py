@@ -14,6 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from lben.values import check_positive, conform
+
 Logits = Float[Tensor, "batch classes"]
 Labels = Int[Tensor, " batch"]
 
@@ -37,7 +39,8 @@ class CrossEntropy:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_positive(self, "temperature", "scale")
+        conform(self)
+        check_positive(self, "temperature", "scale")
         if not 0 <= self.offset < math.inf:
             raise ValueError(f"offset must be at least 0 and finite, got {self.offset}")
 
@@ -47,7 +50,7 @@ class CrossEntropy:
         Raises:
             ValueError: if the shapes do not belong together.
         """
-        _check_shapes(logits, labels)
+        labels = _checked(logits, labels)
         own = functional.one_hot(labels, logits.shape[1]).to(logits.dtype)
         held_out = (logits * self.scale - self.offset * own) / self.temperature
         return functional.cross_entropy(held_out, labels) * self.temperature
@@ -66,7 +69,8 @@ class Hinge:
     margin: float
 
     def __post_init__(self) -> None:
-        _check_positive(self, "margin")
+        conform(self)
+        check_positive(self, "margin")
 
     def __call__(self, logits: Logits, labels: Labels) -> Float[Tensor, ""]:
         """Return the loss.
@@ -74,7 +78,7 @@ class Hinge:
         Raises:
             ValueError: if the shapes do not belong together.
         """
-        _check_shapes(logits, labels)
+        labels = _checked(logits, labels)
         return functional.multi_margin_loss(logits, labels, margin=self.margin)
 
 
@@ -91,7 +95,8 @@ class EMMA:
     bound: float
 
     def __post_init__(self) -> None:
-        _check_positive(self, "radius", "bound")
+        conform(self)
+        check_positive(self, "radius", "bound")
 
     def __call__(self, logits: Logits, labels: Labels) -> Float[Tensor, ""]:
         """Return the loss.
@@ -126,7 +131,7 @@ def emma(
     Raises:
         ValueError: if the shapes do not belong together.
     """
-    _check_shapes(logits, labels)
+    labels = _checked(logits, labels)
     classes = logits.shape[1]
     if tuple(pairs.shape) not in ((), (classes, classes)):
         raise ValueError(
@@ -139,17 +144,13 @@ def emma(
     return functional.cross_entropy(logits + epsilon * K, labels)
 
 
-def _check_positive(loss: Loss, *names: str) -> None:
-    for name in names:
-        value = getattr(loss, name)
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
-
-
-def _check_shapes(logits: Tensor, labels: Tensor) -> None:
-    """Shapes alone: looking at values would stall the device at every step."""
+def _checked(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return labels as int64. Their values are not looked at: that would stall the device."""
     if logits.ndim != 2 or logits.shape[1] < 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
             "expected logits (batch, classes ≥ 2) and one label per sample, "
             f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"labels must be integers, got {labels.dtype}: take labels.long()")
+    return labels.long()

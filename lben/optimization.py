@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lben.values import conform
+
 # --- optimizers: the training loop sets their rate at every step -----------------------------
 
 
@@ -20,6 +22,7 @@ class _Adaptive:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        conform(self)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
         _check_decay(self.weight_decay)
@@ -68,6 +71,7 @@ class SGD:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        conform(self)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
         if self.nesterov and not self.momentum:
@@ -111,6 +115,7 @@ class WarmupCosine:
     warmup: float = 0.15
 
     def __post_init__(self) -> None:
+        conform(self)
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup must lie in [0, 1], got {self.warmup}")
 

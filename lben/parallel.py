@@ -148,19 +148,47 @@ def is_first() -> bool:
     return not distributed.is_torchelastic_launched() or int(os.environ["RANK"]) == 0
 
 
+def usable(device: str | torch.device) -> torch.device:
+    """Return a device that there is.
+
+    Args:
+        device: cpu, cuda, or cuda:1 for the second one.
+
+    Raises:
+        ValueError: naming the device and what there is.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {str(device)!r}")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        there = (
+            f"there are {torch.cuda.device_count()}"
+            if torch.cuda.is_available()
+            else ("torch sees no CUDA device here")
+        )
+        raise ValueError(f"device {str(device)!r} is not there: {there}; take --device cpu")
+    return found
+
+
 @contextmanager
 def processes(device: str) -> Iterator[Processes]:
     """Join the processes that torchrun started, or stand alone.
 
     Args:
         device: cpu or cuda; with several processes on CUDA each takes the device of its local rank.
+
+    Raises:
+        ValueError: if there is no such device.
     """
+    own = usable(device)
     if not distributed.is_torchelastic_launched():
-        yield Processes(device=torch.device(device))
+        yield Processes(device=own)
         return
-    own = torch.device(device)
     if own.type == "cuda":
-        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        own = usable(torch.device("cuda", int(os.environ["LOCAL_RANK"])))
         torch.cuda.set_device(own)
     store, rank, count = next(rendezvous("env://", timeout=_PATIENCE))
     # A run may join again, and must not find the addresses of the last time.

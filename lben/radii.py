@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lben.certificates import Certificate, PairCertificate
@@ -22,7 +22,7 @@ _LEAST = 2.0**-960
 
 def certified_radius(
     logits: Float[Tensor, "batch classes"],
-    labels: Int[Tensor, " batch"],
+    labels: Int[Tensor, " batch"] | Bool[Tensor, " batch"],
     bound: float | PairCertificate | Sequence[Sequence[float]] | Float[Tensor, "classes classes"],
     *,
     logit_error: Float[Tensor, " batch"] | float = 0.0,
@@ -41,7 +41,7 @@ def certified_radius(
 
     Args:
         logits: y.
-        labels: i, integers in [0, classes).
+        labels: i, integers of any type in [0, classes).
         bound: γ of the whole network from raw input to logits, or Lᵢⱼ of every pair: what
             `certify_pairs` returns, a table of numbers, or a tensor.
         logit_error: e, a bound of ‖y − y*‖₂ per sample (solver and rounding).
@@ -117,27 +117,37 @@ def _table(bound: object) -> Tensor:
     return converted(bound, torch.float64)
 
 
-def check_labels(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return labels as int64, one per row of logits.
+def check_labels(logits: Tensor, labels: Tensor) -> Int[Tensor, " batch"]:
+    """Return labels as int64, where the logits are.
+
+    Args:
+        logits: batch × classes.
+        labels: integers of any type, or truth values, in [0, classes), one per row of logits.
 
     Raises:
-        ValueError: unless they are integers in [0, classes), one per row.
+        ValueError: if they are not.
     """
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(f"logits must be (batch, classes ≥ 2), got {tuple(logits.shape)}")
     if not logits.is_floating_point():
         raise ValueError(f"logits must be real floating-point numbers, got {logits.dtype}")
-    if labels.shape != logits.shape[:1] or labels.is_floating_point() or labels.is_complex():
+    if not isinstance(labels, Tensor):
+        raise ValueError(
+            f"labels must be a Tensor of {logits.shape[0]} integers, got a "
+            f"{type(labels).__name__}: take torch.as_tensor(labels)"
+        )
+    inexact = labels.is_floating_point() or labels.is_complex()
+    if labels.shape != logits.shape[:1] or inexact:
         raise ValueError(
             f"labels must be {logits.shape[0]} integers, got {tuple(labels.shape)} {labels.dtype}"
         )
-    labels, classes = labels.long(), logits.shape[1]
-    if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= classes):
+    classes, labels = logits.shape[1], labels.detach().to(torch.int64)
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(
             f"labels must lie in [0, {classes}), "
             f"got values from {int(labels.min())} to {int(labels.max())}"
         )
-    return labels
+    return labels if logits.is_meta else labels.to(logits.device)
 
 
 def logit_error(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -24,8 +23,11 @@ from lben.models import (
     Size,
     published,
 )
+from lben.models.checks import check_channels
 from lben.optimization import AdamW, OptimizerConfig, Schedule, WarmupCosine
 from lben.records import by_name, decode
+from lben.values import check_positive, conform
+from lben.weights import check_gamma
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,12 @@ class TrainingConfig(ABC):
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        self._check_positive("epochs", "batch_size", "accumulate", "lr")
+        conform(self)
+        if not self.out:
+            raise ValueError("out must name the folder of the run, got empty text")
+        check_positive(self, "epochs", "batch_size", "accumulate", "lr")
+        if not abs(self.seed) < 2**40:
+            raise ValueError(f"seed must be an integer below 2^40, got {self.seed}")
         if self.accumulate > self.batch_size:
             raise ValueError(
                 f"accumulate must be at most batch_size {self.batch_size}, got {self.accumulate}"
@@ -89,12 +96,6 @@ class TrainingConfig(ABC):
         for name in ("channels_last", "autocast"):
             if getattr(self, name) and name not in self.supports:
                 raise ValueError(f"{type(self).__name__} does not support {name}: leave it off")
-
-    def _check_positive(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}")
 
     def _shared(self, config: type[Any], data: Dataset) -> dict[str, Any]:
         """Return the fields of a model's configuration that the data or this run decide."""
@@ -136,7 +137,8 @@ class EquilibriumTraining(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_positive("hidden", "epsilon", "tol")
+        check_positive(self, "hidden", "epsilon", "tol")
+        check_gamma(self.gamma)
 
     def model(self, data: Dataset) -> EquilibriumClassifierConfig:
         """Return the configuration of the model for this data."""
@@ -175,7 +177,9 @@ class ConvolutionalEquilibriumTraining(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_positive("stem", "kernel_size", "pool", "epsilon", "tol")
+        check_positive(self, "stem", "kernel_size", "pool", "epsilon", "tol")
+        check_gamma(self.gamma)
+        check_channels(self.channels)
 
     def model(self, data: Dataset) -> ConvolutionalEquilibriumClassifierConfig:
         """Return the configuration of the model for this data."""

@@ -2,9 +2,83 @@
 
 from __future__ import annotations
 
+import json
+import math
+import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from lben.values import plain
+
+T = TypeVar("T")
+
+
+def to_json(value: Any, *, indent: int | None = 2) -> str:
+    """Return strict JSON, as every file of this library holds it.
+
+    Dataclasses are objects of their fields, tuples are lists, numbers of numpy and torch are
+    numbers. JSON has no infinity and no NaN: they are null.
+
+    Raises:
+        TypeError: for values that JSON has no form of.
+    """
+    return json.dumps(strict(value), indent=indent, allow_nan=False)
+
+
+def strict(value: Any) -> Any:
+    """Return what `to_json` writes, as dictionaries, lists and plain values."""
+    value = plain(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: strict(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def from_json(cls: type[T], text: str | bytes) -> T:
+    """Return the frozen dataclass that `to_json` wrote.
+
+    A null where the annotation has a number and no None was infinite, and is so again.
+
+    Raises:
+        ValueError: if the text is not JSON, lacks a field or has one too many, or a value is not
+            of the annotated kind.
+    """
+    try:
+        return _revived(json.loads(text), cls)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"this is no {cls.__name__}: {error}") from error
+
+
+def _revived(value: Any, hint: Any) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and types.NoneType in arguments:
+            return None
+        kinds = [a for a in arguments if a is not types.NoneType]
+        return _revived(value, kinds[0]) if len(kinds) == 1 else value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise TypeError(f"expected a list, got {value!r}")
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        return tuple(_revived(item, kind) for item, kind in zip(value, kinds, strict=True))
+    if is_dataclass(hint):
+        hints, names = get_type_hints(hint), {f.name for f in fields(hint)}
+        if not isinstance(value, dict) or not set(value) <= names:
+            raise TypeError(f"expected an object with the fields {', '.join(sorted(names))}")
+        return hint(**{name: _revived(item, hints[name]) for name, item in value.items()})  # type: ignore[operator]
+    if hint is float:
+        return math.inf if value is None else _of_kind(value, (int, float), float)
+    return _of_kind(value, hint, hint) if hint in (int, str, bool) else value
+
+
+def _of_kind(value: Any, kinds: Any, cls: Any) -> Any:
+    if not isinstance(value, kinds) or (isinstance(value, bool) and cls is not bool):
+        raise TypeError(f"expected {cls.__name__}, got {value!r}")
+    return cls(value)
 
 
 def encode(value: Any) -> Any:

@@ -5,7 +5,6 @@ Of a model it uses `model(x)` and `model.certificate()`; everything else is in t
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -16,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lben import checkpoints
 from lben.data import Dataset, load, pixels
 from lben.models import Classifier
 from lben.optimization import EMA
 from lben.parallel import Processes, processes, unsynchronised
+from lben.progress import Progress
 from lben.radii import check_labels
 from lben.recipes import TrainingConfig, read
 from lben.records import encode
@@ -32,22 +31,31 @@ class Interrupted(Exception):
     """Training was stopped by Ctrl-C; the last checkpoint is whole."""
 
 
-def train(config: TrainingConfig, *, resume: bool = False) -> Classifier:
+def train(config: TrainingConfig, *, resume: bool = False, overwrite: bool = False) -> Classifier:
     """Train a model into the folder `config.out`, or continue there.
 
     Resuming after the k-th epoch gives bit for bit the weights of an uninterrupted run on the
     same machine: order and augmentation are drawn from (seed, epoch). With a moving average the
     model that is returned, saved and certified has the averaged weights. Processes that torchrun
-    started share every batch; the first of them writes.
+    started share every batch; the first of them writes. What is refused is refused before anything
+    is written: data, device, model and loss are tried first.
+
+    Args:
+        config: of the run.
+        resume: continue the run in the folder.
+        overwrite: start afresh where the folder already holds a run.
 
     Raises:
-        CheckpointError: if the folder already holds a run and resume is False, or holds none and
-            resume is True, or its files are damaged.
+        CheckpointError: if the folder already holds a run and neither resume nor overwrite is
+            asked for, or holds none and resume is True, or its files are damaged, or it cannot be
+            made or written to.
         DataError: if the data cannot be read.
         Interrupted: on Ctrl-C, after which `resume` continues from the last whole checkpoint.
         ValueError: if augmentation, batches or labels do not suit the data.
     """
     with processes(config.device) as team:
+        if not resume:
+            _refuse_occupied(Path(config.out), overwrite)
         run = _start(config, team)
         done = _open(run, resume)
         try:
@@ -62,9 +70,7 @@ def train(config: TrainingConfig, *, resume: bool = False) -> Classifier:
         if team.first:
             checkpoints.save_model(run.folder, run.model)
             certificate = run.model.eval().certificate()
-            checkpoints.write_atomically(
-                run.folder / checkpoints.CERTIFICATE, (certificate.to_json() + "\n").encode()
-            )
+            checkpoints.write_json(run.folder / checkpoints.CERTIFICATE, certificate)
         team.wait()
         return run.model.eval()
 
@@ -83,6 +89,7 @@ def resume(folder: Path | str, *, root: str | None = None) -> Classifier:
         raise checkpoints.CheckpointError(
             f"{Path(folder) / checkpoints.CONFIG} lacks a field or has one too many: {error}"
         ) from error
+    checkpoints.check_folder(Path(folder))
     return train(replace(config, out=str(folder), root=root or config.root), resume=True)
 
 
@@ -130,36 +137,55 @@ def _start(config: TrainingConfig, team: Processes) -> _Run:
     )
 
 
+def _refuse_occupied(folder: Path, overwrite: bool) -> None:
+    checkpoints.check_folder(folder)
+    if not overwrite and (folder / checkpoints.TRAINING).exists():
+        raise checkpoints.CheckpointError(
+            f"{folder} already holds a run: continue it with `lben resume {folder}`, "
+            "or choose another --out"
+        )
+    if not overwrite and (folder / checkpoints.MODEL).exists():
+        raise checkpoints.CheckpointError(
+            f"{folder} already holds a trained model, which this run would replace: "
+            "choose another --out"
+        )
+
+
 def _open(run: _Run, resume: bool) -> int:
     """Prepare the folder and return the number of epochs that it holds."""
     folder, done = run.folder, 0
     if resume:
         done = checkpoints.load_training(folder, run.model, run.optimizer, run.ema)
-    elif (folder / checkpoints.TRAINING).exists():
-        raise checkpoints.CheckpointError(
-            f"{folder} already holds a run: continue it with `lben resume {folder}`, "
-            "or choose another --out"
-        )
+    _try(run)
     run.team.wait()  # all have looked before the first one writes
     if run.team.first:
         if not resume:
-            checkpoints.save_config(folder, run.config.model(run.data), encode(run.config))
-            (folder / checkpoints.METRICS).unlink(missing_ok=True)
-            run.save(0)
+            with checkpoints.opened(folder):
+                checkpoints.save_config(folder, run.config.model(run.data), encode(run.config))
+                run.save(0)
+            for name in (checkpoints.METRICS, checkpoints.MODEL, checkpoints.CERTIFICATE):
+                (folder / name).unlink(missing_ok=True)  # of a run that stood here
         _trim_metrics(folder, done)
     return done
+
+
+@torch.no_grad()
+def _try(run: _Run) -> None:
+    """Evaluate the loss of one image, so that what does not fit is refused before it costs."""
+    run.model.eval()
+    x, y = pixels(run.data.train_images[:1]), run.data.train_labels[:1]
+    run.config.loss(run.model(x.to(run.team.device)).float(), y.to(run.team.device))
 
 
 def _fit(run: _Run, done: int) -> None:
     config, team, device = run.config, run.team, run.team.device
     images, labels = run.data.train_images.to(device), run.data.train_labels.to(device)
-    check_labels(torch.empty(len(labels), run.data.classes, device="meta"), labels)
+    labels = check_labels(torch.empty(len(labels), run.data.classes, device="meta"), labels)
     total = config.epochs * run.steps_per_epoch
     writer = _tensorboard(run.folder) if team.first else None
-    progress = tqdm(
-        total=total, initial=done * run.steps_per_epoch, desc=f"train {config.data}", unit="step",
-        disable=team.quiet, dynamic_ncols=True,
-    )  # fmt: skip
+    progress = Progress(
+        total, f"train {config.data}", "step", team.quiet, initial=done * run.steps_per_epoch
+    )
     with progress:
         for epoch in range(done, config.epochs):
             started = time.perf_counter()
@@ -184,9 +210,8 @@ def _fit(run: _Run, done: int) -> None:
                 "test_error_percent": 100 * _test_error(run),
                 "seconds": round(time.perf_counter() - started, 2),
             }
-            progress.set_postfix(test_error=f"{metrics['test_error_percent']:.2f}%")
-            with (run.folder / checkpoints.METRICS).open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
+            progress.note(test_error=f"{metrics['test_error_percent']:.2f}%")
+            checkpoints.append_json(run.folder / checkpoints.METRICS, metrics)
             if writer is not None:
                 for name, value in metrics.items():
                     writer.add_scalar(name, value, epoch + 1)
@@ -252,8 +277,8 @@ def _trim_metrics(folder: Path, done: int) -> None:
     """Drop metrics of epochs that the checkpoint does not hold."""
     path = folder / checkpoints.METRICS
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)[:done]
-        checkpoints.write_atomically(path, "".join(lines).encode())
+        lines = path.read_bytes().splitlines(keepends=True)[:done]
+        checkpoints.write_atomically(path, b"".join(lines))
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -17,9 +17,9 @@ ROOMS = {
         "budget graphs"
     ),
     "lben": (
-        "_companion precision weights convolutional rigorous inequality spectrum "
+        "_companion values records precision weights convolutional rigorous inequality spectrum "
         "parameterizations certificates tightening certified radii local layers models data losses "
-        "augmentation optimization records recipes checkpoints attacks parallel training "
+        "augmentation optimization recipes checkpoints progress attacks parallel training "
         "evaluation certification reports cli __main__"
     ),
 }

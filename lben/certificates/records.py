@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import overload
+from dataclasses import dataclass, fields
+from typing import Self, overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lben import records
 from lben.convolutional import ConvolutionalWeights, PooledWeights
 from lben.rigorous import up
 from lben.weights import ExplicitWeights
@@ -126,8 +126,22 @@ class Certificate:
             )
 
     def to_json(self) -> str:
-        """Return the certificate as JSON."""
-        return _json(self)
+        """Return the certificate as JSON; null for an infinite bound."""
+        return records.to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Return the certificate that `to_json` wrote.
+
+        It says what was proved, and nothing about the weights at hand: see `check`.
+
+        Raises:
+            ValueError: if the text is no such certificate.
+        """
+        found = records.from_json(cls, text)
+        if not (math.isfinite(found.margin) and math.isfinite(found.m)):
+            raise ValueError("this is no Certificate: margin and m must be numbers")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +181,7 @@ class PairCertificate(Sequence[tuple[float, ...]]):
 
     def to_json(self) -> str:
         """Return the certificate as JSON."""
-        return _json(self)
+        return records.to_json(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,19 +222,46 @@ class NetworkCertificate:
         return self.bound if self.pairs is None else torch.tensor(self.pairs, dtype=torch.float64)
 
     def to_json(self) -> str:
-        """Return the certificate as JSON."""
-        return _json(self)
+        """Return the certificate as JSON; null for an infinite bound."""
+        return records.to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Return the certificate that `to_json` wrote.
+
+        Raises:
+            ValueError: if the text is no such certificate.
+        """
+        return records.from_json(cls, text)
+
+    def differences(self, proved: NetworkCertificate) -> str:
+        """Say in one line how the network of this certificate differs from another's.
+
+        Layers are compared by fingerprint and dtype, preprocessing by its gain; bounds and proofs
+        may differ.
+
+        Returns:
+            What differs, or nothing.
+        """
+        if len(self.layers) != len(proved.layers):
+            return f"it has {len(self.layers)} layers, the model {len(proved.layers)}"
+        for index, (kept, new) in enumerate(zip(self.layers, proved.layers, strict=True)):
+            for name in ("dtype", "image", "fingerprint"):
+                mine, other = getattr(kept, name), getattr(new, name)
+                if mine != other:
+                    return f"layer {index} has {name} {_short(mine)}, the model's {_short(other)}"
+        if self.input_gain != proved.input_gain:
+            return f"its input gain is {self.input_gain:g}, the model's {proved.input_gain:g}"
+        known = {f.name for f in fields(self)}
+        for name in known - {"bound", "input_gain", "layers", "pairs"}:  # of the whole network
+            if getattr(self, name) != getattr(proved, name):
+                return f"the {name} differs"
+        return ""
 
 
-def _json(record: Certificate | NetworkCertificate | PairCertificate) -> str:
-    def finite(value: object) -> object:
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        if isinstance(value, dict):
-            return {k: finite(v) for k, v in value.items()}
-        return [finite(v) for v in value] if isinstance(value, list | tuple) else value
-
-    return json.dumps(finite(asdict(record)), indent=2)
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 16 else f"{text[:12]}…"
 
 
 def compose(

@@ -27,6 +27,7 @@ from lben.layers import (
 )
 from lben.local import Anchors, LocalCertificate
 from lben.models.base import Bound, Classifier, Promise
+from lben.models.checks import check_channels, check_kernel, check_model
 from lben.tightening import tighten, tighten_jointly, tighten_pairs, tighten_pooled
 from solvers import LeakyReLU, ProximalActivation, ReLU, Tanh
 
@@ -64,6 +65,9 @@ class EquilibriumClassifierConfig:
     epsilon: float = 1e-3
     tol: float = 1e-4
     max_steps: int = 5000
+
+    def __post_init__(self) -> None:
+        check_model(self, "hidden", "epsilon", "tol", "max_steps")
 
     def build(self) -> EquilibriumClassifier:
         """Return a freshly initialised model."""
@@ -111,6 +115,11 @@ class ConvolutionalEquilibriumClassifierConfig:
     epsilon: float = 0.1
     tol: float = 1e-3
     max_steps: int = 5000
+
+    def __post_init__(self) -> None:
+        check_model(self, "stem", "pool", "epsilon", "tol", "max_steps")
+        check_channels(self.channels)
+        check_kernel(self.kernel_size)
 
     def build(self) -> ConvolutionalEquilibriumClassifier:
         """Return a freshly initialised model."""

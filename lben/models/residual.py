@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -35,6 +35,7 @@ from lben.layers import (
 )
 from lben.layers.sequential import evaluated
 from lben.models.base import Bound, Classifier
+from lben.models.checks import check_channels, check_kernel, check_model
 
 Block = Literal["sll", "cpl", "aol", "spectral", "sandwich"]
 Head = Literal["rows", "orthonormal"]
@@ -91,10 +92,8 @@ class ResidualClassifierConfig:
     core: int = 0
 
     def __post_init__(self) -> None:
-        if self.block not in get_args(Block):
-            raise ValueError(
-                f"block must be one of {', '.join(get_args(Block))}, got {self.block!r}"
-            )
+        check_model(self, "conv_hidden", "dense_hidden")
+        check_kernel(self.kernel_size)
         if not self.channels or len(self.channels) != len(self.depths):
             raise ValueError(
                 f"channels and depths need one number per stage, got {self.channels} "
@@ -102,6 +101,7 @@ class ResidualClassifierConfig:
             )
         if self.stem < 1 or self.pool < 1:
             raise ValueError(f"stem and pool must be at least 1, got {self.stem} and {self.pool}")
+        check_channels(self.channels)
         if self.core < 0:
             raise ValueError(f"core must be at least 0, got {self.core}")
         if min(self.depths) < 0 or self.dense_depth < 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lben.certification import Certification
+from lben.progress import spoken
 from lben.reports.picture import canvas
 from lben.reports.table import statement
 
@@ -13,7 +14,7 @@ def certification_table(report: Certification) -> str:
     """Return certified accuracy by method and radius, what each costs, and what attacks leave."""
     head = "".join(f"{f'r = {r:g}':>10}" for r in report.radii)
     lines = [
-        f"{report.data}, first {report.samples} test images, clean accuracy "
+        f"{report.data}, first {report.samples} of {report.available} test images, clean accuracy "
         f"{100 * report.clean_accuracy:.2f} %; certified % at l2 radius r in pixels",
         statement(report.dtype, report.tol, report.config.promise),
         f"{'':22}{'bound':>9}{head}{'proof s':>10}{'ms/image':>10}",
@@ -33,7 +34,18 @@ def certification_table(report: Certification) -> str:
     for method in report.in_largest_norm:
         cost = f"{method.seconds:10.3f}"
         lines.append(row(method.name, f"{method.bound:.4g}", method.certified, cost))
+    lines.append(f"took {spoken(report.seconds)}{_rest(report)}")
     return "\n".join(lines)
+
+
+def _rest(report: Certification) -> str:
+    """Say what a complete run costs, where this one is none."""
+    if report.samples == report.available:
+        return ", all test images"
+    return (
+        f"; all test images: --samples {report.available} takes about "
+        f"{spoken(report.seconds_of_all)}"
+    )
 
 
 def draw_certification(report: Certification, path: Path) -> None:

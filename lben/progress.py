@@ -1,0 +1,89 @@
+"""How long will it take? A bar on a terminal; elsewhere one line once that is known."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+_PATIENCE = 5.0
+"""Seconds before a run that nobody watches says how long it will take."""
+
+
+class Progress:
+    """Count items that are done, for the eyes of whoever waits.
+
+    On a terminal it is a bar of tqdm. Where standard error is a file or a pipe there is one line
+    when the first items have taken some seconds, with the time that is left, and one at the end.
+
+    Args:
+        total: number of items.
+        what: is being done.
+        unit: what an item is.
+        quiet: True in a process that says nothing, None to look at standard error.
+        initial: items that were done before.
+    """
+
+    def __init__(
+        self, total: int, what: str, unit: str, quiet: bool | None = None, *, initial: int = 0
+    ) -> None:
+        self.total, self.what, self.unit = total, what, unit
+        self.done, self.initial, self.started = initial, initial, time.perf_counter()
+        self.bar = tqdm(
+            total=total, initial=initial, desc=what, unit=unit, disable=quiet, dynamic_ncols=True,
+            leave=False,
+        )  # fmt: skip
+        self._lines = quiet is None and bool(self.bar.disable)
+        self._said = False
+
+    def update(self, count: int = 1) -> None:
+        """Count items; say how long the others will take."""
+        self.done += count
+        self.bar.update(count)
+        if self._lines and not self._said and self.seconds > _PATIENCE and self.done < self.total:
+            self._said = True
+            self._say(f"{self.done} of {self.total} {self.unit}s, about {spoken(self.left)} left")
+
+    @property
+    def seconds(self) -> float:
+        """Time since the start."""
+        return time.perf_counter() - self.started
+
+    @property
+    def left(self) -> float:
+        """Seconds that the other items will take at the pace so far."""
+        return self.seconds * (self.total - self.done) / max(self.done - self.initial, 1)
+
+    def note(self, **values: Any) -> None:
+        """Show values behind a bar."""
+        self.bar.set_postfix(**values)
+
+    def _say(self, words: str) -> None:
+        with suppress(OSError):  # nobody listens
+            print(f"{self.what}: {words}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bar.close()
+        if self._said and error is None:
+            self._say(f"{self.total} {self.unit}s in {spoken(self.seconds)}")
+
+
+def spoken(seconds: float) -> str:
+    """Return a time as people say it: 20 seconds, 4 minutes, 2.5 hours."""
+    for size, unit in ((3600, "hour"), (60, "minute")):
+        if seconds >= 1.5 * size:
+            number = seconds / size
+            return f"{number:.1f} {unit}s" if number < 10 else f"{number:.0f} {unit}s"
+    return f"{max(round(seconds), 1)} seconds"

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from lben import precision
 from lben.certificates import Certificate, certify
+from lben.layers.roundoff import norms_above, not_nan, underflow
 from lben.local import Anchors
 from lben.parameterizations import CompleteParameterization, DirectParameterization
 from lben.radii import logit_error
-from lben.rigorous import UNIT, gamma_k
+from lben.rigorous import gamma_k
 from lben.weights import ExplicitWeights
 from solvers import (
     Auto,
@@ -30,7 +31,11 @@ from solvers import (
     Solution,
     equilibrium,
 )
-from solvers.solution import OnFailure
+from solvers.activations import check_activation
+from solvers.gradient import check_gradient
+from solvers.method import check_method
+from solvers.operators.base import check_tensors
+from solvers.solution import OnFailure, check_options
 
 
 class EquilibriumLayer(nn.Module, ABC):
@@ -47,6 +52,11 @@ class EquilibriumLayer(nn.Module, ABC):
         tol: relative tolerance of both solves, per sample, in the Λ norm.
         max_steps: iteration limit of both solves.
         on_failure: "warn" or "raise" when a sample misses the tolerance.
+
+    Raises:
+        TypeError: if the activation is no `ProximalActivation`, the method no `Method`, the
+            gradient no `Gradient`, or tol or max_steps no number.
+        ValueError: if tol is not positive and finite, max_steps < 1, or on_failure unknown.
     """
 
     _sample_dimensions, _entry = 1, "feature"
@@ -67,7 +77,11 @@ class EquilibriumLayer(nn.Module, ABC):
         self.activation = ReLU() if activation is None else activation
         self.method = Auto() if method is None else method
         self.gradient = ImplicitGradient() if gradient is None else gradient
-        self.tol, self.max_steps, self.on_failure = tol, max_steps, on_failure
+        check_activation(self.activation)
+        check_method(self.method)
+        check_gradient(self.gradient)
+        self.tol, self.max_steps = check_options(tol, max_steps, on_failure)
+        self.on_failure: OnFailure = on_failure
         self._cache: _Cache | None = None
 
     @property
@@ -230,6 +244,7 @@ class EquilibriumLayer(nn.Module, ABC):
         return {**self.__dict__, "_cache": None}
 
     def _check_input(self, x: Tensor) -> None:
+        check_tensors(x=x)
         self._check_shape(x)
         reference = next(self.parameters())
         if x.dtype != reference.dtype:
@@ -291,11 +306,12 @@ class DenseEquilibriumLayer(EquilibriumLayer):
     def _rounding(self, weights: ExplicitWeights, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         w, size = weights, x.abs()
         u_n, u_p = gamma_k(w.hidden_features + 4), gamma_k(w.in_features + 4)
-        v = u_p * (size @ w.U.abs().T + w.b.abs()) * w.Lambda.sqrt()
-        y = u_n * (z.abs() @ w.C.abs().T) + 4 * UNIT * w.b_y.abs()
+        # A bias that an accumulator starts with is one more summand.
+        v = u_p * (size @ w.U.abs().T + w.b.abs()) + underflow(w.in_features)
+        y = u_n * (z.abs() @ w.C.abs().T + w.b_y.abs()) + underflow(w.hidden_features)
         if w.D is not None:
-            y = y + u_p * (size @ w.D.abs().T)
-        return torch.linalg.vector_norm(v, dim=-1), torch.linalg.vector_norm(y, dim=-1)
+            y = y + u_p * (size @ w.D.abs().T) + underflow(w.in_features)
+        return norms_above(v * w.Lambda.sqrt()), norms_above(y)
 
     @torch.no_grad()
     def anchors(self, x: Float[Tensor, "batch p"], proof: Certificate) -> Anchors:
@@ -313,10 +329,11 @@ class DenseEquilibriumLayer(EquilibriumLayer):
         moved = torch.linalg.vector_norm(w.W / w.Lambda.sqrt(), dim=1)
         unit = gamma_k(w.hidden_features + w.in_features + 8)
         size = z.abs() @ w.W.abs().T + x.abs() @ w.U.abs().T + w.b.abs()
+        lost = underflow(w.hidden_features + w.in_features)
         state = (state_error + 2 * bias_error / proof.m)[:, None]
         return Anchors(
             v=problem.operator.affine(z, problem.bias),
-            v_error=(state * moved + 2 * unit * size) * (1 + 1e-9),
+            v_error=not_nan((state * moved + 2 * unit * size + lost) * (1 + 1e-9)),
             logits=logits.double(),
             logit_error=logit_error,
         )

@@ -150,11 +150,18 @@ def stack(first: ExplicitWeights, second: ExplicitWeights) -> ExplicitWeights:
     up to M(Λ, γ₁γ₂) ⪰ 0: the product bound needs no new proof, and every other Λ can only help.
 
     Raises:
-        ValueError: if the sizes do not fit, or only one of the two claims a bound.
+        ValueError: if the sizes, dtypes or devices do not fit, or only one of the two claims a
+            bound.
     """
     a, b = first, second
     if a.out_features != b.in_features:
         raise ValueError(f"{a.out_features} outputs do not fit {b.in_features} inputs")
+    if a.W.dtype != b.W.dtype or a.W.device != b.W.device:
+        raise ValueError(
+            f"the layers differ in dtype or device: the dtype must be one, got {a.W.dtype} on "
+            f"{a.W.device} and {b.W.dtype} on {b.W.device}; convert one by .to({b.W.dtype}) "
+            "(to float64 to keep a bound: rounding to float32 makes other weights)"
+        )
     if a.gamma is None or b.gamma is None:
         raise ValueError("both layers must claim a bound: the multipliers are weighted by them")
     feed = b.U @ a.C

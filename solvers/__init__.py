@@ -1,6 +1,7 @@
 """Monotone operator splitting for equilibria z = σ(Wz + v); knows no network."""
 
 from solvers.acceleration import Anderson
+from solvers.acceptance import Acceptance, acceptance
 from solvers.activations import (
     LeakyReLU,
     LinearSlope,
@@ -54,6 +55,7 @@ from solvers.step_size import (
 from solvers.sweep import Sweep
 
 __all__ = [
+    "Acceptance",
     "Anderson",
     "Auto",
     "BlockTriangularOperator",
@@ -105,6 +107,7 @@ __all__ = [
     "Tanh",
     "TruncatedGradient",
     "ZeroOperator",
+    "acceptance",
     "budgeted_equilibrium",
     "equilibrium",
     "solve",

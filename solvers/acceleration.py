@@ -10,6 +10,7 @@ from torch import Tensor
 
 from solvers.inclusion import Inclusion
 from solvers.loop import Splitting, State
+from solvers.method import check_method
 from solvers.splitting import PeacemanRachford
 
 
@@ -70,6 +71,12 @@ class Anderson(Splitting):
     safeguard: float = 1e6
 
     def __post_init__(self) -> None:
+        check_method(self.method)
+        if not isinstance(self.method, Splitting):
+            raise TypeError(
+                f"method must be a splitting such as PeacemanRachford(), got {self.method!r}: it "
+                "has no steps to accelerate"
+            )
         if self.memory < 1:
             raise ValueError(f"memory must be at least 1, got {self.memory}")
         if not self.safeguard >= 0:

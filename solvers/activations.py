@@ -40,6 +40,15 @@ class ProximalActivation(ABC):
     def slope(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Return σ'(σ⁻¹(z)) in [0, 1], from the output z alone; differentiable in z."""
 
+    @property
+    def ulps(self) -> float:
+        """How far σ(v) as computed may be from σ(v): this many eps of |σ(v)|.
+
+        Besides, 2 of the smallest normal number for what underflows. 8 unless a subclass says
+        another number, above what the elementary functions of PyTorch were measured at.
+        """
+        return 8.0
+
     def prox(self, x: Float[Tensor, "*batch n"], step: Step) -> Float[Tensor, "*batch n"]:
         """Return prox_{αf}(x) for step α > 0.
 
@@ -136,6 +145,10 @@ def _peaked(activation: ProximalActivation, v: Tensor, reach: Tensor) -> tuple[T
 class ReLU(ProximalActivation):
     """σ(v) = max(v, 0), the projection onto the non-negative half-line: its own prox at any α."""
 
+    @property
+    def ulps(self) -> float:
+        return 0.0
+
     def __call__(self, v: Tensor) -> Tensor:
         return torch.relu(v)
 
@@ -175,6 +188,10 @@ class LeakyReLU(ProximalActivation):
     def __post_init__(self) -> None:
         if not 0 <= self.negative_slope <= 1:
             raise ValueError(f"negative_slope must lie in [0, 1], got {self.negative_slope}")
+
+    @property
+    def ulps(self) -> float:
+        return 2.0  # the slope, rounded to the dtype, and a product
 
     def __call__(self, v: Tensor) -> Tensor:
         return torch.nn.functional.leaky_relu(v, self.negative_slope)
@@ -257,6 +274,10 @@ class LinearSlope(ProximalActivation):
 
     d: Float[Tensor, "*batch n"]
 
+    @property
+    def ulps(self) -> float:
+        return 1.0
+
     def __call__(self, v: Tensor) -> Tensor:
         return self.d * v
 
@@ -295,6 +316,10 @@ class Masked(ProximalActivation):
     activation: ProximalActivation
     mask: Bool[Tensor, " n"] = field(repr=False)
 
+    @property
+    def ulps(self) -> float:
+        return self.activation.ulps
+
     def __call__(self, v: Tensor) -> Tensor:
         return self._cut(self.activation(v))
 
@@ -325,6 +350,23 @@ class Masked(ProximalActivation):
 
     def part(self, units: slice) -> Masked:
         return Masked(self.activation.part(units), self.mask[units])
+
+
+def check_activation(activation: object) -> None:
+    """Check that this is a `ProximalActivation`.
+
+    Raises:
+        TypeError: if not, naming the one to take where there is one of the same name.
+    """
+    if isinstance(activation, ProximalActivation):
+        return
+    name = activation if isinstance(activation, str) else getattr(activation, "__name__", None)
+    name = type(activation).__name__ if name is None else name
+    known = {"relu": "ReLU", "leakyrelu": "LeakyReLU", "tanh": "Tanh", "sigmoid": "Sigmoid",
+             "softplus": "Softplus"}  # fmt: skip
+    same = known.get(name.lower().replace("_", ""))
+    take = f"solvers.{same}()" if same else "one of solvers, such as solvers.ReLU(), or your own"
+    raise TypeError(f"activation must be a ProximalActivation, got {activation!r}: pass {take}")
 
 
 PIECEWISE_LINEAR = (ReLU, LeakyReLU, LinearSlope)

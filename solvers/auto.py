@@ -13,8 +13,13 @@ from solvers.method import Method, Outcome, Request
 from solvers.newton import SemismoothNewton
 from solvers.operators import BlockTriangularOperator, DenseOperator
 from solvers.splitting import DouglasRachford, PeacemanRachford
-from solvers.step_size import Determinant
+from solvers.step_size import Determinant, InverseGeometricMean
 from solvers.sweep import Sweep
+
+_NEWTON_COSTS = 500
+"""Steps of a splitting, at most; see `SemismoothNewton`."""
+_LARGE = 4096
+"""Units beyond which one LU per sample takes too long, and too much memory."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -32,6 +37,9 @@ class Auto(Method):
       its active units costs, then that LU: `SemismoothNewton(patience=500)` in the compiled loop
       (measured: 350 to 600 at n from 80 to 1000), 100 in PyTorch (65 to 130). Where the forward
       solve took more steps than that, the LU at once (patience=0): both need about the same.
+
+    Where samples are missed all the same, one more method goes on from where they are
+    (`fallbacks`); the solution then names both.
 
     Never chosen, because they won no measurement: forward–backward (2 to 100 times the steps at
     the same cost) and Anderson acceleration (its vector operations cost more than the products
@@ -55,6 +63,23 @@ class Auto(Method):
             return self
         patience = 500 if fused.supports(problem) is None else 100
         return SemismoothNewton(patience=0 if forward_steps > patience else patience)
+
+    def fallbacks(self, problem: Inclusion, request: Request) -> tuple[Method, ...]:
+        """Return what goes on where the method chosen stopped, if anything can.
+
+        Newton's steps know the active units exactly, whatever the spectrum of W is: they arrive
+        where the eigenvalues lie so far apart that no step size serves all of them, and where z is
+        so much smaller than v that an iteration through all of v rounds it away. For other σ and
+        very large W it is the step size of Peaceman–Rachford's best guarantee. Nothing where less
+        than `_NEWTON_COSTS` steps were granted: a Newton step costs as much.
+        """
+        if request.max_steps < _NEWTON_COSTS:
+            return ()
+        if isinstance(problem.activation, PIECEWISE_LINEAR) and problem.operator.n <= _LARGE:
+            return (SemismoothNewton(patience=0),)
+        if problem.operator.constants().m > 0:
+            return (PeacemanRachford(step_size=InverseGeometricMean()),)
+        return ()
 
     def run(self, problem: Inclusion, request: Request) -> Outcome:
         """Solve by the method chosen."""

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from solvers.activations import LinearSlope
 from solvers.inclusion import Inclusion
-from solvers.method import Method, Request
+from solvers.method import Method, Request, check_method
+from solvers.solution import check_options
 from solvers.splitting import PeacemanRachford
 
 Solve = Callable[[Inclusion, Method | None, float | None], Tensor]
@@ -43,6 +44,20 @@ class Gradient(ABC):
         """Whether u solves its equation, so that it may be differentiated again."""
 
 
+def check_gradient(gradient: object) -> None:
+    """Check that this is a `Gradient`.
+
+    Raises:
+        TypeError: if not.
+    """
+    if isinstance(gradient, Gradient):
+        return
+    take = "ImplicitGradient()"
+    if isinstance(gradient, type):
+        take = f"an instance, {gradient.__name__}()"
+    raise TypeError(f"gradient must be a solvers.Gradient, got {gradient!r}: pass {take}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImplicitGradient(Gradient):
     """The exact gradient, right at any order: u solves its equation. Winston and Kolter (2020),
@@ -56,6 +71,12 @@ class ImplicitGradient(Gradient):
 
     method: Method | None = None
     tol: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.method is not None:
+            check_method(self.method)
+        if self.tol is not None:
+            check_options(self.tol, 1, "warn")
 
     def adjoint(self, problem: Inclusion, solve: Solve) -> Tensor:
         return solve(problem, self.method, self.tol)
@@ -85,6 +106,7 @@ class TruncatedGradient(Gradient):
     method: Method = PeacemanRachford()
 
     def __post_init__(self) -> None:
+        check_method(self.method)
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
 

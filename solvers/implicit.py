@@ -21,7 +21,7 @@ from torch import Tensor
 
 from solvers.activations import LinearSlope, ProximalActivation
 from solvers.auto import Auto
-from solvers.gradient import Gradient, ImplicitGradient, final
+from solvers.gradient import Gradient, ImplicitGradient, check_gradient, final
 from solvers.inclusion import Inclusion
 from solvers.method import Method
 from solvers.operators import LinearOperator
@@ -63,6 +63,8 @@ def equilibrium(
     `ImplicitGradient()` when omitted; a biased one raises NotImplementedError when it is to be
     differentiated again. Forward-mode derivatives raise RuntimeError.
     """
+    if gradient is not None:
+        check_gradient(gradient)
     options = _Options(
         method=Auto() if method is None else method,
         gradient=ImplicitGradient() if gradient is None else gradient,

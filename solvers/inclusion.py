@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from solvers.activations import LinearSlope, ProximalActivation
+from solvers.activations import LinearSlope, ProximalActivation, check_activation
 from solvers.operators import Constants, LinearOperator
+from solvers.operators.base import check_tensors
 
 
 class NonFiniteError(ValueError):
@@ -24,20 +25,35 @@ class Inclusion:
         operator: W with its metric Λ.
         bias: v, one row per sample; any leading batch dimensions.
         activation: σ.
+
+    Raises:
+        TypeError, ValueError: as `check` does.
     """
 
     operator: LinearOperator
     bias: Float[Tensor, "*batch n"]
     activation: ProximalActivation
 
+    def __post_init__(self) -> None:
+        self.check()
+
     def check(self) -> None:
         """Check that the pieces fit.
 
         Raises:
+            TypeError: if the operator is no `LinearOperator`, the bias no tensor of real numbers or
+                the activation no `ProximalActivation`.
             ValueError: if the bias has another number of units, dtype or device than W, or the
                 activation another batch than the bias.
         """
         W, v = self.operator, self.bias
+        if not isinstance(W, LinearOperator):
+            raise TypeError(
+                f"operator must be a LinearOperator, got {type(W).__name__}: pass DenseOperator(W) "
+                "for a matrix W"
+            )
+        check_tensors(bias=v)
+        check_activation(self.activation)
         if v.ndim < 1 or v.shape[-1] != W.n:
             raise ValueError(
                 f"bias must have {W.n} units in its last dimension, got shape {tuple(v.shape)}"
@@ -110,31 +126,46 @@ class Inclusion:
     def relative_residual(
         self, z: Float[Tensor, "*batch n"], hidden: Float[Tensor, " *batch"] | None = None
     ) -> Float[Tensor, " *batch"]:
-        """Return ‖z̃ − z‖_Λ / max(‖z̃‖_Λ, ‖z‖_Λ) with z̃ = σ(Wz + v), per sample.
+        """Return ‖z̃ − z‖_Λ / max(‖z̃‖_Λ, ‖z‖_Λ) with z̃ = σ(Wz + v), per sample; 0 where both are 0.
 
-        16 roundoffs of v, in the Λ norm, are taken off the numerator first: z̃ itself is not known
-        better. They are those of the units that are not zero in z or z̃, for the others are exact.
+        As it is, up to the rounding of its own evaluation (`solvers.acceptance` bounds that).
 
         Args:
             z: approximate solution.
-            hidden: what is taken off instead: `noise` for samples that have come to rest where
-                ‖z‖ ≪ ‖v‖ (nearly all units dropped, so an iteration through all of v gets no
-                nearer), or that of a float32 problem for its double.
+            hidden: a Λ norm to take off the numerator first; nothing when omitted.
         """
-        image, norm = self.image(z), self.operator.norm
-        if hidden is None:
-            hidden = self.noise_factor * norm(self.bias * torch.logical_or(image, z))
-        residual = torch.relu(norm(image - z) - hidden)
-        return residual / torch.maximum(norm(image), norm(z)).clamp_min(torch.finfo(z.dtype).tiny)
+        image, root = self.image(z), self.operator.root_metric
+        change, image, z = (image - z) * root, image * root, z * root
+        # In units of the largest entry no square overflows, and none that matters vanishes.
+        unit = torch.maximum(image.abs(), z.abs()).amax(-1, keepdim=True)
+        unit = torch.where(unit == 0, 1.0, unit)
+        change, image, z = (torch.linalg.vector_norm(x / unit, dim=-1) for x in (change, image, z))
+        if hidden is not None:
+            change = torch.relu(change - hidden / unit.squeeze(-1))
+        size = torch.maximum(image, z)
+        return change / torch.where(size == 0, 1.0, size)
+
+    def rests(self, z: Float[Tensor, "*batch n"], tol: float) -> Bool[Tensor, " *batch"]:
+        """Return where the residual is within tol but for what rounding may be.
+
+        That is the rounding of Wz + v in the dtype of the problem, with v wherever it enters the
+        sum, and that of z, which moves z̃ − z by up to half an ulp of (I + |W|)|z|.
+        """
+        operator, norm = self.operator, self.operator.norm
+        eps = torch.finfo(z.dtype).eps
+        sizes = norm(z) + (operator.summands + 2) * norm(self.bias)
+        hidden = (operator.rounding(z) + eps * sizes).to(z.dtype)
+        return self.relative_residual(z, hidden) <= tol
 
     @property
     def noise_factor(self) -> float:
-        """The share of v that a residual may hide: 16 roundoffs."""
+        """16 roundoffs: the share of v that a loop lets rounding explain where it has come to
+        rest."""
         return 16 * torch.finfo(self.bias.dtype).eps
 
     @property
     def noise(self) -> Float[Tensor, " *batch"]:
-        """16 roundoffs of ‖v‖_Λ: the most that a residual may hide."""
+        """16 roundoffs of ‖v‖_Λ."""
         return self.noise_factor * self.operator.norm(self.bias)
 
     def error_bound(
@@ -149,9 +180,11 @@ class Inclusion:
 
             ‖z − z*‖_Λ ≤ ‖z − z̃‖_Λ + ‖W(z̃ − z)‖_Λ / m.
 
-        Everything is evaluated in float64 on the problem as stored. The rounding e of z̃, that of
-        the product (`LinearOperator.rounding`) and a few ulps of Wz + v and of z̃, moves the bound
-        by at most (1 + ‖W‖/m) ‖e‖_Λ with ‖W‖ ≤ 1 + L.
+        Everything is evaluated in float64 on the problem as stored, Wz first and v added to it in
+        one addition: a product that starts its accumulators with v (addmm) would round n times at
+        the size of v. The rounding e of z̃ is that of the product (`LinearOperator.rounding`), of
+        one addition and of σ (`ProximalActivation.ulps`); it moves the bound by at most
+        (1 + ‖W‖/m) ‖e‖_Λ with ‖W‖ ≤ 1 + L. Underflow is in it, with or without subnormal numbers.
 
         Args:
             z: approximate solution.
@@ -163,18 +196,18 @@ class Inclusion:
         constants = operator.constants() if constants is None else constants
         if constants.m <= 0:
             return torch.full(z.shape[:-1], torch.inf, dtype=torch.float64, device=z.device)
-        sum_ = operator.affine(z, exact.bias)
+        sum_ = operator.mv(z) + exact.bias
         image = exact.activation(sum_)
         u = torch.finfo(torch.float64).eps
-        rounding = operator.rounding(z) + operator.norm(4 * u * sum_.abs() + 8 * u * image.abs())
+        own = u * sum_.abs() + exact.activation.ulps * u * image.abs()
+        rounding = operator.rounding(z) + operator.norm_above(own)
         norm_W = 1 + constants.L
         moved = image - z
-        product = operator.norm(operator.mv(moved)) + operator.rounding(moved)
-        bound = operator.norm(moved) + product / constants.m
+        product = operator.norm_above(operator.mv(moved)) + operator.rounding(moved)
+        bound = operator.norm_above(moved) + product / constants.m
         if isinstance(exact.activation, LinearSlope):
             d = exact.activation.d
             bound = torch.where(((d >= 0) & (d <= 1)).all(-1), bound, torch.inf)
-        # The three norms and the division carry at most (n + 8) u relative error themselves.
-        inflate = 1 + 4 * (operator.summands + operator.n + 8) * u
-        bound = (bound + (2 + 2 * norm_W / constants.m) * rounding) * inflate
+        # The few sums, products and the division here carry less than 16 u relative error.
+        bound = (bound + (2 + 2 * norm_W / constants.m) * rounding) * (1 + 16 * u)
         return torch.where(bound.isnan(), torch.inf, bound)

@@ -66,7 +66,7 @@ class Splitting(Method):
 # will pass, and the next check is put there, but never at more than twice the steps done so far.
 # Finished samples leave when at least half of the batch is done: below that, gathering costs more
 # than it saves. The loop stops early when the worst residual has not halved while the steps grew by
-# a quarter and 64, and is within STALL roundoffs or the rounding of v explains it.
+# a quarter and 64, and is within STALL roundoffs or rounding explains what is above the tolerance.
 FIRST_CHECK = 4
 _LEAVE_SHARE = 0.5
 STALL = 4096
@@ -100,10 +100,7 @@ def drive(problem: Inclusion, method: Splitting, request: Request) -> Outcome:
         worst = float(torch.where(finished, 0.0, r).max())
         last = worst <= tol or done_steps >= max_steps or not math.isfinite(worst)
         if not last and stall.at_rest(done_steps, worst):
-            # What is left of the residual may be rounding of all of v.
-            granted = torch.where(r <= tol, r, problem.relative_residual(z, problem.noise))
-            if float(torch.where(finished, 0.0, granted).max()) <= tol or worst <= limit:
-                last, r = True, granted
+            last = worst <= limit or bool((finished | problem.rests(z, tol)).all())
         if last and open_samples is None and not bool(finished.any()):
             return Outcome(value=z, residual=r, steps=steps.fill_(done_steps), checks=checks)
         newly = (torch.ones_like(finished) if last else r <= tol) & ~finished

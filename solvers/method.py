@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from solvers.inclusion import Inclusion
@@ -45,6 +46,7 @@ class Outcome:
         steps: iterations per sample.
         checks: how often the residual was evaluated.
         loop: where the iterations ran: in PyTorch, compiled on a CPU, or in Triton on the device.
+        resting: of which samples rounding is what is left above the tolerance; `solve` finds out.
     """
 
     value: Float[Tensor, "batch n"]
@@ -52,6 +54,7 @@ class Outcome:
     steps: Int[Tensor, " batch"]
     checks: int
     loop: Loop = "torch"
+    resting: Bool[Tensor, " batch"] | None = None
 
     def status(self, request: Request) -> Status:
         """Say how the solve ended, the worst sample speaking for all."""
@@ -62,33 +65,78 @@ class Outcome:
             return Status.CONVERGED
         if not math.isfinite(worst):
             return Status.DIVERGED
-        return Status.STALLED if bool(self.unfinished(request).any()) else Status.MAX_STEPS
+        if bool(self.unfinished(request).any()):
+            return Status.STALLED
+        above = ~(self.residual <= request.tol)
+        if self.resting is not None and not bool((above & ~self.resting).any()):
+            return Status.ROUNDING
+        return Status.MAX_STEPS
 
     def unfinished(self, request: Request) -> Tensor:
         """Return which samples are above the tolerance, finite, and below the step limit."""
         above = (self.residual > request.tol) & torch.isfinite(self.residual)
-        return above & (self.steps < request.max_steps)
+        above &= self.steps < request.max_steps
+        return above if self.resting is None else above & ~self.resting
 
     def select(self, index: Tensor) -> Outcome:
         """Return what was found for the samples of `index`."""
         return dataclasses.replace(
-            self, value=self.value[index], residual=self.residual[index], steps=self.steps[index]
-        )
+            self, value=self.value[index], residual=self.residual[index], steps=self.steps[index],
+            resting=None if self.resting is None else self.resting[index],
+        )  # fmt: skip
 
     def replaced(self, index: Tensor, other: Outcome) -> Outcome:
         """Return this outcome with `other` at the samples of `index`."""
         value, residual, steps = self.value.clone(), self.residual.clone(), self.steps.clone()
         value[index], residual[index] = other.value, other.residual.to(residual.dtype)
         steps[index] = other.steps
+        resting = self.resting
+        if other.resting is not None:
+            resting = (
+                torch.zeros_like(steps, dtype=torch.bool) if resting is None else resting.clone()
+            )
+            resting[index] = other.resting
         return dataclasses.replace(
-            self, value=value, residual=residual, steps=steps, checks=self.checks + other.checks
+            self, value=value, residual=residual, steps=steps, resting=resting,
+            checks=self.checks + other.checks,
+        )  # fmt: skip
+
+    def better_than(self, other: Outcome) -> Outcome:
+        """Return this outcome, with the other value of the same samples where that is nearer."""
+        nearer = (self.residual <= other.residual) | ~other.residual.isfinite()
+        kept = dataclasses.replace(
+            self,
+            value=torch.where(nearer[:, None], self.value, other.value),
+            residual=torch.where(nearer, self.residual, other.residual.to(self.residual.dtype)),
         )
+        if self.resting is None or other.resting is None:
+            return kept
+        return dataclasses.replace(kept, resting=torch.where(nearer, self.resting, other.resting))
 
     def continued(self, index: Tensor, other: Outcome) -> Outcome:
         """Return this outcome with `other`, which began where this one ended, at `index`."""
         return self.replaced(
             index, dataclasses.replace(other, steps=self.steps[index] + other.steps)
         )
+
+
+def check_method(method: object, name: str = "method") -> None:
+    """Check that this is a `Method`.
+
+    Raises:
+        TypeError: if not.
+    """
+    if isinstance(method, Method):
+        return
+    take = "one of solvers, such as PeacemanRachford()"
+    if isinstance(method, type):
+        take = f"an instance, {method.__name__}()"
+    raise TypeError(f"{name} must be a solvers.Method, got {method!r}: pass {take}")
+
+
+def names(methods: Sequence[Method]) -> str:
+    """Return how messages name methods that ran one after the other."""
+    return ", then ".join(map(repr, methods))
 
 
 class Method(ABC):
@@ -106,6 +154,10 @@ class Method(ABC):
     def chosen(self, problem: Inclusion) -> Method:
         """Return the method that will run on this problem; itself unless it chooses among many."""
         return self
+
+    def fallbacks(self, problem: Inclusion, request: Request) -> tuple[Method, ...]:
+        """Return what to try, one after the other, on samples that the method chosen missed."""
+        return ()
 
     @abstractmethod
     def run(self, problem: Inclusion, request: Request) -> Outcome:

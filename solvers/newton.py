@@ -11,7 +11,7 @@ from torch import Tensor
 from solvers import elimination
 from solvers.activations import PIECEWISE_LINEAR, LinearSlope
 from solvers.inclusion import Inclusion
-from solvers.method import Method, Outcome, Request
+from solvers.method import Method, Outcome, Request, check_method
 from solvers.splitting import PeacemanRachford
 
 
@@ -44,6 +44,7 @@ class SemismoothNewton(Method):
     patience: int = 200
 
     def __post_init__(self) -> None:
+        check_method(self.method)
         if self.patience < 0:
             raise ValueError(f"patience must be at least 0, got {self.patience}")
 
@@ -61,7 +62,9 @@ class SemismoothNewton(Method):
             index = waiting.nonzero().squeeze(-1)
             part, found = problem.select(index), outcome.select(index)
             found = _finish(part, found, request)
-            left = found.unfinished(request).nonzero().squeeze(-1)
+            # Where rounding is what is left, more steps in this precision are in vain.
+            rests = part.rests(found.value, request.tol)
+            left = (found.unfinished(request) & ~rests).nonzero().squeeze(-1)
             waiting = torch.zeros_like(waiting)
             if left.numel():
                 patience = max(2 * patience, 16)

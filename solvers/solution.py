@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import enum
+import math
+import numbers
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -22,7 +25,28 @@ class Status(enum.Enum):
     CONVERGED = "reached its tolerance"
     MAX_STEPS = "stopped at its step limit"
     STALLED = "stalled above its tolerance"
+    ROUNDING = "stopped where rounding is what is left"
     DIVERGED = "diverged to a value that is not finite"
+
+
+def check_options(tol: object, max_steps: object, on_failure: object) -> tuple[float, int]:
+    """Check what every solve is told, and return tol and max_steps as plain numbers.
+
+    Raises:
+        TypeError: if tol is no real number or max_steps no integer.
+        ValueError: if tol is not positive and finite, max_steps < 1, or on_failure unknown.
+    """
+    if isinstance(tol, bool) or not isinstance(tol, numbers.Real):
+        raise TypeError(f"tol must be a number such as 1e-4, got {tol!r}")
+    if not 0 < float(tol) < math.inf:
+        raise ValueError(f"tol must be positive and finite, got {tol}")
+    if isinstance(max_steps, bool) or not isinstance(max_steps, numbers.Integral):
+        raise TypeError(f"max_steps must be an integer such as 5000, got {max_steps!r}")
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    if not isinstance(on_failure, str) or on_failure not in get_args(OnFailure):
+        raise ValueError(f'on_failure must be "warn" or "raise", got {on_failure!r}')
+    return float(tol), int(max_steps)
 
 
 class SolveError(RuntimeError):
@@ -62,7 +86,7 @@ class Solution:
         status: how the solve ended; converged means that every sample reached `tol`.
         stats: iterations per sample and number of checks.
         residual: ‖z̃ − z‖_Λ / max(‖z̃‖_Λ, ‖z‖_Λ) per sample, with z̃ = σ(Wz + v), evaluated on
-            the problem itself (never a difference of iterates).
+            the problem itself (never a difference of iterates), with nothing taken off.
         tol: the tolerance asked for, in the same relative Λ norm.
         name: what messages call this solve.
         likely_causes: one sentence, evaluated only when the solve failed.
@@ -76,12 +100,12 @@ class Solution:
     name: str
     likely_causes: Callable[[], str] = field(repr=False)
     _error_bound: Callable[[], Tensor] = field(repr=False)
-    _method: object = field(repr=False)
+    _method: str = field(repr=False)
 
     @property
     def method(self) -> str:
-        """`repr` of the method that ran."""
-        return repr(self._method)
+        """`repr` of the method that ran; of several that did, in their order."""
+        return self._method
 
     @property
     def converged(self) -> bool:
@@ -106,9 +130,18 @@ class Solution:
         if self.converged:
             return f"{text} ≤ tol {self.tol:.0e}."
         failed = int((~(self.residual <= self.tol)).sum())
+        causes = self._rounding_cause(worst) if self.status is Status.ROUNDING else None
         return (
             f"{text} > tol {self.tol:.0e} ({failed} of {self.residual.numel()} samples). "
-            f"{self.likely_causes()}"
+            f"{causes or self.likely_causes()}"
+        )
+
+    def _rounding_cause(self, worst: float) -> str:
+        dtype = self.value.dtype
+        better = "float64, or " if dtype == torch.float32 else ""
+        return (
+            f"Cause: no {dtype} state was found that comes nearer, and no more is left than the "
+            f"rounding of that type explains. Use {better}a tol of {2 * worst:.0e} or more."
         )
 
     def raise_if_failed(self) -> Solution:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from solvers.auto import Auto
 from solvers.inclusion import Inclusion
-from solvers.method import Method, Outcome, Request
+from solvers.method import Method, Outcome, Request, check_method, names
 from solvers.operators import NotMonotoneError
-from solvers.solution import OnFailure, Solution, Stats, Status
+from solvers.operators.base import check_tensors
+from solvers.solution import OnFailure, Solution, Stats, Status, check_options
 
 
 def solve(
@@ -33,13 +34,23 @@ def solve(
     Samples whose relative residual ‖z̃ − z‖_Λ / max(‖z̃‖_Λ, ‖z‖_Λ), z̃ = σ(Wz + v), is at most
     `tol` at a check are done and keep the z of that check. Samples that stall at the rounding of
     float32 go on in float64 from where they are; what is returned is rounded to float32, and its
-    residual is that of the rounded z.
+    residual is that of the rounded z, evaluated in float64.
+
+    The residual is reported as it is, and `Status.CONVERGED` says that it is at most tol for every
+    sample. Then, evaluated exactly on the problem as stored,
+
+        ‖z̃ − z‖_Λ ≤ tol·max(‖z̃‖_Λ, ‖z‖_Λ) + ρ,
+
+    where ρ bounds the rounding of z̃ and of the norms in the dtype of the problem: `acceptance`
+    gives it as a function of ‖z‖_Λ and ‖v‖_Λ alone. Where some sample stays above tol and rounding
+    explains all that is left, the status is `Status.ROUNDING`, which warns or raises as any failure
+    does.
 
     Args:
         problem: the inclusion; gradients do not flow (use `equilibrium` for that).
         method: how to solve; `Auto()` when omitted.
         tol: relative tolerance in the Λ norm, per sample.
-        max_steps: limit of iterations, in each precision.
+        max_steps: limit of iterations, in each precision and of each method that `Auto` tries.
         z0: warm start, of the shape of the bias.
         on_failure: what to do when a sample misses its tolerance: "warn" or "raise".
         require_monotone: refuse weights with m ≤ 0, whose equilibrium need not exist or be unique.
@@ -49,6 +60,7 @@ def solve(
         The solution with its evidence.
 
     Raises:
+        TypeError: if an argument is of another kind.
         ValueError: if shapes or dtypes of the problem disagree, the metric is not positive, tol is
             below what the dtype can hold, max_steps < 1, on_failure is unknown, z0 has another
             shape or dtype or is not finite, or a step-size rule or method refuses the problem.
@@ -57,8 +69,12 @@ def solve(
         SolveError: on failure, when `on_failure` is "raise".
     """
     method = Auto() if method is None else method
+    if not isinstance(problem, Inclusion):
+        raise TypeError(f"problem must be an Inclusion, got {type(problem).__name__}")
+    check_method(method)
     problem.check()
-    _check_options(problem, tol, max_steps, z0, on_failure)
+    tol, max_steps = check_options(tol, max_steps, on_failure)
+    _check_precision(problem, tol, z0)
     with torch.no_grad(), full_precision(problem.bias.device.type):
         _check_metric(problem)
         if require_monotone:
@@ -71,12 +87,8 @@ def solve(
             # in relative terms, a cold start is there.
             start = torch.where((flat.bias != 0).any(-1, keepdim=True), start, 0.0)
         request = Request(tol=_held(tol, flat.bias.dtype), max_steps=max_steps, z0=start)
-        method = method.chosen(flat)
-        outcome = method.run(flat, request)
-        status = outcome.status(request)
-        if status is Status.STALLED and flat.bias.dtype == torch.float32:
-            outcome = _continue_in_double(flat, method, request, outcome)
-            status = outcome.status(request)
+        outcome, used = _run(flat, method, request)
+        method, status = used[-1], outcome.status(request)
         if status is Status.DIVERGED:
             problem.check_finite()
         value = outcome.value
@@ -88,7 +100,7 @@ def solve(
             ),
             residual=outcome.residual.reshape(shape[:-1]).to(value.dtype),
             tol=tol,
-            _method=method,
+            _method=names(used),
             name=name,
             likely_causes=lambda: method.likely_causes(flat),
             _error_bound=lambda: flat.error_bound(value).reshape(shape[:-1]),
@@ -96,9 +108,7 @@ def solve(
     return solution.report(on_failure)
 
 
-def _check_options(
-    problem: Inclusion, tol: float, max_steps: int, z0: Tensor | None, on_failure: str
-) -> None:
+def _check_precision(problem: Inclusion, tol: float, z0: Tensor | None) -> None:
     dtype = problem.bias.dtype
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"problems are float32 or float64, got {dtype}")
@@ -108,11 +118,8 @@ def _check_options(
             f"tol = {tol:g} is below what {dtype} can hold ({smallest:.1e}): "
             "use a larger tolerance or float64"
         )
-    if max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
-    if on_failure not in ("warn", "raise"):
-        raise ValueError(f'on_failure must be "warn" or "raise", got {on_failure!r}')
     if z0 is not None:
+        check_tensors(z0=z0)
         if z0.shape != problem.bias.shape or z0.dtype != dtype or z0.device != problem.bias.device:
             raise ValueError(
                 f"z0 must have shape {tuple(problem.bias.shape)} and dtype {dtype} on "
@@ -155,21 +162,63 @@ def _check_monotone(problem: Inclusion) -> None:
     )
 
 
-def _continue_in_double(
-    problem: Inclusion, method: Method, request: Request, outcome: Outcome
-) -> Outcome:
-    """Finish the samples that rounding stopped, and measure what is left after rounding back."""
-    index = outcome.unfinished(request).nonzero().squeeze(-1)
-    single = problem.select(index)
-    double = single.to(torch.float64)
-    left = Request(
-        # Rounding back moves the residual by about a roundoff of float32.
-        tol=0.5 * request.tol,
-        max_steps=request.max_steps,
-        z0=outcome.value[index].double(),
+def _run(problem: Inclusion, asked: Method, request: Request) -> tuple[Outcome, tuple[Method, ...]]:
+    """Run the method chosen and, on samples that it misses, its fallbacks; return all that ran."""
+    used = (asked.chosen(problem),)
+    outcome = _attempt(problem, used[0], request)
+    if bool((outcome.residual <= request.tol).all()):
+        return outcome, used
+    for method in asked.fallbacks(problem, request):
+        index = (~(outcome.residual <= request.tol)).nonzero().squeeze(-1)
+        if index.numel() == 0:
+            break
+        part, before = problem.select(index), outcome.select(index)
+        start = torch.where(before.residual.isfinite()[:, None], before.value, 0.0)
+        found = _attempt(part, method, dataclasses.replace(request, z0=start))
+        outcome, used = outcome.continued(index, found.better_than(before)), (*used, method)
+    return outcome, used
+
+
+def _attempt(problem: Inclusion, method: Method, request: Request) -> Outcome:
+    """Run a method, in float64 too where float32 stalls, and say where only rounding is left."""
+    outcome = method.run(problem, request)
+    above = ~(outcome.residual <= request.tol)
+    if not bool(above.any()):
+        return outcome
+    # Where σ(v) = 0 the solution is 0, which an iteration that rounds may never come near in
+    # relative terms.
+    zero = above & (problem.activation(problem.bias) == 0).all(-1)
+    outcome = dataclasses.replace(
+        outcome,
+        value=torch.where(zero[:, None], 0.0, outcome.value),
+        residual=torch.where(zero, 0.0, outcome.residual),
     )
+    unfinished = outcome.unfinished(request)
+    if not bool(unfinished.any()) or not bool(outcome.residual.isfinite().all()):
+        return outcome
+    index = unfinished.nonzero().squeeze(-1)
+    part = problem.select(index)
+    if problem.bias.dtype == torch.float32:
+        found = _continue_in_double(part, method, request, outcome.value[index])
+        outcome = outcome.continued(index, found)
+        rests = found.resting
+    else:
+        rests = part.rests(outcome.value[index], request.tol)
+    resting = torch.zeros_like(unfinished)
+    resting[index] = rests
+    return dataclasses.replace(outcome, resting=resting)
+
+
+def _continue_in_double(problem: Inclusion, method: Method, request: Request, z: Tensor) -> Outcome:
+    """Go on from z in float64, and measure there what is left after rounding back."""
+    double = problem.to(torch.float64)
+    # Rounding back moves the residual by about L roundoffs of float32: most of tol is left to it.
+    left = Request(tol=request.tol / 8, max_steps=request.max_steps, z0=z.double())
     better = method.run(double, left)
     value = better.value.float()
-    residual = double.relative_residual(value.double(), single.noise.double())
-    found = dataclasses.replace(better, value=value, residual=residual)
-    return outcome.continued(index, found)
+    residual = double.relative_residual(value.double())
+    # Where float64 got there, or to its own rounding, it is float32 that keeps z away.
+    there = (better.residual <= left.tol) | double.rests(better.value, left.tol)
+    return dataclasses.replace(
+        better, value=value, residual=residual, resting=there & (residual > request.tol)
+    )

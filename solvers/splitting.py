@@ -7,7 +7,6 @@ result to rounding.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +17,13 @@ from solvers.inclusion import Inclusion
 from solvers.loop import Splitting, State
 from solvers.method import Outcome, Request
 from solvers.operators import LinearOperator, Map
-from solvers.step_size import ForwardStep, JacobiDeterminant, StepSizeRule, resolve
+from solvers.step_size import (
+    ForwardStep,
+    JacobiDeterminant,
+    StepSizeRule,
+    check_step_size,
+    resolve,
+)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -39,9 +44,7 @@ class SteppedSplitting(Splitting):
     compiled: bool | None = None
 
     def __post_init__(self) -> None:
-        step = self.step_size
-        if not isinstance(step, StepSizeRule) and not (math.isfinite(step) and step > 0):
-            raise ValueError(f"step_size must be positive and finite, got {step}")
+        check_step_size(self.step_size)
 
     def iteration(self, problem: Inclusion) -> fused.Iteration | None:
         """Describe one step to the compiled loop; None when it knows no such step."""

@@ -8,6 +8,7 @@ separable, so Peaceman–Rachford keeps its guarantee for every positive α.
 from __future__ import annotations
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -96,6 +97,22 @@ class ForwardStep(StepSizeRule):
         constants = operator.constants()
         _require_monotone(constants.m)
         return constants.m / constants.L**2
+
+
+def check_step_size(step: object) -> None:
+    """Check that this is a rule or a positive number.
+
+    Raises:
+        TypeError: if it is neither a rule nor a number.
+        ValueError: if a number is not positive and finite.
+    """
+    if isinstance(step, StepSizeRule):
+        return
+    if isinstance(step, bool) or not isinstance(step, numbers.Real):
+        take = f"{step.__name__}()" if isinstance(step, type) else "JacobiDeterminant() or a number"
+        raise TypeError(f"step_size must be a number or a StepSizeRule, got {step!r}: pass {take}")
+    if not 0 < float(step) < math.inf:
+        raise ValueError(f"step_size must be positive and finite, got {step}")
 
 
 def resolve(rule: float | StepSizeRule, operator: LinearOperator) -> Step:

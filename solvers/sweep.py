@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from solvers.inclusion import Inclusion
-from solvers.method import Method, Outcome, Request
+from solvers.method import Method, Outcome, Request, check_method
 from solvers.operators import BlockTriangularOperator, ZeroOperator
 from solvers.splitting import PeacemanRachford
 
 # Note [Tolerance of a block]
 # Once the blocks before it are fixed, the residual of the whole problem at a block is that block's
 # own. Solved to tol, the blocks make the whole a solution to about tol, if the operator's metric
-# is that of the blocks. Half of it leaves room for the "about". A residual may hide 16 roundoffs
-# of its bias, a block's bias holds what flows in, and the metric may be another: so the residual
-# of the whole is evaluated after a sweep, and what misses is swept again, warm, at the tolerance
-# that proportion suggests, until a sweep does not halve the worst residual.
+# is that of the blocks. Half of it leaves room for the "about". The metric may be another, and a
+# block's norm is not that of the whole: so the residual of the whole is evaluated after a sweep,
+# and what misses is swept again, warm, at the tolerance that proportion suggests, until a sweep
+# does not halve the worst residual.
 _ROOM = 0.5
 _GAIN = 0.5
 
@@ -37,6 +37,9 @@ class Sweep(Method):
     """
 
     method: Method = PeacemanRachford()
+
+    def __post_init__(self) -> None:
+        check_method(self.method)
 
     def run(self, problem: Inclusion, request: Request) -> Outcome:
         """Sweep until the residual of the whole problem is within tolerance, or cannot be.
@@ -67,10 +70,7 @@ class Sweep(Method):
             )
             outcome = outcome.continued(index, kept)
             if not float(kept.residual.max()) <= max(_GAIN * worst, request.tol):
-                # At rest: what is left of the residual may be rounding of all of v.
-                r = outcome.residual
-                granted = problem.relative_residual(outcome.value, problem.noise)
-                return replace(outcome, residual=torch.where(r <= request.tol, r, granted))
+                return outcome  # at rest
 
     def _sweep(self, problem: Inclusion, request: Request) -> Outcome:
         """Solve every block once to the tolerance of the request, and measure the whole."""

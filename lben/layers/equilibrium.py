@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from lben import precision
 from lben.certificates import Certificate, certify, sensitivity
 from lben.certified import Certified
+from lben.layers.roundoff import norms_above, not_nan, underflow
 from lben.layers.uniform import Rates, Running, absolute_norm, uniform_error
 from lben.local import Anchors
 from lben.parameterizations import CompleteParameterization, DirectParameterization
 from lben.radii import logit_error
-from lben.rigorous import UNIT, gamma_k
+from lben.rigorous import gamma_k
 from lben.weights import ExplicitWeights
 from solvers import (
     Auto,
@@ -32,7 +33,12 @@ from solvers import (
     Solution,
     equilibrium,
 )
-from solvers.solution import OnFailure
+from solvers.acceptance import check_rounding
+from solvers.activations import check_activation
+from solvers.gradient import check_gradient
+from solvers.method import check_method
+from solvers.operators.base import check_tensors
+from solvers.solution import OnFailure, check_options
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,6 +76,11 @@ class EquilibriumLayer(nn.Module, ABC):
         tol: relative tolerance of both solves, per sample, in the Λ norm.
         max_steps: iteration limit of both solves.
         on_failure: "warn" or "raise" when a sample misses the tolerance.
+
+    Raises:
+        TypeError: if the activation is no `ProximalActivation`, the method no `Method`, the
+            gradient no `Gradient`, or tol or max_steps no number.
+        ValueError: if tol is not positive and finite, max_steps < 1, or on_failure unknown.
     """
 
     _sample_dimensions, _entry = 1, "feature"
@@ -90,7 +101,11 @@ class EquilibriumLayer(nn.Module, ABC):
         self.activation = ReLU() if activation is None else activation
         self.method = Auto() if method is None else method
         self.gradient = ImplicitGradient() if gradient is None else gradient
-        self.tol, self.max_steps, self.on_failure = tol, max_steps, on_failure
+        check_activation(self.activation)
+        check_method(self.method)
+        check_gradient(self.gradient)
+        self.tol, self.max_steps = check_options(tol, max_steps, on_failure)
+        self.on_failure: OnFailure = on_failure
         self._cache: _Cache | None = None
 
     @property
@@ -168,7 +183,7 @@ class EquilibriumLayer(nn.Module, ABC):
         return exact, Certified(
             value=y,
             error=error + away * (1 + 1e-9),
-            uniform=uniform_error(self._running(exact, x.dtype), gains),
+            uniform=uniform_error(self._running(exact, solution.value.detach()), gains),
             steps=solution.stats.max_steps,
         )
 
@@ -183,26 +198,36 @@ class EquilibriumLayer(nn.Module, ABC):
             bias_error=bias_error, output_error=output_error,
         )  # fmt: skip
 
-    def _running(self, exact: _Exactly, dtype: torch.dtype) -> Running:
-        """Return how the layer runs in a precision, and what is known of it at x."""
-        operator, unit = exact.problem.operator, torch.finfo(dtype).eps
-        summands = operator.summands + operator.n + 32
-        if not summands * unit < 2.0**-4:
-            raise ValueError(f"rounding in {dtype} is not bounded for sums of {summands} terms")
+    def _running(self, exact: _Exactly, z: Tensor) -> Running:
+        """Return how the layer runs in a precision, and what is known of it at x, where it found z.
+
+        Raises:
+            ValueError: if the rounding of what runs is not bounded.
+        """
+        operator, dtype = self._operator(self.weights()), z.dtype
+        check_rounding(operator)
+        unit, terms = torch.finfo(dtype).eps, operator.summands + operator.n + 32
+        if not terms * unit < 2.0**-4:
+            raise ValueError(f"rounding in {dtype} is not bounded for sums of {terms} terms")
         # From 2⁻⁵² to half an ulp of the precision that runs (rounding to nearest), second order
-        # included; and what underflows.
-        ratio, tiny = 0.55 * unit / torch.finfo(torch.float64).eps, torch.finfo(dtype).tiny
-        norm = operator.norm
-        vanished = summands * norm(torch.full_like(exact.z, tiny))
+        # included; and what underflows, in the unit of each sample that fused loops solve in.
+        ratio, norm = (
+            0.55 * unit / torch.finfo(torch.float64).eps,
+            exact.problem.operator.norm_above,
+        )
+        lost = norm(torch.full_like(exact.z, 16 * terms * torch.finfo(dtype).tiny))
+        bias = norm(exact.problem.bias) + exact.bias_error
+        vanished = lost * (1 + bias)
+        ulps = (self.activation.ulps + 2) * unit
         return Running(
-            tol=self.tol * (1 + 2.0**-20) + summands * unit,
+            tol=self.tol * (1 + 2.0**-20 + 4 * (operator.n + 16) * unit) + ulps,
             product=operator.rounding_gain(dtype),
-            sum=summands * unit,
+            sum=(operator.summands + 8) * unit,
             rates=self._rates(exact.weights, 0.55 * unit),
-            state=norm(exact.z) * (1 + 2.0**-40),
+            state=norm(exact.z) + vanished,
             state_error=exact.state_error,
-            product_rounding=ratio * operator.rounding(exact.z) + vanished,
-            bias=norm(exact.problem.bias) * (1 + 2.0**-40) + exact.bias_error,
+            product_rounding=operator.rounding(z).double() + vanished,
+            bias=bias,
             bias_rounding=ratio * exact.bias_error + vanished,
             output_rounding=ratio * exact.output_error + vanished,
         )
@@ -311,6 +336,7 @@ class EquilibriumLayer(nn.Module, ABC):
         return {**self.__dict__, "_cache": None}
 
     def _check_input(self, x: Tensor) -> None:
+        check_tensors(x=x)
         self._check_shape(x)
         reference = next(self.parameters())
         if x.dtype != reference.dtype:
@@ -372,11 +398,12 @@ class DenseEquilibriumLayer(EquilibriumLayer):
     def _rounding(self, weights: ExplicitWeights, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         w, size = weights, x.abs()
         u_n, u_p = gamma_k(w.hidden_features + 4), gamma_k(w.in_features + 4)
-        v = u_p * (size @ w.U.abs().T + w.b.abs()) * w.Lambda.sqrt()
-        y = u_n * (z.abs() @ w.C.abs().T) + 4 * UNIT * w.b_y.abs()
+        # A bias that an accumulator starts with is one more summand.
+        v = u_p * (size @ w.U.abs().T + w.b.abs()) + underflow(w.in_features)
+        y = u_n * (z.abs() @ w.C.abs().T + w.b_y.abs()) + underflow(w.hidden_features)
         if w.D is not None:
-            y = y + u_p * (size @ w.D.abs().T)
-        return torch.linalg.vector_norm(v, dim=-1), torch.linalg.vector_norm(y, dim=-1)
+            y = y + u_p * (size @ w.D.abs().T) + underflow(w.in_features)
+        return norms_above(v * w.Lambda.sqrt()), norms_above(y)
 
     def _rates(self, weights: ExplicitWeights, unit: float) -> Rates:
         w, root = weights, weights.Lambda.sqrt()
@@ -400,10 +427,11 @@ class DenseEquilibriumLayer(EquilibriumLayer):
         moved = torch.linalg.vector_norm(w.W / w.Lambda.sqrt(), dim=1)
         unit = gamma_k(w.hidden_features + w.in_features + 8)
         size = z.abs() @ w.W.abs().T + x.abs() @ w.U.abs().T + w.b.abs()
+        lost = underflow(w.hidden_features + w.in_features)
         state = exact.state_error[:, None]
         return Anchors(
             v=exact.problem.operator.affine(z, exact.problem.bias),
-            v_error=(state * moved + 2 * unit * size) * (1 + 1e-9),
+            v_error=not_nan((state * moved + 2 * unit * size + lost) * (1 + 1e-9)),
             logits=found.value.double(),
             logit_error=found.error,
             elsewhere=found.uniform,

@@ -13,6 +13,7 @@ from lben.certificates import Certificate, certify_convolution, certify_pooled
 from lben.convolutional import ConvolutionalWeights, PooledWeights
 from lben.layers.equilibrium import EquilibriumLayer
 from lben.layers.maps import Convolution
+from lben.layers.roundoff import norms_above, underflow
 from lben.layers.uniform import Rates, absolute_norm
 from lben.parameterizations import ConvolutionalParameterization, PooledParameterization
 from lben.parameterizations.explicit import taps
@@ -118,8 +119,9 @@ class ImageEquilibriumLayer(EquilibriumLayer):
 
     def _bias_rounding(self, state: ConvolutionalWeights, x: Tensor) -> Tensor:
         size = self._map.apply(self._unshuffled(x).abs(), state.U.abs(), state.b.abs())
-        v = size * gamma_k(state.U[0].numel() + 4) * taps(state.Lambda.sqrt())
-        return torch.linalg.vector_norm(v.flatten(1), dim=1)
+        terms = state.U[0].numel()
+        v = (size * gamma_k(terms + 4) + underflow(terms)) * taps(state.Lambda.sqrt())
+        return norms_above(v.flatten(1))
 
     def _drive(self, state: ConvolutionalWeights, unit: float) -> tuple[float, float]:
         """Return how much v grows with x, and its rounding."""
@@ -143,9 +145,13 @@ class ImageEquilibriumLayer(EquilibriumLayer):
     def _check_shape(self, x: Tensor) -> None:
         expected = (self.in_channels, *self.image)
         if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+            hint = "the layer is built for one image size"
+            if tuple(x.shape[-3:]) == expected:
+                hint = "merge the leading dimensions, x.flatten(0, -4), and unflatten the result"
+                hint = "add a batch dimension, x[None]" if x.ndim == 3 else hint
             raise ValueError(
                 f"expected images of shape (batch, {', '.join(map(str, expected))}), "
-                f"got {tuple(x.shape)}: the layer is built for one image size"
+                f"got {tuple(x.shape)}: {hint}"
             )
 
 
@@ -257,12 +263,13 @@ class EquilibriumConv2d(ImageEquilibriumLayer):
         size = self.images(z).abs()
         y = torch.zeros_like(size[:, : self.out_channels])
         if not self._identity:
-            terms = gamma_k(weights.C[0].numel() + 4)
-            y = terms * self._map.apply(size, weights.C.abs(), weights.b_y.abs())
+            terms = weights.C[0].numel()
+            y = gamma_k(terms + 4) * self._map.apply(size, weights.C.abs(), weights.b_y.abs())
+            y = y + underflow(terms)
         if isinstance(weights.D, float):
             y = y + 4 * UNIT * (self._readout(weights, x, z).abs() + weights.D * x.abs())
-        norm = torch.linalg.vector_norm(y.flatten(1), dim=1)
-        return self._bias_rounding(weights, x), norm
+            y = y + underflow(1)
+        return self._bias_rounding(weights, x), norms_above(y.flatten(1))
 
     def extra_repr(self) -> str:
         """Describe the layer in `repr`."""
@@ -366,9 +373,9 @@ class PooledEquilibriumConv2d(ImageEquilibriumLayer):
 
     def _rounding(self, weights: PooledWeights, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         C = weights.C.flatten(1)
-        y = gamma_k(C.shape[1] + 4) * (self.images(z).flatten(1).abs() @ C.abs().T)
-        y = y + 4 * UNIT * weights.b_y.abs()
-        return self._bias_rounding(weights.state, x), torch.linalg.vector_norm(y, dim=1)
+        size = self.images(z).flatten(1).abs() @ C.abs().T + weights.b_y.abs()
+        y = gamma_k(C.shape[1] + 4) * size + underflow(C.shape[1])
+        return self._bias_rounding(weights.state, x), norms_above(y)
 
     def extra_repr(self) -> str:
         """Describe the layer in `repr`."""

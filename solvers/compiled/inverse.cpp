@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "vectors.h"
+#include "watch.h"
 
 namespace {
 
@@ -48,10 +49,12 @@ class Matrix {
     }
   }
 
-  void invert() {
+  void invert(Meter& meter) {
     int64_t k = 0;
-    for (; k + kPivots <= c_; k += kPivots) eliminate<kPivots>(k);
-    for (; k < c_; ++k) eliminate<1>(k);
+    for (; k + kPivots <= c_ && !meter.spend(4 * kPivots * c_ * c_); k += kPivots) {
+      eliminate<kPivots>(k);
+    }
+    for (; k < c_ && !meter.spend(4 * c_ * c_); ++k) eliminate<1>(k);
   }
 
  private:
@@ -119,17 +122,20 @@ class Matrix {
 template <class T>
 int inverses(const T* A, int64_t c, int64_t count, int64_t threads, T* out) {
   int failed = 0;
+  Watch watch;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
+    Meter meter(watch);
     Matrix<T> matrix(c);
     failed = !matrix.exists();
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < count; ++i) {
-      if (failed) continue;
+      if (failed || meter.stopped()) continue;
       matrix.read(A + 2 * i * c * c);
-      matrix.invert();
+      matrix.invert(meter);
       matrix.write(out + 2 * i * c * c);
     }
+    watch.finish();
   }
   return failed;
 }

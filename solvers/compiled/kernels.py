@@ -39,7 +39,7 @@ class Build:
         message: where they lie, or why there are none.
     """
 
-    kernels: ctypes.CDLL | None
+    kernels: ctypes.PyDLL | None
     message: str
 
 
@@ -60,13 +60,25 @@ def build() -> Build:
         path = _cache() / f"kernels-{_fingerprint(compiler)}.so"
         if not _is_intact(path):
             _compile(compiler, path)
-        return Build(ctypes.CDLL(str(path)), f"compiled kernels: {path}")
+        return Build(_loaded(path), f"compiled kernels: {path}")
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or "").strip().splitlines() or ["no message"]
         return Build(None, f"no compiled kernels: {shlex.join(compiler)} failed: {lines[0]}")
     # ValueError: quotes in CXX that do not close; RuntimeError: no home directory.
     except (OSError, ValueError, RuntimeError, subprocess.TimeoutExpired) as error:
         return Build(None, f"no compiled kernels: {error}")
+
+
+def _loaded(path: Path) -> ctypes.PyDLL:
+    """Load kernels that give the interpreter's lock back themselves and look for signals.
+
+    An exception that a signal's handler raised, such as KeyboardInterrupt, comes out of the call.
+    """
+    kernels, python = ctypes.PyDLL(str(path)), ctypes.pythonapi
+    functions = (python.PyEval_SaveThread, python.PyEval_RestoreThread, python.PyErr_CheckSignals)
+    kernels.lben_python.restype = None
+    kernels.lben_python(*(ctypes.cast(function, ctypes.c_void_p) for function in functions))
+    return kernels
 
 
 def _compiler() -> list[str]:

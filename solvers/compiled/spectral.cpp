@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "vectors.h"
+#include "watch.h"
 
 namespace {
 
@@ -166,20 +167,23 @@ int product(const T* A, const T* X, int64_t samples, int64_t c, int64_t frequenc
   constexpr int64_t S = kSamples<T>, F = kFrequencies<T>;
   const int64_t lines = (frequencies + F - 1) / F, plane = Line<T>::plane(c);
   int failed = 0;
+  Watch watch;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
+    Meter meter(watch);
     T* x = static_cast<T*>(std::aligned_alloc(kLineBytes, 2 * F * plane * sizeof(T)));
     T* y = x + F * plane;
     failed = x == nullptr;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t index = 0; index < lines; ++index) {
-      if (failed) continue;
+      if (failed || meter.stopped()) continue;
       const int64_t first = index * F, width = std::min(F, frequencies - first);
       const Line<T> line(c, frequencies, width);
       for (int64_t from = 0; from < samples; from += S) {
         const int64_t count = std::min(S, samples - from), start = 2 * (from * c * frequencies + first);
         line.gather(X + start, count, x);
         for (int64_t f = 0; f < width; ++f) {
+          if (meter.spend(4 * c * c * S)) break;
           const T* symbol = A + 2 * (first + f) * c * c;
           line.prefetch(X + start, Y + start, count, f, width);
           int64_t i = 0;
@@ -194,6 +198,7 @@ int product(const T* A, const T* X, int64_t samples, int64_t c, int64_t frequenc
       }
     }
     std::free(x);
+    watch.finish();
   }
   return failed;
 }

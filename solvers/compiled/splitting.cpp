@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "vectors.h"
+#include "watch.h"
 
 namespace {
 
@@ -118,11 +119,13 @@ inline void tile(const T* u, int64_t stride, const T* panel, int64_t n, T* out, 
 }
 
 // out = (1 - theta) out + theta (init + u M) for `count` rows; M in panels of kVectors vectors.
+// Part of it where the meter says stop: nothing is read of what a stopped computation leaves.
 template <class T>
 void product(const T* u, int64_t stride, const T* packed, int64_t n, int64_t count, T* out,
-             const T* init, T theta) {
+             const T* init, T theta, Meter& meter) {
   const int64_t vectors = (n + kLanes<T> - 1) / kLanes<T>;
   for (int64_t first = 0; first < vectors; first += kVectors) {
+    if (meter.spend(n * kVectors * kLanes<T> * count)) return;
     const T* panel = packed + first * kLanes<T> * n;
     const int64_t column = first * kLanes<T>;
     const int64_t width = vectors - first;
@@ -176,13 +179,13 @@ class Group {
     return Rows<T>::bytes(7 * capacity + factors, padded<T>(p.n)) + Inner::bytes(p, capacity);
   }
 
-  Group(const Problem<T>& p, int64_t capacity, Arena& arena)
-      : p_(p), n_(p.n), stride_(padded<T>(p.n)), x_(arena, capacity, stride_),
+  Group(const Problem<T>& p, int64_t capacity, Arena& arena, Watch& watch)
+      : meter_(watch), p_(p), n_(p.n), stride_(padded<T>(p.n)), x_(arena, capacity, stride_),
         before_(arena, capacity, stride_), u_(arena, capacity, stride_),
         shift_(arena, capacity, stride_), factor_(arena, p.slope ? capacity : 1, stride_),
         point_(arena, capacity, stride_), image_(arena, capacity, stride_),
         zero_(arena, capacity, stride_), inner_(p, capacity, arena), rho_(n_), prox_(n_),
-        gauge_(n_), slot_(capacity), order_(capacity), residual_(capacity) {
+        gauge_(n_), slot_(capacity), order_(capacity), residual_(capacity), explained_(capacity) {
     std::memset(zero_[0], 0, Rows<T>::bytes(capacity, stride_));
     for (int64_t i = 0; i < n_; ++i) {
       prox_[i] = shrink(static_cast<T>(p.negative), p.alpha[i]);
@@ -193,14 +196,14 @@ class Group {
 
   void run(int64_t first, int64_t count) {
     begin(first, count);
-    while (active_ > 0) {
+    while (active_ > 0 && !meter_.stopped()) {
       const int64_t burst = plan();
       if (p_.rough && burst >= kInnerLeast) {
         advance(true);
         inner_.run(burst - 2, active_, *this);
         advance(true);
       } else {
-        for (int64_t i = 0; i < burst; ++i) advance(i + 1 == burst);
+        for (int64_t i = 0; i < burst && !meter_.stopped(); ++i) advance(i + 1 == burst);
       }
       for (int64_t s = 0; s < active_; ++s) slot_[s].steps += burst;
       measure();
@@ -214,6 +217,7 @@ class Group {
     T unit;                        // what v, x and z are divided by
     int64_t steps = 0, checks = 0;
     double change = 0, scale = 0;  // |x' - x| / (2 alpha) and |z| in the metric, at last_steps
+    double reach = 0;              // |x| / (2 alpha): what rounding of x is relative to
     int64_t last_steps = 0;
     double rate = 0;               // log of the change's factor per step; 0 while unknown
     double target = 0;             // change at which the next check is made; 0 while unknown
@@ -257,7 +261,7 @@ class Group {
         for (int64_t i = 0; i < n_; ++i) c[i] = shrink(d[i], alpha[i]);
       }
     }
-    if (p_.reflected) product<T>(u_[0], stride_, p_.map, n_, count, shift_[0], u_[0], T(1));
+    if (p_.reflected) product<T>(u_[0], stride_, p_.map, n_, count, shift_[0], u_[0], T(1), meter_);
     if (p_.start == nullptr) return;  // u = -alpha v has resolvent 0, so x = alpha v
     for (int64_t s = 0; s < count; ++s) {
       const T *start = p_.start + (first + s) * n_, inverse = 1 / slot_[s].unit;
@@ -265,11 +269,11 @@ class Group {
       for (int64_t i = 0; i < n_; ++i) u[i] = start[i] * inverse;
     }
     if (!p_.reflected) {
-      product<T>(u_[0], stride_, p_.map, n_, count, x_[0], shift_[0], T(1));
+      product<T>(u_[0], stride_, p_.map, n_, count, x_[0], shift_[0], T(1), meter_);
       return;
     }
     // At the solution x = z + alpha (W z + v - z).
-    product<T>(u_[0], stride_, p_.weights, n_, count, image_[0], zero_[0], T(1));
+    product<T>(u_[0], stride_, p_.weights, n_, count, image_[0], zero_[0], T(1), meter_);
     for (int64_t s = 0; s < count; ++s) {
       const T *w = image_[s], *v = p_.bias + (first + s) * n_, *alpha = p_.alpha, *z = u_[s];
       const T inverse = 1 / slot_[s].unit;
@@ -320,7 +324,7 @@ class Group {
         std::memcpy(before_[0], x_[0], active_ * stride_ * sizeof(T));
       }
     }
-    product<T>(u_[0], stride_, p_.map, n_, active_, x_[0], shift_[0], static_cast<T>(p_.theta));
+    product<T>(u_[0], stride_, p_.map, n_, active_, x_[0], shift_[0], static_cast<T>(p_.theta), meter_);
   }
 
   // Change and size of every sample from the last two iterates: no product.
@@ -330,17 +334,19 @@ class Group {
       const T *x = x_[s], *y = before_[s], *root = p_.root, *gauge = gauge_.data();
       const T* c = p_.slope ? factor_[s] : prox_.data();
       const bool linear = p_.slope != nullptr;
-      T change = 0, scale = 0;
-#pragma omp simd reduction(+ : change, scale)
+      T change = 0, scale = 0, reach = 0;
+#pragma omp simd reduction(+ : change, scale, reach)
       for (int64_t i = 0; i < n_; ++i) {
-        const T e = gauge[i] * (x[i] - y[i]);
+        const T e = gauge[i] * (x[i] - y[i]), f = gauge[i] * x[i];
         const T z = root[i] * ((linear || x[i] < 0) ? c[i] * x[i] : x[i]);
         change += e * e;
         scale += z * z;
+        reach += f * f;
       }
       const double last = slot.change;
       slot.change = std::sqrt(static_cast<double>(change));
       slot.scale = std::sqrt(static_cast<double>(scale));
+      slot.reach = std::sqrt(static_cast<double>(reach));
       if (last > 0 && slot.change > 0) {
         slot.rate = std::log(slot.change / last) / (slot.steps - slot.last_steps);
       }
@@ -351,12 +357,12 @@ class Group {
 
   static constexpr double kRest = 1024 * static_cast<double>(std::numeric_limits<T>::epsilon());
 
-  // A change near the rounding of v or z that has not halved while the steps grew by a quarter and
-  // 64 is at rest.
+  // A change near the rounding of v, x or z that has not halved while the steps grew by a quarter
+  // and 64 is at rest.
   static void note_stalling(Slot& slot) {
     if (slot.change == 0) slot.stalled = true;
     if (slot.stalled || slot.steps < slot.mark_steps * 5 / 4 + 64) return;
-    const double floor = kRest * std::max(slot.scale, slot.size);
+    const double floor = kRest * std::max({slot.scale, slot.size, slot.reach});
     slot.stalled = slot.change > 0.5 * slot.mark && slot.change <= floor;
     slot.mark = slot.change;
     slot.mark_steps = slot.steps;
@@ -383,8 +389,8 @@ class Group {
       Slot& slot = slot_[order_[at]];
       const double r = residual_[at];
       ++slot.checks;
-      if (slot.stalled && r > p_.tol && slot.change > kRest * slot.scale) {
-        slot.stalled = false;  // more than the rounding of v is left, and z is far from its own
+      if (slot.stalled && r > p_.tol && slot.change > kRest * slot.scale && !explained_[at]) {
+        slot.stalled = false;  // more than the rounding of v and x is left, and z is far from its own
       } else if (slot.change > 0 && slot.scale > 0 && r > 0) {
         const double seen = r * slot.scale / slot.change;
         ratio_ = calibrated_ ? 0.5 * (ratio_ + seen) : seen;
@@ -408,29 +414,26 @@ class Group {
         z[i] = ((linear || x[i] < 0) ? c[i] * x[i] : x[i]) * unit * inverse;
       }
     }
-    product<T>(point_[0], stride_, p_.weights, n_, count, image_[0], zero_[0], T(1));
+    product<T>(point_[0], stride_, p_.weights, n_, count, image_[0], zero_[0], T(1), meter_);
     for (int64_t at = 0; at < count; ++at) {
       const int64_t row = slot_[order_[at]].sample * n_;
       const T *z = point_[at], *v = p_.bias + row, *w = image_[at], *root = p_.root;
       const T *d = linear ? p_.slope + row : nullptr, negative = static_cast<T>(p_.negative);
       const T inverse = 1 / slot_[order_[at]].unit;
-      double gap = 0, size = 0, image = 0, bias = 0;
-      const bool resting = slot_[order_[at]].stalled;  // all of v may be rounding then
-#pragma omp simd reduction(+ : gap, size, image, bias)
+      double gap = 0, size = 0, image = 0;
+#pragma omp simd reduction(+ : gap, size, image)
       for (int64_t i = 0; i < n_; ++i) {
-        const T g = v[i] * inverse, y = w[i] + g;
+        const T y = w[i] + v[i] * inverse;
         const T s = linear ? d[i] * y : (y < 0 ? negative * y : y);
         const double a = root[i] * (s - z[i]), b = root[i] * z[i], e = root[i] * s;
-        const double f = resting || s != 0 || z[i] != 0 ? root[i] * g : T(0);
         gap += a * a;
         size += b * b;
         image += e * e;
-        bias += f * f;
       }
-      const double left = std::sqrt(gap) - p_.noise * std::sqrt(bias);
-      const double scale = std::sqrt(std::max(size, image));
-      const double tiny = static_cast<double>(std::numeric_limits<T>::min()) * inverse;
-      residual_[at] = (left < 0 ? 0 : left) / (scale > tiny ? scale : tiny);  // NaN stays NaN
+      const double left = std::sqrt(gap), scale = std::sqrt(std::max(size, image));
+      residual_[at] = left == 0 ? 0 : left / scale;  // NaN stays NaN
+      const Slot& slot = slot_[order_[at]];
+      explained_[at] = left - p_.noise * (slot.size + slot.reach) <= p_.tol * scale;
     }
   }
 
@@ -479,7 +482,7 @@ class Group {
         }
       }
       const bool linear = p.slope != nullptr;
-      for (int64_t step = 0; step < count; ++step) {
+      for (int64_t step = 0; step < count && !group.meter_.stopped(); ++step) {
         for (int64_t s = 0; s < active; ++s) {
           const float *x = d[s], *b = base[s], *c = factor[s];
           float* out = u[s];
@@ -494,7 +497,8 @@ class Group {
             }
           }
         }
-        product<float>(u[0], stride, p.rough, n, active, d[0], move[0], theta);
+        product<float>(u[0], stride, p.rough, n, active, d[0], move[0], theta,
+                       group.meter_);
       }
       for (int64_t s = 0; s < active; ++s) {
         T* x = group.x_[s];
@@ -514,6 +518,7 @@ class Group {
   static constexpr double kInnerGain = -9;
   static constexpr int64_t kInnerLeast = 5;
 
+  Meter meter_;
   const Problem<T>& p_;
   const int64_t n_, stride_;
   Rows<T> x_, before_, u_, shift_, factor_, point_, image_, zero_;
@@ -522,6 +527,7 @@ class Group {
   std::vector<Slot> slot_;
   std::vector<int64_t> order_;
   std::vector<double> residual_;
+  std::vector<char> explained_;  // whether rounding may be what is left above tol
   int64_t active_ = 0;
   double ratio_ = 1;  // residual over change, as last seen
   bool calibrated_ = false;
@@ -533,17 +539,19 @@ int run(const Problem<T>& p) {
   const int64_t size = p.samples <= 256 ? 32 : 64;
   const int64_t groups = (p.samples + size - 1) / size;
   std::atomic<int> failed{0};
+  Watch watch;
 #pragma omp parallel num_threads(std::min(p.threads, groups))
   {
     thread_local Arena arena;
     const bool ok = arena.reserve(Group<T>::bytes(p, size));
     if (!ok) failed = 1;
     std::optional<Group<T>> group;
-    if (ok) group.emplace(p, size, arena);
-#pragma omp for schedule(dynamic)
+    if (ok) group.emplace(p, size, arena, watch);
+#pragma omp for schedule(dynamic) nowait
     for (int64_t g = 0; g < groups; ++g) {
-      if (ok) group->run(g * size, std::min(size, p.samples - g * size));
+      if (ok && !watch.stopped()) group->run(g * size, std::min(size, p.samples - g * size));
     }
+    watch.finish();
   }
   return failed;
 }
@@ -554,23 +562,33 @@ void pack(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t n,
           T* packed) {
   const int64_t vectors = (n + kLanes<T> - 1) / kLanes<T>;
   const int64_t panels = (vectors + kVectors - 1) / kVectors;
-#pragma omp parallel for num_threads(threads) if (n >= 256)
-  for (int64_t p = 0; p < panels; ++p) {
-    const int64_t first = p * kVectors * kLanes<T>;
-    const int64_t width = std::min<int64_t>(kVectors, vectors - p * kVectors) * kLanes<T>;
-    T* out = packed + first * n;
-    for (int64_t k = 0; k < n; ++k) {
-      const T* row = matrix + k * row_stride + first * column_stride;
-      const int64_t count = std::min(width, n - first);
-      for (int64_t j = 0; j < count; ++j) out[k * width + j] = row[j * column_stride];
-      for (int64_t j = count; j < width; ++j) out[k * width + j] = 0;
+  Watch watch;
+#pragma omp parallel num_threads(threads) if (n >= 256)
+  {
+    Meter meter(watch);
+#pragma omp for nowait
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t first = p * kVectors * kLanes<T>;
+      const int64_t width = std::min<int64_t>(kVectors, vectors - p * kVectors) * kLanes<T>;
+      if (meter.spend(n * width)) continue;
+      T* out = packed + first * n;
+      for (int64_t k = 0; k < n; ++k) {
+        const T* row = matrix + k * row_stride + first * column_stride;
+        const int64_t count = std::min(width, n - first);
+        for (int64_t j = 0; j < count; ++j) out[k * width + j] = row[j * column_stride];
+        for (int64_t j = count; j < width; ++j) out[k * width + j] = 0;
+      }
     }
+    watch.finish();
   }
 }
 
 }  // namespace
 
 extern "C" {
+void lben_python(void* (*save)(), void (*restore)(void*), int (*check)()) {
+  python = Python{save, restore, check};
+}
 void lben_pack_float(const float* m, int64_t r, int64_t c, int64_t n, int64_t t, float* out) {
   pack(m, r, c, n, t, out);
 }

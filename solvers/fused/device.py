@@ -186,7 +186,8 @@ class _Loop:
         finfo = torch.finfo(self.v.dtype)
         values = {
             "negative": self.negative, "theta": self.theta, "tol": tol, "noise": self.noise,
-            "limit": STALL * finfo.eps, "tiny": finfo.tiny, "one": 1.0, "infinity": math.inf,
+            "limit": STALL * finfo.eps, "one": 1.0, "infinity": math.inf,
+            "least": 4 * finfo.tiny, "most": 0.25 / finfo.tiny,
         }  # fmt: skip
         return self.v.new_tensor([values[name] for name in _kernels().NUMBERS])
 

@@ -20,7 +20,9 @@ import triton
 import triton.language as tl
 
 # Numbers come in a tensor of the problem's dtype, in this order: arguments would be float32.
-NUMBERS = ("negative", "theta", "tol", "noise", "limit", "tiny", "one", "infinity")
+NUMBERS = (
+    "negative", "theta", "tol", "noise", "limit", "one", "infinity", "least", "most",
+)  # fmt: skip
 
 
 @triton.jit
@@ -46,11 +48,34 @@ def _factor(slope_ptr, negative, alpha, at, inside, SLOPES: tl.constexpr):
 
 
 @triton.jit
-def _residual(change, size_image, size_z, hidden, noise, tiny):
-    """‖z̃ − z‖ less what rounding of v hides, relative, from sums of squares."""
-    size = tl.maximum(tl.maximum(tl.sqrt(size_image), tl.sqrt(size_z)), tiny)
-    left = tl.sqrt(change) - noise * tl.sqrt(hidden)
-    return tl.where(left == left, tl.maximum(left, 0.0), left) / size
+def _unit(largest, least, most):
+    """The power of two below the largest |v| of a sample: what v, x and z are divided by.
+
+    σ is positively homogeneous here, and in this unit no sum of squares overflows or vanishes.
+    """
+    if largest.dtype == tl.float64:
+        bits = largest.to(tl.int64, bitcast=True) & 0x7FF0000000000000
+        unit = bits.to(tl.float64, bitcast=True)
+    else:
+        bits = largest.to(tl.int32, bitcast=True) & 0x7F800000
+        unit = bits.to(tl.float32, bitcast=True)
+    # Normal, with a normal inverse; 1 for 0 and NaN.
+    return tl.where(largest > 0, tl.minimum(tl.maximum(unit, least), most), 1.0)
+
+
+@triton.jit
+def _residual(change, size_image, size_z):
+    """‖z̃ − z‖, relative, from sums of squares; 0 where nothing is left."""
+    size = tl.maximum(tl.sqrt(size_image), tl.sqrt(size_z))
+    left = tl.sqrt(change)
+    return left / tl.where(left == 0.0, 1.0, size)
+
+
+@triton.jit
+def _rests(change, size_image, size_z, v, x, noise, tol):
+    """Whether rounding of v and x may be what is left of ‖z̃ − z‖ above the tolerance."""
+    size = tl.maximum(tl.sqrt(size_image), tl.sqrt(size_z))
+    return tl.sqrt(change) - noise * (tl.sqrt(v) + tl.sqrt(x)) <= tol * size
 
 
 @triton.jit
@@ -71,21 +96,18 @@ def _next(step, worst, step_before, worst_before, tol, max_steps):
 
 
 @triton.jit
-def _judge(residual, granted, finished, step, mark, mark_step, tol, limit, max_steps):
+def _judge(residual, rests, finished, step, mark, mark_step, tol, limit, max_steps):
     """Which samples pass at this check, and whether it is the last one of this program."""
     worst = _worst(residual, finished)
     last = (worst <= tol) | (step >= max_steps) | (worst == float("inf"))
     due = step >= mark_step * 5 // 4 + 64
-    rests = due & (worst > 0.5 * mark)
+    slow = due & (worst > 0.5 * mark)
     mark = tl.where(due, worst, mark)
     mark_step = tl.where(due, step, mark_step)
-    # What is left of the residual may be rounding of all of v.
-    allowed = tl.where(residual <= tol, residual, granted)
-    stalls = rests & ((_worst(allowed, finished) <= tol) | (worst <= limit))
-    residual = tl.where(stalls & (last == 0), allowed, residual)
-    last = last | stalls
+    open_ = tl.max(tl.where((finished != 0) | rests | (residual <= tol), 0, 1), 0)
+    last = last | (slow & ((open_ == 0) | (worst <= limit)))
     passes = (finished == 0) & (tl.where(last, tol, residual) <= tol)
-    return residual, passes, last, worst, mark, mark_step
+    return passes, last, worst, mark, mark_step
 
 
 @triton.jit
@@ -99,9 +121,7 @@ def resident(
 ):  # fmt: skip
     """Solve for ROWS samples of at most UNITS units."""
     negative, theta, tol = tl.load(numbers_ptr), tl.load(numbers_ptr + 1), tl.load(numbers_ptr + 2)
-    noise, limit, tiny = (
-        tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 4), tl.load(numbers_ptr + 5)
-    )  # fmt: skip
+    noise, limit = tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 4)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     unit = tl.arange(0, UNITS)
     inside = (row < samples)[:, None] & (unit < n)[None, :]
@@ -113,10 +133,14 @@ def resident(
     root = tl.load(root_ptr + unit, mask=unit < n, other=0.0)[None, :]
     d, factor = _factor(slope_ptr, negative, alpha, at, inside, SLOPES)
     v = tl.load(v_ptr + at, mask=inside, other=0.0)
+    unit_of = _unit(
+        tl.max(tl.abs(v), 1), tl.load(numbers_ptr + 7), tl.load(numbers_ptr + 8)
+    )[:, None]  # fmt: skip
+    v = v / unit_of
     shift = alpha * v
     x = shift
     if WARM:
-        z = tl.load(start_ptr + at, mask=inside, other=0.0)
+        z = tl.load(start_ptr + at, mask=inside, other=0.0) / unit_of
         if REFLECTED:
             WT = tl.load(weights, mask=square, other=0.0)
             x = z + alpha * (tl.dot(z, WT, input_precision=PRECISION) + v - z)
@@ -128,7 +152,7 @@ def resident(
 
     finished = (row >= samples).to(tl.int32)
     step, step_before, mark_step, checks = DONE, 0, 0, 0
-    worst_before, mark = tl.load(numbers_ptr + 6), tl.load(numbers_ptr + 7)
+    worst_before, mark = tl.load(numbers_ptr + 5), tl.load(numbers_ptr + 6)
     ahead = tl.minimum(first_check, max_steps)
     running = True
     while running:
@@ -137,19 +161,19 @@ def resident(
             x = (1 - theta) * x + theta * (shift + image)
         step = ahead
         checks += 1
-        z = _prox(x, factor, SLOPES)
+        whole_z = _prox(x, factor, SLOPES) * unit_of  # as it will be returned
+        z = whole_z / unit_of
         WT = tl.load(weights, mask=square, other=0.0)
         image = _prox(tl.dot(z, WT, input_precision=PRECISION) + v, d, SLOPES)
-        change, shown = root * (image - z), root * tl.where((image != 0) | (z != 0), v, 0.0)
+        change, moved = root * (image - z), root * x / alpha
         squares = tl.sum(change * change, 1)
         size_image, size_z = tl.sum(root * image * root * image, 1), tl.sum(root * z * root * z, 1)
-        hidden = tl.sum(shown * shown, 1)
-        residual = _residual(squares, size_image, size_z, hidden, noise, tiny)
-        granted = _residual(squares, size_image, size_z, whole, noise, tiny)
-        residual, passes, last, worst, mark, mark_step = _judge(
-            residual, granted, finished, step, mark, mark_step, tol, limit, max_steps
+        residual = _residual(squares, size_image, size_z)
+        rests = _rests(squares, size_image, size_z, whole, tl.sum(moved * moved, 1), noise, tol)
+        passes, last, worst, mark, mark_step = _judge(
+            residual, rests, finished, step, mark, mark_step, tol, limit, max_steps
         )
-        tl.store(z_ptr + at, z, mask=inside & passes[:, None])
+        tl.store(z_ptr + at, whole_z, mask=inside & passes[:, None])
         tl.store(residual_ptr + row, residual, mask=passes)
         tl.store(steps_ptr + row, tl.zeros_like(row) + step, mask=passes)
         finished = finished | passes.to(tl.int32)
@@ -215,36 +239,42 @@ def tiled(
 ):  # fmt: skip
     """Solve for ROWS samples of any number of units; `own` is samples × 2 × n, `shift` as v."""
     negative, theta, tol = tl.load(numbers_ptr), tl.load(numbers_ptr + 1), tl.load(numbers_ptr + 2)
-    noise, limit, tiny = (
-        tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 4), tl.load(numbers_ptr + 5)
-    )  # fmt: skip
+    noise, limit = tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 4)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start = row[:, None].to(tl.int64) * n
     own = row[:, None].to(tl.int64) * (2 * n)
     whole = tl.zeros((ROWS,), dtype=v_ptr.dtype.element_ty)
+    largest = tl.zeros_like(whole)
+    for first in range(0, n, UNITS):
+        unit = first + tl.arange(0, UNITS)
+        inside = (row < samples)[:, None] & (unit < n)[None, :]
+        v = tl.load(v_ptr + start + unit[None, :], mask=inside, other=0.0)
+        largest = tl.maximum(largest, tl.max(tl.abs(v), 1))
+    unit_of = _unit(largest, tl.load(numbers_ptr + 7), tl.load(numbers_ptr + 8))[:, None]
     for first in range(0, n, UNITS):
         unit = first + tl.arange(0, UNITS)
         inside = (row < samples)[:, None] & (unit < n)[None, :]
         alpha = tl.load(alpha_ptr + unit, mask=unit < n, other=1.0)[None, :]
         root = tl.load(root_ptr + unit, mask=unit < n, other=0.0)[None, :]
-        v = tl.load(v_ptr + start + unit[None, :], mask=inside, other=0.0)
+        v = tl.load(v_ptr + start + unit[None, :], mask=inside, other=0.0) / unit_of
         whole += tl.sum(root * v * root * v, 1)
         x = alpha * v
         if WARM:
-            z = tl.load(start_ptr + start + unit[None, :], mask=inside, other=0.0)
+            z = tl.load(start_ptr + start + unit[None, :], mask=inside, other=0.0) / unit_of
             if REFLECTED:
                 image = _product(
                     start_ptr, n, slope_ptr, alpha_ptr, negative, w_ptr, w_column, w_row,
                     row, unit, samples, n, "plain", REFLECTED, SLOPES,
                     ROWS, UNITS, DEPTH, PRECISION,
                 )  # fmt: skip
-                x = z + alpha * (image + v - z)
+                x = z + alpha * (image / unit_of + v - z)
             else:
-                x += _product(
+                image = _product(
                     start_ptr, n, slope_ptr, alpha_ptr, negative, m_ptr, m_row, m_column,
                     row, unit, samples, n, "plain", REFLECTED, SLOPES,
                     ROWS, UNITS, DEPTH, PRECISION,
                 )  # fmt: skip
+                x += image / unit_of
         # The other half holds αv for the moment, of which the shift is made.
         tl.store(own_ptr + own + unit[None, :], x, mask=inside)
         tl.store(own_ptr + own + n + unit[None, :], alpha * v, mask=inside)
@@ -263,7 +293,7 @@ def tiled(
 
     finished = (row >= samples).to(tl.int32)
     step, step_before, mark_step, checks, here = DONE, 0, 0, 0, 0
-    worst_before, mark = tl.load(numbers_ptr + 6), tl.load(numbers_ptr + 7)
+    worst_before, mark = tl.load(numbers_ptr + 5), tl.load(numbers_ptr + 6)
     ahead = tl.minimum(first_check, max_steps)
     running = True
     while running:
@@ -283,7 +313,7 @@ def tiled(
             here = n - here
         step = ahead
         checks += 1
-        squares, hidden = tl.zeros_like(whole), tl.zeros_like(whole)
+        squares, moved = tl.zeros_like(whole), tl.zeros_like(whole)
         size_image, size_z = tl.zeros_like(whole), tl.zeros_like(whole)
         for first in range(0, n, UNITS):
             unit = first + tl.arange(0, UNITS)
@@ -292,23 +322,23 @@ def tiled(
             root = tl.load(root_ptr + unit, mask=unit < n, other=0.0)[None, :]
             at = start + unit[None, :]
             d, factor = _factor(slope_ptr, negative, alpha, at, inside, SLOPES)
-            v = tl.load(v_ptr + at, mask=inside, other=0.0)
+            v = tl.load(v_ptr + at, mask=inside, other=0.0) / unit_of
             x = tl.load(own_ptr + own + here + unit[None, :], mask=inside, other=0.0)
-            z = _prox(x, factor, SLOPES)
+            z = _prox(x, factor, SLOPES) * unit_of / unit_of  # as it will be returned
             image = v + _product(
                 own_ptr + here, 2 * n, slope_ptr, alpha_ptr, negative, w_ptr, w_column, w_row,
                 row, unit, samples, n, "weights", REFLECTED, SLOPES, ROWS, UNITS, DEPTH, PRECISION,
             )  # fmt: skip
             image = _prox(image, d, SLOPES)
-            change, shown = root * (image - z), root * tl.where((image != 0) | (z != 0), v, 0.0)
+            change = root * (image - z)
             squares += tl.sum(change * change, 1)
-            hidden += tl.sum(shown * shown, 1)
+            moved += tl.sum(root * x / alpha * root * x / alpha, 1)
             size_image += tl.sum(root * image * root * image, 1)
             size_z += tl.sum(root * z * root * z, 1)
-        residual = _residual(squares, size_image, size_z, hidden, noise, tiny)
-        granted = _residual(squares, size_image, size_z, whole, noise, tiny)
-        residual, passes, last, worst, mark, mark_step = _judge(
-            residual, granted, finished, step, mark, mark_step, tol, limit, max_steps
+        residual = _residual(squares, size_image, size_z)
+        rests = _rests(squares, size_image, size_z, whole, moved, noise, tol)
+        passes, last, worst, mark, mark_step = _judge(
+            residual, rests, finished, step, mark, mark_step, tol, limit, max_steps
         )
         for first in range(0, n, UNITS):
             unit = first + tl.arange(0, UNITS)
@@ -317,7 +347,8 @@ def tiled(
             at = start + unit[None, :]
             _, factor = _factor(slope_ptr, negative, alpha, at, inside, SLOPES)
             x = tl.load(own_ptr + own + here + unit[None, :], mask=inside, other=0.0)
-            tl.store(z_ptr + at, _prox(x, factor, SLOPES), mask=inside & passes[:, None])
+            z = _prox(x, factor, SLOPES) * unit_of
+            tl.store(z_ptr + at, z, mask=inside & passes[:, None])
         tl.store(residual_ptr + row, residual, mask=passes)
         tl.store(steps_ptr + row, tl.zeros_like(row) + step, mask=passes)
         finished = finished | passes.to(tl.int32)

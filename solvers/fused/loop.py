@@ -133,7 +133,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _kernels() -> ctypes.CDLL:
+def _kernels() -> ctypes.PyDLL:
     result: Build = build()
     assert result.kernels is not None, result.message
     return result.kernels

@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -142,7 +143,7 @@ class LinearOperator(ABC):
 
     @abstractmethod
     def magnitude(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        """Return at least |W| z for non-negative z: rounding errors of Wz are below
+        """Return |W| z for non-negative z, or more; rounding errors of Wz are below
         γ_summands · magnitude(|z|)."""
 
     @property
@@ -150,23 +151,56 @@ class LinearOperator(ABC):
         """The longest chain of roundings in one entry of Wz."""
         return self.n
 
+    # Note [Rounding of a product]
+    # A sum of k products, added in any order and in any number of accumulators, with or without
+    # fused multiply-adds, errs by at most γ_k Σ|aᵢbᵢ| with γ_k = ku/(1 − ku), u half an eps (Higham
+    # 2002, section 3.1). A further term that some accumulator starts with, as v in addmm, is one
+    # more summand: γ_{k+1}(Σ|aᵢbᵢ| + |v|). Strassen's and Winograd's products are not covered; no
+    # BLAS uses them by default, nor does oneDNN for the convolutions of PyTorch on a CPU, but cuDNN
+    # may for float32 convolutions. What is below the smallest normal number may be flushed to zero,
+    # in an argument, a product or a sum: at most 2 of that number for each operation. All bounds
+    # here take eps for u, twice what is needed, are evaluated in float64, and are infinite where
+    # they overflow.
     def rounding(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, " *batch"]:
-        """Return a bound of the rounding error of `mv(z)` in the Λ norm."""
-        unit = (self.summands + 4) * torch.finfo(z.dtype).eps
-        return self.norm(unit * self.magnitude(z.abs()))
+        """Return a bound of the rounding error of `mv(z)` in the Λ norm, in float64.
+
+        For the product in the dtype of z; see Note [Rounding of a product] for what it covers.
+        """
+        exact, finfo = self.to(torch.float64), torch.finfo(z.dtype)
+        size = exact.magnitude(z.detach().abs().double())
+        unit = (self.summands + 4) * finfo.eps
+        return exact.norm_above(unit * size + finfo.tiny * exact.losses())
+
+    def losses(self) -> Float[Tensor, " n"] | float:
+        """Return what Wz may lose to underflow, per unit, in units of the smallest normal number.
+
+        2 for each operation, times what is multiplied by it later.
+        """
+        return 2.0 * (self.summands + 4)
+
+    @property
+    def by_kernels(self) -> bool:
+        """Whether products are convolutions by kernels, which a device may evaluate by Winograd's
+        method."""
+        return False
 
     def rounding_gain(self, dtype: torch.dtype) -> float:
-        """Return a bound of ‖fl(Wz) − Wz‖_Λ / ‖z‖_Λ over all z, for products in a precision.
+        """Return r with: `rounding(z)` in this dtype is at most r ‖z‖_Λ, underflow aside."""
+        return (self.summands + 4) * torch.finfo(dtype).eps * self.absolute_gain()
 
-        By Schur's test ‖A‖₂² is at most the largest row sum times the largest column sum, here of
-        A = Λ^½|W|Λ^(−½).
-        """
+    def absolute_gain(self) -> float:
+        """Return at least ‖Λ^½ |W| Λ^(−½)‖₂ ≤ √(‖·‖₁ ‖·‖_∞), from two products with |W|."""
+        return self.memo("absolute gain", self._absolute_gain)
+
+    def _absolute_gain(self) -> float:
         exact = self.to(torch.float64)
-        root = exact.metric.detach().sqrt()
+        root = exact.root_metric
         rows = (root * exact.magnitude(1 / root)).max()
         columns = (exact.T.magnitude(root) / root).max()
-        unit = (self.summands + 4) * torch.finfo(dtype).eps
-        return unit * math.sqrt(float(rows)) * math.sqrt(float(columns)) * (1 + 2.0**-30)
+        gain = float(rows.sqrt() * columns.sqrt())
+        terms = self.summands + 16
+        gain = gain * (1 + 2 * terms * torch.finfo(torch.float64).eps)
+        return math.inf if math.isnan(gain) else gain
 
     @abstractmethod
     def diagonal(self) -> Float[Tensor, " n"]:
@@ -240,23 +274,57 @@ class LinearOperator(ABC):
         key = ("metric of the transpose", self.transposed)
         return self.memo(key, lambda: 1 / self.metric.detach())
 
+    @property
+    def root_metric(self) -> Float[Tensor, " n"]:
+        """Λ^½."""
+        return self.memo(("root metric", self.transposed), lambda: self.metric.detach().sqrt())
+
     def norm(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, " *batch"]:
         """Return ‖z‖_Λ per sample."""
-        key = ("root metric", self.transposed)
-        root = self.memo(key, lambda: self.metric.detach().sqrt())
-        weighted = z * root
+        weighted = z * self.root_metric
         # Scaled by the largest entry, so that squares neither overflow nor vanish.
         largest = weighted.abs().amax(-1, keepdim=True)
         largest.clamp_min_(torch.finfo(z.dtype).tiny)
         return torch.linalg.vector_norm(weighted / largest, dim=-1) * largest.squeeze(-1)
+
+    def norm_above(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, " *batch"]:
+        """Return at least ‖z‖_Λ per sample, rounding and underflow included; infinite for NaN."""
+        finfo, root = torch.finfo(z.dtype), self.root_metric
+        lost = 8 * finfo.tiny * (math.sqrt(self.n) + torch.linalg.vector_norm(root))
+        norm = self.norm(z) * (1 + (self.n + 16) * finfo.eps) + lost
+        return torch.where(norm.isnan(), torch.inf, norm)
+
+
+def check_tensors(**tensors: object) -> None:
+    """Check that these are tensors of real floating-point numbers.
+
+    Raises:
+        TypeError: if one is no tensor, or its numbers are complex, integers or truth values.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            hint = (
+                "torch.from_numpy(...)" if isinstance(tensor, np.ndarray) else "torch.tensor(...)"
+            )
+            raise TypeError(
+                f"{name} must be a torch.Tensor, got {type(tensor).__module__}."
+                f"{type(tensor).__qualname__}: convert it by {hint}"
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"{name} must hold real floating-point numbers, float32 or float64, got "
+                f"{tensor.dtype}"
+            )
 
 
 def check_metric(metric: Tensor, n: int, like: Tensor) -> None:
     """Check that Λ holds one number per unit, of the type and on the device of `like`.
 
     Raises:
-        ValueError: if not.
+        TypeError: if it is no tensor of real numbers.
+        ValueError: if it does not fit.
     """
+    check_tensors(metric=metric)
     if metric.shape != (n,):
         raise ValueError(
             f"metric must hold one number per unit, shape ({n},), got {tuple(metric.shape)}"

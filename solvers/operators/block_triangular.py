@@ -20,6 +20,7 @@ from solvers.operators.base import (
     NotMonotoneError,
     Resolvent,
     check_metric,
+    check_tensors,
     step_key,
 )
 from solvers.operators.dense import DenseOperator
@@ -141,6 +142,7 @@ class BlockTriangularOperator(LinearOperator):
         metric: Λ; the blocks' metrics one after the other when omitted. See `monotone_metric`.
 
     Raises:
+        TypeError: if a block is no operator, or a coupling or the metric no tensor of real numbers.
         ValueError: if there is no block, a coupling stands elsewhere or has another shape, or
             dtypes or devices differ.
     """
@@ -156,6 +158,13 @@ class BlockTriangularOperator(LinearOperator):
             raise ValueError("a block-triangular operator needs at least one block, got none")
         object.__setattr__(self, "blocks", tuple(self.blocks))
         object.__setattr__(self, "couplings", dict(sorted(self.couplings.items())))
+        for i, block in enumerate(self.blocks):
+            if not isinstance(block, LinearOperator):
+                raise TypeError(
+                    f"block {i} must be a LinearOperator, got {type(block).__name__}: pass "
+                    "DenseOperator(W) for a matrix W"
+                )
+        check_tensors(**{f"coupling {key}": W for key, W in self.couplings.items()})
         like = self.blocks[0].metric
         for i, block in enumerate(self.blocks):
             if block.dtype != like.dtype or block.device != like.device:
@@ -275,6 +284,14 @@ class BlockTriangularOperator(LinearOperator):
         longest = max(block.summands for block in self.blocks)
         longest = max(longest, *(block.n for block in self.blocks)) if self.couplings else longest
         return longest + len(self.blocks) - 1  # each further term of a row is one addition
+
+    @property
+    def by_kernels(self) -> bool:
+        return any(block.by_kernels for block in self.blocks)
+
+    def losses(self) -> Tensor:
+        own = [block.losses() + torch.zeros_like(block.metric) for block in self.blocks]
+        return torch.cat(own) + 2 * (self.summands + 4)
 
     def diagonal(self) -> Tensor:
         return torch.cat([block.diagonal() for block in self.blocks])

@@ -21,6 +21,7 @@ from solvers.operators.base import (
     Map,
     Resolvent,
     check_metric,
+    check_tensors,
     column,
     singular,
     step_key,
@@ -96,6 +97,7 @@ class ConvolutionOperator(LinearOperator):
         channel_metric: Λ, one positive number per channel; ones when omitted.
 
     Raises:
+        TypeError: if the kernel or the metric is no tensor of real numbers.
         ValueError: if the kernel is not square, even or larger than the image, or the metric does
             not fit.
     """
@@ -110,6 +112,7 @@ class ConvolutionOperator(LinearOperator):
 
     def __post_init__(self) -> None:
         K = self.kernel
+        check_tensors(kernel=K)
         if K.ndim != 4 or K.shape[0] != K.shape[1] or K.shape[2] != K.shape[3] or K.numel() == 0:
             raise ValueError(f"kernel must have shape (c, c, k, k), got {tuple(K.shape)}")
         if K.shape[-1] % 2 == 0:
@@ -184,8 +187,7 @@ class ConvolutionOperator(LinearOperator):
     def magnitude(self, z: Tensor) -> Tensor:
         if self._is_direct:
             return self.torus.convolve(z, self._own().detach().abs())
-        norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-        return (self._size() * norm).expand_as(z)
+        return (self._size() * self._plain().norm(z)).unsqueeze(-1).expand_as(z)
 
     @property
     def summands(self) -> int:
@@ -199,24 +201,47 @@ class ConvolutionOperator(LinearOperator):
         transforms = 16 * sum(self.image) ** 1.5
         return 2 * math.ceil(transforms + 4 * self.torus.channels + self.kernel[0, 0].numel() + 16)
 
+    def losses(self) -> float:
+        if self._is_direct:
+            return super().losses()  # type: ignore[return-value]
+        return 2 * (self.summands + self.n) * math.sqrt(self.n) * (1 + self._size())
+
+    @property
+    def by_kernels(self) -> bool:
+        return self._is_direct
+
     def rounding(self, z: Tensor) -> Tensor:
         if self._is_direct:
             return super().rounding(z)
-        unit = (self.summands + 4) * torch.finfo(z.dtype).eps * self._size()
-        largest = float(self.channel_metric.detach().max()) ** 0.5
-        return unit * largest * torch.linalg.vector_norm(z, dim=-1)
+        # By norms: a transform spreads its error over all units.
+        exact, finfo = self.to(torch.float64), torch.finfo(z.dtype)
+        unit = (self.summands + 4) * finfo.eps
+        largest = float(exact.root_metric.max()) * (1 + 4 * torch.finfo(torch.float64).eps)
+        error = unit * self._size() * exact._plain().norm_above(z.detach().double())
+        return largest * (error + math.sqrt(self.n) * finfo.tiny * self.losses())
+
+    def _plain(self) -> ConvolutionOperator:
+        """Return this operator in the plain norm."""
+        return self.memo("plain", lambda: type(self)(self.kernel.detach(), self.image))
 
     def rounding_gain(self, dtype: torch.dtype) -> float:
         if self._is_direct:
             return super().rounding_gain(dtype)
         metric = self.channel_metric.detach().double()
-        unit = (self.summands + 4) * torch.finfo(dtype).eps * self._size()
-        return unit * float(metric.max() / metric.min()) ** 0.5 * (1 + 2.0**-30)
+        spread = float((metric.max() / metric.min()).sqrt()) * (1 + 2.0**-40)
+        return (self.summands + 4) * torch.finfo(dtype).eps * self._size() * spread
+
+    def _absolute_gain(self) -> float:
+        if self._is_direct:
+            return super()._absolute_gain()
+        metric = self.channel_metric.detach().double()
+        return self._size() * float((metric.max() / metric.min()).sqrt()) * (1 + 2.0**-40)
 
     def _size(self) -> float:
         """Return ‖Σₜ|K[·, ·, t]|‖_F, which bounds ‖Ŵ(ω)‖_F at every frequency."""
         return self.memo(
-            "size", lambda: float(self.kernel.detach().abs().flatten(2).sum(2).norm()) * 1.001
+            "size",
+            lambda: float(self.kernel.detach().double().abs().flatten(2).sum(2).norm()) * 1.001,
         )
 
     def diagonal(self) -> Tensor:

@@ -18,6 +18,7 @@ from solvers.operators.base import (
     Map,
     Resolvent,
     check_metric,
+    check_tensors,
     column,
     singular,
     step_key,
@@ -75,6 +76,7 @@ class DenseOperator(LinearOperator):
         metric: Λ as a vector of n positive numbers; ones when omitted.
 
     Raises:
+        TypeError: if W or the metric is no tensor of real numbers.
         ValueError: if W is not square, or the metric has another length, dtype or device.
     """
 
@@ -85,6 +87,7 @@ class DenseOperator(LinearOperator):
 
     def __post_init__(self) -> None:
         W = self.W
+        check_tensors(W=W)
         if W.ndim != 2 or W.shape[0] != W.shape[1] or W.shape[0] == 0:
             raise ValueError(f"W must be a square matrix, got shape {tuple(W.shape)}")
         if self.metric is None:

@@ -18,6 +18,7 @@ from solvers.operators.base import (
     Map,
     Resolvent,
     check_metric,
+    check_tensors,
     column,
     singular,
     step_key,
@@ -79,6 +80,7 @@ class LowRankOperator(LinearOperator):
         metric: Λ as a vector of n positive numbers; ones when omitted.
 
     Raises:
+        TypeError: if one of them is no tensor of real numbers.
         ValueError: if the shapes do not fit, r ≥ n, or dtypes or devices differ.
     """
 
@@ -91,6 +93,7 @@ class LowRankOperator(LinearOperator):
 
     def __post_init__(self) -> None:
         d, A, B = self.d, self.A, self.B
+        check_tensors(d=d, A=A, B=B)
         shapes = ", ".join(str(tuple(t.shape)) for t in (d, A, B))
         if d.ndim != 1 or A.ndim != 2 or A.shape != B.shape or A.shape[0] != d.shape[0]:
             raise ValueError(f"d, A and B must have shapes (n,), (n, r) and (n, r), got {shapes}")
@@ -148,6 +151,9 @@ class LowRankOperator(LinearOperator):
     @property
     def summands(self) -> int:
         return self.n + self.A.shape[1] + 1
+
+    def losses(self) -> Tensor:
+        return 2 * (self.summands + 4) * (1 + self.A.detach().abs().sum(1))
 
     def diagonal(self) -> Tensor:
         d, A, B = (t.detach() for t in self.tensors)

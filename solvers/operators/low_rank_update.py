@@ -17,6 +17,7 @@ from solvers.operators.base import (
     LinearOperator,
     Map,
     Resolvent,
+    check_tensors,
     column,
     singular,
     step_key,
@@ -68,6 +69,7 @@ class LowRankUpdate(LinearOperator):
         B: n × r.
 
     Raises:
+        TypeError: if base is another operator, or A or B no tensor of real numbers.
         ValueError: if A or B do not fit the convolution.
     """
 
@@ -78,6 +80,9 @@ class LowRankUpdate(LinearOperator):
     _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.base, ConvolutionOperator):
+            raise TypeError(f"base must be a ConvolutionOperator, got {self.base!r}")
+        check_tensors(A=self.A, B=self.B)
         for name, t in (("A", self.A), ("B", self.B)):
             if t.ndim != 2 or t.shape != self.A.shape or len(t) != self.base.n:
                 raise ValueError(
@@ -140,18 +145,34 @@ class LowRankUpdate(LinearOperator):
     def summands(self) -> int:
         return max(self.base.summands, self.n + self.A.shape[1]) + 1
 
+    def losses(self) -> Tensor:
+        return self.base.losses() + 2 * (self.n + 8) * (1 + self.A.detach().abs().sum(1))
+
+    @property
+    def by_kernels(self) -> bool:
+        return self.base.by_kernels
+
     def rounding(self, z: Tensor) -> Tensor:
         # The slack of the convolution's own bound covers that of the sum.
-        A, B = self.A.detach().abs(), self.B.detach().abs()
-        unit = (self.n + A.shape[1] + 8) * torch.finfo(z.dtype).eps
-        return self.base.rounding(z) + self.norm(unit * ((z.abs() @ B) @ A.T))
+        exact, finfo = self.to(torch.float64), torch.finfo(z.dtype)
+        A, B = exact.A.abs(), exact.B.abs()
+        size = (z.detach().double().abs() @ B) @ A.T
+        unit = (self.n + A.shape[1] + 8) * finfo.eps
+        own = exact.norm_above(unit * size + finfo.tiny * exact.losses())
+        return self.base.rounding(z) + own
 
     def rounding_gain(self, dtype: torch.dtype) -> float:
+        terms = self.n + self.A.shape[1] + 8
+        return self.base.rounding_gain(dtype) + terms * torch.finfo(dtype).eps * self._own_gain()
+
+    def _absolute_gain(self) -> float:
+        return self.base.absolute_gain() + self._own_gain()
+
+    def _own_gain(self) -> float:
+        """Return at least ‖Λ^½ |A||B|ᵀ Λ^(−½)‖₂, by Frobenius' norm of each factor."""
         root = self.metric.detach().double().sqrt()[:, None]
-        A, B = self.A.detach().double(), self.B.detach().double()
-        unit = (self.n + A.shape[1] + 8) * torch.finfo(dtype).eps
-        size = float((A * root).norm() * (B / root).norm())
-        return self.base.rounding_gain(dtype) + unit * size * (1 + 2.0**-30)
+        left, right = self.A.detach().double() * root, self.B.detach().double() / root
+        return float(left.norm() * right.norm()) * (1 + 4 * (left.numel() + 8) * 2.0**-52)
 
     def diagonal(self) -> Tensor:
         return self.base.diagonal() + (self.A * self.B).detach().sum(-1)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from solvers.activations import Step
-from solvers.operators.base import Constants, LinearOperator, Map, Resolvent
+from solvers.operators.base import Constants, LinearOperator, Map, Resolvent, check_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,7 @@ class ZeroOperator(LinearOperator):
             `ZeroOperator(torch.ones(64))`.
 
     Raises:
+        TypeError: if the metric is no tensor of real numbers.
         ValueError: if the metric is not a vector.
     """
 
@@ -58,6 +59,7 @@ class ZeroOperator(LinearOperator):
     _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        check_tensors(metric=self.metric)
         if self.metric.ndim != 1:
             raise ValueError(f"metric must be a vector, got shape {tuple(self.metric.shape)}")
         super().__post_init__()
@@ -95,6 +97,9 @@ class ZeroOperator(LinearOperator):
     @property
     def summands(self) -> int:
         return 0
+
+    def rounding(self, z: Tensor) -> Tensor:
+        return z.new_zeros(z.shape[:-1], dtype=torch.float64)
 
     def diagonal(self) -> Tensor:
         return torch.zeros_like(self.metric)

@@ -316,7 +316,8 @@ def _in_largest_norm(
     radii, methods = torch.tensor(config.largest_radii, dtype=torch.float64), []
     # ‖x' − x‖₂ ≤ √p ‖x' − x‖_∞
     root = math.sqrt(math.prod(model.shape)) * (1 + 2.0**-50)
-    elsewhere = Affine(result.elsewhere.constant, result.elsewhere.slope * root)
+    around = result.elsewhere
+    elsewhere = Affine(around.constant, around.slope * root, around.limit / root)
     if config.promise == "exact":
         elsewhere = Affine(0 * elsewhere.constant, 0.0)
     for name, prove in bounds.items():

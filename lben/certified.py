@@ -9,6 +9,7 @@ distance from the input that is known.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,36 +27,52 @@ class Affine:
     Args:
         constant: per sample, float64.
         slope: the same for all samples.
+        limit: per sample, the largest r for which it holds: beyond, a number may overflow.
     """
 
     constant: Float[Tensor, " batch"]
     slope: float
+    limit: Float[Tensor, " batch"] | float = math.inf
 
     def at(self, radius: Float[Tensor, " batch"] | float) -> Float[Tensor, " batch"]:
         """Return the bound for a radius."""
         bound = (self.constant + self.slope * radius) * _OUTWARDS
-        return torch.as_tensor(bound).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        known = ~bound.isnan() & (torch.as_tensor(radius) <= torch.as_tensor(self.limit))
+        return torch.where(known, bound, torch.inf)
 
     def select(self, index: Tensor) -> Affine:
         """Return the bound of some samples."""
-        return Affine(self.constant[index], self.slope)
+        limit = self.limit[index] if isinstance(self.limit, Tensor) else self.limit
+        return Affine(self.constant[index], self.slope, limit)
 
     def __add__(self, other: Affine) -> Affine:
         return Affine(
-            (self.constant + other.constant) * _OUTWARDS, (self.slope + other.slope) * _OUTWARDS
+            (self.constant + other.constant) * _OUTWARDS,
+            (self.slope + other.slope) * _OUTWARDS,
+            _least(self.limit, other.limit),
         )
 
     def __mul__(self, factor: float) -> Affine:
         """Scale by a non-negative number; infinity times nothing is infinity."""
         constant = (self.constant * factor * _OUTWARDS).nan_to_num(nan=torch.inf, posinf=torch.inf)
         slope = self.slope * factor * _OUTWARDS
-        return Affine(constant, slope if slope == slope else torch.inf)
+        return Affine(constant, math.inf if math.isnan(slope) else slope, self.limit)
 
     def after(self, inner: Affine) -> Affine:
         """Return the bound in terms of r where the radius here is at most inner(r)."""
-        return Affine(self.at(inner.constant), 0.0) + Affine(0 * self.constant, 1.0) * (
-            self.slope * inner.slope
-        )
+        reach = torch.as_tensor(self.limit) - inner.constant * _OUTWARDS
+        if inner.slope:
+            reach = reach / (inner.slope * _OUTWARDS)
+        else:
+            reach = torch.where(reach >= 0, torch.inf, -torch.inf)
+        constant, limit = self.at(inner.constant), _least(inner.limit, reach.nan_to_num(nan=-1.0))
+        return Affine(constant, (Affine(constant, self.slope) * inner.slope).slope, limit)
+
+
+def _least(a: Tensor | float, b: Tensor | float) -> Tensor | float:
+    if isinstance(a, float) and isinstance(b, float):
+        return min(a, b)
+    return torch.minimum(*torch.broadcast_tensors(torch.as_tensor(a), torch.as_tensor(b)))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

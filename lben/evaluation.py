@@ -246,6 +246,7 @@ def _all_logits(
         elsewhere=Affine(
             team.gather(torch.cat([f.elsewhere.constant for f in found])),
             max(f.elsewhere.slope for f in found),
+            team.gather(torch.cat([0 * f.error + f.elsewhere.limit for f in found])),
         ),
         steps=int(team.gather(torch.tensor([max(f.steps for f in found)])).max()),
     )

@@ -49,3 +49,17 @@ def full() -> Iterator[None]:
             if _inside == 0:
                 for setting, before in _changed:
                     setting.fp32_precision = before
+
+
+def refuse_autocast() -> None:
+    """Raise ValueError while autocast is enabled, on any device.
+
+    What is proved is about the network in float32 or float64.
+    """
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            raise ValueError(
+                "autocast is enabled, and what is proved is about the network in float32 or "
+                "float64: leave torch.autocast before you ask for weights, certificates or error "
+                "bounds"
+            )

@@ -13,18 +13,60 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lben import precision
+from lben.layers.growth import Growth, norms_up
+from lben.layers.roundoff import Signal
+
 
 class Companion(nn.Module):
-    """A 1-Lipschitz map without certificate. `terms` products and sums make an output."""
+    """A 1-Lipschitz map without certificate.
 
-    terms = 0
+    Args of `rounding_growth`: the shape of one sample, and the dtype in which the map runs.
+    """
 
-    def rounding(self, x: Tensor) -> Tensor:
-        """Bound ‖fl(y) − y‖₂ per sample."""
-        size = torch.linalg.vector_norm(x.flatten(1), dim=1)
-        info = torch.finfo(x.dtype)
-        vanished = x[0].numel() * info.tiny**0.5 if self.terms and len(x) else 0.0
-        return self.terms * info.eps * size + vanished  # squares of tiny numbers underflow
+    def relative(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Return how many units in the last place of ‖x‖₂ a map misses, and operations it makes.
+
+        (0, 0) where numbers are only moved.
+        """
+        return 0, 0
+
+    def rounding_growth(self, shape: tuple[int, ...], dtype: torch.dtype) -> Growth:
+        """Bound ‖fl(y) − y‖₂ affinely in ‖x‖₂.
+
+        Args:
+            shape: of one sample.
+            dtype: in which the map runs.
+
+        Raises:
+            ValueError: if the dtype is neither float32 nor float64; under autocast.
+        """
+        precision.refuse_autocast()
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"rounding is bounded in float32 and float64, got {dtype}")
+        units, operations = self.relative(tuple(shape))
+        if not operations:
+            return Growth(0.0, 0.0)
+        entries, info = math.prod(shape), torch.finfo(dtype)
+        # An operation loses at most 3 of the smallest normal numbers to underflow, one of which is
+        # multiplied with an entry; the factor 8 covers what becomes of them.
+        lost = 8 * operations * info.tiny
+        x = Signal.input(dtype).off(units * info.eps / 2, lost * math.sqrt(entries))
+        return x.below(Growth(0.0, 4.0 * operations))
+
+    def rounding(self, x: Tensor) -> Float[Tensor, " batch"]:
+        """Bound ‖fl(y) − y‖₂ per sample in float64, the first dimension being the batch's."""
+        return self.rounding_growth(tuple(x.shape[1:]), x.dtype).at(norms_up(x, x.ndim - 1))
+
+
+class ImageCompanion(Companion):
+    """A companion of images: (channels, height, width) behind any number of batch dimensions."""
+
+    def rounding(self, x: Tensor) -> Float[Tensor, "*batch"]:
+        """Bound ‖fl(y) − y‖₂ per image in float64."""
+        dims = min(3, x.ndim)
+        growth = self.rounding_growth(tuple(x.shape[x.ndim - dims :]), x.dtype)
+        return growth.at(norms_up(x, dims))
 
 
 class Flatten(Companion):
@@ -35,7 +77,7 @@ class Flatten(Companion):
         return x.flatten(1)
 
 
-class ChannelPadding(Companion):
+class ChannelPadding(ImageCompanion):
     """Append channels of zeros: an isometry.
 
     Args:
@@ -51,24 +93,24 @@ class ChannelPadding(Companion):
             raise ValueError(f"channels must be at least 1, got {channels}")
         self.channels = channels
 
-    def forward(self, x: Float[Tensor, "batch p h w"]) -> Float[Tensor, "batch q h w"]:
+    def forward(self, x: Float[Tensor, "*batch p h w"]) -> Float[Tensor, "*batch q h w"]:
         """Return the padded images.
 
         Raises:
             ValueError: if x has more channels than that.
         """
-        if x.ndim != 4 or x.shape[1] > self.channels:
+        if x.ndim < 3 or x.shape[-3] > self.channels:
             raise ValueError(
                 f"expected images of at most {self.channels} channels, got {tuple(x.shape)}"
             )
-        return functional.pad(x, (0, 0, 0, 0, 0, self.channels - x.shape[1]))
+        return functional.pad(x, (0, 0, 0, 0, 0, self.channels - x.shape[-3]))
 
     def extra_repr(self) -> str:
         """Describe the map in `repr`."""
         return str(self.channels)
 
 
-class InvertibleDownsampling(Companion):
+class InvertibleDownsampling(ImageCompanion):
     """Move s × s pixels into channels: a permutation (pixel unshuffle).
 
     Args:
@@ -83,7 +125,7 @@ class InvertibleDownsampling(Companion):
         _check_positive("stride", stride)
         self.stride = stride
 
-    def forward(self, x: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch d i j"]:
+    def forward(self, x: Float[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch d i j"]:
         """Return images of s² times the channels and 1/s of the height and width."""
         _check_divisible(x, self.stride)
         return functional.pixel_unshuffle(x, self.stride)
@@ -93,7 +135,7 @@ class InvertibleDownsampling(Companion):
         return str(self.stride)
 
 
-class AveragePooling(Companion):
+class AveragePooling(ImageCompanion):
     """Sum of s × s pixels divided by s: orthonormal rows, so the norm is exactly 1.
 
     Araujo et al. (2023) use s = 4 between convolutions and dense layers.
@@ -108,19 +150,25 @@ class AveragePooling(Companion):
     def __init__(self, size: int) -> None:
         super().__init__()
         _check_positive("size", size)
-        self.size, self.terms = size, size * size + 1
+        self.size = size
 
-    def forward(self, x: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c i j"]:
+    def forward(self, x: Float[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch c i j"]:
         """Return the pooled images."""
         _check_divisible(x, self.size)
-        return functional.avg_pool2d(x, self.size, divisor_override=self.size)
+        flat = x.reshape(-1, *x.shape[-3:]) if x.ndim > 4 else x
+        y = functional.avg_pool2d(flat, self.size, divisor_override=self.size)
+        return y.reshape(*x.shape[:-2], *y.shape[-2:])
+
+    def relative(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        # A sum of s² terms of norm ‖ |A| ‖₂ = 1, and a division.
+        return self.size**2 + 2, self.size**2 + 1
 
     def extra_repr(self) -> str:
         """Describe the map in `repr`."""
         return str(self.size)
 
 
-class NormPooling(Companion):
+class NormPooling(ImageCompanion):
     """l2 norm of s × s pixels: 1-Lipschitz by the triangle inequality (Boureau et al. 2010).
 
     Args:
@@ -133,13 +181,19 @@ class NormPooling(Companion):
     def __init__(self, size: int) -> None:
         super().__init__()
         _check_positive("size", size)
-        self.size, self.terms = size, size * size + 2
+        self.size = size
 
-    def forward(self, x: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c i j"]:
+    def forward(self, x: Float[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch c i j"]:
         """Return the pooled images; where all pixels are 0 the gradient is 0."""
         _check_divisible(x, self.size)
-        patches = functional.pixel_unshuffle(x, self.size).unflatten(1, (x.shape[1], -1))
-        return torch.linalg.vector_norm(patches, dim=2)
+        patches = functional.pixel_unshuffle(x, self.size).unflatten(-3, (x.shape[-3], -1))
+        # In units of a power of two near the largest pixel no square overflows or vanishes.
+        unit = power_of_two(patches.detach().abs().amax(-3, keepdim=True))
+        return torch.linalg.vector_norm(patches / unit, dim=-3) * unit.squeeze(-3)
+
+    def relative(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        # s² products and sums below a root, and what vanishes of the smaller squares.
+        return self.size**2 + 8, self.size**2 + 4
 
     def extra_repr(self) -> str:
         """Describe the map in `repr`."""
@@ -170,6 +224,9 @@ class GroupSort(Companion):
             return torch.stack([low, high], dim=2).flatten(1, 2)
         return grouped.sort(dim=2).values.flatten(1, 2)
 
+    def relative(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return 0, 1  # a comparison may take denormal numbers for zeros
+
     def extra_repr(self) -> str:
         """Describe the map in `repr`."""
         return str(self.group)
@@ -188,8 +245,6 @@ class Householder(Companion):
     Raises:
         ValueError: if channels is odd or not positive.
     """
-
-    terms = 16
 
     def __init__(
         self,
@@ -215,6 +270,12 @@ class Householder(Companion):
         pair = (a - beyond * torch.sin(theta / 2), b + beyond * torch.cos(theta / 2))
         return torch.stack(pair, dim=2).flatten(1, 2)
 
+    def relative(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        # With s = sin ½θ and c = cos ½θ within 8u: sa − cb is within 17u‖(a, b)‖, twice that within
+        # 34u, its products with s and c within (34|s| + 18)u and (34|c| + 18)u, and the sums within
+        # 3u more: (34 + 21√2)u of the pair in all.
+        return 80, 16
+
 
 def _check_positive(name: str, value: int) -> None:
     if value < 1:
@@ -222,7 +283,7 @@ def _check_positive(name: str, value: int) -> None:
 
 
 def _check_divisible(x: Tensor, size: int) -> None:
-    if x.ndim != 4 or x.shape[2] % size or x.shape[3] % size:
+    if x.ndim < 3 or x.shape[-2] % size or x.shape[-1] % size:
         raise ValueError(
             f"expected images whose height and width are multiples of {size}, got {tuple(x.shape)}"
         )
@@ -234,3 +295,9 @@ def _groups(x: Tensor, group: int) -> Tensor:
             f"expected a number of channels that is a multiple of {group}, got {tuple(x.shape)}"
         )
     return x.unflatten(1, (-1, group))
+
+
+def power_of_two(size: Tensor) -> Tensor:
+    """Return the power of two next below numbers ≥ 0 (or the smallest normal one), exactly."""
+    size = size.clamp_min(torch.finfo(size.dtype).tiny)
+    return size / torch.frexp(size).mantissa / 2

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lben import precision
 from lben.certificates import Certificate, certify, sensitivity
 from lben.certified import Certified
-from lben.layers.roundoff import norms_above, not_nan, underflow
-from lben.layers.uniform import Rates, Running, absolute_norm, uniform_error
+from lben.layers.growth import absolute_norm, norms_up
+from lben.layers.roundoff import not_nan, underflow
+from lben.layers.uniform import Rates, Running, uniform_error
 from lben.local import Anchors
 from lben.parameterizations import CompleteParameterization, DirectParameterization
 from lben.radii import logit_error
@@ -215,6 +216,7 @@ class EquilibriumLayer(nn.Module, ABC):
             0.55 * unit / torch.finfo(torch.float64).eps,
             exact.problem.operator.norm_above,
         )
+        root = exact.problem.operator.root_metric
         lost = norm(torch.full_like(exact.z, 16 * terms * torch.finfo(dtype).tiny))
         bias = norm(exact.problem.bias) + exact.bias_error
         vanished = lost * (1 + bias)
@@ -230,6 +232,9 @@ class EquilibriumLayer(nn.Module, ABC):
             bias=bias,
             bias_rounding=ratio * exact.bias_error + vanished,
             output_rounding=ratio * exact.output_error + vanished,
+            size=norms_up(exact.x, self._sample_dimensions),
+            unit=unit / 2,
+            largest=torch.finfo(dtype).max / 16 * min(1.0, float(root.min())),
         )
 
     def _check_proof(self, weights: Any, proof: Certificate) -> None:
@@ -403,7 +408,7 @@ class DenseEquilibriumLayer(EquilibriumLayer):
         y = u_n * (z.abs() @ w.C.abs().T + w.b_y.abs()) + underflow(w.hidden_features)
         if w.D is not None:
             y = y + u_p * (size @ w.D.abs().T) + underflow(w.in_features)
-        return norms_above(v * w.Lambda.sqrt()), norms_above(y)
+        return norms_up(v * w.Lambda.sqrt(), 1), norms_up(y, 1)
 
     def _rates(self, weights: ExplicitWeights, unit: float) -> Rates:
         w, root = weights, weights.Lambda.sqrt()

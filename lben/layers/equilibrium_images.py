@@ -12,9 +12,10 @@ from torch.nn import functional
 from lben.certificates import Certificate, certify_convolution, certify_pooled
 from lben.convolutional import ConvolutionalWeights, PooledWeights
 from lben.layers.equilibrium import EquilibriumLayer
+from lben.layers.growth import absolute_norm, norms_up
 from lben.layers.maps import Convolution
-from lben.layers.roundoff import norms_above, underflow
-from lben.layers.uniform import Rates, absolute_norm
+from lben.layers.roundoff import underflow
+from lben.layers.uniform import Rates
 from lben.parameterizations import ConvolutionalParameterization, PooledParameterization
 from lben.parameterizations.explicit import taps
 from lben.rigorous import UNIT, gamma_k
@@ -121,7 +122,7 @@ class ImageEquilibriumLayer(EquilibriumLayer):
         size = self._map.apply(self._unshuffled(x).abs(), state.U.abs(), state.b.abs())
         terms = state.U[0].numel()
         v = (size * gamma_k(terms + 4) + underflow(terms)) * taps(state.Lambda.sqrt())
-        return norms_above(v.flatten(1))
+        return norms_up(v.flatten(1), 1)
 
     def _drive(self, state: ConvolutionalWeights, unit: float) -> tuple[float, float]:
         """Return how much v grows with x, and its rounding."""
@@ -269,7 +270,7 @@ class EquilibriumConv2d(ImageEquilibriumLayer):
         if isinstance(weights.D, float):
             y = y + 4 * UNIT * (self._readout(weights, x, z).abs() + weights.D * x.abs())
             y = y + underflow(1)
-        return self._bias_rounding(weights, x), norms_above(y.flatten(1))
+        return self._bias_rounding(weights, x), norms_up(y.flatten(1), 1)
 
     def extra_repr(self) -> str:
         """Describe the layer in `repr`."""
@@ -375,7 +376,7 @@ class PooledEquilibriumConv2d(ImageEquilibriumLayer):
         C = weights.C.flatten(1)
         size = self.images(z).flatten(1).abs() @ C.abs().T + weights.b_y.abs()
         y = gamma_k(C.shape[1] + 4) * size + underflow(C.shape[1])
-        return self._bias_rounding(weights.state, x), norms_above(y)
+        return self._bias_rounding(weights.state, x), norms_up(y, 1)
 
     def extra_repr(self) -> str:
         """Describe the layer in `repr`."""

@@ -13,8 +13,18 @@ from torch import Tensor, nn
 from lben import precision
 from lben.certificates import Certificate, certify, certify_convolution
 from lben.convolutional import ConvolutionalWeights
+from lben.layers.growth import (
+    Growth,
+    absolute_norm,
+    add_up,
+    largest_up,
+    norm_up,
+    norms_up,
+    times_up,
+)
 from lben.layers.kept import Kept, nothing_may_be_kept
 from lben.layers.maps import Convolution, LinearMap
+from lben.layers.roundoff import Signal, at_zero
 from lben.parameterizations import (
     ContractionParameterization,
     ExplicitParameterization,
@@ -58,8 +68,8 @@ class ExplicitLayer(nn.Module, ABC):
         """Return y from the tensors that run, with products in the precision `run`."""
 
     @abstractmethod
-    def _rounding(self, size: Tensor, tensors: tuple[Tensor, ...], pixels: int) -> Tensor:
-        """Bound the rounding error of y from ‖x‖₂, without the factor γ_k."""
+    def _roundoff(self, x: Signal, tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> Growth:
+        """Bound the rounding error of y, from the tensors that run and the shape of a sample."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y.
@@ -69,6 +79,10 @@ class ExplicitLayer(nn.Module, ABC):
         """
         self.map.check(tuple(x.shape), self.inputs)
         run = self._precision(x)
+        if x.ndim > 1 and self.map.dims == 3 and x.ndim != 4:
+            batch = x.shape[:-3]
+            y = self(x.reshape(math.prod(batch), *x.shape[-3:]))
+            return y.reshape(*batch, *y.shape[1:])
         with torch.autocast(x.device.type, enabled=False):
             if torch.compiler.is_compiling():
                 return self.evaluate(x, run, self._tensors(run))
@@ -154,15 +168,40 @@ class ExplicitLayer(nn.Module, ABC):
             proof.check_image((x.shape[-2], x.shape[-1]), exactly=self.map.circular)
 
     @torch.no_grad()
+    def rounding_growth(self, shape: tuple[int, ...], dtype: torch.dtype) -> Growth:
+        """Bound ‖fl(y) − y‖₂ affinely in ‖x‖₂; y is that of `weights()`, exactly.
+
+        It holds for every order of summation, see Note [Rounding model]; of convolutions for the
+        direct and im2col algorithms, which torch runs on a CPU.
+
+        Args:
+            shape: of one sample: (p,), or (channels, height, width).
+            dtype: in which the layer runs.
+
+        Raises:
+            ValueError: if the shape or dtype does not fit, or the device may run convolutions by
+                other algorithms; under autocast.
+        """
+        precision.refuse_autocast()
+        own = next(self.parameters()).dtype
+        if dtype != own or own not in (torch.float32, torch.float64):
+            raise ValueError(
+                "rounding is bounded in the layer's own precision, float32 or float64: it is "
+                f"{own}, asked for {dtype}"
+            )
+        shape = tuple(shape)
+        if len(shape) != self.map.dims:
+            raise ValueError(f"one sample has {self.map.dims} dimensions, got the shape {shape}")
+        self.map.check(shape, self.inputs)
+        tensors = self._tensors(own)
+        self.map.refuse_other_sums(tensors[0])
+        return self._roundoff(Signal.input(own), tensors, shape)
+
     def rounding(self, x: Tensor) -> Tensor:
-        """Bound ‖fl(y) − y‖₂ per sample for the layer in the precision of x."""
-        tensors = self._tensors(x.dtype)
-        pixels = math.prod(x.shape[2:])
-        terms = sum(t.numel() for t in tensors if t.ndim > 1) // min(tensors[0].shape[:2]) + 16
-        unit = terms * torch.finfo(x.dtype).eps
-        size = torch.linalg.vector_norm(x.flatten(1), dim=1)
-        tiny = x[0].numel() * torch.finfo(x.dtype).tiny ** 0.5 if len(x) else 0.0
-        return 2 * unit * (self._rounding(size, tensors, pixels) + size) + tiny
+        """Bound ‖fl(y) − y‖₂ per sample in float64, see `rounding_growth`."""
+        dims = self.map.dims
+        growth = self.rounding_growth(tuple(x.shape[x.ndim - min(dims, x.ndim) :]), x.dtype)
+        return growth.at(norms_up(x, dims))
 
     def train(self, mode: bool = True) -> ExplicitLayer:
         """Set the mode, and forget what was kept."""
@@ -207,10 +246,17 @@ class ResidualLayer(ExplicitLayer):
         rows = u if isinstance(self.map, Convolution) else u.view(-1, u.shape[-1])
         return fused.activated(rows, b, scale, self.activation).view_as(u)
 
-    def _rounding(self, size: Tensor, tensors: tuple[Tensor, ...], pixels: int) -> Tensor:
+    def _roundoff(self, x: Signal, tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> Growth:
         U, b, scale = tensors
-        hidden = schur(U) * size + (b.norm() + _at_zero(self.activation, b)) * pixels**0.5
-        return schur(_rows(scale, U) * U) * hidden
+        # Units are measured in T^(−½): one of large rows has a small T⁻¹.
+        w = scale.double().sqrt()
+        units = _Units(self.map, shape, U, w)
+        h = units.enter(x, U, _rows(w, U) * U, b, self.activation)
+        back = _rows(scale, U) * U.double()
+        y = units.leave(h, U, back, _rows(w, U) * U, scale / w)
+        size = Growth(0.0, absolute_norm(U)).plus(units.norm(b))
+        sizes = (size, size.times(largest_up(scale)))
+        return x.plus(y, math.prod(shape)).below(*sizes)
 
 
 class ContractionLayer(ExplicitLayer):
@@ -223,9 +269,16 @@ class ContractionLayer(ExplicitLayer):
         V, b, scale = tensors
         return self.map.apply((x * self.map.spread(scale)).to(run), V.to(run), b.to(run))
 
-    def _rounding(self, size: Tensor, tensors: tuple[Tensor, ...], pixels: int) -> Tensor:
+    def _roundoff(self, x: Signal, tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> Growth:
         V, b, scale = tensors
-        return schur(_rows(scale, V)[None, :, 0] * V) * size + b.norm() * pixels**0.5
+        outputs = self.map.outputs(shape, len(V))
+        norm = absolute_norm(_columns(scale, V) * V.double())
+        y = x.linear(
+            norm, terms=V[0].numel() + 2, inputs=math.prod(shape), ones=math.prod(outputs) ** 0.5,
+            bias=times_up(norm_up(b), math.prod(outputs[1:]) ** 0.5),
+            unweighted=add_up(norm, absolute_norm(V)),
+        )  # fmt: skip
+        return y.below(Growth(0.0, largest_up(scale)))
 
 
 class SandwichLayer(ExplicitLayer):
@@ -247,11 +300,70 @@ class SandwichLayer(ExplicitLayer):
         h = self.activation(v + self.map.spread(b)) * self.map.spread(outer)
         return self.map.adjoint(h.to(run), A.to(run), b_y.to(run))
 
-    def _rounding(self, size: Tensor, tensors: tuple[Tensor, ...], pixels: int) -> Tensor:
+    def _roundoff(self, x: Signal, tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> Growth:
         A, B, b, b_y, inner, outer = tensors
-        hidden = schur(_rows(inner, B) * B) * size
-        hidden = hidden + (b.norm() + _at_zero(self.activation, b)) * pixels**0.5
-        return schur(_rows(outer, A) * A) * hidden + b_y.norm() * pixels**0.5
+        w = (outer.double() / inner).sqrt()  # Λ^½, in which both products have like norms
+        units = _Units(self.map, shape, B, w, inner)
+        forth = _rows(w * inner, B) * B.double()
+        h = units.enter(x, B, forth, b, self.activation)
+        y = units.leave(h, A, _rows(outer, A) * A.double(), _rows(outer / w, A) * A, outer / w, b_y)
+        product = Growth(0.0, absolute_norm(B))
+        hidden = product.times(largest_up(inner)).plus(units.norm(b))
+        return y.below(product, hidden, hidden.times(largest_up(outer)))
+
+
+class _Units:
+    """The hidden units of a layer, each measured with a weight w.
+
+    Args:
+        map: from inputs to units.
+        shape: of one sample.
+        U: a matrix or kernel of the map.
+        w: float64, one weight per unit or channel.
+        inner: what the map's outputs are multiplied with before the bias is added, if anything.
+    """
+
+    def __init__(
+        self,
+        map: LinearMap,
+        shape: tuple[int, ...],
+        U: Tensor,
+        w: Tensor,
+        inner: Tensor | None = None,
+    ) -> None:
+        self.shape, self.w, self.inner = shape, w, inner
+        self.hidden = map.outputs(shape, len(U))
+        self.pixels = math.prod(self.hidden[1:])
+
+    def norm(self, vector: Tensor) -> float:
+        """Bound the l2 norm over all units of one number per channel."""
+        return times_up(norm_up(vector), math.sqrt(self.pixels))
+
+    def enter(
+        self, x: Signal, U: Tensor, scaled: Tensor, b: Tensor, activation: ProximalActivation
+    ) -> Signal:
+        """Return σ(Ux + b); `scaled` is U as it acts, in the weights of the units."""
+        norm, ones = absolute_norm(scaled), self.norm(self.w)
+        inner = self.w if self.inner is None else self.w * self.inner.double().clamp_min(1)
+        v = x.linear(
+            norm, terms=U[0].numel() + 3, inputs=math.prod(self.shape), ones=self.norm(inner),
+            bias=self.norm(self.w * b.double()),
+        )  # fmt: skip
+        zero = times_up(at_zero(activation, self.w.to(x.dtype)), math.sqrt(self.pixels))
+        return v.activated(activation, zero, ones)
+
+    def leave(
+        self, h: Signal, U: Tensor, scaled: Tensor, weighted: Tensor, share: Tensor,
+        bias: Tensor | None = None,
+    ) -> Signal:  # fmt: skip
+        """Return Uᵀ(s ∘ h) + b; `scaled` is s ∘ U, and `weighted` the same for h in weights."""
+        outputs = U.shape[1] * math.prod(self.shape[1:])
+        b = 0.0 if bias is None else times_up(norm_up(bias), math.sqrt(outputs // U.shape[1]))
+        return h.linear(
+            absolute_norm(weighted), terms=U[:, 0].numel() + 3, inputs=math.prod(self.hidden),
+            ones=math.sqrt(outputs), bias=b, share=largest_up(share),
+            unweighted=add_up(absolute_norm(scaled), absolute_norm(U)),
+        )  # fmt: skip
 
 
 def _proximal(activation: ProximalActivation | None) -> ProximalActivation:
@@ -266,17 +378,11 @@ def _proximal(activation: ProximalActivation | None) -> ProximalActivation:
     return activation
 
 
-def _at_zero(activation: ProximalActivation, b: Tensor) -> Tensor:
-    """Return ‖σ(0)‖₂ over the units: |σ(v)| ≤ |v| + |σ(0)|."""
-    return torch.linalg.vector_norm(activation(torch.zeros_like(b)))
-
-
 def _rows(vector: Tensor, weight: Tensor) -> Tensor:
     """Return one number per row, shaped to scale the rows of a matrix or kernel."""
     return vector.reshape(-1, *[1] * (weight.ndim - 1))
 
 
-def schur(U: Tensor) -> Tensor:
-    """Bound ‖ |U| ‖₂ by √(largest row sum × largest column sum), for a matrix or a kernel."""
-    size = U.abs().flatten(2).sum(2) if U.ndim > 2 else U.abs()
-    return (size.sum(0).amax() * size.sum(1).amax()).sqrt()
+def _columns(vector: Tensor, weight: Tensor) -> Tensor:
+    """Return one number per column, shaped to scale the columns of a matrix or kernel."""
+    return vector.reshape(1, -1, *[1] * (weight.ndim - 2))

@@ -13,6 +13,8 @@ from torch.nn.utils import parametrizations
 
 from lben import precision
 from lben.certificates import Certificate, certify
+from lben.layers.growth import Growth, absolute_norm, norm_up, norms_up
+from lben.layers.roundoff import Signal
 from lben.rigorous import Enclosure, norm_bound, sum_up, up
 from lben.weights import ExplicitWeights
 
@@ -62,7 +64,7 @@ class NormalizedLinear(nn.Module):
         """Return Q."""
         return functional.normalize(self.weight, dim=1) if self.kind == "rows" else self.weight
 
-    def forward(self, x: Float[Tensor, "batch p"]) -> Float[Tensor, "batch q"]:
+    def forward(self, x: Float[Tensor, "*batch p"]) -> Float[Tensor, "*batch q"]:
         """Return logits, in the precision of the parameters also under autocast."""
         if x.ndim < 1 or x.shape[-1] != self.in_features:
             raise ValueError(
@@ -102,16 +104,45 @@ class NormalizedLinear(nn.Module):
             claim = norm_bound(Enclosure(Q.cpu().numpy())) * (1 + 1e-9)
             return ExplicitWeights.affine(Q, self.bias.double(), max(claim, 2.0**-500))
 
+    def check(self, proof: Certificate) -> None:
+        """Refuse a certificate of other weights.
+
+        Raises:
+            CertificateError: if the fingerprint differs.
+        """
+        proof.check(self.weights())
+
     def certificate(self) -> Certificate:
         """Prove the bound of ‖Q‖₂."""
         return certify(self.weights())
 
     @torch.no_grad()
-    def rounding(self, x: Float[Tensor, "batch p"]) -> Float[Tensor, " batch"]:
-        """Bound ‖fl(y) − y‖₂ per sample."""
-        unit = (self.in_features + 4) * torch.finfo(x.dtype).eps
-        size = torch.linalg.vector_norm(x, dim=1)
-        return unit * (torch.linalg.matrix_norm(self.matrix()) * size + self.bias.norm())
+    def rounding_growth(self, shape: tuple[int, ...], dtype: torch.dtype) -> Growth:
+        """Bound ‖fl(y) − y‖₂ affinely in ‖x‖₂; y is that of `weights()`, exactly.
+
+        Args:
+            shape: of one sample, (p,).
+            dtype: in which the layer runs.
+
+        Raises:
+            ValueError: if the shape or dtype does not fit; under autocast.
+        """
+        precision.refuse_autocast()
+        own = self.bias.dtype
+        if dtype != own or tuple(shape) != (self.in_features,):
+            raise ValueError(
+                f"expected samples of shape ({self.in_features},) in {own}, got {tuple(shape)} in "
+                f"{dtype}"
+            )
+        x = Signal.input(own).linear(
+            absolute_norm(self.matrix()), terms=self.in_features, inputs=self.in_features,
+            ones=self.out_features**0.5, bias=norm_up(self.bias),
+        )  # fmt: skip
+        return x.below()
+
+    def rounding(self, x: Float[Tensor, "*batch p"]) -> Float[Tensor, "*batch"]:
+        """Bound ‖fl(y) − y‖₂ per sample in float64."""
+        return self.rounding_growth(tuple(x.shape[-1:]), x.dtype).at(norms_up(x, 1))
 
     def extra_repr(self) -> str:
         """Describe the layer in `repr`."""

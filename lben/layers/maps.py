@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -26,6 +27,19 @@ class LinearMap(ABC):
     def spread(self, vector: Tensor) -> Tensor:
         """Return one number per unit or channel, shaped to scale what the map returns."""
 
+    @property
+    @abstractmethod
+    def dims(self) -> int:
+        """Dimensions of one sample."""
+
+    @abstractmethod
+    def outputs(self, shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
+        """Return the shape of what the map makes of one sample of this shape."""
+
+    def refuse_other_sums(self, U: Tensor) -> None:
+        """Raise ValueError where products may be summed in ways that are not bounded."""
+        return
+
     @abstractmethod
     def check(self, shape: tuple[int, ...], inputs: int) -> None:
         """Raise ValueError unless inputs of this shape fit, by name."""
@@ -43,6 +57,13 @@ class Dense(LinearMap):
 
     def spread(self, vector: Tensor) -> Tensor:
         return vector
+
+    @property
+    def dims(self) -> int:
+        return 1
+
+    def outputs(self, shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
+        return (channels,)
 
     def check(self, shape: tuple[int, ...], inputs: int) -> None:
         if not shape or shape[-1] != inputs:
@@ -105,8 +126,37 @@ class Convolution(LinearMap):
     def spread(self, vector: Tensor) -> Tensor:
         return taps(vector)
 
+    @property
+    def dims(self) -> int:
+        return 3
+
+    def outputs(self, shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
+        _, height, width = shape
+        if self.circular:
+            return (channels, height, width)
+        rows, columns = (
+            (size + 2 * self.padding - self.kernel_size) // self.stride + 1
+            for size in (height, width)
+        )
+        return (channels, rows, columns)
+
+    def refuse_other_sums(self, U: Tensor) -> None:
+        if U.is_cuda and torch.backends.cudnn.enabled:
+            raise ValueError(
+                "cuDNN may run a convolution by Winograd's algorithm or by FFT, whose rounding is "
+                "not bounded: set torch.backends.cudnn.enabled = False, or move the model to the "
+                "CPU"
+            )
+        onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+        nnpack = U.is_cpu and U.dtype == torch.float32 and torch.backends.nnpack.is_available()
+        if nnpack and not onednn:
+            raise ValueError(
+                "NNPACK may run a convolution by Winograd's algorithm or by FFT, whose rounding is "
+                "not bounded: enable torch.backends.mkldnn, or use float64"
+            )
+
     def check(self, shape: tuple[int, ...], inputs: int) -> None:
-        if len(shape) != 4 or shape[1] != inputs:
+        if len(shape) < 3 or shape[-3] != inputs:
             raise ValueError(
                 f"expected images of {inputs} channels, (batch, {inputs}, height, width), "
                 f"got {shape}"

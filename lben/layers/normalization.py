@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lben.certified import Affine, Certified
+from lben import precision
+from lben.layers.growth import Growth, add_up, norm_up, norms_up, times_up
+from lben.layers.roundoff import Signal
 from lben.rigorous import up
 
 
@@ -45,21 +47,38 @@ class Normalize(nn.Module):
         """Return the normalised images."""
         return (x - self.mean) / self.std
 
-    def rounding(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, " batch"]:
-        """Bound ‖fl(forward(x)) − forward(x)‖₂ per image: two roundings of at most u each."""
-        unit = torch.finfo(x.dtype).eps / 2
-        return 4 * unit * torch.linalg.vector_norm(self(x).flatten(1), dim=1)
+    def rounding_growth(self, shape: tuple[int, ...], dtype: torch.dtype) -> Growth:
+        """Bound ‖fl(y) − y‖₂ affinely in ‖x‖₂, for the mean and std as stored.
 
-    def certified(self, x: Tensor, y: Tensor) -> Certified:
-        """Return what is known of y, the normalised images of x.
+        Args:
+            shape: of one image: channels, height, width.
+            dtype: of the image.
 
-        |fl(y) − y| ≤ 4u|y| entry by entry, and ‖y(x')‖ ≤ ‖y(x)‖ + ‖x' − x‖ / min std.
+        Raises:
+            ValueError: if the shape does not fit or the dtype is neither float32 nor float64; under
+                autocast.
         """
-        unit = 4 * torch.finfo(x.dtype).eps
-        size = torch.linalg.vector_norm(y.double().flatten(1), dim=1) * (1 + 2.0**-40)
-        tiny = 4 * x[0].numel() * torch.finfo(x.dtype).tiny * (1 + self.gain) if len(x) else 0.0
-        around = Affine(unit * size + tiny, unit * self.gain)
-        return Certified(value=y, error=around.constant, uniform=around)
+        precision.refuse_autocast()
+        if dtype not in (torch.float32, torch.float64) or len(shape) != 3:
+            raise ValueError(
+                "expected the shape (channels, height, width) of an image in float32 or float64, "
+                f"got {tuple(shape)} in {dtype}"
+            )
+        run = torch.promote_types(dtype, self.mean.dtype)
+        pixels, entries = math.sqrt(math.prod(shape[1:])), math.sqrt(math.prod(shape))
+        offset = times_up(norm_up(self.mean.double() / self.std.double()), pixels)
+        # (x − mean)/std rounds twice; the difference loses at most 3 of the smallest normal
+        # numbers, which are divided by std, the quotient 3 more.
+        size = Growth(offset, self.gain)
+        tiny = torch.finfo(run).tiny
+        lost = times_up(8 * tiny, add_up(self.gain, 1.0), entries)
+        error = size.times(3 * torch.finfo(run).eps / 2).plus(lost)
+        return Signal(run, size, error).below(Growth(times_up(norm_up(self.mean), pixels), 1.0))
+
+    def rounding(self, x: Float[Tensor, "*batch channels height width"]) -> Float[Tensor, "*batch"]:
+        """Bound ‖fl(forward(x)) − forward(x)‖₂ per image, in float64."""
+        growth = self.rounding_growth(tuple(x.shape[x.ndim - min(3, x.ndim) :]), x.dtype)
+        return growth.at(norms_up(x, 3))
 
     def room(
         self, x: Float[Tensor, "batch channels height width"]

@@ -1,31 +1,144 @@
-"""How are bounds of roundoff formed, so that they hold where numbers vanish or overflow?
+"""What do the roundings of one layer add up to, stage by stage?
 
-In float64, for sums as Note [Rounding of a product] of solvers/operators/base.py describes them: in
-any order, accumulators starting anywhere in the sum, with or without fused multiply-adds. In
-float64 cuDNN's convolutions are such sums too; its methods by Winograd and by the Fourier transform
-are for shorter types.
+Note [Rounding model]
+With u the unit roundoff and t the smallest normal number of the dtype,
+
+    |fl(a ∘ b) − a ∘ b| ≤ u|a ∘ b| + t(1 + |a| + |b|) for products, + 3t for sums,
+
+which holds whether or not denormal operands and results are flushed to zero. A sum of k products
+that starts from a bias has at most k + 1 roundings on every path, in whatever order it is summed,
+in however many accumulators, with or without fused multiply-adds: its error is at most
+γ_{k+2}(Σ|a||b| + |bias|) (Higham 2002, section 3.1). So direct and im2col convolutions and every
+classical matrix product are covered. Algorithms that sum other products (Winograd's, FFT,
+Strassen's) are not.
+
+Activations other than ReLU are taken to be within 16 units in the last place.
+
+Errors and sizes are affine in ‖x‖₂. A vector may be measured with one weight per entry, so that
+what is large in one stage and small in the next is not counted as large in both.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, replace
+
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-_TINY = torch.finfo(torch.float64).tiny
+from lben.layers.growth import Growth, add_up, norm_up, times_up
+from solvers import ProximalActivation, ReLU
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A vector within a layer: bounds of its size and of its error.
+
+    Attributes:
+        dtype: in which it is computed.
+        size: of the exact vector.
+        error: of the computed vector's distance to it.
+    """
+
+    dtype: torch.dtype
+    size: Growth
+    error: Growth
+
+    @classmethod
+    def input(cls, dtype: torch.dtype) -> Signal:
+        """Return x itself."""
+        return cls(dtype, Growth(0.0, 1.0), Growth(0.0, 0.0))
+
+    @property
+    def computed(self) -> Growth:
+        """Size of the computed vector."""
+        return self.size + self.error
+
+    def linear(
+        self,
+        norm: float,
+        *,
+        terms: int,
+        ones: float,
+        bias: float = 0.0,
+        unweighted: float | None = None,
+        inputs: int,
+        share: float = 1.0,
+    ) -> Signal:
+        """Return Ax + b, sums of products that may start from b.
+
+        Args:
+            norm: bound of ‖ |A| ‖₂, in the weights of either side.
+            terms: products per output, plus roundings of the entries of A.
+            ones: l2 norm of the weights of all outputs (√outputs without weights).
+            bias: l2 norm of b over all outputs, in their weights.
+            unweighted: bound of ‖ |A| ‖₂ for inputs without weights, if they have some.
+            inputs: entries of x.
+            share: largest weight of an output ÷ weight of an input.
+        """
+        tiny, g = _tiny(self.dtype), _gamma(terms + 2, self.dtype)
+        size = self.size.times(norm).plus(bias)
+        through = times_up(norm if unweighted is None else unweighted, math.sqrt(inputs))
+        lost = Growth(
+            times_up(2 * tiny, add_up(times_up(4.0 * terms + 4, ones), through)),
+            times_up(2 * tiny, math.sqrt(terms), max(ones, 1.0), max(share, 1.0)),
+        ).after(self.computed)
+        rounded = self.computed.times(norm).plus(bias).times(g)
+        return replace(self, size=size, error=self.error.times(norm) + rounded + lost)
+
+    def activated(self, activation: ProximalActivation, at_zero: float, ones: float) -> Signal:
+        """Return σ of it. `at_zero` is ‖σ(0)‖₂, in the weights of the units like `ones`."""
+        size = self.size.plus(at_zero)
+        if type(activation) is ReLU:
+            return replace(self, size=size)
+        rounded = (self.computed.plus(at_zero)).times(_gamma(32, self.dtype))
+        return replace(
+            self, size=size, error=self.error + rounded.plus(times_up(4 * _tiny(self.dtype), ones))
+        )
+
+    def plus(self, other: Signal, entries: int) -> Signal:
+        """Return the sum, or the difference, of two vectors."""
+        rounded = (self.computed + other.computed).times(_gamma(2, self.dtype))
+        lost = times_up(4 * _tiny(self.dtype), math.sqrt(entries))
+        return replace(
+            self,
+            size=self.size + other.size,
+            error=self.error + other.error + rounded.plus(lost),
+        )
+
+    def off(self, relative: float, lost: float = 0.0) -> Signal:
+        """Return the vector with an error relative to its size, and an absolute one."""
+        return replace(self, error=self.error + self.computed.times(relative).plus(lost))
+
+    def below(self, *sizes: Growth) -> Growth:
+        """Return the error, up to where numbers of these sizes may overflow."""
+        largest = torch.finfo(self.dtype).max / 4
+        limit = min(size.reach(largest) for size in (*sizes, self.computed))
+        if not limit >= 0:
+            return Growth(math.inf, math.inf, 0.0)
+        return replace(self.error, limit=min(self.error.limit, limit))
+
+
+def at_zero(activation: ProximalActivation, weights: Tensor) -> float:
+    """Return ‖w ∘ σ(0)‖₂ over the units: |σ(v)| ≤ |v| + |σ(0)|."""
+    zero = activation(torch.zeros_like(weights)).detach().double()
+    # 32 units in the last place cover the evaluation of σ.
+    return norm_up(weights.double() * zero) * (1 + 32 * torch.finfo(weights.dtype).eps)
+
+
+def _tiny(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).tiny
+
+
+def _gamma(k: int, dtype: torch.dtype) -> float:
+    """Return γ_k, infinite where k is too large for the dtype."""
+    unit = k * torch.finfo(dtype).eps / 2
+    return math.inf if unit >= 0.5 else unit / (1 - unit) * (1 + 2.0**-40)
 
 
 def underflow(terms: int) -> float:
-    """Return what a sum of so many products can lose to underflow, also where it is flushed."""
-    return 2 * (terms + 4) * _TINY
-
-
-def norms_above(values: Float[Tensor, "*batch n"]) -> Float[Tensor, " *batch"]:
-    """Return at least the l2 norms of rows of bounds; infinite where they overflow or are NaN."""
-    n = values.shape[-1]
-    largest = values.abs().amax(-1, keepdim=True).clamp_min(_TINY)
-    norms = torch.linalg.vector_norm(values / largest, dim=-1) * largest.squeeze(-1)
-    return not_nan(norms * (1 + 2 * (n + 8) * 2.0**-52) + 8 * (n + 1) ** 0.5 * _TINY)
+    """Return what a float64 sum of so many products can lose to underflow, also where flushed."""
+    return 2 * (terms + 4) * _tiny(torch.float64)
 
 
 def not_nan(bounds: Tensor) -> Tensor:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from lben.certificates import Certificate
+from lben import precision
+from lben.certificates import Certificate, compose
 from lben.certified import Affine, Certified, Stage
-from lben.layers.companions import Companion
-from lben.layers.equilibrium import EquilibriumLayer
+from lben.layers.companions import Companion, Flatten, ImageCompanion
+from lben.layers.equilibrium import DenseEquilibriumLayer, EquilibriumLayer
 from lben.layers.explicit import ExplicitLayer
+from lben.layers.growth import Growth, add_up, norm_up, norms_up
+from lben.layers.head import NormalizedLinear
 
 
 class LipschitzSequential(nn.Sequential):
-    """torch.nn.Sequential of layers with proved bounds and of 1-Lipschitz companions.
+    """torch.nn.Sequential of layers and heads with proved bounds and of 1-Lipschitz companions.
+
+    Chains nest. A sample has as many dimensions as the first layer takes, behind any number of
+    batch dimensions; where a chain starts with `Flatten` the first dimension is the batch's.
 
     Raises:
         ValueError: if a module has no bound.
@@ -26,34 +34,65 @@ class LipschitzSequential(nn.Sequential):
         self._check()
 
     def _check(self) -> None:
+        known = ExplicitLayer | Companion | EquilibriumLayer | NormalizedLinear
         for layer in self:
-            if not isinstance(layer, ExplicitLayer | Companion | EquilibriumLayer):
+            if isinstance(layer, LipschitzSequential):
+                layer._check()
+            elif not isinstance(layer, known):
                 raise ValueError(
-                    f"{type(layer).__name__} has no proved Lipschitz bound: use the layers and "
-                    "companions of lben.layers"
+                    f"{type(layer).__name__} has no proved Lipschitz bound: use the layers, "
+                    "companions, heads and chains of lben.layers"
                 )
 
-    def certificates(self, shape: tuple[int, int, int]) -> list[Certificate]:
-        """Prove every layer that is not a companion, first to last.
+    @property
+    def dims(self) -> int | None:
+        """Dimensions of one sample; None where no layer says."""
+        for layer in self:
+            if isinstance(layer, Flatten):
+                return None
+            found = _dims(layer)
+            if found is not None:
+                return found
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y, of every sample."""
+        x, batch = self._flat(x)
+        y = super().forward(x)
+        return y if batch is None else y.reshape(*batch, *y.shape[1:])
+
+    def _flat(self, x: Tensor) -> tuple[Tensor, torch.Size | None]:
+        """Return x with one batch dimension, and its batch dimensions if they were others."""
+        dims = self.dims
+        if dims is None or x.ndim < dims or x.ndim == dims + 1:
+            return x, None
+        batch = x.shape[: x.ndim - dims]
+        return x.reshape(math.prod(batch), *x.shape[x.ndim - dims :]), batch
+
+    def certificates(self, shape: tuple[int, ...]) -> list[Certificate]:
+        """Prove every layer that is not a companion, first to last, those of inner chains in turn.
 
         Args:
-            shape: channels, height and width of the input.
+            shape: of one sample: (p,), or (channels, height, width).
 
         Raises:
+            ValueError: if a module has no bound; under autocast.
             CertificateError: if a proof fails.
         """
+        precision.refuse_autocast()
         self._check()
         x = torch.zeros(1, *shape)
         x = x.to(next(self.parameters(), x))
-        proofs = []
+        proofs: list[Certificate] = []
         with torch.no_grad():
             for layer in self:
                 if isinstance(layer, ExplicitLayer):
-                    proofs.append(
-                        layer.certificate((x.shape[2], x.shape[3]) if x.ndim == 4 else None)
-                    )
-                elif isinstance(layer, EquilibriumLayer):
+                    image = (x.shape[2], x.shape[3]) if x.ndim == 4 else None
+                    proofs.append(layer.certificate(image))
+                elif isinstance(layer, EquilibriumLayer | NormalizedLinear):
                     proofs.append(layer.certificate())
+                elif isinstance(layer, LipschitzSequential):
+                    proofs.extend(layer.certificates(tuple(x.shape[1:])))
                 x = layer(x)
         return proofs
 
@@ -63,58 +102,153 @@ class LipschitzSequential(nn.Sequential):
     ) -> tuple[Tensor, Stage]:
         """Return y as the chain runs, and what is known of its distance to the exact y.
 
-        The exact y has the same weights, exact equilibria and no rounding. What a layer adds is
-        multiplied by the bounds of those after it.
+        The exact y is that of `weights()` of every layer, with exact equilibria and no rounding.
+        What a layer adds is multiplied by the bounds of those after it.
 
         Args:
-            x: float32 or float64.
+            x: float32 or float64, with one batch dimension.
             proofs: of `certificates`, for these weights and images of this size.
             stage: what is known of x; that it is exact when omitted.
 
         Raises:
             CertificateError: if a proof is for other weights or images.
-            ValueError: if there are more or fewer proofs than layers.
+            ValueError: if there are more or fewer proofs than layers; under autocast.
         """
+        precision.refuse_autocast()
         self._check()
         stage = Stage.start(x) if stage is None else stage
-        for layer, proof in self._with_proofs(proofs):
-            if isinstance(layer, EquilibriumLayer):
-                assert proof is not None
-                found = layer.certified(x, proof)
+        for layer, own_proofs in self._with_proofs(proofs):
+            if isinstance(layer, LipschitzSequential):
+                x, stage = layer.certified(x, own_proofs, stage)
             else:
-                assert isinstance(layer, ExplicitLayer | Companion)
-                if isinstance(layer, ExplicitLayer) and proof is not None:
-                    layer.check(proof, x)
-                found = evaluated(layer, x)
-            x, stage = found.value, stage.then(found, 1.0 if proof is None else proof.bound)
+                found = certified(layer, x, own_proofs)
+                x, stage = found.value, stage.then(found, compose(own_proofs).bound)
         return x, stage
 
     def with_error(self, x: Tensor, proofs: Sequence[Certificate]) -> tuple[Tensor, Tensor, int]:
         """Return y, a bound of its l2 distance to the exact y, and the most solver steps.
 
-        Args and errors are those of `certified`.
+        As `certified`, for any number of batch dimensions.
         """
+        x, batch = self._flat(x)
         y, stage = self.certified(x, proofs)
-        return y, stage.error, stage.steps
+        if batch is None:
+            return y, stage.error, stage.steps
+        return y.reshape(*batch, *y.shape[1:]), stage.error.reshape(batch), stage.steps
+
+    @torch.no_grad()
+    def rounding_growth(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        proofs: Sequence[Certificate] | None = None,
+    ) -> Growth:
+        """Bound ‖fl(y) − y‖₂ affinely in ‖x‖₂.
+
+        Args:
+            shape: of one sample.
+            dtype: in which the chain runs.
+            proofs: of `certificates`; made when omitted.
+
+        Raises:
+            CertificateError: if a proof fails or is for other weights or images.
+            ValueError: if there is an equilibrium layer in the chain, whose error is that of its
+                solve: `with_error` has it; or as `certificates`.
+        """
+        precision.refuse_autocast()
+        proofs = self.certificates(shape) if proofs is None else proofs
+        x = torch.zeros(1, *shape, dtype=dtype)
+        x = x.to(next(self.parameters(), x).device)
+        size, error = Growth(0.0, 1.0), Growth(0.0, 0.0)
+        for layer, own_proofs in self._with_proofs(proofs):
+            if isinstance(layer, EquilibriumLayer):
+                raise ValueError(
+                    "the error of an equilibrium layer is that of its solve, and no function of "
+                    "the input's size: use with_error"
+                )
+            if isinstance(layer, LipschitzSequential):
+                own = layer.rounding_growth(tuple(x.shape[1:]), dtype, own_proofs)
+            else:
+                assert isinstance(layer, ExplicitLayer | Companion | NormalizedLinear)
+                if isinstance(layer, ExplicitLayer):
+                    layer.check(own_proofs[0], x)
+                elif isinstance(layer, NormalizedLinear):
+                    layer.check(own_proofs[0])
+                own = layer.rounding_growth(tuple(x.shape[1:]), dtype)
+            gain = compose(own_proofs).bound
+            error = error.times(gain) + own.after(size + error)
+            y = layer(torch.zeros_like(x))
+            size = size.times(gain).plus(add_up(norm_up(y), own.constant))  # ‖f(0)‖
+            x = y
+        return error
+
+    def rounding(self, x: Tensor) -> Float[Tensor, "*batch"]:
+        """Bound ‖fl(y) − y‖₂ per sample in float64, see `rounding_growth`."""
+        flat, batch = self._flat(x)
+        growth = self.rounding_growth(tuple(flat.shape[1:]), x.dtype)
+        found = growth.at(norms_up(flat, flat.ndim - 1))
+        return found if batch is None else found.reshape(batch)
+
+    @property
+    def _needed(self) -> int:
+        """How many certificates the chain has."""
+        return sum(
+            layer._needed
+            if isinstance(layer, LipschitzSequential)
+            else not isinstance(layer, Companion)
+            for layer in self
+        )
 
     def _with_proofs(
         self, proofs: Sequence[Certificate]
-    ) -> Iterator[tuple[nn.Module, Certificate | None]]:
-        needed = sum(not isinstance(layer, Companion) for layer in self)
-        if len(proofs) != needed:
-            raise ValueError(f"expected {needed} certificates, got {len(proofs)}")
-        left = iter(proofs)
+    ) -> Iterator[tuple[nn.Module, Sequence[Certificate]]]:
+        """Yield every layer with its certificates: none, one, or those of an inner chain."""
+        if len(proofs) != self._needed:
+            raise ValueError(f"expected {self._needed} certificates, got {len(proofs)}")
+        start = 0
         for layer in self:
-            yield layer, None if isinstance(layer, Companion) else next(left)
+            count = 0 if isinstance(layer, Companion) else 1
+            if isinstance(layer, LipschitzSequential):
+                count = layer._needed
+            yield layer, proofs[start : start + count]
+            start += count
 
 
-def evaluated(layer: nn.Module, x: Tensor) -> Certified:
-    """Return what is known of a layer without a solve, whose rounding is affine in ‖x‖₂."""
-    rounding = layer.rounding  # type: ignore[operator]
-    size = torch.linalg.vector_norm(x.double().flatten(1), dim=1) * (1 + 2.0**-40)
-    unit = torch.zeros_like(x[:1])
-    unit.view(-1)[:1] = 1.0
-    constant, one = (float(rounding(t)[0]) if len(x) else 0.0 for t in (0 * unit, unit))
-    slope = (one - constant) * (1 + 2.0**-20)
-    around = Affine(constant + slope * size, slope)
-    return Certified(value=layer(x), error=around.constant, uniform=around)
+def certified(layer: nn.Module, x: Tensor, proofs: Sequence[Certificate]) -> Certified:
+    """Return what is known of one layer, companion or head as it runs.
+
+    Args:
+        layer: of a chain, but no chain itself.
+        x: with one batch dimension.
+        proofs: of the layer; none for a companion.
+
+    Raises:
+        CertificateError: if the proof is for other weights or images.
+    """
+    if isinstance(layer, EquilibriumLayer):
+        return layer.certified(x, proofs[0])
+    assert isinstance(layer, ExplicitLayer | Companion | NormalizedLinear)
+    if isinstance(layer, ExplicitLayer):
+        layer.check(proofs[0], x)
+    elif isinstance(layer, NormalizedLinear):
+        layer.check(proofs[0])
+    return rounded(layer(x), x, layer.rounding_growth(tuple(x.shape[1:]), x.dtype))
+
+
+def rounded(y: Tensor, x: Tensor, growth: Growth) -> Certified:
+    """Return what is known of an output whose rounding is affine in ‖x‖₂."""
+    size = norms_up(x, x.ndim - 1)
+    around = Affine(
+        growth.constant + growth.slope * size, growth.slope, (growth.limit - size).clamp_min(-1.0)
+    )
+    return Certified(value=y, error=growth.at(size), uniform=around)
+
+
+def _dims(layer: nn.Module) -> int | None:
+    if isinstance(layer, LipschitzSequential):
+        return layer.dims
+    if isinstance(layer, ExplicitLayer):
+        return layer.map.dims
+    if isinstance(layer, NormalizedLinear | DenseEquilibriumLayer):
+        return 1
+    return 3 if isinstance(layer, ImageCompanion | EquilibriumLayer) else None

@@ -20,7 +20,7 @@ tolerance above that says nothing. Every bound is affine in ρ.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -62,6 +62,9 @@ class Running:
         bias: ‖v‖ per sample.
         bias_rounding: δ(x), bound of the rounding of v per sample.
         output_rounding: bound of the rounding of y, for this z and x, per sample.
+        size: ‖x‖₂ per sample.
+        unit: u, half an ulp of 1 in the precision that runs.
+        largest: how large v, z, Wz + v and y may be before a number can overflow, in these norms.
     """
 
     tol: float
@@ -74,6 +77,9 @@ class Running:
     bias: Float[Tensor, " batch"]
     bias_rounding: Float[Tensor, " batch"]
     output_rounding: Float[Tensor, " batch"]
+    size: Float[Tensor, " batch"]
+    unit: float
+    largest: float
 
 
 def uniform_error(layer: Running, gains: Sensitivity) -> Affine:
@@ -96,22 +102,28 @@ def uniform_error(layer: Running, gains: Sensitivity) -> Affine:
     ) * (1 / room)
     residual = (Affine(layer.state, 0.0) + moved) * layer.tol
     drive = bias + moved * layer.product
+    limit = _limit(layer, Affine(layer.state, 0.0) + moved)
     output_rounding = Affine(layer.output_rounding, rates.through) + moved * rates.readout
-    return (
+    found = (
         residual * (gains.state_to_output + gains.residual_to_output)
         + drive * gains.drive_to_output
         + output_rounding
     )
+    return replace(found, limit=limit)
 
 
-def absolute_norm(matrix: Float[Tensor, "rows columns"]) -> float:
-    """Bound ‖|A|‖₂ from above by √(largest row sum · largest column sum), for float64 A."""
-    size = matrix.abs()
-    if size.numel() == 0:
-        return 0.0
-    scale = float(size.max())
-    if not 0 < scale < math.inf:
-        return scale
-    size = size / scale
-    root = math.sqrt(float(size.sum(0).max())) * math.sqrt(float(size.sum(1).max()))
-    return root * scale * (1 + 8 * (sum(matrix.shape) + 4) * 2.0**-53)
+def _limit(layer: Running, state: Affine) -> Tensor:
+    """Return the largest ρ at which nothing overflows, by the sizes that roundings are part of.
+
+    A rounding is at least half an ulp of what it rounds, so sizes are below 1/u roundings.
+    """
+    rates, ulp = layer.rates, layer.unit
+    x = Affine(layer.size, 1.0)
+    sums = Affine(layer.bias, 0.0) + x * rates.drive + state * (1 + layer.product / ulp)
+    outputs = state * (rates.readout / ulp) + x * (rates.through / ulp)
+    outputs = outputs + Affine(layer.output_rounding / ulp, 0.0)
+    limit = torch.full_like(layer.size, math.inf)
+    for size in (sums, outputs):
+        reach = (layer.largest - size.constant) / (size.slope + 2.0**-1000)
+        limit = torch.minimum(limit, reach.nan_to_num(nan=-1.0))
+    return limit

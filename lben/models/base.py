@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lben.certificates import CertificateError, NetworkCertificate
 from lben.certified import Affine, Stage
 from lben.layers import EquilibriumLayer, Normalize
+from lben.layers.sequential import rounded
 from lben.models.fingerprint import fingerprint
 from lben.parameterizations import FixedWeights
 from lben.radii import certified_radius
@@ -197,7 +198,8 @@ class Classifier(nn.Module, ABC):
         """
         self._check(certificate)
         normalized, gain = self.prepared(x), certificate.input_gain
-        start = Stage.start(x).then(self.normalize.certified(x, normalized), gain)
+        growth = self.normalize.rounding_growth(self.shape, x.dtype)
+        start = Stage.start(x).then(rounded(normalized, x, growth), gain)
         logits, stage = self._certified(normalized, start, certificate)
         return CertifiedLogits(
             logits=logits, error=stage.error, elsewhere=stage.uniform, steps=stage.steps

@@ -25,6 +25,7 @@ from lben.layers import (
     InvertibleDownsampling,
     PooledEquilibriumConv2d,
 )
+from lben.layers.sequential import rounded
 from lben.local import Anchors, LocalCertificate
 from lben.models.base import Bound, Classifier, Promise
 from lben.models.checks import check_channels, check_kernel, check_model
@@ -219,7 +220,8 @@ class EquilibriumClassifier(SingleLayerClassifier):
         (proof,) = certificate.layers
         proof.check_fingerprint(local.fingerprint)
         normalized = self.prepared(x)
-        start = Stage.start(x).then(self.normalize.certified(x, normalized), certificate.input_gain)
+        growth = self.normalize.rounding_growth(self.shape, x.dtype)
+        start = Stage.start(x).then(rounded(normalized, x, growth), certificate.input_gain)
         found = self.layer.anchors(self._features(normalized), proof)
         assert found.elsewhere is not None
         stage = start.then(

@@ -33,7 +33,7 @@ from lben.layers import (
     SpectralConv2d,
     SpectralLinear,
 )
-from lben.layers.sequential import evaluated
+from lben.layers.sequential import certified
 from lben.models.base import Bound, Classifier
 from lben.models.checks import check_channels, check_kernel, check_model
 
@@ -162,9 +162,8 @@ class ResidualClassifier(Classifier):
         self, x: Tensor, stage: Stage, certificate: NetworkCertificate
     ) -> tuple[Tensor, Stage]:
         *layers, head = certificate.layers
-        head.check(self.head.weights())
         features, stage = self.features.certified(x, layers, stage)
-        found = evaluated(self.head, features)
+        found = certified(self.head, features, [head])
         return found.value, stage.then(found, head.bound)
 
 

@@ -607,7 +607,7 @@ def test_rounding_is_bounded(kind):
         (lambda: AOLConv2d(3, 2, stride=0), "kernel_size and stride must be at least 1"),
         (lambda: SLLConv2d(3, 2).certificate(), "proved for a size"),
         (lambda: SLLConv2d(3, 2, 5, circular=True).certificate((4, 4)), "smaller than the kernel"),
-        (lambda: SLLConv2d(3, 2)(torch.zeros(3, 8, 8)), "images of 3 channels"),
+        (lambda: SLLConv2d(3, 2)(torch.zeros(8, 8)), "images of 3 channels"),
         (lambda: SLLConv2d(3, 2).certificate((0, 5)), "at least 1"),
         (lambda: OrthogonalConv2d(2, 2, image=(5, 5)).certificate((7, 7)), "made for images"),
         (lambda: SLLConv2d(9, 9).weights().dense((64, 64)), "too large matrices"),

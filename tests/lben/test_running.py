@@ -23,7 +23,6 @@ from lben.certificates import (
     sensitivity,
 )
 from lben.certified import Affine, Certified, Stage
-from lben.layers.uniform import absolute_norm
 from lben.models import ResidualClassifierConfig
 from lben.parameterizations import FixedWeights
 from lben.tightening import tighten_pooled
@@ -244,17 +243,17 @@ def test_a_chain_adds_up_errors_and_what_moves():
     assert stage.uniform.slope == pytest.approx(1.0)
 
 
-def test_absolute_norm_is_an_upper_bound():
-    torch.manual_seed(0)
-    for shape in ((3, 7), (7, 3), (1, 1), (0, 4)):
-        matrix = torch.randn(shape, dtype=F64)
-        assert (
-            absolute_norm(matrix) >= float(torch.linalg.matrix_norm(matrix.abs(), 2))
-            if len(matrix)
-            else absolute_norm(matrix) == 0
-        )
-    assert absolute_norm(torch.full((2, 2), 1e-200, dtype=F64)) >= 2e-200
-    assert math.isinf(absolute_norm(torch.tensor([[math.inf]], dtype=F64)))
+def test_a_bound_ends_where_numbers_may_overflow():
+    layer = EquilibriumLinear(3, 4, 2).requires_grad_(False)
+    x = torch.randn(2, 3)
+    uniform = layer.certified(x, layer.certificate()).uniform
+    limit = torch.as_tensor(uniform.limit)
+    assert bool((limit > 1e20).all() and (limit < torch.finfo(torch.float32).max).all())
+    assert bool(torch.isfinite(uniform.at(0.99 * limit)).all())
+    assert bool(torch.isinf(uniform.at(1.01 * limit)).all())
+    inner = Affine(torch.tensor([1.0, 100.0], dtype=F64), 2.0)
+    outer = Affine(torch.zeros(2, dtype=F64), 1.0, torch.tensor([9.0, 9.0], dtype=F64))
+    assert outer.after(inner).limit.tolist() == pytest.approx([4.0, -45.5])
 
 
 EQUILIBRIUM = EquilibriumClassifierConfig(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 
 import numpy as np
@@ -11,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from solvers.auto import Auto
+from solvers.dependencies import full_precision
 from solvers.inclusion import Inclusion
 from solvers.method import Method, Outcome, Request
 from solvers.operators import NotMonotoneError
@@ -59,7 +59,8 @@ def solve(
     method = Auto() if method is None else method
     problem.check()
     _check_options(problem, tol, max_steps, z0, on_failure)
-    with torch.no_grad(), full_precision(problem.bias.device.type):
+    device = problem.bias.device.type
+    with torch.no_grad(), full_precision(device), problem.operator.settled():
         _check_metric(problem)
         if require_monotone:
             _check_monotone(problem)
@@ -120,13 +121,6 @@ def _check_options(
             )
         if not bool(torch.isfinite(z0).all()):
             raise ValueError("z0 contains NaN or Inf")
-
-
-def full_precision(device: str) -> contextlib.AbstractContextManager[None]:
-    """Leave autocast, which would round products to a precision in which no tolerance is met."""
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _held(tol: float, dtype: torch.dtype) -> float:

@@ -19,6 +19,7 @@ from solvers.operators.base import (
     Resolvent,
     check_metric,
     column,
+    own_step,
     singular,
     step_key,
 )
@@ -100,6 +101,9 @@ class DenseOperator(LinearOperator):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.W,)
 
+    def _given(self) -> tuple[Tensor, ...]:
+        return (self.W.T if self.transposed else self.W,)
+
     @property
     def T(self) -> DenseOperator:
         # Note [Shared factors]
@@ -149,7 +153,7 @@ class DenseOperator(LinearOperator):
         return A
 
     def resolvent(self, step: Step) -> DenseResolvent:
-        factor = self.memo(("resolvent", step_key(step)), lambda: self._factor(step))
+        factor = self.memo(("resolvent", step_key(step)), lambda: self._factor(own_step(step)))
         return factor.T if self.transposed else factor
 
     def _factor(self, step: Step) -> DenseResolvent:

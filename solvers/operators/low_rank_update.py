@@ -18,6 +18,7 @@ from solvers.operators.base import (
     Map,
     Resolvent,
     column,
+    own_step,
     singular,
     step_key,
 )
@@ -104,6 +105,16 @@ class LowRankUpdate(LinearOperator):
     def tensors(self) -> tuple[Tensor, ...]:
         return (*self.base.tensors, self.A, self.B)
 
+    def _given(self) -> tuple[Tensor, ...]:
+        own = (self.B, self.A) if self.transposed else (self.A, self.B)
+        return (*self.base._given(), *own)
+
+    def _own_metric(self) -> Tensor:
+        return self.base._own_metric()
+
+    def _parts(self) -> tuple[LinearOperator, ...]:
+        return (self.base,)
+
     @property
     def T(self) -> LowRankUpdate:
         # One memo for both: see Note [Shared factors] of the dense operator.
@@ -171,7 +182,7 @@ class LowRankUpdate(LinearOperator):
         return self.base.mean_log_eigenvalue()  # ABᵀ moves r eigenvalues of n
 
     def resolvent(self, step: Step) -> UpdatedResolvent:
-        factor = self.memo(("resolvent", step_key(step)), lambda: self._factor(step))
+        factor = self.memo(("resolvent", step_key(step)), lambda: self._factor(own_step(step)))
         return factor.T if self.transposed else factor
 
     def _factor(self, step: Step) -> UpdatedResolvent:

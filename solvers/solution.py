@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -77,6 +77,10 @@ class Solution:
     likely_causes: Callable[[], str] = field(repr=False)
     _error_bound: Callable[[], Tensor] = field(repr=False)
     _method: object = field(repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch copies no tensor with a graph, and sends none to another process.
+        return {**self.__dict__, "value": self.value.detach()}
 
     @property
     def method(self) -> str:

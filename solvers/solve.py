@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import torch
@@ -91,10 +92,14 @@ def solve(
             tol=tol,
             _method=method,
             name=name,
-            likely_causes=lambda: method.likely_causes(flat),
-            _error_bound=lambda: flat.error_bound(value).reshape(shape[:-1]),
+            likely_causes=partial(method.likely_causes, flat),
+            _error_bound=partial(_error_bound, flat, value, shape[:-1]),
         )
     return solution.report(on_failure)
+
+
+def _error_bound(problem: Inclusion, value: Tensor, batch: torch.Size) -> Tensor:
+    return problem.error_bound(value).reshape(batch)
 
 
 def _check_options(

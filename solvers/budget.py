@@ -18,11 +18,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from solvers.activations import LinearSlope, Masked, ProximalActivation, Step
+from solvers.dependencies import full_precision
 from solvers.gradient import final
 from solvers.inclusion import Inclusion
 from solvers.operators import DenseOperator
 from solvers.operators.dense import DenseResolvent
-from solvers.solve import full_precision
 
 
 def budgeted_equilibrium(

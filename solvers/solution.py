@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -101,6 +101,10 @@ class Solution:
     likely_causes: Callable[[], str] = field(repr=False)
     _error_bound: Callable[[], Tensor] = field(repr=False)
     _method: str = field(repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch copies no tensor with a graph, and sends none to another process.
+        return {**self.__dict__, "value": self.value.detach()}
 
     @property
     def method(self) -> str:

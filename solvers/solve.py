@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from solvers.auto import Auto
+from solvers.dependencies import full_precision
 from solvers.inclusion import Inclusion
 from solvers.method import Method, Outcome, Request, check_method, names
 from solvers.operators import NotMonotoneError
@@ -75,7 +76,8 @@ def solve(
     problem.check()
     tol, max_steps = check_options(tol, max_steps, on_failure)
     _check_precision(problem, tol, z0)
-    with torch.no_grad(), full_precision(problem.bias.device.type):
+    device = problem.bias.device.type
+    with torch.no_grad(), full_precision(device), problem.operator.settled():
         _check_metric(problem)
         if require_monotone:
             _check_monotone(problem)
@@ -102,10 +104,14 @@ def solve(
             tol=tol,
             _method=names(used),
             name=name,
-            likely_causes=lambda: method.likely_causes(flat),
-            _error_bound=lambda: flat.error_bound(value).reshape(shape[:-1]),
+            likely_causes=partial(method.likely_causes, flat),
+            _error_bound=partial(_error_bound, flat, value, shape[:-1]),
         )
     return solution.report(on_failure)
+
+
+def _error_bound(problem: Inclusion, value: Tensor, batch: torch.Size) -> Tensor:
+    return problem.error_bound(value).reshape(batch)
 
 
 def _check_precision(problem: Inclusion, tol: float, z0: Tensor | None) -> None:
@@ -127,13 +133,6 @@ def _check_precision(problem: Inclusion, tol: float, z0: Tensor | None) -> None:
             )
         if not bool(torch.isfinite(z0).all()):
             raise ValueError("z0 contains NaN or Inf")
-
-
-def full_precision(device: str) -> contextlib.AbstractContextManager[None]:
-    """Leave autocast, which would round products to a precision in which no tolerance is met."""
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _held(tol: float, dtype: torch.dtype) -> float:

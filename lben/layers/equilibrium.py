@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from lben import precision
 from lben.certificates import Certificate, certify, sensitivity
 from lben.certified import Certified
 from lben.layers.growth import absolute_norm, norms_up
+from lben.layers.kept import KeepingLayer
 from lben.layers.roundoff import not_nan, underflow
 from lben.layers.uniform import Rates, Running, uniform_error
 from lben.local import Anchors
@@ -36,6 +38,7 @@ from solvers import (
 )
 from solvers.acceptance import check_rounding
 from solvers.activations import check_activation
+from solvers.dependencies import full_precision, nothing_may_be_kept
 from solvers.gradient import check_gradient
 from solvers.method import check_method
 from solvers.operators.base import check_tensors
@@ -63,11 +66,32 @@ class _Exactly:
     output_error: Tensor
 
 
-class EquilibriumLayer(nn.Module, ABC):
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class _Own:
+    """Weights that are kept, and whether somebody to whom they were given has written to them."""
+
+    def __init__(self, weights: Any) -> None:
+        self.weights = weights.apply(Tensor.detach)
+        self._versions = self._current()
+
+    def _current(self) -> list[int]:
+        return [t._version for t in self.weights.tensors().values()]
+
+    def is_untouched(self) -> bool:
+        return self._versions == self._current()
+
+
+class EquilibriumLayer(KeepingLayer, ABC):
     """y = Cz + Dx + b_y with z = σ(Wz + Ux + b), the weights from a parameterization.
 
     A subclass says how inputs become v = Ux + b and states become y, and which operator W is; the
     solver, its gradient and the reuse of weights and factors are the same for all.
+
+    Weights are assembled and solved for in the precision of the parameters, also under autocast,
+    where an x in autocast's type is converted to it. The backward transforms of torch.func and vmap
+    may be taken of the layer, over samples and over weights.
 
     Args:
         parameterization: a module that returns explicit weights and has their γ as `gamma`.
@@ -97,8 +121,7 @@ class EquilibriumLayer(nn.Module, ABC):
         max_steps: int = 5000,
         on_failure: OnFailure = "warn",
     ) -> None:
-        super().__init__()
-        self.parameterization = parameterization
+        super().__init__(parameterization)
         self.activation = ReLU() if activation is None else activation
         self.method = Auto() if method is None else method
         self.gradient = ImplicitGradient() if gradient is None else gradient
@@ -107,7 +130,6 @@ class EquilibriumLayer(nn.Module, ABC):
         check_gradient(self.gradient)
         self.tol, self.max_steps = check_options(tol, max_steps, on_failure)
         self.on_failure: OnFailure = on_failure
-        self._cache: _Cache | None = None
 
     @property
     def gamma(self) -> float | None:
@@ -119,24 +141,32 @@ class EquilibriumLayer(nn.Module, ABC):
         """Return y.
 
         Raises:
-            ValueError: for a wrong shape, dtype, device, or NaN or Inf in x.
+            ValueError: for a wrong shape, dtype, device, or NaN or Inf in x, or parameters in half
+                precision.
             SolveError: if a solve misses its tolerance and on_failure is "raise".
         """
-        weights = self.weights()
-        with precision.full():
+        x = self._taken(x)
+        with self._outside_autocast(), precision.full():
+            weights = self.weights()
             return self._readout(weights, x, self._solve(weights, x, None).value)
 
     def readout(self, x: Tensor, z: Float[Tensor, "*batch n"], weights: Any = None) -> Tensor:
         """Return Cz + Dx + b_y, for the weights that run now or for those given."""
-        return self._readout(self.weights() if weights is None else weights, x, z)
+        x = self._taken(x)
+        with self._outside_autocast():
+            return self._readout(self.weights() if weights is None else weights, x, z)
 
     def equilibrium(self, x: Tensor, z0: Float[Tensor, "*batch n"] | None = None) -> Solution:
         """Solve for z, optionally from a warm start, and return it with its evidence."""
-        return self._solve(self.weights(), x, z0)
+        x = self._taken(x)
+        with self._outside_autocast():
+            return self._solve(self.weights(), x, z0)
 
     def inclusion(self, x: Tensor) -> Inclusion:
         """Return the fixed-point problem of x."""
-        return self._inclusion(self.weights(), x)
+        x = self._taken(x)
+        with self._outside_autocast():
+            return self._inclusion(self.weights(), x)
 
     @torch.no_grad()
     def certified(self, x: Tensor, proof: Certificate) -> Certified:
@@ -154,7 +184,9 @@ class EquilibriumLayer(nn.Module, ABC):
         Raises:
             CertificateError: if the proof is for something else.
         """
-        return self._evaluated(x, proof)[1]
+        x = self._taken(x)
+        with self._outside_autocast():
+            return self._evaluated(x, proof)[1]
 
     def with_error(self, x: Tensor, proof: Certificate) -> tuple[Tensor, Tensor, int]:
         """Return y, a bound of its l2 distance to the exact y of x, and the most solver steps.
@@ -247,24 +279,31 @@ class EquilibriumLayer(nn.Module, ABC):
         Raises:
             CertificateError: if the proof fails.
         """
-        with torch.no_grad():
+        with torch.no_grad(), self._outside_autocast():
             weights = self.weights()
             proof = self._prove(weights)
             return replace(proof, sensitivity=sensitivity(weights, proof))
 
     def weights(self) -> Any:
-        """Return the explicit weights.
+        """Return the explicit weights, also under autocast in the precision of the parameters.
 
         Without grad mode, or when no parameter requires a gradient, they are computed once and
-        reused until a parameter changes.
+        reused until a parameter, or whatever else they depend on, changes.
+
+        Raises:
+            ValueError: for parameters in half precision.
         """
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
-            return self.parameterization()
-        cache = self._current_cache()
-        if cache.weights is None:
-            with torch.no_grad():
-                cache.weights = self.parameterization().apply(Tensor.detach)
-        return cache.weights
+        own = self._reference().dtype
+        if own not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"an equilibrium is solved for and proved in float32 or float64, the parameters "
+                f"are {own}: convert the layer, for example by layer.float()"
+            )
+        with self._outside_autocast():
+            if not self._may_keep() or self._is_tracked():
+                return self.parameterization()
+            kept = self._record()
+            return kept.get("weights", lambda: _Own(kept.twin()), _Own.is_untouched).weights
 
     @abstractmethod
     def _bias(self, weights: Any, x: Tensor) -> Float[Tensor, "*batch n"]:
@@ -321,29 +360,31 @@ class EquilibriumLayer(nn.Module, ABC):
         self._check_input(x)
         with precision.full():
             v = self._bias(weights, x)
-        if not bool(torch.isfinite(v.detach()).all()):
+        # Within a transform numbers cannot be looked at: the solve says what it finds.
+        if not nothing_may_be_kept() and not bool(torch.isfinite(v.detach()).all()):
             self._explain_non_finite(x)
         return Inclusion(self._operator(weights), v, self._sigma)
 
     def _operator(self, weights: Any) -> LinearOperator:
-        cache = self._current_cache()
-        if cache.operator is None:
-            cache.operator = self._new_operator(weights.apply(Tensor.detach))
-        return cache.operator.rebuild(self._operator_tensors(weights))
+        def build() -> LinearOperator:
+            return self._new_operator(weights.apply(Tensor.detach))
 
-    def _current_cache(self) -> _Cache:
-        parameters = tuple(self.parameters())
-        if self._cache is None or not self._cache.fits(parameters):
-            self._cache = _Cache.of(parameters)
-        return self._cache
+        operator = self._record().get("operator", build) if self._may_keep() else build()
+        return operator.rebuild(self._operator_tensors(weights))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None}
+    def _outside_autocast(self) -> AbstractContextManager[None]:
+        return full_precision(self._reference().device.type)
+
+    def _taken(self, x: Tensor) -> Tensor:
+        """Return x, under autocast from its type to that of the parameters."""
+        if x.dtype in _HALF and torch.is_autocast_enabled(x.device.type):
+            return x.to(self._reference().dtype)
+        return x
 
     def _check_input(self, x: Tensor) -> None:
         check_tensors(x=x)
         self._check_shape(x)
-        reference = next(self.parameters())
+        reference = self._reference()
         if x.dtype != reference.dtype:
             raise ValueError(
                 f"x is {x.dtype}, the layer is {reference.dtype}: "
@@ -427,6 +468,11 @@ class DenseEquilibriumLayer(EquilibriumLayer):
         Raises:
             CertificateError: if the proof is for other weights.
         """
+        x = self._taken(x)
+        with self._outside_autocast():
+            return self._anchors(x, proof)
+
+    def _anchors(self, x: Tensor, proof: Certificate) -> Anchors:
         exact, found = self._evaluated(x, proof)
         w, x, z = exact.weights, exact.x, exact.z
         moved = torch.linalg.vector_norm(w.W / w.Lambda.sqrt(), dim=1)
@@ -510,31 +556,3 @@ class EquilibriumLinear(DenseEquilibriumLayer):
             activation=activation, method=method, gradient=gradient, tol=tol,
             max_steps=max_steps, on_failure=on_failure,
         )  # fmt: skip
-
-
-@dataclass(eq=False)
-class _Cache:
-    """Weights and factors of one set of parameter values.
-
-    Note [When a parameter has changed]
-    Version counters see every ordinary in-place update and give the quick "no". They miss writes
-    through `.data` and swaps by `.to()`, so a "yes" is confirmed by comparing the values with a
-    snapshot: one pass over the parameters, far below the cost of assembling W.
-    """
-
-    versions: tuple[int, ...]
-    snapshot: tuple[Tensor, ...]
-    weights: Any = None
-    operator: LinearOperator | None = None
-
-    @classmethod
-    def of(cls, parameters: tuple[Tensor, ...]) -> _Cache:
-        return cls(
-            tuple(p._version for p in parameters), tuple(p.detach().clone() for p in parameters)
-        )
-
-    def fits(self, parameters: tuple[Tensor, ...]) -> bool:
-        return self.versions == tuple(p._version for p in parameters) and all(
-            p.dtype == s.dtype and p.device == s.device and torch.equal(p, s)
-            for p, s in zip(parameters, self.snapshot, strict=True)
-        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -54,7 +54,6 @@ class ImageEquilibriumLayer(EquilibriumLayer):
     """
 
     _sample_dimensions, _entry = 3, "entry"
-    _inside: Tensor | None
 
     def __init__(
         self,
@@ -90,14 +89,21 @@ class ImageEquilibriumLayer(EquilibriumLayer):
         self._torus = self.grid
         if not state.circular:
             self._torus = (_fast(self.grid[0] + size // 2), _fast(self.grid[1] + size // 2))
-        inside = torch.zeros(len(state.b), *self._torus, dtype=torch.bool)
-        inside[:, : self.grid[0], : self.grid[1]] = True
-        self.register_buffer("_inside", None if state.circular else inside.flatten(), False)
+        self._channels = len(state.b)
+        self._inside = None if state.circular else self._image_units(state.b.device)
 
     def images(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch c h w"]:
         """Return states, as `equilibrium` gives them, as images."""
         whole = z.unflatten(-1, (-1, *self._torus))
         return whole[..., : self.grid[0], : self.grid[1]]
+
+    def _image_units(self, device: torch.device) -> Bool[Tensor, " n"]:
+        """Return which units lie inside the image, and not on its border."""
+        real = "cpu" if device.type == "meta" else device
+        with torch.inference_mode(False):
+            inside = torch.zeros(self._channels, *self._torus, dtype=torch.bool, device=real)
+            inside[:, : self.grid[0], : self.grid[1]] = True
+            return inside.flatten()
 
     @staticmethod
     def _state(weights: Any) -> ConvolutionalWeights:
@@ -105,7 +111,15 @@ class ImageEquilibriumLayer(EquilibriumLayer):
 
     @property
     def _sigma(self) -> ProximalActivation:
-        return self.activation if self._inside is None else Masked(self.activation, self._inside)
+        inside, device = self._inside, self._reference().device
+        if inside is None:
+            return self.activation
+        # The mask follows from the sizes, so it is neither state nor moved with it.
+        if inside.device != device:
+            inside = self._image_units(device)
+            if self._may_keep():
+                self._inside = inside
+        return Masked(self.activation, inside)
 
     def _bias(self, weights: Any, x: Tensor) -> Tensor:
         state = self._state(weights)
@@ -232,7 +246,6 @@ class EquilibriumConv2d(ImageEquilibriumLayer):
         self.hidden_channels = hidden_channels
         self.out_channels = hidden_channels if out_channels is None else out_channels
         self._identity = out_channels is None
-        self.to(device)
 
     def _readout(self, weights: ConvolutionalWeights, x: Tensor, z: Tensor) -> Tensor:
         y = self.images(z)
@@ -343,7 +356,6 @@ class PooledEquilibriumConv2d(ImageEquilibriumLayer):
             method=method, gradient=gradient, tol=tol, max_steps=max_steps, on_failure=on_failure,
         )  # fmt: skip
         self.out_features = out_features
-        self.to(device)
 
     def _readout(self, weights: PooledWeights, x: Tensor, z: Tensor) -> Tensor:
         return functional.linear(self.images(z).flatten(1), weights.C.flatten(1), weights.b_y)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lben import precision
 from lben.certificates import Certificate, certify, certify_convolution
@@ -22,7 +21,7 @@ from lben.layers.growth import (
     norms_up,
     times_up,
 )
-from lben.layers.kept import Kept, nothing_may_be_kept
+from lben.layers.kept import KeepingLayer, Running
 from lben.layers.maps import Convolution, LinearMap
 from lben.layers.roundoff import Signal, at_zero
 from lben.parameterizations import (
@@ -33,16 +32,16 @@ from lben.parameterizations import (
 )
 from lben.weights import ExplicitWeights
 from solvers import ProximalActivation, ReLU, fused
+from solvers.dependencies import nothing_may_be_kept, read
 
 
-class ExplicitLayer(nn.Module, ABC):
+class ExplicitLayer(KeepingLayer, ABC):
     """A layer whose multiplier T is computed once per change of its parameters.
 
     In eval mode a call is the layer's products and one pointwise pass. In training T is computed
     for the first forward pass after a step of the optimizer and kept with its graph, so that
-    gradient accumulation pays for it once; its gradient has no second derivative in the
-    parameters (those in the input are exact to any order). Under `torch.compile` nothing is kept
-    and T is part of the compiled graph.
+    gradient accumulation pays for it once; a gradient that is differentiated again computes it anew.
+    Under `torch.compile` nothing is kept and T is part of the compiled graph.
 
     float32 runs in float32, whatever torch allows its products to be rounded to (TF32 convolutions
     are torch's default on CUDA); a compiled graph obeys the settings of torch.backends, which have
@@ -59,9 +58,8 @@ class ExplicitLayer(nn.Module, ABC):
     def __init__(
         self, parameterization: ExplicitParameterization, map: LinearMap, inputs: int
     ) -> None:
-        super().__init__()
-        self.parameterization, self.map, self.inputs = parameterization, map, inputs
-        self._kept: Kept | None = None
+        super().__init__(parameterization)
+        self.map, self.inputs = map, inputs
 
     @abstractmethod
     def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
@@ -90,7 +88,7 @@ class ExplicitLayer(nn.Module, ABC):
                 return self.evaluate(x, run, self._tensors(run))
 
     def _precision(self, x: Tensor) -> torch.dtype:
-        reference = next(self.parameters())
+        reference = self._reference()
         if reference.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"parameters must be float32 or float64, got {reference.dtype}: T cannot be "
@@ -112,21 +110,39 @@ class ExplicitLayer(nn.Module, ABC):
 
     def _tensors(self, run: torch.dtype) -> tuple[Tensor, ...]:
         """Return what runs, computed or kept."""
-        if nothing_may_be_kept():
+        track = self._is_tracked()
+        parameters = tuple(self.parameterization.parameters())
+        own = {id(p) for p in parameters}
+        if not self._may_keep() or (track and self._has_strays(own)):
             return self.parameterization(run)
-        track = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        if self._kept is None or not self._kept.fits(self.parameterization, run, track):
-            self._kept = Kept(self.parameterization, run, track)
-        return self._kept.attach(self.parameterization) if track else self._kept.values
+        running = self._running(run, tuple(p.requires_grad for p in parameters) if track else ())
+        return running.attach(parameters) if track else running.values
+
+    def _running(self, run: torch.dtype, tracked: tuple[bool, ...] = ()) -> Running:
+        kept = self._record()
+        return kept.get(
+            ("runs", run),
+            lambda: Running(kept, run, tracked),
+            lambda running: tracked in ((), running.tracked),
+        )
+
+    def _has_strays(self, parameters: set[int]) -> bool:
+        """Say whether another tensor than the parameters is to get a gradient."""
+        tensors, _ = read(self.parameterization)
+        return any(t.requires_grad and id(t) not in parameters for t in tensors)
 
     def weights(self, run: torch.dtype | None = None) -> ExplicitWeights | ConvolutionalWeights:
         """Return the float64 weights of the layer as it runs in a precision (its own if None)."""
-        run = next(self.parameters()).dtype if run is None else run
-        with torch.no_grad():
-            if isinstance(self.map, Convolution):
-                kernels = self.parameterization.convolutional(run, circular=self.map.circular)
-                return kernels.apply(Tensor.detach)
-            return self.parameterization.dense(run).apply(Tensor.detach)
+        return self._weights(self.parameterization, self._reference().dtype if run is None else run)
+
+    @torch.no_grad()
+    def _weights(
+        self, parameterization: ExplicitParameterization, run: torch.dtype
+    ) -> ExplicitWeights | ConvolutionalWeights:
+        if isinstance(self.map, Convolution):
+            kernels = parameterization.convolutional(run, circular=self.map.circular)
+            return kernels.apply(Tensor.detach)
+        return parameterization.dense(run).apply(Tensor.detach)
 
     def certificate(
         self, image: tuple[int, int] | None = None, *, run: torch.dtype | None = None
@@ -143,7 +159,7 @@ class ExplicitLayer(nn.Module, ABC):
             ValueError: if a convolution is given no image size.
             CertificateError: if the proof fails.
         """
-        run = next(self.parameters()).dtype if run is None else run
+        run = self._reference().dtype if run is None else run
         weights = self.weights(run)
         if isinstance(weights, ExplicitWeights):
             proof = certify(weights)
@@ -159,11 +175,12 @@ class ExplicitLayer(nn.Module, ABC):
         Raises:
             CertificateError: naming the difference.
         """
-        self._tensors(next(self.parameters()).dtype)
-        assert self._kept is not None
-        if self._kept.fingerprint is None:
-            self._kept.fingerprint = self.weights().fingerprint
-        proof.check_fingerprint(self._kept.fingerprint)
+        run = self._reference().dtype
+        kept = self._record()
+        fingerprint = kept.get(
+            ("fingerprint", self.map), lambda: self._weights(kept.twin, run).fingerprint
+        )
+        proof.check_fingerprint(fingerprint)
         if isinstance(self.map, Convolution):
             proof.check_image((x.shape[-2], x.shape[-1]), exactly=self.map.circular)
 
@@ -209,9 +226,6 @@ class ExplicitLayer(nn.Module, ABC):
         super().train(mode)
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
-
     def extra_repr(self) -> str:
         """Describe the layer in `repr`."""
         return f"{self.map}"
@@ -232,7 +246,7 @@ class ResidualLayer(ExplicitLayer):
     def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
         U, b, scale = tensors
         U = U.to(run)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or run != x.dtype:
+        if torch.is_grad_enabled() or nothing_may_be_kept() or run != x.dtype:
             h = self.activation(self.map.apply(x.to(run), U, b.to(run)))
             return x - self.map.adjoint((h * self.map.spread(scale)).to(run), U).to(x.dtype)
         y = self.map.adjoint(self._hidden(x, U, b, scale), U)  # nobody else holds y

@@ -1,130 +1,211 @@
-"""When may what a layer computed from its parameters be used again?"""
+"""When may what a layer computed from its parameters be used again?
+
+As long as all that it depends on has its value still: see `solvers.dependencies`.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.func import functional_call
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import Tensor, nn
 
-from lben.parameterizations import ExplicitParameterization
+from solvers.dependencies import Snapshot, full_precision, nothing_may_be_kept, read, undisturbed
 
-_SAMPLE = 200
-_steps = 0
-
-
-def _count(*_: Any) -> None:
-    global _steps
-    _steps += 1
-
-
-register_optimizer_step_post_hook(_count)
-
-
-def nothing_may_be_kept() -> bool:
-    """Say whether values belong to a trace or a transform, which would escape with them."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or torch._C._are_functorch_transforms_active()
-    )
+T_ = TypeVar("T_")
 
 
 class Kept:
-    """What runs for one set of parameter values, with the graph back to copies of them if asked.
+    """What was computed from a parameterization as it was: weights, factors, the tensors that run.
 
-    Note [When a parameter has changed]
-    Parameters and buffers are watched by version counter and address, and every step of an
-    optimizer counts, since fused ones raise no version. Writes through `.data` are seen on a CPU:
-    all of them while gradients are tracked, in eval mode those that reach one of two hundred
-    random entries of a parameter (comparing all of them would cost as much as the product). What
-    was missed cannot break a bound: the layer runs on its own copy of the weights, with their T.
-    `weights` and `certificate` never use what is kept.
+    A layer that finds other values makes a new record, and a thread that is still at work with the
+    old one has all of it. Everything is computed by a twin of the parameterization on the copies of
+    the snapshot: so the values fit each other, whatever another thread writes meanwhile, they
+    outlive what the parameters become, and the parameterization is not touched.
+
+    Attributes:
+        snapshot: of the parameterization.
+        parameters: the copies of its parameters by name.
+        twin: the parameterization on them.
     """
 
     def __init__(
-        self, parameterization: ExplicitParameterization, run: torch.dtype, track: bool
+        self, parameterization: nn.Module, tensors: tuple[Tensor, ...], settings: Any
     ) -> None:
-        self.run, self.track, self.state = run, track, _state(parameterization)
-        self.fingerprint: str | None = None
-        # What is kept must outlive an inference mode that it is computed in, and is not part of
-        # what a checkpointed block saves. Saved results are detached: a node that held its own
-        # result would never be freed.
+        self.snapshot = Snapshot.of(tensors, settings)
+        copies = {id(t): c for t, c in zip(tensors, self.snapshot.copies, strict=True)}
+        names = parameterization.named_parameters()
+        self.parameters = {name: copies[id(p)] for name, p in names}
+        self.twin = twin(parameterization, self.parameters)
+        self._values: dict[Any, Any] = {}
+
+    def get(
+        self, key: Any, build: Callable[[], T_], fits: Callable[[T_], bool] | None = None
+    ) -> T_:
+        """Return what `build` returned on the last call with this key, built anew if it misfits."""
+        value: T_ | None = self._values.get(key)
+        if value is None or (fits is not None and not fits(value)):
+            device = self.snapshot.copies[0].device.type
+            with undisturbed(device):
+                value = build()
+            self._values[key] = value
+        return value
+
+
+class Running:
+    """The tensors with which a layer runs, with their graph back to copies of the parameters.
+
+    Args:
+        kept: the record of the parameters.
+        run: the precision.
+        tracked: of each parameter whether it has a gradient; none without a graph.
+    """
+
+    def __init__(self, kept: Kept, run: torch.dtype, tracked: tuple[bool, ...]) -> None:
+        self.run, self.tracked, self.twin = run, tracked, kept.twin
+        # What is kept is no part of what a checkpointed block saves. Saved results are detached: a
+        # node that held its own result would never be freed.
         with (
-            torch.inference_mode(False),
-            torch.set_grad_enabled(track),
+            torch.set_grad_enabled(any(tracked)),
             torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _same),
         ):
+            wanted = tracked or (False,) * len(kept.parameters)
             self.leaves = {
-                name: p.detach().clone().requires_grad_(track and p.requires_grad)
-                for name, p in parameterization.named_parameters()
+                name: copy.detach().requires_grad_(has)
+                for (name, copy), has in zip(kept.parameters.items(), wanted, strict=True)
             }
-            self.outputs = tuple(functional_call(parameterization, self.leaves, (run,)))
+            self.outputs = tuple(twin(self.twin, self.leaves)(run))
         self.values = tuple(t.detach() for t in self.outputs)
-        own = torch.Generator().manual_seed(0)  # draws must not move the user's
-        self.index = {
-            name: torch.randint(leaf.numel(), (min(leaf.numel(), _SAMPLE),), generator=own)
-            for name, leaf in self.leaves.items()
-            if leaf.is_cpu and not track
-        }
 
-    def fits(
-        self, parameterization: ExplicitParameterization, run: torch.dtype, track: bool
-    ) -> bool:
-        """Say whether these values are those of the parameters as they are now."""
-        if self.run != run or (track and not self.track):
-            return False
-        if self.state != _state(parameterization):
-            return False
-        for name, p in parameterization.named_parameters():
-            leaf = self.leaves[name].detach()
-            if name in self.index:
-                index = self.index[name]
-                same = torch.equal(p.detach().reshape(-1)[index], leaf.reshape(-1)[index])
-            else:
-                same = not leaf.is_cpu or torch.equal(p.detach(), leaf)
-            if not same:
-                return False
-        return True
-
-    def attach(self, parameterization: ExplicitParameterization) -> tuple[Tensor, ...]:
+    def attach(self, parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return the values as functions of the parameters."""
-        return _Attach.apply(  # type: ignore[no-untyped-call]
-            self, *parameterization.parameters()
+        return _Attach.apply(self, *parameters)  # type: ignore[no-untyped-call]
+
+    def pull(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the parameters from those of the values."""
+        return _pull(self.outputs, gradients, tuple(self.leaves.values()), again=False)
+
+    def pull_again(
+        self, parameters: tuple[Tensor, ...], gradients: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Return the same as functions of the parameters and of the gradients of the values."""
+        outputs = twin(self.twin, dict(zip(self.leaves, parameters, strict=True)))(self.run)
+        return _pull(outputs, gradients, parameters, again=True)
+
+
+def _pull(
+    outputs: tuple[Tensor, ...],
+    gradients: tuple[Tensor, ...],
+    inputs: tuple[Tensor, ...],
+    *,
+    again: bool,
+) -> tuple[Tensor | None, ...]:
+    pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
+    roots, received = zip(*pairs, strict=True)
+    wanted = [t for t in inputs if t.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            roots, wanted, received, retain_graph=True, create_graph=again, allow_unused=True
         )
+    )
+    return tuple(next(found) if t.requires_grad else None for t in inputs)
 
 
 class _Attach(torch.autograd.Function):
-    """Values computed before, with the gradient of the graph that computed them."""
+    """Values computed before, with the gradient of the graph that computed them.
+
+    Its leaves are copies. A gradient that is to be differentiated again (create_graph) is computed
+    from the parameters themselves, with a graph of its own.
+    """
 
     @staticmethod
-    def forward(ctx: Any, kept: Kept, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.kept = kept
-        return tuple(v.view_as(v) for v in kept.values)
+    def forward(ctx: Any, running: Running, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.running = running
+        ctx.save_for_backward(*parameters)
+        return tuple(v.view_as(v) for v in running.values)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        kept = ctx.kept
-        outputs, received = zip(
-            *((o, g) for o, g in zip(kept.outputs, gradients, strict=True) if o.requires_grad),
-            strict=True,
-        )
-        wanted = [leaf for leaf in kept.leaves.values() if leaf.requires_grad]
-        found = iter(torch.autograd.grad(outputs, wanted, received, retain_graph=True))
-        return None, *(next(found) if t.requires_grad else None for t in kept.leaves.values())
+        with full_precision(gradients[0].device.type):
+            if torch.is_grad_enabled():
+                return None, *ctx.running.pull_again(ctx.saved_tensors, gradients)
+            return None, *ctx.running.pull(gradients)
 
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _state(parameterization: torch.nn.Module) -> tuple[Any, ...]:
-    tensors = (*parameterization.parameters(), *parameterization.buffers())
-    return (_steps, *(
-        (0 if t.is_inference() else t._version, t.data_ptr(), t.dtype, t.requires_grad)
-        for t in tensors
-    ))  # fmt: skip
+def twin(module: nn.Module, parameters: Mapping[str, Tensor]) -> Any:
+    """Return a module that shares everything with another but its parameters.
+
+    torch.func.functional_call puts the other parameters into the module itself meanwhile, where
+    threads find them.
+
+    Args:
+        parameters: by name, as `named_parameters` has them.
+    """
+    names = {id(p): name for name, p in module.named_parameters()}
+
+    def copied(original: nn.Module) -> nn.Module:
+        result = original.__new__(type(original))
+        result.__dict__ = {
+            **original.__dict__,
+            "_parameters": {
+                name: None if p is None else parameters[names[id(p)]]
+                for name, p in original._parameters.items()
+            },
+            "_modules": {
+                name: None if m is None else copied(m) for name, m in original._modules.items()
+            },
+        }
+        return result
+
+    return copied(module)
+
+
+class KeepingLayer(nn.Module):
+    """A layer that computes its weights once per change of what they depend on.
+
+    Args:
+        parameterization: of the weights.
+    """
+
+    def __init__(self, parameterization: nn.Module) -> None:
+        super().__init__()
+        self.parameterization: Any = parameterization
+        self._kept: Kept | None = None
+
+    def _may_keep(self) -> bool:
+        """Say whether values outlive this call: not in a transform, nor in a replica.
+
+        The replicas of nn.DataParallel live for one call, and share the record of the layer.
+        """
+        return not (getattr(self, "_is_replica", False) or nothing_may_be_kept())
+
+    def _is_tracked(self) -> bool:
+        """Say whether the weights get a gradient now.
+
+        Tensors made in inference mode get none.
+        """
+        return torch.is_grad_enabled() and any(
+            t.requires_grad and not t.is_inference() for t in read(self.parameterization)[0]
+        )
+
+    def _record(self) -> Kept:
+        """Return the record of the parameterization as it is now."""
+        tensors, settings = read(self.parameterization)
+        kept = self._kept  # another thread may drop it meanwhile
+        if kept is None or not kept.snapshot.fits(tensors, settings):
+            kept = Kept(self.parameterization, tensors, settings)
+            self._kept = kept
+        return kept
+
+    def _reference(self) -> Tensor:
+        """Return a tensor that says in which precision and where the layer is."""
+        first = next(self.parameters(), None)  # a replica has none, but has their copies
+        return read(self.parameterization)[0][0] if first is None else first
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}

@@ -40,10 +40,10 @@ class CompleteParameterization(nn.Module):
             raise ValueError("weights without a bound cannot be parameterized by one")
         self.gamma = weights.gamma
         w = weights.apply(Tensor.detach).divided(self.gamma)
-        gamma, identity = self._inner(), torch.eye(w.in_features).to(w.U)
+        gamma, identity = self._inner(), _identity(w.in_features, w.U)
         D = w.C.new_zeros(w.out_features, w.in_features) if w.D is None else w.D
         G = w.Lambda[:, None] * w.U + w.C.T @ D / gamma
-        rest = w.Lambda[:, None] * (torch.eye(w.hidden_features).to(w.U) - w.W)
+        rest = w.Lambda[:, None] * (_identity(w.hidden_features, w.U) - w.W)
         S = rest + rest.T - w.C.T @ w.C / gamma
         # The block Cholesky factor [A B; 0 E] of M(Λ, γ₀) − diag(0, 2εΛ).
         A, failed = torch.linalg.cholesky_ex(gamma * identity - D.T @ D / gamma, upper=True)
@@ -84,3 +84,7 @@ class CompleteParameterization(nn.Module):
             W=W, U=U, b=self.b, C=self.C, D=gamma * Q[:q], b_y=self.b_y,
             Lambda=Lambda[:, 0], gamma=1.0,
         ).scaled(self.gamma)  # fmt: skip
+
+
+def _identity(n: int, like: Tensor) -> Tensor:
+    return torch.eye(n, dtype=like.dtype, device=like.device)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from lben import precision
+from solvers.dependencies import nothing_may_be_kept
 
 # Entries of T below it are raised to it: T⁻¹ stays finite, and rounding below the smallest normal
 # number (2⁻¹²⁶ in float32) stays below its rounding.
@@ -164,8 +164,7 @@ def gamma(k: int, like: Tensor) -> float:
 
 def absolute_row_sums(U: Tensor, q: Tensor) -> Tensor:
     """Return Σⱼ |UUᵀ|ᵢⱼ qⱼ, for a matrix by half of the products."""
-    plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if U.ndim == 2 and not plain:
+    if U.ndim == 2 and not nothing_may_be_kept():
         return _AbsoluteRowSums.apply(U, q)  # type: ignore[no-untyped-call]
     return absolute_row_sums_of(gram(U), q)
 
@@ -255,9 +254,13 @@ class _AbsoluteRowSums(torch.autograd.Function):
         return G.abs() @ q
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, w: Tensor) -> tuple[Tensor | None, Tensor | None]:
         U, q, G = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: as a plain function, to any order
+            sums = absolute_row_sums_of(gram(U), q)
+            wanted = [t for t in (U, q) if t.requires_grad]
+            found = iter(torch.autograd.grad(sums, wanted, w, create_graph=True))
+            return tuple(next(found) if t.requires_grad else None for t in (U, q))  # type: ignore
         weight = torch.addr(torch.outer(w, q), q, w).mul_(G.sign())
         return _multiply(weight, U.T), G.abs() @ w
 

@@ -105,7 +105,7 @@ def phases(kernel: Float[Tensor, "n m k k"], to: int, of: int) -> Float[Tensor, 
 
 def _tap_table(k: int, to: int, of: int, device: torch.device) -> Tensor:
     """Return the tap t with r·of/to + t − ⌊k/2⌋ = of·Y + p, at [r, p, Y + ⌊k/2⌋]; k where none."""
-    table = torch.full((to, of, k), k)
+    table = torch.full((to, of, k), k, device="cpu")
     for r in range(to):
         for t in range(k):
             position = r * of // to + t - k // 2

@@ -57,11 +57,11 @@ class Spectral(MultiplierRule):
         unit = 2 * (gamma(2 * k * k + 4, U) + 2.0**-48) + gamma(8 * U.shape[1] + 8, U)
         error = 1.01 * unit * size
         with torch.no_grad():
-            everywhere = self._norms(_grams(U, phases), error)
-        worst = int(everywhere.argmax())
-        largest = self._norms(_grams(U, phases[:, worst : worst + 1]), error)[0]
+            everywhere = self._norms(_grams(U.detach(), phases), error)
+        worst = everywhere.argmax()[None]  # an index, which a function transform may map
+        largest = self._norms(_grams(U, phases.index_select(1, worst)), error)[0]
         # Evaluated alone, a frequency may round another way than among the others.
-        room = torch.maximum(everywhere[worst], largest.detach()) / largest.detach()
+        room = torch.maximum(everywhere.gather(0, worst)[0], largest.detach()) / largest.detach()
         between = math.cos(math.pi * (k - 1) / points) ** -2 * (1 + 2.0**-40)
         return largest * room * between
 

@@ -7,8 +7,10 @@ I − W in the norm ‖z‖_Λ = √(zᵀΛz) that the operator carries.
 from __future__ import annotations
 
 import math
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from solvers.activations import Step
+from solvers.dependencies import Snapshot, nothing_may_be_kept, undisturbed
 
 T_ = TypeVar("T_")
 
@@ -84,29 +87,80 @@ class LinearOperator(ABC):
     transposed: bool
     """Whether this is the transpose of the operator whose factors the memo holds."""
     _memo: dict[Hashable, Any]
-    _versions: int
 
-    # Note [Weights changed in place]
-    # What the memo keeps belongs to the values that the tensors had when the operator was made. An
-    # optimiser changes them in place, which raises their version counters: the operator then starts
-    # a memo of its own. Writes through `.data` are not seen, and the metric is not watched.
+    # Note [Whose values a memo holds]
+    # What the memo keeps belongs to values of W and Λ, of which it has a snapshot. A lookup
+    # compares the values now with it (`solvers.dependencies`); where they differ, the operator starts a memo
+    # of its own. W, Wᵀ and operators rebuilt on equal tensors share one memo, so the snapshot is of
+    # the tensors of W as first given. A solve looks often: it compares once, when it begins, and
+    # its lookups trust that nobody writes to W meanwhile (`settled`).
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_versions", self._current_versions())
+        """Give the operator a memo and an orientation, unless its class has fields for them."""
+        for name, value in (("_memo", {}), ("transposed", False)):
+            if name not in self.__dict__:
+                object.__setattr__(self, name, value)
 
-    def _current_versions(self) -> int:
-        return sum(0 if t.is_inference() else t._version for t in self.tensors)
+    def _given(self) -> tuple[Tensor, ...]:
+        """Return the tensors of W as first given, whose transpose this may be."""
+        return self.tensors
+
+    def _own_metric(self) -> Tensor:
+        """Return the tensor that `metric` is made of."""
+        return self.metric
+
+    def _parts(self) -> tuple[LinearOperator, ...]:
+        """Return the operators that this one is made of, which have memos of their own."""
+        return ()
 
     def _shared(self) -> dict[Hashable, Any]:
-        """Return the memo, a new one when the tensors were changed in place."""
-        versions = self._current_versions()
-        if versions != self._versions:
-            object.__setattr__(self, "_memo", {})
-            object.__setattr__(self, "_versions", versions)
+        """Return the memo, a new one where the values are no longer those that it belongs to."""
+        if id(self._memo) in _trusted.memos:
+            return self._memo
+        if nothing_may_be_kept():
+            return {}
+        self._settle()
         return self._memo
 
+    def _settle(self) -> None:
+        for part in self._parts():
+            part._settle()
+        memo = self._memo
+        for key, tensors in (
+            ("values of W", self._given()),
+            (("values of Λ", self.transposed), (self._own_metric(),)),
+        ):
+            snapshot = memo.get(key)
+            if snapshot is not None and not snapshot.fits(tensors):
+                memo = {}
+                object.__setattr__(self, "_memo", memo)
+                return self._settle()
+            if snapshot is None:
+                memo[key] = Snapshot.of(tensors)
+        return None
+
+    def _memos(self) -> dict[int, dict[Hashable, Any]]:
+        """Return the memos of this operator and of those that it is made of, by identity."""
+        found = {id(self._memo): self._memo}
+        for part in self._parts():
+            found |= part._memos()
+        return found
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Compare all values with those that the memo is of; within the block trust the result.
+
+        For this operator, those that it is made of, and their transposes, on this thread.
+        """
+        if not nothing_may_be_kept():
+            self._settle()
+            with _trusting(self._memos()):
+                yield
+        else:
+            yield
+
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has other tensors than those whose identity names entries of the memo.
-        return {**self.__dict__, "_memo": {}}
+        # A copy has its own memory and no graph.
+        return {**{k: _without_graph(v) for k, v in self.__dict__.items()}, "_memo": {}}
 
     @property
     @abstractmethod
@@ -261,18 +315,30 @@ class LinearOperator(ABC):
     def memo(self, key: Hashable, build: Callable[[], T_]) -> T_:
         """Return what `build` returned on the first call with `key`, here or on the transpose.
 
-        Everything is built again after the tensors were changed in place.
+        Everything is built again after W or Λ have changed, however they were changed. Within a
+        function transform, a trace or a capture nothing is kept.
         """
-        memo = self._shared()
+        memo = self._memo
+        if id(memo) not in _trusted.memos:
+            if nothing_may_be_kept():
+                return build()
+            self._settle()
+            memo = self._memo
         if key not in memo:
+            with _trusting(self._memos()), undisturbed(self.device.type):
+                value = build()
             # Of several threads that build at once, all return what the first has stored.
-            return memo.setdefault(key, build())
+            return memo.setdefault(key, value)
         return memo[key]
 
     def _dual_metric(self) -> Tensor:
-        """Return Λ⁻¹, the metric in which Wᵀ is monotone where W is in Λ."""
-        key = ("metric of the transpose", self.transposed)
-        return self.memo(key, lambda: 1 / self.metric.detach())
+        """Return Λ⁻¹, the metric in which Wᵀ is monotone where W is in Λ; of Wᵀ itself, Λ again."""
+
+        def build() -> Tensor:
+            other = self._memo.get(("values of Λ", not self.transposed))
+            return 1 / self._own_metric().detach() if other is None else other.copies[0]
+
+        return self.memo(("metric of the transpose", self.transposed), build)
 
     @property
     def root_metric(self) -> Float[Tensor, " n"]:
@@ -317,6 +383,33 @@ def check_tensors(**tensors: object) -> None:
             )
 
 
+class _Trusted(threading.local):
+    """The memos, by identity, whose values were compared when what runs on this thread began."""
+
+    def __init__(self) -> None:
+        self.memos: dict[int, dict[Hashable, Any]] = {}
+
+
+_trusted = _Trusted()
+
+
+@contextmanager
+def _trusting(memos: dict[int, dict[Hashable, Any]]) -> Iterator[None]:
+    before = _trusted.memos
+    _trusted.memos = before | memos
+    try:
+        yield
+    finally:
+        _trusted.memos = before
+
+
+def _without_graph(value: Any) -> Any:
+    """Return tensors that can be copied: torch copies and sends none with a graph."""
+    if isinstance(value, dict):
+        return {key: _without_graph(v) for key, v in value.items()}
+    return value.detach() if isinstance(value, Tensor) and not value.is_leaf else value
+
+
 def check_metric(metric: Tensor, n: int, like: Tensor) -> None:
     """Check that Λ holds one number per unit, of the type and on the device of `like`.
 
@@ -336,8 +429,15 @@ def check_metric(metric: Tensor, n: int, like: Tensor) -> None:
 
 
 def step_key(step: Step) -> Hashable:
-    """Return what names α in a memo: itself, or the identity of a tensor that the memo keeps."""
-    return step if isinstance(step, float | int) else id(step)
+    """Return what names α in a memo: its value."""
+    if isinstance(step, float | int):
+        return step
+    return step.shape, step.dtype, step.device, step.detach().cpu().numpy().tobytes()
+
+
+def own_step(step: Step) -> Step:
+    """Return an α that nobody else can change, for a resolvent that a memo keeps."""
+    return step.detach().clone() if isinstance(step, Tensor) else step
 
 
 def column(step: Step) -> Step:

@@ -218,6 +218,14 @@ class BlockTriangularOperator(LinearOperator):
         inner = itertools.chain.from_iterable(block.tensors for block in self.blocks)
         return (*inner, *self.couplings.values())
 
+    def _given(self) -> tuple[Tensor, ...]:
+        inner = itertools.chain.from_iterable(block._given() for block in self.blocks)
+        couplings = _transposed(self.layout).couplings if self.transposed else self.couplings
+        return (*inner, *(W for _, W in sorted(couplings.items(), key=lambda item: item[0])))
+
+    def _parts(self) -> tuple[LinearOperator, ...]:
+        return tuple(self.blocks)
+
     @property
     def T(self) -> BlockTriangularOperator:
         return BlockTriangularOperator(

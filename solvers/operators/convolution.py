@@ -23,6 +23,7 @@ from solvers.operators.base import (
     check_metric,
     check_tensors,
     column,
+    own_step,
     singular,
     step_key,
 )
@@ -108,7 +109,6 @@ class ConvolutionOperator(LinearOperator):
     transposed: bool = field(default=False, repr=False)
     _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     torus: Torus = field(init=False, repr=False)
-    metric: Float[Tensor, " n"] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         K = self.kernel
@@ -126,13 +126,29 @@ class ConvolutionOperator(LinearOperator):
             object.__setattr__(self, "channel_metric", torch.ones_like(K.detach()[:, 0, 0, 0]))
         check_metric(self.channel_metric, K.shape[0], K)
         object.__setattr__(self, "torus", Torus(K.shape[0], *self.image))
-        metric = self.channel_metric.repeat_interleave(self.torus.pixels)
-        object.__setattr__(self, "metric", metric)
         super().__post_init__()
 
     @property
     def n(self) -> int:
         return self.torus.n
+
+    @property
+    def metric(self) -> Float[Tensor, " n"]:  # type: ignore[override]
+        """Λ, one number per unit."""
+        metric, pixels = self.channel_metric.detach(), self.torus.pixels
+        key = ("metric", self.transposed)
+        return self.memo(key, lambda: metric.repeat_interleave(pixels))
+
+    def _own_metric(self) -> Tensor:
+        return self.channel_metric
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.kernel.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.kernel.device
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -141,9 +157,8 @@ class ConvolutionOperator(LinearOperator):
     @property
     def T(self) -> ConvolutionOperator:
         # One memo for both: see Note [Shared factors] of the dense operator.
-        key = ("channel metric of the transpose", self.transposed)
-        dual = self.memo(key, lambda: 1 / self.channel_metric.detach())
-        return type(self)(self.kernel, self.image, dual, not self.transposed, self._shared())
+        dual, memo = self._dual_metric(), self._shared()
+        return type(self)(self.kernel, self.image, dual, not self.transposed, memo)
 
     def rebuild(self, tensors: tuple[Tensor, ...]) -> ConvolutionOperator:
         (kernel,) = tensors
@@ -313,7 +328,7 @@ class ConvolutionOperator(LinearOperator):
         return self.memo("lu", factor)
 
     def resolvent(self, step: Step) -> ConvolutionResolvent:
-        factor = self.memo(("resolvent", step_key(step)), lambda: self._factor(step))
+        factor = self.memo(("resolvent", step_key(step)), lambda: self._factor(own_step(step)))
         return factor.T if self.transposed else factor
 
     def _factor(self, step: Step) -> ConvolutionResolvent:

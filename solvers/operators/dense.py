@@ -20,6 +20,7 @@ from solvers.operators.base import (
     check_metric,
     check_tensors,
     column,
+    own_step,
     singular,
     step_key,
 )
@@ -103,6 +104,9 @@ class DenseOperator(LinearOperator):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.W,)
 
+    def _given(self) -> tuple[Tensor, ...]:
+        return (self.W.T if self.transposed else self.W,)
+
     @property
     def T(self) -> DenseOperator:
         # Note [Shared factors]
@@ -152,7 +156,7 @@ class DenseOperator(LinearOperator):
         return A
 
     def resolvent(self, step: Step) -> DenseResolvent:
-        factor = self.memo(("resolvent", step_key(step)), lambda: self._factor(step))
+        factor = self.memo(("resolvent", step_key(step)), lambda: self._factor(own_step(step)))
         return factor.T if self.transposed else factor
 
     def _factor(self, step: Step) -> DenseResolvent:

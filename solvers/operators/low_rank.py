@@ -20,6 +20,7 @@ from solvers.operators.base import (
     check_metric,
     check_tensors,
     column,
+    own_step,
     singular,
     step_key,
 )
@@ -117,6 +118,9 @@ class LowRankOperator(LinearOperator):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.d, self.A, self.B)
 
+    def _given(self) -> tuple[Tensor, ...]:
+        return (self.d, self.B, self.A) if self.transposed else self.tensors
+
     @property
     def T(self) -> LowRankOperator:
         # One memo for both: see Note [Shared factors] of the dense operator.
@@ -176,7 +180,7 @@ class LowRankOperator(LinearOperator):
         return float(E.abs().log().sum()) + float(torch.linalg.slogdet(core)[1])
 
     def resolvent(self, step: Step) -> LowRankResolvent:
-        factor = self.memo(("resolvent", step_key(step)), lambda: self._factor(step))
+        factor = self.memo(("resolvent", step_key(step)), lambda: self._factor(own_step(step)))
         return factor.T if self.transposed else factor
 
     def _factor(self, step: Step) -> LowRankResolvent:

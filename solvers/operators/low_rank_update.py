@@ -19,6 +19,7 @@ from solvers.operators.base import (
     Resolvent,
     check_tensors,
     column,
+    own_step,
     singular,
     step_key,
 )
@@ -108,6 +109,16 @@ class LowRankUpdate(LinearOperator):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (*self.base.tensors, self.A, self.B)
+
+    def _given(self) -> tuple[Tensor, ...]:
+        own = (self.B, self.A) if self.transposed else (self.A, self.B)
+        return (*self.base._given(), *own)
+
+    def _own_metric(self) -> Tensor:
+        return self.base._own_metric()
+
+    def _parts(self) -> tuple[LinearOperator, ...]:
+        return (self.base,)
 
     @property
     def T(self) -> LowRankUpdate:
@@ -199,7 +210,7 @@ class LowRankUpdate(LinearOperator):
         return self.base.mean_log_eigenvalue()  # ABᵀ moves r eigenvalues of n
 
     def resolvent(self, step: Step) -> UpdatedResolvent:
-        factor = self.memo(("resolvent", step_key(step)), lambda: self._factor(step))
+        factor = self.memo(("resolvent", step_key(step)), lambda: self._factor(own_step(step)))
         return factor.T if self.transposed else factor
 
     def _factor(self, step: Step) -> UpdatedResolvent:

@@ -1,0 +1,176 @@
+"""What does a cached value depend on, and has it changed?
+
+On the values of the tensors and settings that it was computed from, and on nothing else. Values are
+compared, bit by bit; where they cannot be, nothing is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+# Note [Values decide]
+# A version counter misses fused optimizers, writes through `.data`, through numpy's or another
+# process's view of the memory and tensors put in the place of others; an address comes again. So a
+# snapshot holds copies, and every use compares all of them with the values now: one pass over
+# memory, which is below a hundredth of a solve, and for the largest matrices of layers without a
+# solve about a tenth of their product. The copies cost the memory of the tensors once more.
+#
+# Autocast, inference mode and grad mode are left while a cached value is computed (`undisturbed`),
+# so it does not depend on them.
+
+
+def nothing_may_be_kept() -> bool:
+    """Say whether tensors belong to a trace, a transform or a capture, and must end with it.
+
+    Tensors of a function transform or of forward-mode differentiation carry its level, those of a
+    trace or of a compilation its symbols. In the capture of a CUDA graph they have no values yet:
+    all is computed within the graph, at every replay, from what the weights are then.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def full_precision(device: str) -> contextlib.AbstractContextManager[None]:
+    """Leave autocast, which would round products to a precision in which no tolerance is met."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def undisturbed(device: str) -> Iterator[None]:
+    """Leave grad mode, inference mode and autocast: what is computed here outlives all of them."""
+    with torch.inference_mode(False), torch.no_grad(), full_precision(device):
+        yield
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """What some tensors and settings were.
+
+    Attributes:
+        copies: of the tensors, without a graph.
+        settings: as `read` returns them.
+    """
+
+    copies: tuple[Tensor, ...]
+    settings: Any = ()
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor], settings: Any = ()) -> Snapshot:
+        """Return the snapshot of tensors and settings as they are now."""
+        with torch.inference_mode(False):
+            return cls(tuple(t.detach().clone() for t in tensors), settings)
+
+    def fits(self, tensors: tuple[Tensor, ...], settings: Any = ()) -> bool:
+        """Say whether tensors and settings are what they were."""
+        return (
+            len(self.copies) == len(tensors)
+            and self.settings == settings
+            and all(map(same, tensors, self.copies))
+        )
+
+
+_memcmp = (ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)).memcmp
+_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ORDINARY = (Tensor, nn.Parameter)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Say whether two tensors agree in type, device, shape and every bit (0 is not −0)."""
+    if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device or a.is_meta:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(a):
+        return False  # left over from a transform that has ended
+    if type(a) not in _ORDINARY or a.layout is not torch.strided:
+        return torch.equal(a, b)
+    if a.is_cpu and a.is_contiguous() and b.is_contiguous():
+        # Five times as fast as torch.equal, which compares number by number.
+        return _memcmp(a.data_ptr(), b.data_ptr(), a.numel() * a.element_size()) == 0
+    return torch.equal(_bits(a), _bits(b))
+
+
+def _bits(t: Tensor) -> Tensor:
+    t = torch.view_as_real(t.detach()) if t.is_complex() else t.detach()
+    return t.view(_INTEGERS[t.element_size()])
+
+
+def read(module: nn.Module) -> tuple[tuple[Tensor, ...], Any]:
+    """Return all tensors of a module and, to be compared by ==, all else that decides its output.
+
+    Parameters, buffers and attributes of the module and of the modules below it, with their types,
+    so that a parametrization counts that is registered later, and its own settings too.
+    """
+    reader = _Reader([], set())
+    settings = reader.read(module)
+    return tuple(reader.tensors), settings
+
+
+# What every module has for the use of torch, except what takes part in a call.
+_BOOKKEEPING = frozenset(vars(nn.Module())) - {
+    "training", "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"
+}  # fmt: skip
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Collects tensors, and describes everything else by values that compare by ==."""
+
+    tensors: list[Tensor]
+    seen: set[int]
+
+    def read(self, value: Any) -> Any:
+        if isinstance(value, _PLAIN):
+            return value
+        if isinstance(value, Tensor):
+            self.tensors.append(value)
+            return Tensor
+        if isinstance(value, tuple | list):
+            return tuple(map(self.read, value))
+        if isinstance(value, Mapping):
+            return tuple((key, self.read(v)) for key, v in value.items())
+        if isinstance(value, np.ndarray):
+            return value.shape, value.dtype.str, value.tobytes()
+        if id(value) in self.seen:
+            return type(value)
+        self.seen.add(id(value))
+        if isinstance(value, nn.Module):
+            own = ((k, self.read(v)) for k, v in vars(value).items() if k not in _BOOKKEEPING)
+            return (type(value), *own)
+        if dataclasses.is_dataclass(value):
+            fields = (f.name for f in dataclasses.fields(value))
+            return (type(value), *((name, self.read(getattr(value, name))) for name in fields))
+        if type(value).__hash__ is object.__hash__ and hasattr(value, "__dict__"):
+            return (type(value), *((k, self.read(v)) for k, v in vars(value).items()))
+        return _Same(value)
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """An object that is itself alone: a function, a hook, a handle."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lben import precision
 from lben.certificates import Certificate, certify
-from lben.local import Anchors
+from lben.local import Anchors, network_fingerprint
 from lben.parameterizations import CompleteParameterization, DirectParameterization
 from lben.radii import logit_error
 from lben.rigorous import UNIT, gamma_k
@@ -319,6 +319,7 @@ class DenseEquilibriumLayer(EquilibriumLayer):
             v_error=(state * moved + 2 * unit * size) * (1 + 1e-9),
             logits=logits.double(),
             logit_error=logit_error,
+            fingerprint=network_fingerprint(self.weights(), self.activation),
         )
 
     def _check_shape(self, x: Tensor) -> None:

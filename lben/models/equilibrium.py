@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lben.certificates import (
+    CertificateError,
     NetworkCertificate,
     certify,
     certify_pairs,
@@ -23,7 +24,7 @@ from lben.layers import (
     InvertibleDownsampling,
     PooledEquilibriumConv2d,
 )
-from lben.local import Anchors, LocalCertificate
+from lben.local import Anchors, LocalCertificate, network_fingerprint
 from lben.models.base import Bound, CertifiedLogits, Classifier
 from lben.tightening import tighten, tighten_jointly, tighten_pairs, tighten_pooled
 from solvers import LeakyReLU, ProximalActivation, ReLU, Tanh
@@ -203,14 +204,21 @@ class EquilibriumClassifier(SingleLayerClassifier):
             pixels: whether proofs shall be for images in [0, 1] alone, which are more.
 
         Raises:
-            CertificateError: if a proof is for other weights.
+            CertificateError: if a proof is for other weights, or the local one for another
+                activation or normalisation.
         """
         (proof,) = certificate.layers
-        proof.check_fingerprint(local.fingerprint)
         found = self.layer.anchors(self._features(self.prepared(x)), proof)
         rounding = self.normalize.rounding(x)
+        own = network_fingerprint(self.layer.weights(), self.layer.activation, self.normalize.gain)
+        if local.fingerprint != own:
+            raise CertificateError(
+                "this local certificate is for other weights, another activation or another "
+                f"normalisation: fingerprint {local.fingerprint[:12]}…, the model has {own[:12]}…"
+            )
         return replace(
             found,
+            fingerprint=own,
             v_error=found.v_error + 2 * rounding[:, None] * local.gains,
             logit_error=found.logit_error + proof.bound * rounding,
             room=self.normalize.room(x).flatten(2) if pixels else None,

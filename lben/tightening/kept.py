@@ -197,7 +197,7 @@ def tighten_pooled(weights: PooledWeights) -> Claim:
     drive = _size(state.U.numpy())
     U = torus.symbols(state.U / drive)
     identity = torch.eye(len(root), dtype=torch.float64, device="cpu")
-    W = 0 * identity.expand(len(U), -1, -1) if state.W is None else torus.symbols(state.W)
+    W = torch.zeros_like(U @ U.mH) if state.W is None else torus.symbols(state.W)
     H = root[:, None] * (identity - W) / root
     L, failed = torch.linalg.cholesky_ex(H + H.mH)
     if bool((failed != 0).any()):

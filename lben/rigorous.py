@@ -265,7 +265,7 @@ def smallest_eigenvalue_bound(matrix: Enclosure) -> float:
         A = matrix.mid
         if not (np.isfinite(A).all() and np.isfinite(matrix.radius).all()):
             return -math.inf
-        return _proved_shift(matrix, np.linalg.eigvalsh(A))
+        return _proved_shift(matrix, np.asarray(np.linalg.eigvalsh(A), dtype=np.float64))
 
 
 def _proved_shift(matrix: Enclosure, values: Array) -> float:

@@ -91,9 +91,7 @@ def fewer_inputs(rows: Array) -> Array:
     """
     largest = np.max(np.abs(rows), axis=1, initial=0.0)
     if not np.isfinite(largest).all():
-        raise CertificateError(
-            "the inputs of a layer could not be reduced: U has no Cholesky factor"
-        )
+        raise CertificateError("the inputs of a layer could not be reduced: U is not finite")
     if ((largest < 2.0**-900) & (largest > 0)).any() or is_denormal(rows).any():
         raise CertificateError(
             "the inputs of a layer could not be reduced: rows of U or D are below 2⁻⁹⁰⁰ or hold "
@@ -114,4 +112,4 @@ def fewer_inputs(rows: Array) -> Array:
                 triangle: Array = R / scale
                 return triangle
         slack *= 16
-    raise CertificateError("the inputs of a layer could not be reduced: U is not finite")
+    raise CertificateError("the inputs of a layer could not be reduced: U has no Cholesky factor")

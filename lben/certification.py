@@ -13,7 +13,12 @@ from tqdm import tqdm
 
 from lben.attacks import apgd_l2, pgd_l2
 from lben.attacks.common import differentiating
-from lben.certificates import NetworkCertificate, certify_largest, interval_bounds
+from lben.certificates import (
+    NetworkCertificate,
+    PairCertificate,
+    certify_largest,
+    interval_bounds,
+)
 from lben.certified import Affine
 from lben.data import Dataset, pixels
 from lben.evaluation import environment
@@ -308,8 +313,8 @@ def _in_largest_norm(
     if isinstance(model, EquilibriumClassifier):
         weights, gain = model.layer.weights(), up(model.normalize.gain * (1 + 2.0**-50))
 
-        def in_pixels(pairs: tuple[tuple[float, ...], ...]) -> Tensor:
-            return torch.tensor(pairs, dtype=torch.float64) * gain * (1 + 2.0**-50)
+        def in_pixels(pairs: PairCertificate) -> Tensor:
+            return pairs.tensor() * gain * (1 + 2.0**-50)
 
         bounds["intervals"] = lambda: in_pixels(interval_bounds(weights))
         bounds["own"] = lambda: in_pixels(certify_largest(weights, tighten_largest(weights)))

@@ -112,14 +112,14 @@ class Inequality:
         if self.n == 0 and isinstance(self.D, Enclosure):
             D = self.D if self.D.mid.shape[0] <= self.D.mid.shape[1] else self.D.T
             return _identity(D.mid.shape[0], gamma) - D @ D.T / gamma
+        d = _identity(1, 0.0 if isinstance(self.D, Enclosure) else self.D or 0.0)
+        corner = _identity(1, gamma) - d * d / gamma
+        if self.n == 0:
+            return corner
         S = self.well_posedness() - self.C.T @ self.C / gamma
         G = self.Lambda * self.U
         if isinstance(self.D, Enclosure):
             return self._assemble(gamma, S, G, self.D)
-        d = _identity(1, self.D or 0.0)
-        corner = _identity(1, gamma) - d * d / gamma
-        if self.n == 0:
-            return corner
         if not corner.mid[0, 0] - corner.radius[0, 0] > 0:
             return Enclosure(np.full((1, 1), -math.inf))
         if self.D:
@@ -127,7 +127,9 @@ class Inequality:
         return S - G @ G.T * corner.reciprocal()
 
     def well_posedness(self) -> Enclosure:
-        """2Λ − ΛW − WᵀΛ."""
+        """2Λ − ΛW − WᵀΛ; 1 without units, where there is nothing to solve."""
+        if self.n == 0:
+            return _identity(1)
         if self.W is None:
             double = self.Lambda + self.Lambda
             return Enclosure(np.diag(double.mid[:, 0]), np.diag(double.radius[:, 0]))

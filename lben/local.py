@@ -15,9 +15,10 @@ in [0, 1].
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,17 +27,49 @@ from torch import Tensor
 
 from lben.certificates import CertificateError
 from lben.certificates.local import LocalClaim, fewer_inputs, holds_locally
+from lben.certificates.proof import exactly
 from lben.certified import Affine
 from lben.radii import ROOT2, check_labels, pair_bounds
 from lben.rigorous import Enclosure, up
 from lben.tightening.local import LocalProgram, tighten_locally, tighten_with_facts, widened
-from lben.weights import ExplicitWeights
+from lben.weights import ExplicitWeights, digest
 from solvers import ProximalActivation
 
 _BATCH = 64
 """Programs that are solved at a time."""
 _LEAST = 2.0**-900
 """Smaller radii and margins are not told from this: no product of them loses bits to underflow."""
+_MOST = 2.0**900
+"""No larger radius is proved: no product of it overflows."""
+
+
+def network_fingerprint(
+    weights: ExplicitWeights, activation: ProximalActivation, input_gain: float = 1.0
+) -> str:
+    """Return a SHA-256 of all that a proof around an input depends on.
+
+    Global proofs hold for every activation with slopes in [0, 1]; local ones use those of one. The
+    claims of the weights, Λ and γ, are not part of it.
+
+    Args:
+        weights: as they run.
+        activation: σ: its class, and its numbers and tensors.
+        input_gain: Lipschitz constant of what comes before.
+    """
+    tensors: dict[str, Tensor] = {}
+    header = f"{weights.function_fingerprint};{_described(activation, 'σ', tensors)};"
+    return digest(f"{header}gain={float(input_gain)!r};", tensors)
+
+
+def _described(value: object, name: str, tensors: dict[str, Tensor]) -> str:
+    """Return a class and its attributes as text, and collect the tensors among them."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return name
+    if not isinstance(value, ProximalActivation):
+        return repr(value)
+    parts = (f"{k}={_described(v, f'{name}.{k}', tensors)}" for k, v in sorted(vars(value).items()))
+    return f"{type(value).__module__}.{type(value).__qualname__}({', '.join(parts)})"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +86,8 @@ class Anchors:
         room: how far each input can fall and rise at most, infinite where that is not known: the
             room of a pixel, where a proof is for images in [0, 1] alone. None where it is for all
             inputs.
+        fingerprint: of the network that they were taken from (`network_fingerprint`). None where
+            they were put together by hand: then it is for you to see that they fit.
     """
 
     v: Float[Tensor, "batch n"]
@@ -61,11 +96,12 @@ class Anchors:
     logit_error: Float[Tensor, " batch"]
     room: Float[Tensor, "batch 2 p"] | None = None
     elsewhere: Affine | None = None
+    fingerprint: str | None = None
 
     def select(self, index: Tensor) -> Anchors:
         """Return some of them."""
-        return Anchors(
-            v=self.v[index], v_error=self.v_error[index], logits=self.logits[index],
+        return replace(
+            self, v=self.v[index], v_error=self.v_error[index], logits=self.logits[index],
             logit_error=self.logit_error[index],
             room=None if self.room is None else self.room[index],
             elsewhere=None if self.elsewhere is None else self.elsewhere.select(index),
@@ -73,7 +109,7 @@ class Anchors:
 
 
 class LocalCertificate:
-    """Proofs around single inputs, for one set of explicit weights.
+    """Proofs around single inputs, for one set of explicit weights and one activation.
 
     Making one proves a Lipschitz bound of every pre-activation, a semidefinite program per unit:
     seconds for 100 units, and like n⁴ from there.
@@ -86,10 +122,12 @@ class LocalCertificate:
         input_gain: Lipschitz constant of the preprocessing, from what radii are measured in to x.
 
     Raises:
+        ValueError: if the weights are neither float32 nor float64, or the gain is not positive.
         CertificateError: if 2Λ − ΛW − WᵀΛ is not positive definite, or no bound of a
             pre-activation can be proved.
 
     Attributes:
+        fingerprint: of weights, activation and gain, see `network_fingerprint`.
         gains: ℓ, a proved Lipschitz bound of x ↦ vᵢ for every unit.
     """
 
@@ -101,17 +139,23 @@ class LocalCertificate:
         *,
         input_gain: float = 1.0,
     ) -> None:
-        w = weights.to(torch.float64).apply(torch.clone)  # parameters may be trained on
+        w = exactly(weights).apply(torch.clone)  # parameters may be trained on
+        if not 0 < input_gain < math.inf:
+            raise ValueError(f"input_gain must be positive and finite, got {input_gain}")
         n, q = w.hidden_features, w.out_features
         rows = fewer_inputs((w.U if w.D is None else torch.cat([w.U, w.D])).numpy())
         self._weights = w
         self._W, self._C, self._Lambda = w.W.numpy(), w.C.numpy(), w.Lambda
         self._U = rows[:n]
         self._D = np.zeros((q, len(rows))) if w.D is None else rows[n:]
-        self._activation, self._input_gain = activation, up(input_gain * (1 + 2.0**-50))
+        self._activation = copy.deepcopy(activation)
+        self._input_gain = up(input_gain * (1 + 2.0**-48))
         self._bounds = pair_bounds(bound, q)
-        self.fingerprint = weights.fingerprint
-        self.gains = torch.cat([self._prove_gains(i) for i in torch.arange(n).split(_BATCH)])
+        self.fingerprint = network_fingerprint(weights, activation, input_gain)
+        self._layer = network_fingerprint(weights, activation)
+        self.gains = torch.cat(
+            [self._prove_gains(i) for i in torch.arange(n, device="cpu").split(_BATCH)]
+        )
 
     def certifies(
         self,
@@ -131,25 +175,32 @@ class LocalCertificate:
                 and about ten times as long. If the anchors have room when omitted.
 
         Raises:
-            ValueError: if labels do not fit, a radius is negative or NaN, or facts are off for
-                anchors that have room.
+            ValueError: if labels or anchors do not fit, a radius is negative or NaN, or facts are
+                off for anchors that have room.
+            CertificateError: if the anchors are of other weights, another activation or another
+                normalisation.
         """
+        self._check(anchors)
         facts = anchors.room is not None if facts is None else facts
         if anchors.room is not None and not facts:
             raise ValueError("room is a fact: facts cannot be off for anchors that have it")
-        check_labels(anchors.logits, labels)
-        radius = torch.as_tensor(radius, dtype=torch.float64).expand(len(labels))
-        if not bool((radius >= 0).all()):
-            raise ValueError("a radius must be at least 0 and not NaN")
+        labels = check_labels(anchors.logits, labels).cpu()
+        radius = torch.as_tensor(radius, dtype=torch.float64, device="cpu")
+        if radius.shape not in ((), labels.shape) or not bool((radius >= 0).all()):
+            raise ValueError(
+                f"a radius must be at least 0 and not NaN, one for all or {len(labels)}, got "
+                f"{radius}"
+            )
+        radius = radius.expand(len(labels))
         y, error = anchors.logits, anchors.logit_error
         if anchors.elsewhere is not None:
             error = error + anchors.elsewhere.at(radius)
-        error = ROOT2 * error * (1 + 2.0**-50)
+        error = ROOT2 * error * (1 + 2.0**-48)
         margins = y.gather(1, labels[:, None]) - y - error[:, None]
-        margins = margins - 8 * 2.0**-53 * (y.abs().amax(1) + error)[:, None] - _LEAST
+        margins = margins - 2.0**-48 * (y.abs().amax(1) + error)[:, None] - _LEAST
         rivals = torch.ones_like(margins, dtype=torch.bool).scatter(1, labels[:, None], False)
-        certain = (margins > 0).logical_or(~rivals).all(1)
-        open_ = ~(radius[:, None] * self._bounds[labels] * (1 + 2.0**-50) < margins)
+        certain = (margins > 0).logical_or(~rivals).all(1) & (radius <= _MOST)
+        open_ = ~(radius[:, None] * self._bounds[labels] * (1 + 2.0**-48) + _LEAST < margins)
         # The least margins first: one that fails saves the others of its image.
         for rank in margins.masked_fill(~rivals, math.inf).argsort(1).T[:-1]:
             sample = (certain & open_.gather(1, rank[:, None])[:, 0]).nonzero()[:, 0]
@@ -182,7 +233,13 @@ class LocalCertificate:
         Raises:
             ValueError: as `certifies` does.
         """
-        low, high = start.double().clone(), torch.full_like(start.double(), math.inf)
+        labels = check_labels(anchors.logits, labels).cpu()
+        low = start.detach().cpu().double().clone()
+        if low.shape != labels.shape or not bool((low >= 0).all()):
+            raise ValueError(
+                f"start must be {len(labels)} radii of at least 0 and not NaN, got {start}"
+            )
+        high = torch.full_like(low, math.inf)
         for _ in range(steps):
             trial = torch.where(high.isinf(), 2 * low, 0.5 * (low + high))
             index = (low > 0).nonzero()[:, 0]
@@ -192,6 +249,28 @@ class LocalCertificate:
             )
             low, high = torch.where(held, trial, low), torch.where(held, high, trial)
         return low
+
+    def _check(self, anchors: Anchors) -> None:
+        """Refuse anchors that are not of this network, or not numbers."""
+        if anchors.fingerprint not in (None, self._layer, self.fingerprint):
+            raise CertificateError(
+                "these anchors are of other weights, another activation or another normalisation: "
+                f"fingerprint {str(anchors.fingerprint)[:12]}…, this certificate has "
+                f"{self.fingerprint[:12]}…"
+            )
+        n, q, batch = len(self._W), len(self._C), len(anchors.logits)
+        expected = {
+            "v": (batch, n), "v_error": (batch, n), "logits": (batch, q), "logit_error": (batch,),
+        }  # fmt: skip
+        for name, shape in expected.items():
+            value = getattr(anchors, name)
+            if value.shape != shape or value.dtype != torch.float64 or value.device.type != "cpu":
+                raise ValueError(
+                    f"{name} of the anchors must be {shape} in float64 on the CPU, got "
+                    f"{tuple(value.shape)} {value.dtype} on {value.device}"
+                )
+            if bool(value.isnan().any()):
+                raise ValueError(f"{name} of the anchors contains NaN")
 
     def _holds(
         self,
@@ -203,10 +282,10 @@ class LocalCertificate:
         facts: bool,
     ) -> Bool[Tensor, " batch"]:
         """Say for which inputs y_label − y_rival is proved to stay positive."""
-        inner = radius.clamp_min(_LEAST) * self._input_gain * (1 + 2.0**-50)
-        reach = self.gains * inner[:, None] * (1 + 2.0**-50)
+        inner = radius.clamp_min(_LEAST) * self._input_gain * (1 + 2.0**-48)
+        reach = self.gains * inner[:, None] * (1 + 2.0**-48)
         slopes = widened(*self._activation.chords(anchors.v, reach, anchors.v_error))
-        target = margins / inner * (1 - 2.0**-50)
+        target = margins / inner * (1 - 2.0**-48)
         pairs = list(zip(labels.tolist(), rivals.tolist(), strict=True))
         if facts:
             return self._hold_with_facts(anchors, pairs, slopes, margins, inner)
@@ -225,7 +304,7 @@ class LocalCertificate:
     ) -> Bool[Tensor, " batch"]:
         """Say the same with one-sided facts."""
         w, (low, high) = self._weights, slopes
-        first, second = (torch.tensor(side) for side in zip(*pairs, strict=True))
+        first, second = torch.tensor(pairs, device="cpu").T
         lines = self._activation.lines_below(anchors.v, anchors.v_error)
         room = anchors.room
         if room is None:
@@ -254,7 +333,7 @@ class LocalCertificate:
         for i in held.nonzero()[:, 0].tolist():
             price = Enclosure(used[i, None].numpy()) @ Enclosure(offsets[i, :, None].numpy())
             claim = LocalClaim(
-                gamma=float((margins[i] - price.magnitude[0, 0]) / radius[i]) * (1 - 2.0**-50),
+                gamma=float((margins[i] - price.magnitude[0, 0]) / radius[i]) * (1 - 2.0**-48),
                 Lambda=multiplier[i].numpy(), low=low[i].numpy(), high=high[i].numpy(),
             )  # fmt: skip
             nu = zip((s for s, _ in lines), known[i].view(len(lines), n), strict=True)
@@ -289,7 +368,7 @@ class LocalCertificate:
         """Prove a bound of x ↦ vᵢ = Wᵢz + Uᵢx + bᵢ for some units."""
         index = units.numpy()
         C, D = Enclosure(self._W[index]), Enclosure(self._U[index])
-        ones = torch.ones(len(units), len(self._W), dtype=torch.float64)
+        ones = torch.ones(len(units), len(self._W), dtype=torch.float64, device="cpu")
         gains, proved = self._prove(C, D, (0 * ones, ones), None)
         if not bool(proved.all()):
             raise CertificateError("no Lipschitz bound of the pre-activations could be proved")
@@ -314,7 +393,9 @@ class LocalCertificate:
             floor = 2.0**-30 * torch.from_numpy(np.linalg.norm(np.hstack([C.mid, D.mid]), axis=1))
             floor = torch.maximum(gamma, floor + 2.0**-90)
             gamma, multiplier = floor, multiplier * (gamma / floor)[:, None]
-        proved = torch.ones(count, dtype=torch.bool) if target is None else gamma <= target
+        proved = (
+            torch.ones(count, dtype=torch.bool, device="cpu") if target is None else gamma <= target
+        )
         for i in proved.nonzero()[:, 0].tolist():
             claim = LocalClaim(
                 gamma=float(gamma[i]), Lambda=multiplier[i].numpy(), low=low[i].numpy(),

@@ -56,7 +56,9 @@ def certified_radius(
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("logits contain NaN or Inf")
     y = converted(logits, torch.float64)
-    error = torch.as_tensor(logit_error).detach()
+    error = logit_error
+    if not isinstance(error, Tensor):
+        error = torch.as_tensor(error, dtype=torch.float64, device="cpu")
     if error.is_complex() or not bool((error >= 0).all()):
         raise ValueError("logit_error must be at least 0 and not NaN")
     error = converted(error, torch.float64).expand(len(y))[:, None]
@@ -94,8 +96,8 @@ def pair_bounds(
             raise ValueError(f"bound must be positive, got {bound}")
         if number != bound:  # an integer, say, that no float64 is equal to
             number = up(number)
-        table = torch.full((classes, classes), up(ROOT2 * number), dtype=torch.float64)
-        return table.cpu()
+        size, value = (classes, classes), up(ROOT2 * number)
+        return torch.full(size, value, dtype=torch.float64, device="cpu")
     table = _table(bound)
     if table.shape != (classes, classes):
         raise ValueError(f"pair bounds must be {classes} × {classes}, got {tuple(table.shape)}")

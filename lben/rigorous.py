@@ -34,6 +34,8 @@ UNIT = 2.0**-52
 """u of every rounding mode: half of it would do for rounding to nearest."""
 TINY = 2.0**-1022
 """The smallest normal number, see Note [Any floating-point mode]."""
+_HUGE = 2.0**1020
+"""Numbers from here on count as infinite: rounded towards zero, overflow ends in a finite one."""
 
 
 def gamma_k(k: int) -> float:
@@ -57,7 +59,8 @@ def sum_up(values: Array, axis: int | None = None) -> Array:
     """Return upper bounds of sums of non-negative numbers."""
     count = values.size if axis is None else values.shape[axis]
     total = np.sum(values, axis=axis) * (1 + 2 * gamma_k(count + 2))
-    return np.asarray(total + 2 * TINY * np.sum(values < TINY, axis=axis))  # read as zero
+    total = total + 2 * TINY * np.sum(values < TINY, axis=axis)  # read as zero
+    return np.asarray(np.where(total < _HUGE, total, math.inf))
 
 
 def is_denormal(values: Array) -> NDArray[np.bool_]:
@@ -76,7 +79,8 @@ def norms_up(values: Array, axis: int) -> Array:
     # In units of a power of two near the largest; what squares lose to underflow is added.
     unit = power_of_two(largest)
     norms = np.sqrt(np.sum((values / unit) ** 2, axis=axis)) * (1 + 2 * gamma_k(count + 4))
-    return np.asarray((norms + count * 2.0**-500) * unit * (1 + 4 * UNIT) + 4 * TINY)
+    norms = (norms + count * 2.0**-500) * unit * (1 + 4 * UNIT) + 4 * TINY
+    return np.asarray(np.where(norms < _HUGE, norms, math.inf))
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +110,9 @@ class Enclosure:
     @classmethod
     def _made(cls, mid: Array, radius: Array) -> Enclosure:
         """Return an enclosure whose radius has room for a midpoint that is read as zero."""
+        sizes = (np.max(np.abs(mid), initial=0.0), np.max(radius, initial=0.0))
+        if not (sizes[0] < _HUGE and sizes[1] < _HUGE):
+            radius = np.full_like(radius, math.inf)
         result: Enclosure = object.__new__(cls)
         object.__setattr__(result, "mid", mid)
         object.__setattr__(result, "radius", radius)
@@ -165,6 +172,8 @@ class Enclosure:
             radius += np.multiply.outer(norms_up(self.radius, 1), columns)
         if other.radius.any():
             radius += np.multiply.outer(norms_up(self.magnitude, 1), norms_up(other.radius, 0))
+        if not np.max(rows, initial=0.0) * np.max(columns, initial=0.0) < _HUGE:
+            radius[:] = math.inf  # a sum may have overflowed on the way
         # Of each term the product, the sum, and reading either; and the products above.
         radius += (4 * k + 16) * TINY
         radius *= 1 + 16 * UNIT
@@ -256,7 +265,7 @@ def smallest_eigenvalue_bound(matrix: Enclosure) -> float:
         A = matrix.mid
         if not (np.isfinite(A).all() and np.isfinite(matrix.radius).all()):
             return -math.inf
-        return _proved_shift(matrix, np.linalg.eigvalsh(A))
+        return _proved_shift(matrix, np.asarray(np.linalg.eigvalsh(A), dtype=np.float64))
 
 
 def _proved_shift(matrix: Enclosure, values: Array) -> float:

@@ -7,9 +7,18 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 
+from lben.certificates.proof import numbers_of
 from lben.certificates.records import CertificateError
 from lben.inequality import Inequality
-from lben.rigorous import Array, Enclosure, block, smallest_eigenvalue_bound, solve
+from lben.rigorous import (
+    TINY,
+    Array,
+    Enclosure,
+    block,
+    is_denormal,
+    smallest_eigenvalue_bound,
+    solve,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,11 +51,16 @@ def holds_locally(W: Array, U: Array, C: Enclosure, D: Enclosure, claim: LocalCl
         D: q × k.
         claim: what is to be proved.
     """
-    if not (np.isfinite(claim.Lambda).all() and (claim.Lambda > 0).all() and claim.gamma > 0):
-        return False
     n = len(W)
-    low = Enclosure(claim.low[:, None])
-    width = Enclosure(claim.high[:, None]) - low
+    Lambda, lower, upper = (
+        numbers_of(name, values, n)
+        for name, values in (("Λ", claim.Lambda), ("low", claim.low), ("high", claim.high))
+    )
+    slopes = bool(((lower >= 0) & (lower <= upper) & (upper <= 1)).all())
+    if not (slopes and np.isfinite(Lambda).all() and (Lambda >= TINY).all() and claim.gamma > 0):
+        return False
+    low = Enclosure(lower[:, None])
+    width = Enclosure(upper[:, None]) - low
     try:
         v = solve(
             Enclosure(np.eye(n)) - Enclosure(W) * low.T,
@@ -58,7 +72,7 @@ def holds_locally(W: Array, U: Array, C: Enclosure, D: Enclosure, claim: LocalCl
     own = Enclosure(np.diag(width.mid[:, 0]), np.diag(width.radius[:, 0]))
     inequality = Inequality(
         W=through, U=drive, C=C @ (low * through + own), D=D + C @ (low * drive),
-        Lambda=Enclosure(claim.Lambda[:, None]),
+        Lambda=Enclosure(Lambda[:, None]),
     )  # fmt: skip
     return inequality.margin(claim.gamma) > 0
 
@@ -75,12 +89,19 @@ def fewer_inputs(rows: Array) -> Array:
     Raises:
         CertificateError: if no factor could be proved.
     """
-    if not rows.any():
+    largest = np.max(np.abs(rows), axis=1, initial=0.0)
+    if not np.isfinite(largest).all():
+        raise CertificateError("the inputs of a layer could not be reduced: U is not finite")
+    if ((largest < 2.0**-900) & (largest > 0)).any() or is_denormal(rows).any():
+        raise CertificateError(
+            "the inputs of a layer could not be reduced: rows of U or D are below 2⁻⁹⁰⁰ or hold "
+            "denormal numbers; set those to zero"
+        )
+    if not largest.any():
         return np.zeros((len(rows), len(rows)))
-    norms = np.linalg.norm(rows, axis=1)
     # An exact scaling: rows of very different size are enlarged alike.
-    scale = np.ldexp(1.0, -np.frexp(norms)[1])[:, None]
-    exact = Enclosure(scale * rows)
+    scale = np.ldexp(1.0, -np.frexp(largest)[1])[:, None]
+    exact = Enclosure(rows).scaled(scale[:, 0], np.ones(rows.shape[1]))
     gram = exact @ exact.T
     slack = 8 * len(rows) * float(gram.radius.max()) + 2.0**-48
     for _ in range(6):
@@ -91,4 +112,4 @@ def fewer_inputs(rows: Array) -> Array:
                 triangle: Array = R / scale
                 return triangle
         slack *= 16
-    raise CertificateError("the inputs of a layer could not be reduced: U is not finite")
+    raise CertificateError("the inputs of a layer could not be reduced: U has no Cholesky factor")

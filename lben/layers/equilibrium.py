@@ -18,7 +18,7 @@ from lben.layers.growth import absolute_norm, norms_up
 from lben.layers.kept import KeepingLayer
 from lben.layers.roundoff import not_nan, underflow
 from lben.layers.uniform import Rates, Running, uniform_error
-from lben.local import Anchors
+from lben.local import Anchors, network_fingerprint
 from lben.parameterizations import CompleteParameterization, DirectParameterization
 from lben.radii import logit_error
 from lben.rigorous import gamma_k
@@ -486,6 +486,7 @@ class DenseEquilibriumLayer(EquilibriumLayer):
             logits=found.value.double(),
             logit_error=found.error,
             elsewhere=found.uniform,
+            fingerprint=network_fingerprint(self.weights(), self.activation),
         )
 
     def _check_shape(self, x: Tensor) -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lben.certificates import (
+    CertificateError,
     NetworkCertificate,
     certify,
     certify_pairs,
@@ -26,7 +27,7 @@ from lben.layers import (
     PooledEquilibriumConv2d,
 )
 from lben.layers.sequential import rounded
-from lben.local import Anchors, LocalCertificate
+from lben.local import Anchors, LocalCertificate, network_fingerprint
 from lben.models.base import Bound, Classifier, Promise
 from lben.models.checks import check_channels, check_kernel, check_model
 from lben.tightening import tighten, tighten_jointly, tighten_pairs, tighten_pooled
@@ -214,11 +215,17 @@ class EquilibriumClassifier(SingleLayerClassifier):
             promise: whether they shall be for the model as it runs, or for the exact network.
 
         Raises:
-            CertificateError: if a proof is for other weights.
+            CertificateError: if a proof is for other weights, or the local one for another
+                activation or normalisation.
         """
         self._check(certificate)
         (proof,) = certificate.layers
-        proof.check_fingerprint(local.fingerprint)
+        own = network_fingerprint(self.layer.weights(), self.layer.activation, self.normalize.gain)
+        if local.fingerprint != own:
+            raise CertificateError(
+                "this local certificate is for other weights, another activation or another "
+                f"normalisation: fingerprint {local.fingerprint[:12]}…, the model has {own[:12]}…"
+            )
         normalized = self.prepared(x)
         growth = self.normalize.rounding_growth(self.shape, x.dtype)
         start = Stage.start(x).then(rounded(normalized, x, growth), certificate.input_gain)
@@ -229,6 +236,7 @@ class EquilibriumClassifier(SingleLayerClassifier):
         )
         return replace(
             found,
+            fingerprint=own,
             v_error=found.v_error + 2 * start.error[:, None] * local.gains,
             logit_error=stage.error,
             elsewhere=stage.uniform if promise == "running" else None,

@@ -112,7 +112,8 @@ class ConvolutionalParameterization(nn.Module):
         b_y = torch.zeros_like(self.b) if self.b_y is None else self.b_y
         U, terms = self._bound_terms(Lambda, C)
         W = _state_kernel(self.V, self.N, terms, Lambda, self.epsilon)
-        b, unit = self.b, 1.0 if self.gamma is None else self.gamma
+        b: Tensor = self.b
+        unit = 1.0 if self.gamma is None else self.gamma
         if self.C is None:
             U, b, Lambda = unit * U, unit * b, Lambda / unit
         else:
@@ -259,7 +260,7 @@ class PooledParameterization(nn.Module):
             terms = [gram(Lambda[:, None, None, None] * U) / 2]
             A = C / taps(-2 * self.gamma * Lambda)
         W = _state_kernel(V, N, terms, Lambda, self.epsilon)
-        b_y = self.b_y
+        b_y: Tensor = self.b_y
         if self.gamma is not None:
             C, b_y, Lambda = self.gamma * C, self.gamma * b_y, self.gamma * Lambda
         state = ConvolutionalWeights(

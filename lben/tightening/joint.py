@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lben.certificates import CertificateError, Claim
+from lben.certificates.proof import exactly
 from lben.rigorous import power_of_two, up
 from lben.tightening.kept import LEAST, Kept, drives_alone, least, promised, promises_less
 from lben.tightening.semidefinite import Program, minimise
@@ -39,7 +40,7 @@ def tighten_jointly(weights: ExplicitWeights, *, gap: float = 1e-5) -> Claim:
     Raises:
         CertificateError: if 2Λ − ΛW − WᵀΛ is not positive definite.
     """
-    exact = weights.to(torch.float64)
+    exact = exactly(weights)
     claims = _optimal(exact, exact.C[None], _feedthrough(exact)[None], gap)
     if drives_alone(exact):
         claims.append(Kept.of(exact).claim(exact.C.numpy()))
@@ -64,7 +65,7 @@ def tighten_pairs(
         ValueError: if Λ is to be kept and the weights have a feed-through D.
         CertificateError: if 2Λ − ΛW − WᵀΛ is not positive definite.
     """
-    exact = weights.to(torch.float64)
+    exact = exactly(weights)
     alone = drives_alone(exact)
     if keep_multiplier and not alone:
         raise ValueError("a multiplier is kept for weights without feed-through D")

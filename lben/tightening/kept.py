@@ -26,6 +26,7 @@ import scipy.optimize
 import torch
 
 from lben.certificates import CertificateError, Claim
+from lben.certificates.proof import exactly
 from lben.convolutional import PooledWeights
 from lben.inequality import Inequality
 from lben.rigorous import Array, power_of_two
@@ -50,7 +51,7 @@ def tighten(weights: ExplicitWeights) -> Claim:
     """
     if not drives_alone(weights):
         raise ValueError("tighten needs weights without feed-through D")
-    exact = weights.to(torch.float64)
+    exact = exactly(weights)
     return least(weights, [Kept.of(exact).claim(exact.C.numpy())])
 
 
@@ -70,7 +71,7 @@ def promises_less(weights: ExplicitWeights, gamma: float) -> bool:
     own = weights.gamma
     if own is None or own > gamma:
         return False
-    exact = weights.to(torch.float64)
+    exact = exactly(weights)
     return Inequality.of(exact, exact.Lambda.numpy()).margin(own) > 0
 
 
@@ -189,14 +190,14 @@ def tighten_pooled(weights: PooledWeights) -> Claim:
     """
     if weights.gamma is not None:
         raise ValueError(f"the weights claim a bound of their own, {weights.gamma:g}")
-    double = weights.to(torch.float64)
+    double = exactly(weights)
     state = double.state
     root = state.Lambda.sqrt()
     torus = Torus(len(root), *state.grid(weights.image))
     drive = _size(state.U.numpy())
     U = torus.symbols(state.U / drive)
     identity = torch.eye(len(root), dtype=torch.float64, device="cpu")
-    W = 0 * identity.expand(len(U), -1, -1) if state.W is None else torus.symbols(state.W)
+    W = torch.zeros_like(U @ U.mH) if state.W is None else torus.symbols(state.W)
     H = root[:, None] * (identity - W) / root
     L, failed = torch.linalg.cholesky_ex(H + H.mH)
     if bool((failed != 0).any()):

@@ -10,6 +10,7 @@ import torch
 
 from lben.certificates import CertificateError, Claim
 from lben.certificates.largest import LargestClaim
+from lben.certificates.proof import exactly
 from lben.rigorous import Array
 from lben.tightening.joint import of_pair, tighten_pairs
 from lben.tightening.kept import LEAST, Kept, promised, promises_less
@@ -38,7 +39,7 @@ def tighten_largest(
     Raises:
         CertificateError: if 2Λ − ΛW − WᵀΛ is not positive definite.
     """
-    exact = weights.to(torch.float64)
+    exact = exactly(weights)
     q = exact.out_features
     kept, in_l2 = _Largest(exact), {}
     if not keep_multiplier:

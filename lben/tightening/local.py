@@ -61,7 +61,7 @@ class LocalProgram:
 
     def transformed(self) -> Program:
         """Return the program of z̃."""
-        identity = torch.eye(len(self.W), dtype=self.W.dtype)
+        identity = torch.eye(len(self.W), dtype=self.W.dtype, device=self.W.device)
         inner, _ = elimination.inverse(identity - self._scaled)
         through, drive = inner @ (self.W * self.width[:, None, :]), inner @ self.U
         low = self.low[:, :, None]

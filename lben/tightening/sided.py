@@ -103,7 +103,7 @@ def tighten_sided(
         bound=torch.full_like(target, torch.inf), gamma=target.clone(),
         multiplier=multiplier.clone(), weights=program.U.new_zeros(batch, m),
     )  # fmt: skip
-    active = torch.arange(batch)
+    active = torch.arange(batch, device=target.device)
     for _ in range(rounds):
         part, known, goal = program.select(active), facts.select(active), target[active]
         around = best.gamma[active].minimum(goal)

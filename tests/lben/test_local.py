@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -344,3 +345,106 @@ def test_units_that_see_no_input_have_proofs():
         v=eye[:1], v_error=0 * eye[:1], logits=eye[:1], logit_error=torch.zeros(1).double()
     )
     assert bool(local.certifies(anchors, torch.tensor([0]), 1e3))
+
+
+def pieces(seed=0):
+    net = model(seed)
+    certificate = net.certificate("scaled")
+    local = net.local_certificate(certificate)
+    x = torch.rand(5, 1, 4, 4, dtype=torch.float64)
+    return net, certificate, local, x, net(x).argmax(1)
+
+
+REPLACED = {
+    "slope": lambda net: setattr(net.layer, "activation", LeakyReLU(0.9)),
+    "class": lambda net: setattr(net.layer, "activation", Tanh()),
+    "bias": lambda net: net.layer.parameterization.b.data.add_(1.0),
+    "deviation": lambda net: net.normalize.std.mul_(2.0),
+}
+
+
+@pytest.mark.parametrize("what", REPLACED)
+def test_local_proofs_are_of_one_activation_and_normalisation(what):
+    net, certificate, local, x, labels = pieces()
+    before = net.anchors(x, certificate, local)
+    assert bool((local.radius(before, labels, torch.full((5,), 1e-3), steps=1) >= 1e-3).all())
+    REPLACED[what](net)
+    with pytest.raises(CertificateError, match="other weights"):
+        net.anchors(x, certificate, local)
+    other = net.local_certificate(net.certificate("scaled"))
+    assert other.fingerprint != local.fingerprint
+    with pytest.raises(CertificateError, match="another activation or another normalisation"):
+        other.certifies(before, labels, 1e-3)
+    with pytest.raises(CertificateError, match="another activation or another normalisation"):
+        other.radius(before, labels, torch.full((5,), 1e-3))
+
+
+def test_what_a_local_proof_does_not_depend_on():
+    net, certificate, local, x, labels = pieces()
+    weights = net.layer.weights()
+    claims = dataclasses.replace(weights, gamma=None, Lambda=2 * weights.Lambda)
+    same = LocalCertificate(claims, ReLU(), certificate.bound, input_gain=net.normalize.gain)
+    assert same.fingerprint == local.fingerprint
+    anchors = net.anchors(x, certificate, same)
+    assert bool(same.certifies(anchors, labels, 0.0).all())
+    # Anchors of the layer do not know what comes before it, and fit every gain.
+    bare = net.layer.anchors(net.normalize(x).flatten(1), certificate.layers[0])
+    assert bool(local.certifies(bare, labels, 0.0).all())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scaled(ReLU):
+    """An activation whose numbers are a tensor that may be written to."""
+
+    slopes: torch.Tensor
+
+
+def test_activations_are_told_apart_by_their_tensors():
+    eye = torch.eye(2, dtype=torch.float64)
+    weights = ExplicitWeights(
+        W=0 * eye, U=eye, b=0 * eye[0], C=eye, D=None, b_y=0 * eye[0], Lambda=eye.sum(0), gamma=2.0
+    )
+    first, second = Scaled(eye[0].clone()), Scaled(eye[1].clone())
+    one, other = LocalCertificate(weights, first), LocalCertificate(weights, second)
+    assert one.fingerprint != other.fingerprint
+    assert one.fingerprint == LocalCertificate(weights, Scaled(eye[0].clone())).fingerprint
+    first.slopes.zero_()  # what was proved stays what it was
+    assert one.fingerprint != LocalCertificate(weights, first).fingerprint
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_integer_type(dtype):
+    net, certificate, local, x, labels = pieces()
+    anchors = net.anchors(x, certificate, local)
+    for radius in (0.0, 1e-3, 0.3):
+        found = local.certifies(anchors, labels.to(dtype), radius)
+        assert torch.equal(found, local.certifies(anchors, labels, radius))
+
+
+def test_radii_and_anchors_that_are_no_numbers():
+    net, certificate, local, x, labels = pieces()
+    anchors = net.anchors(x, certificate, local)
+    for facts in (False, True):
+        assert not bool(local.certifies(anchors, labels, math.inf, facts=facts).any())
+        assert not bool(local.certifies(anchors, labels, 1e300, facts=facts).any())
+    with pytest.raises(ValueError, match="one for all or 5"):
+        local.certifies(anchors, labels, torch.zeros(4))
+    for bad in (math.nan, -1.0):
+        with pytest.raises(ValueError, match="start must be 5 radii"):
+            local.radius(anchors, labels, torch.full((5,), bad))
+    with pytest.raises(ValueError, match="v of the anchors contains NaN"):
+        local.certifies(dataclasses.replace(anchors, v=math.nan * anchors.v), labels, 0.1)
+    with pytest.raises(ValueError, match="v of the anchors must be"):
+        local.certifies(dataclasses.replace(anchors, v=anchors.v.float()), labels, 0.1)
+    for gain in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="input_gain must be positive"):
+            LocalCertificate(net.layer.weights(), ReLU(), input_gain=gain)
+
+
+def test_rows_too_small_to_be_reduced_are_refused():
+    with pytest.raises(CertificateError, match="denormal"):
+        fewer_inputs(np.array([[1e-310, 0.0], [1.0, 0.0]]))
+    with pytest.raises(CertificateError, match="not finite"):
+        fewer_inputs(np.array([[math.inf, 0.0]]))
+    large = fewer_inputs(np.array([[1e200, 0.0], [0.0, 1e-200]]))
+    assert np.isfinite(large).all()

@@ -1,21 +1,31 @@
 """Claims of `rigorous` against exact rational arithmetic (python-flint)."""
 
+import ctypes
+import ctypes.util
 import math
+import platform
+from contextlib import contextmanager
 
 import flint
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lben.rigorous import (
+    TINY,
     Enclosure,
     block,
     down,
+    is_denormal,
     largest_eigenvalue_bound,
     norm_bound,
+    norms_up,
+    power_of_two,
     smallest_eigenvalue_bound,
     solve,
+    sum_up,
     up,
 )
 
@@ -199,3 +209,116 @@ def test_undefined_operations_are_refused():
         wide.reciprocal()
     with pytest.raises(ValueError, match="exact entries only"):
         wide.sqrt()
+
+
+# Note [Modes]: the arithmetic runs in the mode, the comparison in exact rational arithmetic.
+ROUNDING = {"nearest": 0x000, "down": 0x400, "up": 0x800, "to zero": 0xC00}  # x86's fenv.h
+LIBM = ctypes.CDLL(ctypes.util.find_library("m"))
+X86 = platform.machine() in ("x86_64", "AMD64")
+
+
+@contextmanager
+def mode(rounding: str, flush: bool):
+    if rounding != "nearest" and not X86:
+        pytest.skip("rounding modes are numbered as on x86")
+    if flush and not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush denormal numbers")
+    LIBM.fesetround(ROUNDING[rounding])
+    try:
+        yield
+    finally:
+        LIBM.fesetround(ROUNDING["nearest"])
+        torch.set_flush_denormal(False)
+
+
+modes = pytest.mark.parametrize("rounding", ROUNDING)
+flushes = pytest.mark.parametrize("flush", [False, True])
+
+
+def contains_also_as_zero(enclosure: Enclosure, truth: flint.fmpq_mat) -> bool:
+    """Also where a denormal midpoint is read as zero."""
+    mid = np.where(np.abs(enclosure.mid) < TINY, 0.0, enclosure.mid)
+    flushed = Enclosure._made(mid, np.where(enclosure.radius < TINY, 0.0, enclosure.radius))
+    return contains(enclosure, truth) and contains(flushed, truth)
+
+
+@modes
+@flushes
+@pytest.mark.parametrize("exponent", [-1074, -1030, -1000, -540, -500, 0, 500, 900])
+def test_enclosures_hold_in_every_floating_point_mode(rounding, flush, exponent):
+    g = np.random.default_rng(exponent % 7)
+
+    def numbers(*shape, centre):
+        spread = g.integers(-30, 30, shape)
+        return np.ldexp(g.standard_normal(shape), np.clip(centre + spread, -1074, 1000))
+
+    a, b = numbers(4, 6, centre=exponent), numbers(6, 3, centre=-exponent // 2)
+    c = numbers(4, 6, centre=exponent)
+    with mode(rounding, flush), np.errstate(all="ignore"):
+        A, B, C = map(Enclosure, (a, b, c))
+        product, total, least, entries = A @ B, A + C, A - C, A * C
+        third, nested = A / 3.0, (A - C) @ B + A @ B
+        scaled = (A * C).scaled(np.full(4, 2.0**-60), np.full(6, 2.0**40))
+        rows = norms_up(a, 1)
+    exact_a, exact_b, exact_c = map(rational, (a, b, c))
+    times = flint.fmpq_mat(
+        4, 6, [exact(x) * exact(y) for x, y in zip(a.ravel(), c.ravel(), strict=True)]
+    )
+    for found, truth in (
+        (product, exact_a * exact_b), (total, exact_a + exact_c), (least, exact_a - exact_c),
+        (entries, times), (third, exact_a * flint.fmpq(1, 3)),
+        (nested, (exact_a * 2 - exact_c) * exact_b), (scaled, times * flint.fmpq(1, 2**20)),
+    ):  # fmt: skip
+        finite = np.isfinite(found.mid) & np.isfinite(found.radius)
+        if finite.all():
+            assert contains_also_as_zero(found, truth)
+        else:
+            assert exponent >= 500
+    for row, norm in zip(a, rows, strict=True):
+        if math.isfinite(norm):
+            assert exact(norm) ** 2 >= sum((exact(x) ** 2 for x in row), flint.fmpq(0))
+
+
+@modes
+@flushes
+def test_eigenvalues_and_systems_hold_in_every_floating_point_mode(rounding, flush):
+    g = np.random.default_rng(0)
+    for scale in (2.0**-1021, 2.0**-700, 1.0, 2.0**900):
+        root = g.standard_normal((6, 5))  # singular
+        a = scale * (root @ root.T)
+        a = np.tril(a) + np.tril(a, -1).T
+        with mode(rounding, flush), np.errstate(all="ignore"):
+            bound = smallest_eigenvalue_bound(Enclosure(a))
+            norm = norm_bound(Enclosure(root))
+        if math.isfinite(bound):
+            shift = flint.fmpq_mat(
+                6, 6, [exact(bound) * (i == j) for i in range(6) for j in range(6)]
+            )
+            assert is_positive_definite(rational(a) - shift)
+        assert not bound > 0 or is_positive_definite(rational(a))
+        assert norm >= np.linalg.norm(root, 2) * (1 - 1e-14)
+    A, B = hilbert(6), g.standard_normal((6, 2))
+    with mode(rounding, flush):
+        found = solve(Enclosure(A), Enclosure(B))
+    assert contains(found, rational(A).inv() * rational(B))
+
+
+@flushes
+def test_what_is_tiny_is_never_lost(flush):
+    tiny = np.array([[5e-324, 2.0**-1022], [0.0, -(2.0**-1023)]])
+    with mode("nearest", flush):
+        assert Enclosure(tiny).radius.tolist() == [[TINY, 0.0], [0.0, TINY]]
+        assert Enclosure(np.eye(2), np.abs(tiny)).radius.tolist() == [[TINY, TINY], [0.0, TINY]]
+        assert is_denormal(tiny).tolist() == [[True, False], [False, True]]
+        assert up(0.0) == TINY
+        assert down(0.0) == -TINY
+        assert float(sum_up(np.abs(tiny))) >= 2.0**-1021
+        huge = Enclosure(tiny) @ Enclosure(np.full((2, 2), 2.0**1000))
+    assert contains(huge, rational(tiny) * rational(np.full((2, 2), 2.0**1000)))
+
+
+def test_norms_do_not_vanish():
+    """The square of the entry does."""
+    assert norm_bound(Enclosure(np.array([[1e-250, 0.0]]))) <= 1.0001e-250
+    assert norm_bound(Enclosure(np.array([[1e250, 0.0]]))) <= 1.0001e250
+    assert power_of_two(0.0) == power_of_two(math.inf) == power_of_two(math.nan) == 1.0

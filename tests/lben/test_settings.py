@@ -1,0 +1,102 @@
+"""Proofs and proposals are the same numbers in every setting of torch."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+
+from lben import (
+    EquilibriumConv2d,
+    EquilibriumLinear,
+    PooledEquilibriumConv2d,
+    certified_radius,
+    certify,
+    certify_pairs,
+    tighten,
+    tighten_jointly,
+    tighten_pairs,
+    tighten_pooled,
+)
+from lben.certificates import certify_convolution, certify_largest, certify_pooled, interval_bounds
+from lben.local import Anchors, LocalCertificate
+from lben.tightening import tighten_largest
+from solvers import ReLU
+
+torch.manual_seed(0)
+DENSE, KERNELS, POOLED = (
+    made.weights().apply(torch.Tensor.detach)
+    for made in (
+        EquilibriumLinear(6, 8, 3, dtype=torch.float64),
+        EquilibriumConv2d(2, 2, 2, image=(4, 4)),
+        PooledEquilibriumConv2d(2, 2, 2, image=(4, 4), gamma=None),
+    )
+)
+LOGITS = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
+STATES = torch.linspace(-1, 1, 32, dtype=torch.float64).view(4, 8)
+
+
+def everything() -> list[float]:
+    w, y, labels = DENSE, LOGITS, LOGITS.argmax(1)
+    pairs = certify_pairs(w, tighten_pairs(w))
+    local = LocalCertificate(w, ReLU(), 2.0)
+    anchors = Anchors(v=STATES, v_error=0 * STATES, logits=y, logit_error=0 * y[:, 0])
+    radii = certified_radius(y, labels, 2.0, logit_error=0.01)
+    found = [
+        certify(w).margin,
+        certify(w.to(torch.float32)).m,
+        certify(w, tighten(w)).bound,
+        certify(w, tighten_jointly(w)).bound,
+        certify_convolution(KERNELS, (4, 4)).margin,
+        certify_pooled(POOLED, tighten_pooled(POOLED)).bound,
+        *(b for row in pairs for b in row),
+        *certify_pairs(w, tighten_pairs(w, keep_multiplier=True))[0],
+        *certify_largest(w, tighten_largest(w))[0],
+        *certify_largest(w, tighten_largest(w, keep_multiplier=False))[0],
+        *interval_bounds(w)[0],
+        *radii.tolist(),
+        *certified_radius(y.float(), labels, pairs, logit_error=0.01).tolist(),
+        *local.radius(anchors, labels, radii, steps=2).tolist(),
+        *map(float, local.certifies(anchors, labels, 0.2, facts=True).tolist()),
+        *(int(text[:12], 16) for text in (w.fingerprint, KERNELS.fingerprint, local.fingerprint)),
+    ]
+    assert not any(map(math.isnan, found))
+    return found
+
+
+@contextlib.contextmanager
+def switched(switch, value, back):
+    switch(value)
+    try:
+        yield
+    finally:
+        switch(back)
+
+
+SETTINGS = {
+    "default float64": lambda: switched(torch.set_default_dtype, torch.float64, torch.float32),
+    "default float16": lambda: switched(torch.set_default_dtype, torch.float16, torch.float32),
+    "default device": lambda: torch.device("meta"),
+    "bfloat16 products": lambda: switched(
+        torch.set_float32_matmul_precision, "medium", torch.get_float32_matmul_precision()
+    ),
+    "deterministic": lambda: switched(torch.use_deterministic_algorithms, True, False),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "two threads": lambda: switched(torch.set_num_threads, 2, torch.get_num_threads()),
+    "denormal numbers are zero": lambda: switched(torch.set_flush_denormal, True, False),
+}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return everything()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_proofs_do_not_depend_on_settings(name, expected):
+    with SETTINGS[name]():
+        found = everything()
+    # Another number of threads sums proposals in another order.
+    assert found == pytest.approx(expected, rel=1e-6 if "threads" in name else 1e-13)

@@ -229,6 +229,7 @@ def _parsed(arguments: list[str]) -> Command | None:
         ends = ("Argument help", "For full help")
         end_of_it = next((i for i, row in enumerate(rows) if row.startswith(ends)), None)
         words = " ".join(" ".join(rows[:end_of_it]).split()).rstrip(".")
+        words = words.replace("__tyro-dummy-inner__.config.", "--")
         known = arguments[0] if arguments and arguments[0] in words_of_commands() else ""
         _tell(f"lben: {words}; see `{' '.join(f'lben {known}'.split())} --help`")
         return None

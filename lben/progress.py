@@ -86,4 +86,5 @@ def spoken(seconds: float) -> str:
         if seconds >= 1.5 * size:
             number = seconds / size
             return f"{number:.1f} {unit}s" if number < 10 else f"{number:.0f} {unit}s"
-    return f"{max(round(seconds), 1)} seconds"
+    number = max(round(seconds), 1)
+    return f"{number} second{'s' if number > 1 else ''}"

@@ -29,7 +29,7 @@ def clocked(monkeypatch, step):
 
 def test_long_work_says_once_how_long_it_takes(monkeypatch, capsys):
     advance = clocked(monkeypatch, 4.0)
-    with Progress(10, "proofs", "image") as bar:
+    with Progress(10, "proofs", "images") as bar:
         for _ in range(10):
             advance(bar)
     assert capsys.readouterr().err.splitlines() == [
@@ -40,7 +40,7 @@ def test_long_work_says_once_how_long_it_takes(monkeypatch, capsys):
 
 def test_what_was_done_before_does_not_count_as_speed(monkeypatch, capsys):
     advance = clocked(monkeypatch, 6.0)
-    with Progress(10, "train", "step", initial=8) as bar:
+    with Progress(10, "train", "steps", initial=8) as bar:
         advance(bar)
     assert "9 of 10 steps, about 6 seconds left" in capsys.readouterr().err
 
@@ -48,7 +48,7 @@ def test_what_was_done_before_does_not_count_as_speed(monkeypatch, capsys):
 @pytest.mark.parametrize(("quiet", "step"), [(True, 100.0), (None, 0.1)])
 def test_short_work_and_other_processes_are_silent(monkeypatch, capsys, quiet, step):
     advance = clocked(monkeypatch, step)
-    with Progress(10, "proofs", "image", quiet) as bar:
+    with Progress(10, "proofs", "images", quiet) as bar:
         for _ in range(10):
             advance(bar)
     assert capsys.readouterr().err == ""

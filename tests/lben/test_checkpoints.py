@@ -140,16 +140,22 @@ def test_a_certificate_is_checked_against_the_model_beside_it(run, tmp_path):
     assert "is missing" in checkpoints.certificate_doubts(folder, model.certificate())
 
 
-def test_a_failed_start_leaves_everything_as_it_was(tmp_path, monkeypatch):
+@pytest.mark.parametrize("whole", [0, 1])  # files that the disk still takes
+def test_a_failed_start_leaves_everything_as_it_was(tmp_path, monkeypatch, whole):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "mine").write_text("x")
     before = sorted(tmp_path.rglob("*"))
 
+    written = []
+
     def full(*_):
-        raise OSError(28, "No space left on device")
+        written.append(1)
+        if len(written) > whole:
+            raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints.os, "fsync", full)
     for folder in (tmp_path / "new" / "run", tmp_path / "here", tmp_path / "here" / "below"):
+        written.clear()
         with pytest.raises(OSError, match="No space left on device"):
             train(EquilibriumTraining(out=folder, hidden=5, epochs=1))
         assert sorted(tmp_path.rglob("*")) == before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 from lben import EquilibriumClassifier, checkpoints
 from lben.data import DataError, Dataset, load
 from lben.evaluation import environment
+from lben.records import to_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -84,13 +84,13 @@ def finish(figures: Mapping[str, Any], out: Path | None, **details: Any) -> None
     """Print the figures as the last line, and write them with their circumstances to a file."""
     if out is not None:
         write(out, {**figures, **details, **circumstances()})
-    print(json.dumps(figures))
+    print(to_json(figures, indent=None))
 
 
 def write(out: Path, record: Mapping[str, Any]) -> None:
     """Write a record as JSON."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
+    out.write_text(to_json(record, indent=1) + "\n", encoding="utf-8")
 
 
 _SHORT = 0.02

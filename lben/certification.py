@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lben.attacks import apgd_l2, pgd_l2
 from lben.attacks.common import differentiating
@@ -25,7 +24,7 @@ from lben.evaluation import environment
 from lben.local import Anchors, LocalCertificate
 from lben.models import CertifiedLogits, Classifier, EquilibriumClassifier, Promise
 from lben.parallel import ALONE, Processes
-from lben.progress import Progress
+from lben.progress import Progress, track
 from lben.radii import certified_radius, pair_bounds
 from lben.records import from_json, strict
 from lben.rigorous import up
@@ -56,7 +55,7 @@ class CertificationConfig:
 
     radii: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
     largest_radii: tuple[float, ...] = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
-    samples: int = 100
+    samples: int = 60
     tol: float | None = None
     promise: Promise = "running"
     local: bool = True
@@ -264,7 +263,7 @@ def _certify_around(
     A radius is tried where the next smaller one is certified: its ball contains that one's.
     """
     rising = sorted(range(len(config.radii)), key=config.radii.__getitem__)
-    with Progress(len(labels), f"proofs {name}", "image", team.quiet) as progress:
+    with Progress(len(labels), f"proofs {name}", "images", team.quiet) as progress:
         for part in torch.arange(len(labels)).split(_PART):
             reached = torch.ones(len(part), dtype=torch.bool)
             for index in rising:
@@ -342,7 +341,7 @@ def _broken(
 ) -> Tensor:
     """Return which images PGD or APGD broke within each radius."""
     generator, found = torch.Generator().manual_seed(config.seed), []
-    for radius in tqdm(config.radii, desc="attack", unit="radius", disable=team.quiet, leave=False):
+    for radius in track(config.radii, "attack", "radii", team.quiet):
         broken = torch.zeros(len(x), dtype=torch.bool)
         for attack in (pgd_l2, apgd_l2):
             left = (~broken).nonzero()[:, 0]

@@ -273,8 +273,8 @@ def load_training(
             index, _, key = rest.partition(".")
             states.setdefault(int(index) if index.isdecimal() else -1, {})[key] = value
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, state in states.items():
-        shape = parameters[index].shape if 0 <= index < len(parameters) else None
+    for number, state in states.items():
+        shape = parameters[number].shape if 0 <= number < len(parameters) else None
         if any(value.ndim and value.shape != shape for value in state.values()) or shape is None:
             raise CheckpointError(f"{path} holds the state of another optimizer or model")
     _load_state(path, model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")})

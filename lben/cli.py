@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import importlib
 import importlib.util
 import io
@@ -13,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -229,6 +229,7 @@ def _parsed(arguments: list[str]) -> Command | None:
         ends = ("Argument help", "For full help")
         end_of_it = next((i for i, row in enumerate(rows) if row.startswith(ends)), None)
         words = " ".join(" ".join(rows[:end_of_it]).split()).rstrip(".")
+        words = words.replace("__tyro-dummy-inner__.config.", "--")
         known = arguments[0] if arguments and arguments[0] in words_of_commands() else ""
         _tell(f"lben: {words}; see `{' '.join(f'lben {known}'.split())} --help`")
         return None
@@ -337,7 +338,7 @@ def _evaluate(folder: Path, config: EvaluationConfig, root: str | None) -> None:
     if not team.first:
         return
     checkpoints.write_json(folder / "report.json", report)
-    picture = _drawn(partial(draw, report), folder / "robustness.png")
+    picture = _drawn(functools.partial(draw, report), folder / "robustness.png")
     print(table(report))
     print(f"\n{folder}: {checkpoints.MODEL}, {checkpoints.CERTIFICATE}, report.json{picture}")
     _refuse(report.violations)
@@ -351,7 +352,7 @@ def _certify(folder: Path, config: CertificationConfig, root: str | None) -> Non
         return
     checkpoints.write_json(folder / checkpoints.CERTIFICATE, certificate)
     checkpoints.write_json(folder / "certification.json", report)
-    picture = _drawn(partial(draw_certification, report), folder / "certification.png")
+    picture = _drawn(functools.partial(draw_certification, report), folder / "certification.png")
     print(certification_table(report))
     print(f"\n{folder}: {checkpoints.CERTIFICATE}, certification.json{picture}")
     _refuse(report.violations)
@@ -382,7 +383,12 @@ def _drawn(draw_into: Callable[[Path], None], path: Path) -> str:
     """Draw where that is possible, and return what to add to the list of files."""
     if importlib.util.find_spec("matplotlib") is None:
         return " (no picture: matplotlib is not installed, pip install 'lben[plots]')"
-    draw_into(path)
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    try:
+        draw_into(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return f", {path.name}"
 
 

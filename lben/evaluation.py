@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lben.attacks import ascend_quotient, pgd_l2, quotients, random_pairs
 from lben.attacks.common import differentiating
@@ -18,6 +17,7 @@ from lben.certified import Affine
 from lben.data import Dataset, pixels
 from lben.models import Bound, CertifiedLogits, Classifier
 from lben.parallel import ALONE, Processes
+from lben.progress import track
 from lben.records import from_json, strict
 from lben.values import conform
 
@@ -238,7 +238,7 @@ def _all_logits(
 ) -> CertifiedLogits:
     found = []
     batches = team.share(x).split(2000)
-    for batch in tqdm(batches, desc="certify", unit="batch", disable=team.quiet, leave=False):
+    for batch in track(batches, "certify", "batches", team.quiet):
         found.append(model.certified_logits(batch, certificate))
     return CertifiedLogits(
         logits=team.gather(torch.cat([f.logits for f in found])),
@@ -263,7 +263,7 @@ def _attack(
     """Return PGD accuracy at every radius, and how many images broke inside their certificate."""
     accuracy, broken_within = [], 0
     generator = torch.Generator().manual_seed(config.seed)
-    for r in tqdm(config.radii, desc="attack", unit="radius", disable=team.quiet, leave=False):
+    for r in track(config.radii, "attack", "radii", team.quiet):
         _, broken = pgd_l2(
             model, team.share(x), team.share(labels), r,
             steps=config.pgd_steps if r else 1, restarts=config.pgd_restarts if r else 1,
@@ -296,9 +296,7 @@ def _pairs(
     batches = [(found.a, found.b)]
     random = random_pairs(x, team.share_of(config.pairs), generator)
     with torch.no_grad():
-        for a, b in tqdm(
-            [*batches, *random], desc="pairs", unit="batch", disable=team.quiet, leave=False
-        ):
+        for a, b in track([*batches, *random], "pairs", "batches", team.quiet):
             ya, yb = (model.certified_logits(side, certificate) for side in (a, b))
             change = torch.linalg.vector_norm(ya.logits - yb.logits, dim=1)
             distance = torch.linalg.vector_norm((a - b).flatten(1), dim=1)

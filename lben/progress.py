@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from tqdm import tqdm
+
+T = TypeVar("T")
 
 _PATIENCE = 5.0
 """Seconds before a run that nobody watches says how long it will take."""
@@ -23,7 +26,7 @@ class Progress:
     Args:
         total: number of items.
         what: is being done.
-        unit: what an item is.
+        unit: what the items are, in the plural.
         quiet: True in a process that says nothing, None to look at standard error.
         initial: items that were done before.
     """
@@ -46,7 +49,7 @@ class Progress:
         self.bar.update(count)
         if self._lines and not self._said and self.seconds > _PATIENCE and self.done < self.total:
             self._said = True
-            self._say(f"{self.done} of {self.total} {self.unit}s, about {spoken(self.left)} left")
+            self._say(f"{self.done} of {self.total} {self.unit}, about {spoken(self.left)} left")
 
     @property
     def seconds(self) -> float:
@@ -77,7 +80,15 @@ class Progress:
     ) -> None:
         self.bar.close()
         if self._said and error is None:
-            self._say(f"{self.total} {self.unit}s in {spoken(self.seconds)}")
+            self._say(f"{self.total} {self.unit} in {spoken(self.seconds)}")
+
+
+def track(items: Collection[T], what: str, unit: str, quiet: bool | None = None) -> Iterator[T]:
+    """Yield items and count them, see `Progress`."""
+    with Progress(len(items), what, unit, quiet) as progress:
+        for item in items:
+            yield item
+            progress.update()
 
 
 def spoken(seconds: float) -> str:
@@ -86,4 +97,5 @@ def spoken(seconds: float) -> str:
         if seconds >= 1.5 * size:
             number = seconds / size
             return f"{number:.1f} {unit}s" if number < 10 else f"{number:.0f} {unit}s"
-    return f"{max(round(seconds), 1)} seconds"
+    number = max(round(seconds), 1)
+    return f"{number} second{'s' if number > 1 else ''}"

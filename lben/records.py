@@ -63,8 +63,8 @@ def _revived(value: Any, hint: Any) -> Any:
     if origin is tuple:
         if not isinstance(value, list):
             raise TypeError(f"expected a list, got {value!r}")
-        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        return tuple(_revived(item, kind) for item, kind in zip(value, kinds, strict=True))
+        each = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        return tuple(_revived(item, kind) for item, kind in zip(value, each, strict=True))
     if is_dataclass(hint):
         hints, names = get_type_hints(hint), {f.name for f in fields(hint)}
         if not isinstance(value, dict) or not set(value) <= names:

@@ -184,7 +184,7 @@ def _fit(run: _Run, done: int) -> None:
     total = config.epochs * run.steps_per_epoch
     writer = _tensorboard(run.folder) if team.first else None
     progress = Progress(
-        total, f"train {config.data}", "step", team.quiet, initial=done * run.steps_per_epoch
+        total, f"train {config.data}", "steps", team.quiet, initial=done * run.steps_per_epoch
     )
     with progress:
         for epoch in range(done, config.epochs):

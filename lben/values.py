@@ -13,7 +13,6 @@ import os
 import types
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -34,8 +33,9 @@ def conform(config: Any) -> None:
     Raises:
         ValueError: naming the field, what it must be, and what was given.
     """
+    hints = get_type_hints(type(config))
     for f in fields(config):
-        value, hint = getattr(config, f.name), _hints(type(config))[f.name]
+        value, hint = getattr(config, f.name), hints[f.name]
         try:
             object.__setattr__(config, f.name, _converted(value, hint))
         except _Refused:
@@ -72,11 +72,6 @@ def plain(value: Any) -> Any:
 
 class _Refused(Exception):
     pass
-
-
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
 
 
 def _converted(value: Any, hint: Any) -> Any:
@@ -119,7 +114,7 @@ def _tuple(value: Any, hints: Sequence[Any]) -> tuple[Any, ...]:
         raise _Refused
     items = tuple(value)
     if len(hints) == 2 and hints[1] is Ellipsis:
-        hints = hints[:1] * len(items)
+        hints = [hints[0]] * len(items)
     if len(items) != len(hints):
         raise _Refused
     return tuple(_converted(item, hint) for item, hint in zip(items, hints, strict=True))

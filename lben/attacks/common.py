@@ -56,7 +56,12 @@ def own(x: Tensor) -> Tensor:
         raise ValueError(f"images must be (batch, …), got {tuple(x.shape)}")
     if not bool(torch.isfinite(x).all()):
         raise ValueError("images contain NaN or Inf")
-    return x.detach().clone() if x.is_inference() else x.detach()
+    return ordinary(x)
+
+
+def ordinary(t: Tensor) -> Tensor:
+    """Return the values of a tensor without a graph, in one that can be part of a graph."""
+    return t.detach().clone() if t.is_inference() else t.detach()
 
 
 def view(model: nn.Module) -> nn.Module:
@@ -78,8 +83,7 @@ def view(model: nn.Module) -> nn.Module:
         return model
     seen: dict[int, object] = {}
     for p in model.parameters():
-        values = p.detach().clone() if p.is_inference() else p.detach()
-        seen[id(p)] = nn.Parameter(values, requires_grad=False)
+        seen[id(p)] = nn.Parameter(ordinary(p), requires_grad=False)
     for b in model.buffers():
         seen[id(b)] = b.detach().clone()
     for module in model.modules():  # results with a graph, which modules keep beside parameters

@@ -304,7 +304,7 @@ def _prepared(
     with torch.no_grad():  # one image tells the number of classes
         logits = model(centre[:1] if len(centre) else centre.new_zeros(1, *centre.shape[1:]))
     logits = logits.expand(len(centre), -1) if logits.ndim == 2 else logits
-    labels = check_labels(logits, labels)
+    labels = check_labels(logits, labels).clone()  # those of an inference mode fit no graph
     return ball, _Worst(centre), model, labels
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lben.attacks.common import Images, differentiating, gaussian, norms, own, view, wide
+from lben.attacks.common import Images, differentiating, gaussian, norms, ordinary, own, view, wide
 from lben.values import plain
 
 
@@ -56,9 +56,9 @@ def ascend_quotient(
     x, steps = own(x), plain(steps)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"steps must be an integer of at least 0, got {steps!r}")
-    for name, value in (("lr", lr), ("distance", distance)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
+    for name, size in (("lr", lr), ("distance", distance)):
+        if not 0 < size < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {size}")
     if not len(x):
         return Pairs(a=x.clone(), b=x.clone(), quotient=x.new_zeros(0))
     model = view(model)
@@ -83,9 +83,14 @@ def ascend_quotient(
     return best
 
 
+@differentiating
 @torch.no_grad()
 def quotients(model: nn.Module, a: Images, b: Images) -> Float[Tensor, " batch"]:
-    """Return ‖f(a) − f(b)‖₂ / ‖a − b‖₂ per pair; 0 for equal points."""
+    """Return ‖f(a) − f(b)‖₂ / ‖a − b‖₂ per pair; 0 for equal points.
+
+    The model is taken in evaluation mode and left as it is.
+    """
+    a, b, model = ordinary(a), ordinary(b), view(model)
     change = torch.linalg.vector_norm((model(a) - model(b)).flatten(1), dim=1)
     distance = torch.linalg.vector_norm((a - b).flatten(1), dim=1)
     return torch.where(distance > 0, change / distance, torch.zeros_like(change))

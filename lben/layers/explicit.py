@@ -40,8 +40,8 @@ class ExplicitLayer(KeepingLayer, ABC):
 
     In eval mode a call is the layer's products and one pointwise pass. In training T is computed
     for the first forward pass after a step of the optimizer and kept with its graph, so that
-    gradient accumulation pays for it once; a gradient that is differentiated again computes it anew.
-    Under `torch.compile` nothing is kept and T is part of the compiled graph.
+    gradient accumulation pays for it once; a gradient that is differentiated again computes it
+    anew. Under `torch.compile` nothing is kept and T is part of the compiled graph.
 
     float32 runs in float32, whatever torch allows its products to be rounded to (TF32 convolutions
     are torch's default on CUDA); a compiled graph obeys the settings of torch.backends, which have

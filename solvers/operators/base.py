@@ -90,10 +90,10 @@ class LinearOperator(ABC):
 
     # Note [Whose values a memo holds]
     # What the memo keeps belongs to values of W and Λ, of which it has a snapshot. A lookup
-    # compares the values now with it (`solvers.dependencies`); where they differ, the operator starts a memo
-    # of its own. W, Wᵀ and operators rebuilt on equal tensors share one memo, so the snapshot is of
-    # the tensors of W as first given. A solve looks often: it compares once, when it begins, and
-    # its lookups trust that nobody writes to W meanwhile (`settled`).
+    # compares the values now with it (`solvers.dependencies`); where they differ, the operator
+    # starts a memo of its own. W, Wᵀ and operators rebuilt on equal tensors share one memo, so the
+    # snapshot is of the tensors of W as first given. A solve looks often: it compares once, when it
+    # begins, and its lookups trust that nobody writes to W meanwhile (`settled`).
     def __post_init__(self) -> None:
         """Give the operator a memo and an orientation, unless its class has fields for them."""
         for name, value in (("_memo", {}), ("transposed", False)):

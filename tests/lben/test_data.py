@@ -167,3 +167,63 @@ def test_download_fills_the_folder(mnist, monkeypatch):
     monkeypatch.setitem(data._MNIST_MD5, "t10k-labels-idx1-ubyte", digest)
     assert len(load("mnist", mnist, download=True).test_labels) == 20
     assert path.exists()
+
+
+# --- data of your own -------------------------------------------------------------------------
+
+IMAGES, LABELS = torch.zeros(6, 1, 4, 4, dtype=torch.uint8), torch.arange(6) % 3
+
+
+def own(**changes):
+    return data.Dataset(**{
+        "name": "mine", "train_images": IMAGES, "train_labels": LABELS, "test_images": IMAGES,
+        "test_labels": LABELS, "classes": 3, "mean": (0.3,), "std": (0.2,), **changes,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.uint16])
+def test_labels_of_any_integer_type_become_int64(dtype):
+    found = own(train_labels=LABELS.to(dtype), test_labels=LABELS.to(dtype))
+    assert torch.equal(found.train_labels, LABELS)
+    assert found.test_labels.dtype == torch.int64
+
+
+def test_numbers_of_arrays_become_plain():
+    found = own(mean=np.array([0.25], np.float32), std=[torch.tensor(0.5)], classes=np.int64(3))
+    assert (found.mean, found.std, found.classes) == ((0.25,), (0.5,), 3)
+    assert found.shape == (1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"train_images": IMAGES / 255},
+            r"train_images must be a uint8 Tensor .* got torch\.float",
+        ),
+        ({"test_images": IMAGES.numpy()}, "test_images must be a uint8 Tensor .* got ndarray"),
+        ({"test_images": IMAGES[:, 0]}, r"test_images must be samples × channels .* \(6, 4, 4\)"),
+        ({"test_images": IMAGES[:, :, :3]}, "they must have one shape"),
+        ({"train_labels": LABELS[:5]}, r"train_labels must be a Tensor of 6 integers, got \(5,\)"),
+        ({"test_labels": LABELS.float()}, r"test_labels must be .* torch\.float32"),
+        (
+            {"test_labels": LABELS.tolist()},
+            "test_labels must be a Tensor of 6 integers, got 'list'",
+        ),
+        ({"test_labels": LABELS + 1}, r"test_labels must lie in \[0, 3\), got values from 1 to 3"),
+        ({"train_labels": (LABELS - 1).to(torch.int8)}, "got values from -1 to 1"),
+        ({"classes": 1}, "classes must be at least 2"),
+        ({"mean": (0.1, 0.2)}, "mean must be one finite number for each of 1 channels"),
+        ({"std": (0.0,)}, "std must be positive"),
+        ({"std": "1"}, "std must be a tuple"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        own(**changes)
+
+
+def test_floats_are_not_scaled_again():
+    with pytest.raises(ValueError, match=r"got torch\.float32: floats in \[0, 1\] are pixels"):
+        data.pixels(torch.rand(2, 1, 4, 4))
+    assert data.pixels(torch.tensor([255], dtype=torch.uint8)).tolist() == [1.0]

@@ -128,3 +128,12 @@ def test_gradients(loss):
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), Hinge(margin=1.0), EMMA(radius=0.5, bound=2.0)])
+def test_labels_are_integers_of_any_type(loss):
+    logits, labels = torch.randn(4, 2), torch.tensor([0, 1, 1, 0])
+    for dtype in (torch.uint8, torch.int16, torch.int32, torch.bool):
+        assert torch.equal(loss(logits, labels.to(dtype)), loss(logits, labels))
+    with pytest.raises(ValueError, match=r"labels must be integers, got torch\.float32"):
+        loss(logits, labels.float())

@@ -1,0 +1,198 @@
+"""What a folder gives back: dtypes, devices, certificates; and what is refused as foreign."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lben import checkpoints
+from lben.certificates import Certificate, NetworkCertificate
+from lben.checkpoints import CheckpointError
+from lben.models import EquilibriumClassifierConfig, ResidualClassifierConfig
+from lben.recipes import EquilibriumTraining
+from lben.training import resume, train
+
+IMAGES = {"shape": (1, 4, 4), "classes": 3, "mean": (0.3,), "std": (0.4,)}
+CONFIGS = {
+    "equilibrium": EquilibriumClassifierConfig(**IMAGES, hidden=6),
+    "residual": ResidualClassifierConfig(
+        **IMAGES, channels=(4,), depths=(1,), conv_hidden=4, pool=2, dense_depth=1, dense_hidden=8
+    ),
+}
+
+
+def saved(folder, model):
+    checkpoints.save_config(folder, model.config, {})
+    checkpoints.save_model(folder, model)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_model_comes_back_in_the_precision_that_it_had(tmp_path, config, dtype):
+    model = config.build()
+    with torch.no_grad():
+        for p in model.parameters():  # numbers that float32 does not hold
+            p.data = (p.double() * (1 + 2.0**-40)).to(dtype)
+    model = model.to(dtype)
+    found = checkpoints.load_model(saved(tmp_path, model))
+    for name, value in model.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+        assert found.state_dict()[name].dtype == value.dtype
+    for (name, mine), (_, other) in zip(
+        model.named_buffers(), found.named_buffers(), strict=True
+    ):  # also those that no file holds
+        assert mine.dtype == other.dtype, name
+        assert torch.equal(mine, other), name
+    if dtype != torch.bfloat16:
+        x = torch.rand(2, 1, 4, 4, dtype=dtype)
+        assert torch.equal(model.eval()(x), found(x))
+    assert not found.training
+
+
+def test_a_model_of_mixed_precision_comes_back_mixed(tmp_path):
+    model = CONFIGS["equilibrium"].build()
+    model.layer.parameterization.b.data = model.layer.parameterization.b.data.double()
+    found = checkpoints.load_model(saved(tmp_path, model), device="cpu")
+    assert found.layer.parameterization.b.dtype == torch.float64
+    assert found.layer.parameterization.U.dtype == torch.float32
+
+
+def test_tensors_of_another_kind_are_refused(tmp_path):
+    saved(tmp_path, CONFIGS["equilibrium"].build())
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name].int()}, path)
+    with pytest.raises(CheckpointError, match=r"does not fit its config\.json: .* is torch\.int32"):
+        checkpoints.load_model(tmp_path)
+    save_file({"weights": torch.zeros(3)}, path)
+    with pytest.raises(CheckpointError, match=r"does not fit its config\.json"):
+        checkpoints.load_model(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train(EquilibriumTraining(out=folder, hidden=5, epochs=1, batch_size=500))
+    return folder
+
+
+def copied(run, folder):
+    for path in run.iterdir():
+        if path.is_file():
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, m: m.update(epoch="one"), "does not say which epoch"),
+        (lambda t, m: m.pop("epoch"), "does not say which epoch"),
+        (lambda t, m: m.update(format="x"), "has checkpoint format None"),
+        (lambda t, m: t.update({"optimizer.0.exp_avg": torch.zeros(2)}), "another optimizer"),
+        (lambda t, m: t.update({"optimizer.99.exp_avg": torch.zeros(2)}), "another optimizer"),
+        (lambda t, m: t.update({"optimizer.x.exp_avg": torch.zeros(2)}), "another optimizer"),
+        (lambda t, m: t.pop("model.layer.parameterization.U"), "does not fit its config"),
+    ],
+)
+def test_a_foreign_state_of_training_is_refused(run, tmp_path, change, message):
+    folder = copied(run, tmp_path)
+    tensors, metadata = load_file(folder / "training.safetensors"), {"format": "1", "epoch": "1"}
+    change(tensors, metadata)
+    save_file(tensors, folder / "training.safetensors", metadata=metadata)
+    with pytest.raises(CheckpointError, match=message):
+        resume(folder)
+
+
+def test_a_certificate_is_read_back_equal(run):
+    text = (run / "certificate.json").read_text(encoding="utf-8")
+    found = NetworkCertificate.from_json(text)
+    assert found.to_json() + "\n" == text
+    assert NetworkCertificate.from_json(found.to_json()) == found
+    layer = found.layers[0]
+    assert Certificate.from_json(layer.to_json()) == layer
+    unbounded = EquilibriumClassifierConfig(**IMAGES, hidden=6, gamma=None).build().certificate()
+    assert json.loads(unbounded.to_json())["bound"] is None
+    assert NetworkCertificate.from_json(unbounded.to_json()) == unbounded
+    with pytest.raises(ValueError, match="margin and m must be numbers"):
+        Certificate.from_json(layer.to_json().replace(f'"m": {layer.m!r}', '"m": null'))
+
+
+def test_a_certificate_is_checked_against_the_model_beside_it(run, tmp_path):
+    folder = copied(run, tmp_path)
+    model = checkpoints.load_model(folder)
+    assert checkpoints.certificate_doubts(folder, model.certificate()) is None
+    assert checkpoints.certificate_doubts(folder, model.certificate("scaled")) is None
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.layer.parameterization.b[0] += 2.0**-10
+    doubts = checkpoints.certificate_doubts(folder, other.certificate())
+    assert "of another model: layer 0 has fingerprint" in doubts
+    doubts = checkpoints.certificate_doubts(folder, model.double().certificate())
+    assert "layer 0 has dtype" in doubts
+    (folder / "certificate.json").write_text("{")
+    assert "cannot be read" in checkpoints.certificate_doubts(folder, model.certificate())
+    (folder / "certificate.json").unlink()
+    assert "is missing" in checkpoints.certificate_doubts(folder, model.certificate())
+
+
+@pytest.mark.parametrize("whole", [0, 1])  # files that the disk still takes
+def test_a_failed_start_leaves_everything_as_it_was(tmp_path, monkeypatch, whole):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "mine").write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+
+    written = []
+
+    def full(*_):
+        written.append(1)
+        if len(written) > whole:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    for folder in (tmp_path / "new" / "run", tmp_path / "here", tmp_path / "here" / "below"):
+        written.clear()
+        with pytest.raises(OSError, match="No space left on device"):
+            train(EquilibriumTraining(out=folder, hidden=5, epochs=1))
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"tol": 1e-12}, {"device": "mps"}, {"data": "mnist"}, {"data": "mnist", "root": "nowhere"}],
+)
+def test_a_refused_run_makes_no_folder(tmp_path, changes):
+    with pytest.raises(Exception, match=r"below what|device must be|mnist is read|no folder"):
+        train(EquilibriumTraining(out=tmp_path / "run", hidden=5, epochs=1, **changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trained_model_is_not_replaced_unasked(run, tmp_path):
+    folder = copied(run, tmp_path)
+    (folder / "training.safetensors").unlink()
+    config = EquilibriumTraining(out=folder, hidden=5, epochs=1, batch_size=500, seed=1)
+    with pytest.raises(CheckpointError, match="already holds a trained model"):
+        train(config)
+    train(config, overwrite=True)
+    assert checkpoints.load_config(folder)[1]["seed"] == 1
+
+
+def test_resuming_reaches_the_same_weights_bit_for_bit(tmp_path, monkeypatch):
+    config = EquilibriumTraining(out=tmp_path / "a", hidden=5, epochs=2, batch_size=500)
+    whole = train(config)
+    original = checkpoints.append_json
+    monkeypatch.setattr(
+        checkpoints, "append_json",
+        lambda *_: (_ for _ in ()).throw(KeyboardInterrupt) if _[1]["epoch"] == 2 else None,
+    )  # fmt: skip
+    with pytest.raises(Exception, match="the last checkpoint is whole"):
+        train(EquilibriumTraining(out=tmp_path / "b", hidden=5, epochs=2, batch_size=500))
+    monkeypatch.setattr(checkpoints, "append_json", original)
+    again = resume(tmp_path / "b")
+    assert all(
+        torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items()
+    )

@@ -1,0 +1,316 @@
+"""The terminal: one line and the next step for every error, any encoding, and strict files."""
+
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lben import checkpoints, cli
+from lben.certification import Certification
+from lben.evaluation import Report
+from lben.recipes import EquilibriumTraining
+from lben.training import train
+
+QUICK = ["--hidden", "5", "--epochs", "1", "--batch-size", "500"]
+SHORT = {
+    "evaluate": "--attack-samples 3 --pairs 20 --ascent-pairs 2 --ascent-steps 2 --radii 0 0.1",
+    "certify": "--samples 3 --attack-steps 2 --attack-restarts 1 --no-local --radii 0.1",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train(EquilibriumTraining(out=folder, hidden=5, epochs=1, batch_size=500, gamma=None))
+    return folder
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in run.iterdir():
+        if path.is_file():
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def one_line(capsys):
+    """The only line on standard error that is an error."""
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("lben: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in said
+    return lines[0]
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def refuse(word):
+    raise ValueError(f"{word} is not JSON")
+
+
+def test_every_file_is_strict_json_and_comes_back(copied, capsys):
+    assert cli.main(["certify", str(copied), *SHORT["certify"].split()]) == 0
+    words = [*SHORT["evaluate"].split(), "--bound", "promised"]  # which is infinite here
+    assert cli.main(["evaluate", str(copied), *words]) == 0
+    files = [p for p in copied.iterdir() if p.suffix in (".json", ".jsonl")]
+    assert len(files) == 5
+    for path in files:
+        for line in (
+            path.read_text("utf-8").splitlines()
+            if path.suffix == ".jsonl"
+            else [path.read_text("utf-8")]
+        ):
+            json.loads(line, parse_constant=refuse)
+    report = Report.from_json((copied / "report.json").read_text("utf-8"))
+    assert report.bound == float("inf")
+    assert report.promised_bound is None
+    assert report.config.radii == (0.0, 0.1)
+    certification = Certification.from_json((copied / "certification.json").read_text("utf-8"))
+    assert certification.in_largest_norm[1].bound == float("inf")  # intervals
+    assert certification.samples == 3
+    assert certification.available == 360
+    assert report.to_dict()["bound"] is None
+    assert json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_a_loss_that_is_no_number_is_null(tmp_path):
+    checkpoints.append_json(tmp_path / "m.jsonl", {"loss": float("nan"), "epoch": 1})
+    assert (tmp_path / "m.jsonl").read_text("utf-8") == '{"loss": null, "epoch": 1}\n'
+
+
+@pytest.mark.parametrize("command", SHORT)
+def test_a_certificate_of_another_model_is_noticed_and_replaced(copied, capsys, command):
+    words = [command, str(copied), *SHORT[command].split()]
+    (copied / "certificate.json").write_text(
+        (copied / "certificate.json").read_text("utf-8").replace('"fingerprint": "', '$&0')
+        .replace("$&0", '"fingerprint": "0'), "utf-8",
+    )  # fmt: skip
+    assert cli.main(words) == 0
+    said = capsys.readouterr().err
+    assert "certificate.json is of another model: layer 0 has fingerprint" in said
+    assert sum(line.startswith("warning: ") for line in said.splitlines()) == 1
+    if command == "evaluate":
+        assert cli.main(words) == 0
+        out, err = capsys.readouterr()
+        assert "certificate.json is of this model" in out
+        assert "warning" not in err
+
+
+# --- errors -----------------------------------------------------------------------------------
+
+
+def test_folders_that_cannot_be_are_refused_and_stay_as_they_are(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    before = contents(tmp_path)
+    for out, words in {
+        tmp_path / "file": "is a file, not a folder; choose another --out",
+        tmp_path / "file" / "below": "is a file, not a folder; choose another --out",
+        tmp_path / ("x" * 300): "cannot write into",
+        run: "already holds a run: continue it with `lben resume",
+        "": "out must name the folder",
+    }.items():
+        assert cli.main(["train", "--out", str(out), *QUICK]) == 1
+        assert words in one_line(capsys)
+    assert contents(tmp_path) == before
+
+
+def test_folders_without_permission_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(checkpoints.os, "access", lambda *_: False)  # root may write anywhere
+    assert cli.main(["train", "--out", str(tmp_path / "a"), *QUICK]) == 1
+    assert "no permission to write in" in one_line(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "foo"], "device must be cpu or cuda, got 'foo'"),
+        (["--device", "cuda:99"], "take --device cpu"),
+        (["--device", ""], "device must be cpu or cuda"),
+        (["--epochs", "two"], "Error parsing --epochs: invalid literal"),
+        (["--lr", "nan"], "lr must be positive and finite, got nan"),
+        (["--data", "imagenet"], "see `lben train --help`"),
+        (["--data", "mnist", "--root", "nowhere"], "there is no folder nowhere"),
+        (["--loss.scale", "-1"], "--loss: scale must be positive"),
+        (["--colour", "red"], "Unrecognized options: --colour, red"),
+        (["--seed", str(2**70)], "seed must be an integer below"),
+    ],
+)
+def test_bad_options_are_one_line_and_no_folder(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--out", "run", *QUICK, *words]) == 1
+    assert message in one_line(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [[], ["mystery"], ["resume"]])
+def test_commands_that_are_none_are_one_line(words, capsys):
+    assert cli.main(words) == 1
+    assert "--help" in one_line(capsys)
+
+
+def test_cuda_where_there_is_none(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["train", "--out", str(tmp_path / "a"), "--device", "cuda", *QUICK]) == 1
+    assert "torch sees no CUDA device here; take --device cpu" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"", "is truncated or corrupt"),
+        ("config.json", b"\xff\xfe", "is truncated or corrupt"),
+        ("config.json", b"[1]", "has checkpoint format None"),
+        ("config.json", b'{"format": 9}', "has checkpoint format 9"),
+        ("config.json", b'{"format": 1}', "lacks a field"),
+        ("config.json", b"[" * 100000, "is truncated or corrupt"),
+        ("config.json", None, "no checkpoint in"),
+        ("model.safetensors", b"", "is truncated or corrupt"),
+        ("model.safetensors", b"x" * 100, "is truncated or corrupt"),
+        ("model.safetensors", None, "is missing"),
+    ],
+)
+def test_damaged_runs_are_named(copied, capsys, name, content, message):
+    path = copied / name
+    path.unlink() if content is None else path.write_bytes(content)
+    before = contents(copied)
+    for command in ("evaluate", "certify"):
+        assert cli.main([command, str(copied), *SHORT[command].split()]) == 1
+        assert message in one_line(capsys)
+    assert contents(copied) == before
+
+
+def test_runs_that_are_none_are_named(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path, tmp_path / "nowhere", tmp_path / "file"):
+        for command in ("resume", "evaluate", "certify"):
+            assert cli.main([command, str(folder)]) == 1
+            assert "no checkpoint in" in one_line(capsys)
+    assert {p.name for p in tmp_path.iterdir()} == {"file"}
+
+
+def test_data_that_has_moved_away_is_named(copied, capsys):
+    path = copied / "config.json"
+    for data, message in (('"mnist"', "give the folder"), ('"letters"', "data must be digits")):
+        text = path.read_text("utf-8").replace('"digits"', data)
+        path.write_text(text, "utf-8")
+        assert cli.main(["evaluate", str(copied)]) == 1
+        assert message in one_line(capsys)
+        path.write_text(text.replace(data, '"digits"'), "utf-8")
+    config = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({**config, "training": {}}), "utf-8")
+    assert cli.main(["evaluate", str(copied)]) == 1
+    assert "does not say which data" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (errno.ENOSPC, "free some space and repeat the command"),
+        (errno.EACCES, "choose a folder that you may write to"),
+        (errno.EIO, "see to that"),
+    ],
+)
+def test_a_disk_that_fails_is_one_line(copied, capsys, monkeypatch, code, advice):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(checkpoints.os, "fsync", fail)
+    before = contents(copied)
+    assert cli.main(["train", "--out", str(copied / "new"), *QUICK]) == 1
+    line = one_line(capsys)
+    assert os.strerror(code) in line
+    assert advice in line
+    assert "config.json" in line
+    assert cli.main(["evaluate", str(copied), *SHORT["evaluate"].split()]) == 1
+    assert "report.json" in one_line(capsys)
+    assert contents(copied) == before
+
+
+def test_no_memory_is_one_line(tmp_path, capsys, monkeypatch):
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nTried")):
+        monkeypatch.setattr(cli, "train", lambda _, e=error: (_ for _ in ()).throw(e))
+        assert cli.main(["train"]) == 1
+        assert "smaller --batch-size" in one_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "certify", "demo"])
+def test_ctrl_c_is_130_everywhere(copied, capsys, monkeypatch, command):
+    name = {"evaluate": "evaluate", "certify": "certify_model", "demo": "train"}[command]
+    monkeypatch.setattr(cli, name, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    words = ["--out", str(copied)] if command == "demo" else [str(copied)]
+    assert cli.main([command, *words]) == 130
+    assert "lben: interrupted" in one_line(capsys)
+
+
+def test_the_demo_replaces_no_run_on_other_data(copied, capsys):
+    path = copied / "config.json"
+    path.write_text(path.read_text("utf-8").replace('"digits"', '"mnist"'), "utf-8")
+    before = contents(copied)
+    assert cli.main(["demo", "--out", str(copied)]) == 1
+    assert "holds a run on mnist, which the demo would replace" in one_line(capsys)
+    assert cli.main(["demo", "--out", str(copied), "--gamma", "-1"]) == 1
+    assert contents(copied) == before
+
+
+# --- terminals --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8", "latin-1"])
+def test_output_survives_any_encoding(run, monkeypatch, encoding):
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    with pytest.raises(SystemExit) as end:
+        cli.main(["train", "--help"])
+    assert end.value.code == 0
+    assert cli.main(["evaluate", str(run), *SHORT["evaluate"].split()]) == 0
+    assert cli.main(["evaluate", "Λ"]) == 1
+    for stream in streams:
+        stream.flush()
+    out, err = (stream.buffer.getvalue().decode(encoding) for stream in streams)
+    assert "promised" in out
+    assert ("promised γ" in out) == (encoding == "utf-8")
+    assert "lben: no checkpoint in" in err
+
+
+@pytest.mark.slow
+def test_a_closed_pipe_ends_without_a_word(run):
+    words = [sys.executable, "-m", "lben", "evaluate", str(run), *SHORT["evaluate"].split()]
+    root = Path(cli.__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONIOENCODING": "ascii"}
+    child = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=root
+    )
+    child.stdout.close()
+    assert child.stderr.read() == b""
+    child.stderr.close()
+    assert child.wait() == 1
+    assert (run / "report.json").exists()
+
+
+def test_a_reader_that_went_away_is_no_error(run, monkeypatch, capsys):
+    class Gone(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+        def fileno(self):
+            raise OSError
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    assert cli.main(["evaluate", str(run), *SHORT["evaluate"].split()]) == 1
+    assert "lben:" not in capsys.readouterr().err

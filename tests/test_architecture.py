@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {
     "solvers": (
         "activations compiled elimination operators solution step_size acceptance inclusion method "
-        "loop fused splitting mixed acceleration flow newton sweep auto solve interop gradient implicit "
-        "budget graphs"
+        "loop fused splitting mixed acceleration flow newton sweep auto solve interop gradient "
+        "implicit budget graphs"
     ),
     "lben": (
         "_companion precision weights convolutional rigorous inequality spectrum "

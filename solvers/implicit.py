@@ -156,7 +156,7 @@ class _Equilibrium(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        with full_precision(g.device.type):
+        with full_precision(g):
             return _Equilibrium._backward(ctx, g)
 
     @staticmethod

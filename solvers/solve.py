@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from solvers import precision
 from solvers.auto import Auto
 from solvers.inclusion import Inclusion
 from solvers.method import Method, Outcome, Request, check_method, names
@@ -75,7 +77,7 @@ def solve(
     problem.check()
     tol, max_steps = check_options(tol, max_steps, on_failure)
     _check_precision(problem, tol, z0)
-    with torch.no_grad(), full_precision(problem.bias.device.type):
+    with torch.no_grad(), full_precision(problem.bias):
         _check_metric(problem)
         if require_monotone:
             _check_monotone(problem)
@@ -129,11 +131,19 @@ def _check_precision(problem: Inclusion, tol: float, z0: Tensor | None) -> None:
             raise ValueError("z0 contains NaN or Inf")
 
 
-def full_precision(device: str) -> contextlib.AbstractContextManager[None]:
-    """Leave autocast, which would round products to a precision in which no tolerance is met."""
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
+def full_precision(like: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Leave autocast and shortened products of such numbers: no tolerance is met in them."""
+    device = like.device.type
+    shortened = like.dtype == torch.float32 and precision.lowered(device)
+    if not (shortened or torch.is_autocast_enabled(device)):
+        return contextlib.nullcontext()
+    return _full(device)
+
+
+@contextlib.contextmanager
+def _full(device: str) -> Iterator[None]:
+    with torch.autocast(device, enabled=False), precision.full():
+        yield
 
 
 def _held(tol: float, dtype: torch.dtype) -> float:

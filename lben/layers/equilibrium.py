@@ -144,7 +144,8 @@ class EquilibriumLayer(nn.Module, ABC):
         error = logit_error(
             proof, problem.error_bound(z, proof.constants), *self._rounding(exact, x, z)
         )
-        away = torch.linalg.vector_norm((y - reference).flatten(1), dim=1)
+        dimensions = y.ndim - x.ndim + self._sample_dimensions  # of the output of one sample
+        away = norms_above((y - reference).flatten(-dimensions))
         return solution, y, error + away * (1 + 1e-9)
 
     def _exactly(self, exact: Any, x: Tensor) -> Inclusion:
@@ -244,7 +245,8 @@ class EquilibriumLayer(nn.Module, ABC):
         return {**self.__dict__, "_cache": None}
 
     def _check_input(self, x: Tensor) -> None:
-        check_tensors(x=x)
+        if not isinstance(x, Tensor):
+            check_tensors(x=x)  # says what to pass
         self._check_shape(x)
         reference = next(self.parameters())
         if x.dtype != reference.dtype:
@@ -320,6 +322,8 @@ class DenseEquilibriumLayer(EquilibriumLayer):
         Raises:
             CertificateError: if the proof is for other weights.
         """
+        if x.ndim != 2:
+            raise ValueError(f"x must be (batch, p), got {tuple(x.shape)}: pass x.reshape(-1, p)")
         solution, logits, logit_error = self._evaluated(x, proof)
         w = self.weights().apply(Tensor.double)
         problem, z = self._exactly(w, x), solution.value.double()

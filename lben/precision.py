@@ -1,54 +1,57 @@
-"""Do products of float32 numbers run in float32?
+"""Which products of layers run in float32, and what is refused where they do not?
 
-torch may run them in TF32 or bfloat16: convolutions on CUDA do so by default. A weight that is
-rounded inside a product is another weight than the one that was certified.
+The rule for a single call is `solvers.precision`; here is what compiled graphs, convolutions and
+autocast ask for besides.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-_FULL = ("none", "ieee")
+from solvers.precision import FULL, full
+
+__all__ = ["full", "refuse_autocast", "refuse_reduced", "sums_plainly"]
 
 
-def _settings() -> tuple[Any, ...]:
-    """What decides it, from general to particular; a particular one that is set wins."""
-    b: Any = torch.backends
-    return b, b.mkldnn, b.mkldnn.matmul, b.mkldnn.conv, b.cuda.matmul, b.cudnn, b.cudnn.conv
+def refuse_reduced(device: str, *, convolution: bool) -> None:
+    """Raise ValueError where products of float32 numbers would not run in float32.
 
+    For graphs, whose products are outside of `full`.
 
-_lock = threading.Lock()
-_inside = 0
-_changed: list[tuple[Any, str]] = []
-
-
-@contextmanager
-def full() -> Iterator[None]:
-    """Within the block float32 products, matrices and convolutions, run in float32.
-
-    The settings are those of the process: they come back when the last thread leaves.
+    Args:
+        device: type of the device.
+        convolution: whether convolutions count; a compiler may make products of them.
     """
-    global _inside, _changed
-    with _lock:
-        if _inside == 0:
-            _changed = [(s, s.fp32_precision) for s in _settings()]
-            _changed = [(s, before) for s, before in _changed if before not in _FULL]
-            for setting, _ in _changed:
-                setting.fp32_precision = "ieee"
-        _inside += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _inside -= 1
-            if _inside == 0:
-                for setting, before in _changed:
-                    setting.fp32_precision = before
+    b: Any = torch.backends
+    matmul, conv = (
+        (("cuda.matmul", b.cuda.matmul), ("cudnn.conv", b.cudnn.conv))
+        if device == "cuda"
+        else (("mkldnn.matmul", b.mkldnn.matmul), ("mkldnn.conv", b.mkldnn.conv))
+    )
+    for name, setting in (matmul, conv) if convolution else (matmul,):
+        if setting.fp32_precision not in FULL:
+            raise ValueError(
+                f"a compiled or traced graph would run float32 products in {setting.fp32_precision}"
+                f", and its weights would not be those that are proved: set torch.backends.{name}"
+                '.fp32_precision = "ieee", or call the layer itself'
+            )
+
+
+def sums_plainly(U: torch.Tensor) -> bool:
+    """Say whether convolutions with this kernel are sums of products on this device.
+
+    cuDNN and NNPACK have float32 algorithms (Winograd's, FFT) that round otherwise; oneDNN, which
+    torch takes for float32 on a CPU unless it is switched off, is asked for direct ones.
+    """
+    if U.dtype == torch.float64 and not U.is_cuda:
+        return True
+    if not U.is_cpu:
+        return not (U.is_cuda and torch.backends.cudnn.enabled)
+    backends: Any = torch.backends
+    onednn = backends.mkldnn.is_available() and backends.mkldnn.enabled
+    return onednn or not backends.nnpack.is_available()
 
 
 def refuse_autocast() -> None:

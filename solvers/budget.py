@@ -18,11 +18,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from solvers.activations import LinearSlope, Masked, ProximalActivation, Step
-from solvers.dependencies import full_precision
 from solvers.gradient import final
 from solvers.inclusion import Inclusion
 from solvers.operators import DenseOperator
 from solvers.operators.dense import DenseResolvent
+from solvers.precision import full_precision
 
 
 def budgeted_equilibrium(
@@ -118,7 +118,7 @@ class _Budgeted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, W: Tensor, v: Tensor, budget: _Budget) -> tuple[Tensor, Tensor]:
-        with full_precision(v.device.type):
+        with full_precision(v):
             operator = DenseOperator(W, budget.metric)
             factor, _ = operator.unchecked_resolvent(budget.step)
             problem = Inclusion(operator, v, budget.activation).flatten()
@@ -133,7 +133,7 @@ class _Budgeted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         W, z, _inverse = ctx.saved_tensors
-        with torch.no_grad(), full_precision(g.device.type):
+        with torch.no_grad(), full_precision(g):
             W_grad, v_grad = _Budgeted._backward(ctx, g)
         if torch.is_grad_enabled():  # create_graph
             refusal = "budgeted_equilibrium has no second derivative: use equilibrium()"

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from solvers.precision import full, outside_autocast
+
 # Note [Values decide]
 # A version counter misses fused optimizers, writes through `.data`, through numpy's or another
 # process's view of the memory and tensors put in the place of others; an address comes again. So a
@@ -46,17 +48,10 @@ def nothing_may_be_kept() -> bool:
     )
 
 
-def full_precision(device: str) -> contextlib.AbstractContextManager[None]:
-    """Leave autocast, which would round products to a precision in which no tolerance is met."""
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
-
-
 @contextlib.contextmanager
 def undisturbed(device: str) -> Iterator[None]:
-    """Leave grad mode, inference mode and autocast: what is computed here outlives all of them."""
-    with torch.inference_mode(False), torch.no_grad(), full_precision(device):
+    """Leave grad mode, inference mode, autocast and shortened products, which end before it does."""
+    with torch.inference_mode(False), torch.no_grad(), outside_autocast(device), full():
         yield
 
 

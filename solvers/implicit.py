@@ -22,11 +22,12 @@ from torch import Tensor
 
 from solvers.activations import LinearSlope
 from solvers.auto import Auto
-from solvers.dependencies import full_precision, nothing_may_be_kept
+from solvers.dependencies import nothing_may_be_kept
 from solvers.gradient import Gradient, ImplicitGradient, check_gradient
 from solvers.inclusion import Inclusion
 from solvers.method import Method
 from solvers.operators import LinearOperator
+from solvers.precision import full_precision
 from solvers.solution import OnFailure, Solution
 from solvers.solve import solve
 
@@ -201,7 +202,7 @@ class _Equilibrium(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        with full_precision(g.device.type):
+        with full_precision(g):
             return _Equilibrium._backward(ctx, *map(_living, (g, *ctx.saved_tensors)))
 
     @staticmethod

@@ -134,16 +134,35 @@ class Inclusion:
             z: approximate solution.
             hidden: a Λ norm to take off the numerator first; nothing when omitted.
         """
-        image, root = self.image(z), self.operator.root_metric
+        image = self.image(z)
+        change, size, unit = self._sizes(z, image)
+        if hidden is not None:
+            change = torch.relu(change - hidden / unit)
+        return change / size
+
+    def measure(
+        self, z: Float[Tensor, "*batch n"]
+    ) -> tuple[Float[Tensor, " *batch"], Float[Tensor, " *batch"]]:
+        """Return `relative_residual` and how much of it 2 roundoffs of v make, both per sample.
+
+        Those of the units that are not zero in z or z̃, for the others are exact.
+        """
+        image = self.image(z)
+        change, size, unit = self._sizes(z, image)
+        active = self.bias * torch.logical_or(image, z)
+        floor = 2 * torch.finfo(z.dtype).eps * self.operator.norm(active) / unit
+        return change / size, floor / size
+
+    def _sizes(self, z: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ‖z̃ − z‖_Λ and max(‖z̃‖_Λ, ‖z‖_Λ), 1 if it is 0, in a unit of each sample."""
+        root = self.operator.root_metric
         change, image, z = (image - z) * root, image * root, z * root
         # In units of the largest entry no square overflows, and none that matters vanishes.
         unit = torch.maximum(image.abs(), z.abs()).amax(-1, keepdim=True)
         unit = torch.where(unit == 0, 1.0, unit)
         change, image, z = (torch.linalg.vector_norm(x / unit, dim=-1) for x in (change, image, z))
-        if hidden is not None:
-            change = torch.relu(change - hidden / unit.squeeze(-1))
         size = torch.maximum(image, z)
-        return change / torch.where(size == 0, 1.0, size)
+        return change, torch.where(size == 0, 1.0, size), unit.squeeze(-1)
 
     def rests(self, z: Float[Tensor, "*batch n"], tol: float) -> Bool[Tensor, " *batch"]:
         """Return where the residual is within tol but for what rounding may be.

@@ -38,8 +38,10 @@ def check_options(tol: object, max_steps: object, on_failure: object) -> tuple[f
     """
     if isinstance(tol, bool) or not isinstance(tol, numbers.Real):
         raise TypeError(f"tol must be a number such as 1e-4, got {tol!r}")
-    if not 0 < float(tol) < math.inf:
-        raise ValueError(f"tol must be positive and finite, got {tol}")
+    if not float(tol) > 0:
+        raise ValueError(f"tol = {tol} is below what can be held: take a number such as 1e-4")
+    if float(tol) == math.inf:
+        raise ValueError("tol must be finite, got inf: pass a number such as 1e-4")
     if isinstance(max_steps, bool) or not isinstance(max_steps, numbers.Integral):
         raise TypeError(f"max_steps must be an integer such as 5000, got {max_steps!r}")
     if max_steps < 1:

@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from solvers.auto import Auto
-from solvers.dependencies import full_precision
 from solvers.inclusion import Inclusion
 from solvers.method import Method, Outcome, Request, check_method, names
 from solvers.operators import NotMonotoneError
 from solvers.operators.base import check_tensors
+from solvers.precision import full_precision
 from solvers.solution import OnFailure, Solution, Stats, Status, check_options
 
 
@@ -76,8 +76,7 @@ def solve(
     problem.check()
     tol, max_steps = check_options(tol, max_steps, on_failure)
     _check_precision(problem, tol, z0)
-    device = problem.bias.device.type
-    with torch.no_grad(), full_precision(device), problem.operator.settled():
+    with torch.no_grad(), full_precision(problem.bias), problem.operator.settled():
         _check_metric(problem)
         if require_monotone:
             _check_monotone(problem)

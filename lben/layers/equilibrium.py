@@ -38,10 +38,11 @@ from solvers import (
 )
 from solvers.acceptance import check_rounding
 from solvers.activations import check_activation
-from solvers.dependencies import full_precision, nothing_may_be_kept
+from solvers.dependencies import nothing_may_be_kept
 from solvers.gradient import check_gradient
 from solvers.method import check_method
 from solvers.operators.base import check_tensors
+from solvers.precision import outside_autocast
 from solvers.solution import OnFailure, check_options
 
 
@@ -205,7 +206,8 @@ class EquilibriumLayer(KeepingLayer, ABC):
             y = self._readout(weights, x, solution.value)
         exact = self._exactly(weights, x, solution.value, proof)
         reference = self._readout(exact.weights, exact.x, exact.z)
-        away = torch.linalg.vector_norm((y - reference).flatten(1), dim=1)
+        dimensions = y.ndim - x.ndim + self._sample_dimensions  # of the output of one sample
+        away = norms_up(y.double() - reference, dimensions)
         # Cz moves less with the drive than ‖CΛ^(−½)‖/m allows.
         gains = sensitivity(weights, proof) if proof.sensitivity is None else proof.sensitivity
         tighter = replace(proof, m=gains.effective_m)
@@ -299,7 +301,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
                 f"an equilibrium is solved for and proved in float32 or float64, the parameters "
                 f"are {own}: convert the layer, for example by layer.float()"
             )
-        with self._outside_autocast():
+        with self._outside_autocast(), precision.full():
             if not self._may_keep() or self._is_tracked():
                 return self.parameterization()
             kept = self._record()
@@ -373,7 +375,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
         return operator.rebuild(self._operator_tensors(weights))
 
     def _outside_autocast(self) -> AbstractContextManager[None]:
-        return full_precision(self._reference().device.type)
+        return outside_autocast(self._reference().device.type)
 
     def _taken(self, x: Tensor) -> Tensor:
         """Return x, under autocast from its type to that of the parameters."""
@@ -382,7 +384,8 @@ class EquilibriumLayer(KeepingLayer, ABC):
         return x
 
     def _check_input(self, x: Tensor) -> None:
-        check_tensors(x=x)
+        if not isinstance(x, Tensor):
+            check_tensors(x=x)  # says what to pass
         self._check_shape(x)
         reference = self._reference()
         if x.dtype != reference.dtype:
@@ -468,6 +471,8 @@ class DenseEquilibriumLayer(EquilibriumLayer):
         Raises:
             CertificateError: if the proof is for other weights.
         """
+        if x.ndim != 2:
+            raise ValueError(f"x must be (batch, p), got {tuple(x.shape)}: pass x.reshape(-1, p)")
         x = self._taken(x)
         with self._outside_autocast():
             return self._anchors(x, proof)

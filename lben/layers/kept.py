@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from solvers.dependencies import Snapshot, full_precision, nothing_may_be_kept, read, undisturbed
+from solvers.dependencies import Snapshot, nothing_may_be_kept, read, undisturbed
+from solvers.precision import full_precision
 
 T_ = TypeVar("T_")
 
@@ -127,7 +128,7 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        with full_precision(gradients[0].device.type):
+        with full_precision(gradients[0]):
             if torch.is_grad_enabled():
                 return None, *ctx.running.pull_again(ctx.saved_tensors, gradients)
             return None, *ctx.running.pull(gradients)

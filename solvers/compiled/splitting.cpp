@@ -162,6 +162,7 @@ struct Problem {
   int64_t reflected;   // whether rho is the reflected prox, and shift = (I + M) alpha v
   int64_t max_steps, threads;
   double theta, tol, noise;
+  double size;         // of W, in the metric: Frobenius' norm
   T* z;                // samples x n: prox(x) at the last check
   double* residual;    // samples
   int64_t* steps;      // samples
@@ -185,7 +186,7 @@ class Group {
         shift_(arena, capacity, stride_), factor_(arena, p.slope ? capacity : 1, stride_),
         point_(arena, capacity, stride_), image_(arena, capacity, stride_),
         zero_(arena, capacity, stride_), inner_(p, capacity, arena), rho_(n_), prox_(n_),
-        gauge_(n_), slot_(capacity), order_(capacity), residual_(capacity), explained_(capacity) {
+        gauge_(n_), slot_(capacity), order_(capacity), residual_(capacity), explained_(capacity), noisy_(capacity) {
     std::memset(zero_[0], 0, Rows<T>::bytes(capacity, stride_));
     for (int64_t i = 0; i < n_; ++i) {
       prox_[i] = shrink(static_cast<T>(p.negative), p.alpha[i]);
@@ -390,14 +391,14 @@ class Group {
       const double r = residual_[at];
       ++slot.checks;
       if (slot.stalled && r > p_.tol && slot.change > kRest * slot.scale && !explained_[at]) {
-        slot.stalled = false;  // more than the rounding of v and x is left, and z is far from its own
+        slot.stalled = false;  // more is left than rounding explains, and z is far from its own
       } else if (slot.change > 0 && slot.scale > 0 && r > 0) {
         const double seen = r * slot.scale / slot.change;
         ratio_ = calibrated_ ? 0.5 * (ratio_ + seen) : seen;
         calibrated_ = true;
         slot.target = 0.95 * p_.tol * slot.change / r;  // its own ratio, for the next check
       }
-      if (!(r > p_.tol) || ends(slot)) leave(order_[at], at, r);
+      if (!(r > p_.tol) || noisy_[at] || ends(slot)) leave(order_[at], at, r);
     }
   }
 
@@ -420,20 +421,28 @@ class Group {
       const T *z = point_[at], *v = p_.bias + row, *w = image_[at], *root = p_.root;
       const T *d = linear ? p_.slope + row : nullptr, negative = static_cast<T>(p_.negative);
       const T inverse = 1 / slot_[order_[at]].unit;
-      double gap = 0, size = 0, image = 0;
-#pragma omp simd reduction(+ : gap, size, image)
+      double gap = 0, size = 0, image = 0, active = 0;
+#pragma omp simd reduction(+ : gap, size, image, active)
       for (int64_t i = 0; i < n_; ++i) {
-        const T y = w[i] + v[i] * inverse;
+        const T g = v[i] * inverse, y = w[i] + g;
         const T s = linear ? d[i] * y : (y < 0 ? negative * y : y);
         const double a = root[i] * (s - z[i]), b = root[i] * z[i], e = root[i] * s;
         gap += a * a;
         size += b * b;
         image += e * e;
+        const double f = s != 0 || z[i] != 0 ? root[i] * g : T(0);
+        active += f * f;
       }
       const double left = std::sqrt(gap), scale = std::sqrt(std::max(size, image));
       residual_[at] = left == 0 ? 0 : left / scale;  // NaN stays NaN
       const Slot& slot = slot_[order_[at]];
-      explained_[at] = left - p_.noise * (slot.size + slot.reach) <= p_.tol * scale;
+      // In float a sample leaves where 2 roundoffs of v are more than a quarter of tol and explain
+      // what is left: double goes on from there.
+      constexpr double roundoffs = 2 * static_cast<double>(std::numeric_limits<T>::epsilon());
+      const double own = sizeof(T) == 4 ? roundoffs * std::sqrt(active) : 0, most = p_.tol * scale;
+      noisy_[at] = own > 0.25 * most && left - own <= most;
+      const double all = slot.size + slot.reach + p_.size * scale;
+      explained_[at] = left - p_.noise * all <= p_.tol * scale;
     }
   }
 
@@ -527,7 +536,7 @@ class Group {
   std::vector<Slot> slot_;
   std::vector<int64_t> order_;
   std::vector<double> residual_;
-  std::vector<char> explained_;  // whether rounding may be what is left above tol
+  std::vector<char> explained_, noisy_;  // whether rounding may be what is left above tol
   int64_t active_ = 0;
   double ratio_ = 1;  // residual over change, as last seen
   bool calibrated_ = false;

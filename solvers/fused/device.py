@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from solvers.activations import PIECEWISE_LINEAR, LeakyReLU, ProximalActivation, ReLU, Step
-from solvers.fused.iteration import Iteration, coefficients, plain
+from solvers.fused.iteration import Iteration, coefficients, plain, size
 from solvers.inclusion import Inclusion
 from solvers.loop import FIRST_CHECK, STALL, Splitting, State, drive
 from solvers.method import Outcome, Request
@@ -165,6 +165,7 @@ class _Loop:
     negative: float
     theta: float
     noise: float
+    size: float
 
     @staticmethod
     def of(problem: Inclusion, iteration: Iteration) -> _Loop:
@@ -178,7 +179,7 @@ class _Loop:
             v=v, map=iteration.map.matrix.detach().resolve_neg(),
             W=operator.W.detach().resolve_neg(), alpha=alpha.expand(operator.n).contiguous(),
             root=operator.metric.detach().sqrt().contiguous(), slope=slope, negative=negative,
-            theta=iteration.relaxation, noise=problem.noise_factor,
+            theta=iteration.relaxation, noise=problem.noise_factor, size=size(operator),
         )  # fmt: skip
 
     def numbers(self, tol: float) -> Tensor:
@@ -187,6 +188,8 @@ class _Loop:
         values = {
             "negative": self.negative, "theta": self.theta, "tol": tol, "noise": self.noise,
             "limit": STALL * finfo.eps, "one": 1.0, "infinity": math.inf,
+            "size": self.size,
+            "own": 2 * finfo.eps if self.v.dtype == torch.float32 else 0.0,
             "least": 4 * finfo.tiny, "most": 0.25 / finfo.tiny,
         }  # fmt: skip
         return self.v.new_tensor([values[name] for name in _kernels().NUMBERS])

@@ -21,7 +21,7 @@ import triton.language as tl
 
 # Numbers come in a tensor of the problem's dtype, in this order: arguments would be float32.
 NUMBERS = (
-    "negative", "theta", "tol", "noise", "limit", "one", "infinity", "least", "most",
+    "negative", "theta", "tol", "noise", "limit", "one", "infinity", "least", "most", "size", "own",
 )  # fmt: skip
 
 
@@ -72,10 +72,18 @@ def _residual(change, size_image, size_z):
 
 
 @triton.jit
-def _rests(change, size_image, size_z, v, x, noise, tol):
-    """Whether rounding of v and x may be what is left of ‖z̃ − z‖ above the tolerance."""
+def _left(residual, size_image, size_z, active, own, tol):
+    """A float32 residual less 2 roundoffs of v where those matter: float64 goes on from there."""
     size = tl.maximum(tl.sqrt(size_image), tl.sqrt(size_z))
-    return tl.sqrt(change) - noise * (tl.sqrt(v) + tl.sqrt(x)) <= tol * size
+    floor = own * tl.sqrt(active) / tl.where(size == 0.0, 1.0, size)
+    return tl.where(floor > 0.25 * tol, residual - floor, residual)
+
+
+@triton.jit
+def _rests(change, size_image, size_z, v, x, size_W, noise, tol):
+    """Whether rounding of v, x and Wz may be what is left of ‖z̃ − z‖ above the tolerance."""
+    size = tl.maximum(tl.sqrt(size_image), tl.sqrt(size_z))
+    return tl.sqrt(change) - noise * (tl.sqrt(v) + tl.sqrt(x) + size_W * size) <= tol * size
 
 
 @triton.jit
@@ -122,6 +130,7 @@ def resident(
     """Solve for ROWS samples of at most UNITS units."""
     negative, theta, tol = tl.load(numbers_ptr), tl.load(numbers_ptr + 1), tl.load(numbers_ptr + 2)
     noise, limit = tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 4)
+    size_W, own_noise = tl.load(numbers_ptr + 9), tl.load(numbers_ptr + 10)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     unit = tl.arange(0, UNITS)
     inside = (row < samples)[:, None] & (unit < n)[None, :]
@@ -166,12 +175,16 @@ def resident(
         WT = tl.load(weights, mask=square, other=0.0)
         image = _prox(tl.dot(z, WT, input_precision=PRECISION) + v, d, SLOPES)
         change, moved = root * (image - z), root * x / alpha
+        shown = root * tl.where((image != 0) | (z != 0), v, 0.0)
         squares = tl.sum(change * change, 1)
         size_image, size_z = tl.sum(root * image * root * image, 1), tl.sum(root * z * root * z, 1)
         residual = _residual(squares, size_image, size_z)
-        rests = _rests(squares, size_image, size_z, whole, tl.sum(moved * moved, 1), noise, tol)
+        left = _left(residual, size_image, size_z, tl.sum(shown * shown, 1), own_noise, tol)
+        rests = _rests(
+            squares, size_image, size_z, whole, tl.sum(moved * moved, 1), size_W, noise, tol
+        )
         passes, last, worst, mark, mark_step = _judge(
-            residual, rests, finished, step, mark, mark_step, tol, limit, max_steps
+            left, rests, finished, step, mark, mark_step, tol, limit, max_steps
         )
         tl.store(z_ptr + at, whole_z, mask=inside & passes[:, None])
         tl.store(residual_ptr + row, residual, mask=passes)
@@ -240,6 +253,7 @@ def tiled(
     """Solve for ROWS samples of any number of units; `own` is samples × 2 × n, `shift` as v."""
     negative, theta, tol = tl.load(numbers_ptr), tl.load(numbers_ptr + 1), tl.load(numbers_ptr + 2)
     noise, limit = tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 4)
+    size_W, own_noise = tl.load(numbers_ptr + 9), tl.load(numbers_ptr + 10)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start = row[:, None].to(tl.int64) * n
     own = row[:, None].to(tl.int64) * (2 * n)
@@ -313,7 +327,7 @@ def tiled(
             here = n - here
         step = ahead
         checks += 1
-        squares, moved = tl.zeros_like(whole), tl.zeros_like(whole)
+        squares, moved, active = tl.zeros_like(whole), tl.zeros_like(whole), tl.zeros_like(whole)
         size_image, size_z = tl.zeros_like(whole), tl.zeros_like(whole)
         for first in range(0, n, UNITS):
             unit = first + tl.arange(0, UNITS)
@@ -332,13 +346,16 @@ def tiled(
             image = _prox(image, d, SLOPES)
             change = root * (image - z)
             squares += tl.sum(change * change, 1)
+            shown = root * tl.where((image != 0) | (z != 0), v, 0.0)
+            active += tl.sum(shown * shown, 1)
             moved += tl.sum(root * x / alpha * root * x / alpha, 1)
             size_image += tl.sum(root * image * root * image, 1)
             size_z += tl.sum(root * z * root * z, 1)
         residual = _residual(squares, size_image, size_z)
-        rests = _rests(squares, size_image, size_z, whole, moved, noise, tol)
+        left = _left(residual, size_image, size_z, active, own_noise, tol)
+        rests = _rests(squares, size_image, size_z, whole, moved, size_W, noise, tol)
         passes, last, worst, mark, mark_step = _judge(
-            residual, rests, finished, step, mark, mark_step, tol, limit, max_steps
+            left, rests, finished, step, mark, mark_step, tol, limit, max_steps
         )
         for first in range(0, n, UNITS):
             unit = first + tl.arange(0, UNITS)

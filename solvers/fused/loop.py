@@ -15,7 +15,7 @@ from torch import Tensor
 
 from solvers.activations import PIECEWISE_LINEAR
 from solvers.compiled import Build, build
-from solvers.fused.iteration import Iteration, coefficients, plain
+from solvers.fused.iteration import Iteration, coefficients, plain, size
 from solvers.inclusion import Inclusion
 from solvers.method import Outcome, Request
 from solvers.operators import DenseOperator
@@ -34,7 +34,7 @@ class _Problem(ctypes.Structure):
         )),
         ("negative", ctypes.c_double), ("reflected", ctypes.c_int64),
         ("max_steps", ctypes.c_int64), ("threads", ctypes.c_int64),
-        ("theta", ctypes.c_double), ("tol", ctypes.c_double), ("noise", ctypes.c_double),
+        *((name, ctypes.c_double) for name in ("theta", "tol", "noise", "size")),
         *((name, ctypes.c_void_p) for name in ("z", "residual", "steps", "checks")),
     ]  # fmt: skip
 
@@ -78,6 +78,7 @@ def run(problem: Inclusion, iteration: Iteration, request: Request) -> Outcome:
         slope=_pointer(slope), negative=negative, reflected=iteration.reflected,
         max_steps=request.max_steps - done, threads=torch.get_num_threads(),
         theta=iteration.relaxation, tol=request.tol, noise=problem.noise_factor,
+        size=prepared.size,
         z=z.data_ptr(), residual=residual.data_ptr(), steps=steps.data_ptr(),
         checks=checks.data_ptr(),
     )  # fmt: skip
@@ -96,6 +97,7 @@ class _Prepared:
     weights: Tensor
     alpha: Tensor
     root: Tensor
+    size: float
 
 
 def _prepare(operator: DenseOperator, iteration: Iteration) -> _Prepared:
@@ -112,7 +114,8 @@ def _prepare(operator: DenseOperator, iteration: Iteration) -> _Prepared:
         rough=_pack(matrix.float()) if W.dtype == torch.float64 else None,
         weights=_pack(W.T),
         alpha=alpha,
-        root=operator.metric.detach().sqrt().contiguous(),
+        root=operator.root_metric.contiguous(),
+        size=size(operator),
     )
 
 

@@ -1,0 +1,83 @@
+"""Do products of float32 numbers run in float32?
+
+torch may run them in TF32 or bfloat16: convolutions on CUDA do so by default. A weight that is
+rounded inside a product is another weight than the one that was certified, and a residual that is
+evaluated with it is that of another problem.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FULL = ("none", "ieee")
+
+
+def _settings() -> tuple[Any, ...]:
+    """What decides it, from general to particular; a particular one that is set wins."""
+    b: Any = torch.backends
+    return b, b.mkldnn, b.mkldnn.matmul, b.mkldnn.conv, b.cuda.matmul, b.cudnn, b.cudnn.conv
+
+
+_lock = threading.Lock()
+_inside = 0
+_changed: list[tuple[Any, str]] = []
+
+
+@contextmanager
+def full() -> Iterator[None]:
+    """Within the block float32 products, matrices and convolutions, run in float32.
+
+    The settings are those of the process: they come back when the last thread leaves.
+    """
+    global _inside, _changed
+    with _lock:
+        if _inside == 0:
+            _changed = [(s, s.fp32_precision) for s in _settings()]
+            _changed = [(s, before) for s, before in _changed if before not in FULL]
+            for setting, _ in _changed:
+                setting.fp32_precision = "ieee"
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                for setting, before in _changed:
+                    setting.fp32_precision = before
+
+
+def lowered(device: str) -> bool:
+    """Say whether products of float32 numbers on this kind of device may run in less."""
+    b: Any = torch.backends
+    products = (b.mkldnn,) if device == "cpu" else (b.cuda, b.cudnn) if device == "cuda" else ()
+    kinds = [
+        setting for p in products for setting in (getattr(p, "matmul", p), getattr(p, "conv", p))
+    ]
+    return any(getattr(kind, "fp32_precision", "none") not in FULL for kind in kinds)
+
+
+def outside_autocast(device: str) -> AbstractContextManager[None]:
+    """Leave autocast, which would round products to a precision in which no tolerance is met."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[None]:
+    """Leave autocast and shortened products of such numbers: no tolerance is met in them."""
+    device = like.device.type
+    shortened = like.dtype == torch.float32 and lowered(device)
+    return _full(device) if shortened else outside_autocast(device)
+
+
+@contextmanager
+def _full(device: str) -> Iterator[None]:
+    with outside_autocast(device), full():
+        yield

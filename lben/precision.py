@@ -51,6 +51,21 @@ def full() -> Iterator[None]:
                     setting.fp32_precision = before
 
 
+def sums_plainly(U: torch.Tensor) -> bool:
+    """Say whether convolutions with this kernel are sums of products on this device.
+
+    cuDNN and NNPACK have float32 algorithms (Winograd's, FFT) that round otherwise; oneDNN, which
+    torch takes for float32 on a CPU unless it is switched off, is asked for direct ones.
+    """
+    if U.dtype == torch.float64 and not U.is_cuda:
+        return True
+    if not U.is_cpu:
+        return not (U.is_cuda and torch.backends.cudnn.enabled)
+    backends: Any = torch.backends
+    onednn = backends.mkldnn.is_available() and backends.mkldnn.enabled
+    return onednn or not backends.nnpack.is_available()
+
+
 def refuse_autocast() -> None:
     """Raise ValueError while autocast is enabled, on any device.
 

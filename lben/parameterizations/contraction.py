@@ -62,7 +62,9 @@ class ContractionParameterization(ExplicitParameterization):
 
     def forward(self, run: torch.dtype) -> tuple[Tensor, ...]:
         V = self.rounded(self.V, run)
-        return V, self.b_y, (1 - ROOM / 2) * self.rule(V.transpose(0, 1)).rsqrt()
+        T = self.rule(V.transpose(0, 1))
+        (scale,) = self.in_range([(1 - ROOM / 2) * T.rsqrt()], [self.b_y])
+        return V, self.b_y, scale
 
     def dense(self, run: torch.dtype) -> ExplicitWeights:
         V, b_y, scale = self.exact(run)

@@ -85,7 +85,8 @@ class SandwichParameterization(ExplicitParameterization):
         S = math.sqrt(2.0) * (1 - ROOM / 2) * self.rule(AB).rsqrt()
         psi = self.log_psi.exp()
         A, B = AB[:, : self.outputs], AB[:, self.outputs :]
-        return A, B, self.b, self.b_y, S / psi, S * psi
+        inner, outer = self.in_range([S / psi, S * psi], [self.b, self.b_y])
+        return A, B, self.b, self.b_y, inner, outer
 
     def dense(self, run: torch.dtype) -> ExplicitWeights:
         A, B, b, b_y, inner, outer = self.exact(run)

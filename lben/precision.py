@@ -51,6 +51,30 @@ def full() -> Iterator[None]:
                     setting.fp32_precision = before
 
 
+def refuse_reduced(device: str, *, convolution: bool) -> None:
+    """Raise ValueError where products of float32 numbers would not run in float32.
+
+    For graphs, whose products are outside of `full`.
+
+    Args:
+        device: type of the device.
+        convolution: whether convolutions count; a compiler may make products of them.
+    """
+    b: Any = torch.backends
+    matmul, conv = (
+        (("cuda.matmul", b.cuda.matmul), ("cudnn.conv", b.cudnn.conv))
+        if device == "cuda"
+        else (("mkldnn.matmul", b.mkldnn.matmul), ("mkldnn.conv", b.mkldnn.conv))
+    )
+    for name, setting in (matmul, conv) if convolution else (matmul,):
+        if setting.fp32_precision not in _FULL:
+            raise ValueError(
+                f"a compiled or traced graph would run float32 products in {setting.fp32_precision}"
+                f", and its weights would not be those that are proved: set torch.backends.{name}"
+                '.fp32_precision = "ieee", or call the layer itself'
+            )
+
+
 def sums_plainly(U: torch.Tensor) -> bool:
     """Say whether convolutions with this kernel are sums of products on this device.
 

@@ -50,13 +50,15 @@ def sum_up(values: Array, axis: int | None = None) -> Array:
 
 def norms_up(values: Array, axis: int) -> Array:
     """Return upper bounds of l2 norms along an axis."""
-    count, largest = values.shape[axis], float(np.max(np.abs(values), initial=0.0))
-    if not 0 < largest < math.inf:
-        return np.full(np.sum(values, axis=axis).shape, largest)
-    # In units of a power of two near the largest; what squares lose to underflow is added.
-    unit = 2.0 ** max(-1000, min(1000, math.frexp(largest)[1]))
-    norms = np.sqrt(np.sum((values / unit) ** 2, axis=axis)) * (1 + 2 * gamma_k(count + 4))
-    return np.asarray((norms + count * 2.0**-500) * unit * (1 + 4 * UNIT) + 4 * _TINY)
+    count = values.shape[axis]
+    largest = np.max(np.abs(values), axis=axis, keepdims=True, initial=0.0)
+    # In units of a power of two near each one's largest entry, so that neither rows nor columns of
+    # very different scale disturb each other; what squares lose to underflow is added.
+    with np.errstate(invalid="ignore"):
+        unit = np.ldexp(1.0, np.clip(np.frexp(largest)[1], -1000, 1000))
+        norms = np.sqrt(np.sum((values / unit) ** 2, axis=axis)) * (1 + 2 * gamma_k(count + 4))
+        norms = (norms + count * 2.0**-500) * unit.squeeze(axis) * (1 + 4 * UNIT) + 4 * _TINY
+    return np.asarray(np.where(largest.squeeze(axis) == 0, 0.0, norms))
 
 
 @dataclass(frozen=True, eq=False)

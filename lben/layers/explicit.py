@@ -24,6 +24,7 @@ from lben.layers.growth import (
 )
 from lben.layers.kept import Kept, nothing_may_be_kept
 from lben.layers.maps import Convolution, LinearMap
+from lben.layers.opaque import Owner, check_kind, graph_is_made
 from lben.layers.roundoff import Signal, at_zero
 from lben.parameterizations import (
     ContractionParameterization,
@@ -35,7 +36,7 @@ from lben.weights import ExplicitWeights
 from solvers import ProximalActivation, ReLU, fused
 
 
-class ExplicitLayer(nn.Module, ABC):
+class ExplicitLayer(Owner, ABC):
     """A layer whose multiplier T is computed once per change of its parameters.
 
     In eval mode a call is the layer's products and one pointwise pass. In training T is computed
@@ -62,6 +63,15 @@ class ExplicitLayer(nn.Module, ABC):
         super().__init__()
         self.parameterization, self.map, self.inputs = parameterization, map, inputs
         self._kept: Kept | None = None
+        self.enter()
+
+    def source(self) -> nn.Module:
+        """Return the parameterization."""
+        return self.parameterization
+
+    def blank(self, like: Tensor) -> list[Tensor]:
+        """Return tensors shaped as those that run, without numbers."""
+        return self.parameterization.blank(like)
 
     @abstractmethod
     def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
@@ -77,6 +87,7 @@ class ExplicitLayer(nn.Module, ABC):
         Raises:
             ValueError: for a wrong shape, device or dtype, or parameters in half precision.
         """
+        check_kind(x)
         self.map.check(tuple(x.shape), self.inputs)
         run = self._precision(x)
         if x.ndim > 1 and self.map.dims == 3 and x.ndim != 4:
@@ -84,8 +95,8 @@ class ExplicitLayer(nn.Module, ABC):
             y = self(x.reshape(math.prod(batch), *x.shape[-3:]))
             return y.reshape(*batch, *y.shape[1:])
         with torch.autocast(x.device.type, enabled=False):
-            if torch.compiler.is_compiling():
-                return self.evaluate(x, run, self._tensors(run))
+            if graph_is_made():
+                return self.evaluate(x, run, tuple(self.in_graph(run)))
             with precision.full():
                 return self.evaluate(x, run, self._tensors(run))
 
@@ -232,7 +243,7 @@ class ResidualLayer(ExplicitLayer):
     def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
         U, b, scale = tensors
         U = U.to(run)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or run != x.dtype:
+        if torch.is_grad_enabled() or graph_is_made() or run != x.dtype:
             h = self.activation(self.map.apply(x.to(run), U, b.to(run)))
             return x - self.map.adjoint((h * self.map.spread(scale)).to(run), U).to(x.dtype)
         y = self.map.adjoint(self._hidden(x, U, b, scale), U)  # nobody else holds y

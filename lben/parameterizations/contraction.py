@@ -66,6 +66,9 @@ class ContractionParameterization(ExplicitParameterization):
         (scale,) = self.in_range([(1 - ROOM / 2) * T.rsqrt()], [self.b_y])
         return V, self.b_y, scale
 
+    def blank(self, like: Tensor) -> list[Tensor]:
+        return [like.new_empty(shape) for shape in (self.shape, self.shape[:1], self.shape[1:2])]
+
     def dense(self, run: torch.dtype) -> ExplicitWeights:
         V, b_y, scale = self.exact(run)
         return ExplicitWeights.affine(V * scale, b_y, UNIT_BOUND)

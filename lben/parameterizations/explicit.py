@@ -46,6 +46,10 @@ class ExplicitParameterization(nn.Module, ABC):
         """
 
     @abstractmethod
+    def blank(self, like: Tensor) -> list[Tensor]:
+        """Return contiguous tensors of the shapes and dtypes that `forward` returns, unset."""
+
+    @abstractmethod
     def dense(self, run: torch.dtype) -> ExplicitWeights:
         """Return the float64 weights of a linear layer that runs in a precision, exactly."""
 

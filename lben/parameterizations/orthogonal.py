@@ -89,6 +89,14 @@ class CayleyConvolution(ExplicitParameterization):
         defect = gap.abs().sum(-1).amax() + 64 * Q.shape[-2] ** 2 * 2.0**-52 * size
         return ((1 - ROOM / 4) / (1 + defect).sqrt()).to(torch.float32).double()
 
+    def blank(self, like: Tensor) -> list[Tensor]:
+        rows, columns = self.image
+        symbols = like.new_empty(
+            (rows, columns // 2 + 1, *self.shape[:2]), dtype=like.dtype.to_complex()
+        )
+        b = like.new_empty(self.shape[:1])
+        return [symbols, b, like.new_empty((), dtype=torch.float64)]
+
     def exact(self, run: torch.dtype) -> tuple[Tensor, ...]:
         Q, b_y, s = self(run)
         return Q.to(torch.complex128), b_y.double(), s

@@ -62,6 +62,10 @@ class ResidualParameterization(ExplicitParameterization):
         (scale,) = self.in_range([2 * (1 - ROOM) / self.rule(U)], [self.b])
         return U, self.b, scale
 
+    def blank(self, like: Tensor) -> list[Tensor]:
+        n = self.shape[:1]
+        return [like.new_empty(shape) for shape in (self.shape, n, n)]
+
     def dense(self, run: torch.dtype) -> ExplicitWeights:
         U, b, scale = self.exact(run)
         p = U.shape[1]

@@ -71,16 +71,17 @@ def is_denormal(values: Array) -> NDArray[np.bool_]:
 
 def norms_up(values: Array, axis: int) -> Array:
     """Return upper bounds of l2 norms along an axis."""
-    count, largest = values.shape[axis], float(np.max(np.abs(values), initial=0.0))
-    if not TINY <= largest < math.inf:
-        # Not finite, or no more than the smallest normal number in any entry.
-        largest = count * TINY if largest < TINY else largest
-        return np.full(np.sum(values, axis=axis).shape, largest)
-    # In units of a power of two near the largest; what squares lose to underflow is added.
-    unit = power_of_two(largest)
-    norms = np.sqrt(np.sum((values / unit) ** 2, axis=axis)) * (1 + 2 * gamma_k(count + 4))
-    norms = (norms + count * 2.0**-500) * unit * (1 + 4 * UNIT) + 4 * TINY
-    return np.asarray(np.where(norms < _HUGE, norms, math.inf))
+    count = values.shape[axis]
+    largest = np.max(np.abs(values), axis=axis, keepdims=True, initial=0.0)
+    # In units of a power of two near each one's largest entry, so that neither rows nor columns of
+    # very different scale disturb each other; what squares lose to underflow is added.
+    with np.errstate(invalid="ignore", over="ignore"):
+        unit = np.ldexp(1.0, np.clip(np.frexp(largest)[1], -1000, 1000))
+        norms = np.sqrt(np.sum((values / unit) ** 2, axis=axis)) * (1 + 2 * gamma_k(count + 4))
+        norms = (norms + count * 2.0**-500) * unit.squeeze(axis) * (1 + 4 * UNIT) + 4 * TINY
+    norms = np.where(norms < _HUGE, norms, math.inf)  # NaN too
+    # Where no entry is above the smallest normal number each may have been read as zero.
+    return np.asarray(np.where(largest.squeeze(axis) < TINY, count * TINY, norms))
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,6 +32,11 @@ from solvers.precision import full, outside_autocast
 # so it does not depend on them.
 
 
+def transforms_are_active() -> bool:
+    """Say whether tensors may be those of a function transform or of forward-mode derivatives."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def nothing_may_be_kept() -> bool:
     """Say whether tensors belong to a trace, a transform or a capture, and must end with it.
 
@@ -40,8 +45,7 @@ def nothing_may_be_kept() -> bool:
     all is computed within the graph, at every replay, from what the weights are then.
     """
     return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        transforms_are_active()
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
@@ -50,7 +54,7 @@ def nothing_may_be_kept() -> bool:
 
 @contextlib.contextmanager
 def undisturbed(device: str) -> Iterator[None]:
-    """Leave grad mode, inference mode, autocast and shortened products, which end before it does."""
+    """Leave grad and inference mode, autocast, shortened products: what is kept outlives them."""
     with torch.inference_mode(False), torch.no_grad(), outside_autocast(device), full():
         yield
 

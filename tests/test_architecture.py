@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {
     "solvers": (
         "precision dependencies activations compiled elimination operators solution step_size "
-        "acceptance inclusion method loop fused splitting mixed acceleration flow newton sweep auto "
-        "solve interop gradient implicit budget graphs"
+        "acceptance inclusion method loop fused splitting mixed acceleration flow newton sweep "
+        "auto solve interop gradient implicit budget graphs"
     ),
     "lben": (
         "_companion values records precision weights convolutional rigorous inequality spectrum "

@@ -16,6 +16,7 @@ from torch.nn import functional
 from lben import precision
 from lben.layers.growth import Growth, norms_up
 from lben.layers.roundoff import Signal
+from lben.parameterizations.multipliers import power_of_two
 
 
 class Companion(nn.Module):
@@ -188,7 +189,7 @@ class NormPooling(ImageCompanion):
         _check_divisible(x, self.size)
         patches = functional.pixel_unshuffle(x, self.size).unflatten(-3, (x.shape[-3], -1))
         # In units of a power of two near the largest pixel no square overflows or vanishes.
-        unit = power_of_two(patches.detach().abs().amax(-3, keepdim=True))
+        unit = power_of_two(patches.detach().abs().amax(-3, keepdim=True) / 2)
         return torch.linalg.vector_norm(patches / unit, dim=-3) * unit.squeeze(-3)
 
     def relative(self, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -295,9 +296,3 @@ def _groups(x: Tensor, group: int) -> Tensor:
             f"expected a number of channels that is a multiple of {group}, got {tuple(x.shape)}"
         )
     return x.unflatten(1, (-1, group))
-
-
-def power_of_two(size: Tensor) -> Tensor:
-    """Return the power of two next below numbers ≥ 0 (or the smallest normal one), exactly."""
-    size = size.clamp_min(torch.finfo(size.dtype).tiny)
-    return size / torch.frexp(size).mantissa / 2

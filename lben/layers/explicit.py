@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lben import precision
 from lben.certificates import Certificate, certify, certify_convolution
@@ -23,6 +23,7 @@ from lben.layers.growth import (
 )
 from lben.layers.kept import KeepingLayer, Running
 from lben.layers.maps import Convolution, LinearMap
+from lben.layers.opaque import Owner, check_kind, graph_is_made
 from lben.layers.roundoff import Signal, at_zero
 from lben.parameterizations import (
     ContractionParameterization,
@@ -35,7 +36,7 @@ from solvers import ProximalActivation, ReLU, fused
 from solvers.dependencies import nothing_may_be_kept, read
 
 
-class ExplicitLayer(KeepingLayer, ABC):
+class ExplicitLayer(KeepingLayer, Owner, ABC):
     """A layer whose multiplier T is computed once per change of its parameters.
 
     In eval mode a call is the layer's products and one pointwise pass. In training T is computed
@@ -60,6 +61,15 @@ class ExplicitLayer(KeepingLayer, ABC):
     ) -> None:
         super().__init__(parameterization)
         self.map, self.inputs = map, inputs
+        self.enter()
+
+    def source(self) -> nn.Module:
+        """Return the parameterization."""
+        return self.parameterization
+
+    def blank(self, like: Tensor) -> list[Tensor]:
+        """Return tensors shaped as those that run, without numbers."""
+        return self.parameterization.blank(like)
 
     @abstractmethod
     def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
@@ -75,6 +85,7 @@ class ExplicitLayer(KeepingLayer, ABC):
         Raises:
             ValueError: for a wrong shape, device or dtype, or parameters in half precision.
         """
+        check_kind(x)
         self.map.check(tuple(x.shape), self.inputs)
         run = self._precision(x)
         if x.ndim > 1 and self.map.dims == 3 and x.ndim != 4:
@@ -82,8 +93,8 @@ class ExplicitLayer(KeepingLayer, ABC):
             y = self(x.reshape(math.prod(batch), *x.shape[-3:]))
             return y.reshape(*batch, *y.shape[1:])
         with torch.autocast(x.device.type, enabled=False):
-            if torch.compiler.is_compiling():
-                return self.evaluate(x, run, self._tensors(run))
+            if graph_is_made():
+                return self.evaluate(x, run, tuple(self.in_graph(run)))
             with precision.full():
                 return self.evaluate(x, run, self._tensors(run))
 
@@ -246,7 +257,7 @@ class ResidualLayer(ExplicitLayer):
     def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
         U, b, scale = tensors
         U = U.to(run)
-        if torch.is_grad_enabled() or nothing_may_be_kept() or run != x.dtype:
+        if torch.is_grad_enabled() or graph_is_made() or nothing_may_be_kept() or run != x.dtype:
             h = self.activation(self.map.apply(x.to(run), U, b.to(run)))
             return x - self.map.adjoint((h * self.map.spread(scale)).to(run), U).to(x.dtype)
         y = self.map.adjoint(self._hidden(x, U, b, scale), U)  # nobody else holds y

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -14,12 +15,13 @@ from torch.nn.utils import parametrizations
 from lben import precision
 from lben.certificates import Certificate, certify
 from lben.layers.growth import Growth, absolute_norm, norm_up, norms_up
+from lben.layers.opaque import Owner, check_kind, graph_is_made
 from lben.layers.roundoff import Signal
 from lben.rigorous import Enclosure, norm_bound, sum_up, up
 from lben.weights import ExplicitWeights
 
 
-class NormalizedLinear(nn.Module):
+class NormalizedLinear(Owner):
     """y = Qx + b whose rows have norm 1: `rows` scales each, `orthonormal` makes Q orthogonal.
 
     Logits i and j differ by (qᵢ − qⱼ)ᵀx, so `pair_bounds` holds ‖qᵢ − qⱼ‖₂: at most 2 for
@@ -59,6 +61,7 @@ class NormalizedLinear(nn.Module):
         self.bias, self.weight = linear.bias, linear.weight
         if kind == "orthonormal":
             parametrizations.orthogonal(self, "weight", orthogonal_map="cayley")
+        self.enter()
 
     def matrix(self) -> Float[Tensor, "q p"]:
         """Return Q."""
@@ -66,6 +69,7 @@ class NormalizedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch p"]) -> Float[Tensor, "*batch q"]:
         """Return logits, in the precision of the parameters also under autocast."""
+        check_kind(x)
         if x.ndim < 1 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"expected {self.in_features} features in the last dimension of x, "
@@ -77,10 +81,26 @@ class NormalizedLinear(nn.Module):
         if x.dtype != own and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"x is {x.dtype}, the layer is {own}: convert one of them")
         with torch.autocast(x.device.type, enabled=False):
-            if torch.compiler.is_compiling():
-                return functional.linear(x.to(own), self.matrix(), self.bias)
+            if graph_is_made():
+                return functional.linear(x.to(own), *self.in_graph(own))
             with precision.full():
                 return functional.linear(x.to(own), self.matrix(), self.bias)
+
+    def source(self) -> nn.Module:
+        """Return the module that makes Q and b."""
+        return _Running(self)
+
+    def blank(self, like: Tensor) -> list[Tensor]:
+        """Return tensors shaped as Q and b, without numbers."""
+        return [like.new_empty(self.out_features, self.in_features), torch.empty_like(self.bias)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # torch's own for modules with a parametrization passes __setstate__ by.
+        copied = self.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        copied.enter()
+        return copied
 
     @torch.no_grad()
     def pair_bounds(self) -> Float[Tensor, "q q"]:
@@ -147,3 +167,15 @@ class NormalizedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Describe the layer in `repr`."""
         return f"{self.in_features}, {self.out_features}, kind={self.kind!r}"
+
+
+class _Running(nn.Module):
+    """A head as a function of the precision to what runs."""
+
+    def __init__(self, head: NormalizedLinear) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, run: torch.dtype) -> tuple[Tensor, Tensor]:
+        with precision.full():
+            return self.head.matrix(), self.head.bias

@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lben import precision
 from lben.parameterizations.explicit import mirrored, taps
 
 
@@ -141,18 +141,15 @@ class Convolution(LinearMap):
         return (channels, rows, columns)
 
     def refuse_other_sums(self, U: Tensor) -> None:
-        if U.is_cuda and torch.backends.cudnn.enabled:
-            raise ValueError(
-                "cuDNN may run a convolution by Winograd's algorithm or by FFT, whose rounding is "
-                "not bounded: set torch.backends.cudnn.enabled = False, or move the model to the "
-                "CPU"
+        if not precision.sums_plainly(U):
+            library, cure = (
+                ("cuDNN", "set torch.backends.cudnn.enabled = False, or move the model to the CPU")
+                if U.is_cuda
+                else ("NNPACK", "enable torch.backends.mkldnn, or use float64")
             )
-        onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-        nnpack = U.is_cpu and U.dtype == torch.float32 and torch.backends.nnpack.is_available()
-        if nnpack and not onednn:
             raise ValueError(
-                "NNPACK may run a convolution by Winograd's algorithm or by FFT, whose rounding is "
-                "not bounded: enable torch.backends.mkldnn, or use float64"
+                f"{library} may run a convolution by Winograd's algorithm or by FFT, whose "
+                f"rounding is not bounded: {cure}"
             )
 
     def check(self, shape: tuple[int, ...], inputs: int) -> None:

@@ -62,7 +62,12 @@ class ContractionParameterization(ExplicitParameterization):
 
     def forward(self, run: torch.dtype) -> tuple[Tensor, ...]:
         V = self.rounded(self.V, run)
-        return V, self.b_y, (1 - ROOM / 2) * self.rule(V.transpose(0, 1)).rsqrt()
+        T = self.rule(V.transpose(0, 1))
+        (scale,) = self.in_range([(1 - ROOM / 2) * T.rsqrt()], [self.b_y])
+        return V, self.b_y, scale
+
+    def blank(self, like: Tensor) -> list[Tensor]:
+        return [like.new_empty(shape) for shape in (self.shape, self.shape[:1], self.shape[1:2])]
 
     def dense(self, run: torch.dtype) -> ExplicitWeights:
         V, b_y, scale = self.exact(run)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,10 @@ class ExplicitParameterization(nn.Module, ABC):
         """
 
     @abstractmethod
+    def blank(self, like: Tensor) -> list[Tensor]:
+        """Return contiguous tensors of the shapes and dtypes that `forward` returns, unset."""
+
+    @abstractmethod
     def dense(self, run: torch.dtype) -> ExplicitWeights:
         """Return the float64 weights of a linear layer that runs in a precision, exactly."""
 
@@ -54,6 +60,33 @@ class ExplicitParameterization(nn.Module, ABC):
     def exact(self, run: torch.dtype) -> tuple[Tensor, ...]:
         """Return what runs, in float64: products of two float32 numbers are exact there."""
         return tuple(t.double() for t in self(run))
+
+    @staticmethod
+    def in_range(scales: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
+        """Return scales that T makes, or refuse those that are no normal numbers.
+
+        They are none where the weights hold NaN or infinite numbers, which T inherits, or where T
+        leaves the range of the dtype. NaN takes their place first: where the host cannot look (in a
+        transform of torch.func, while a CUDA graph is captured) what runs is NaN, not wrong.
+
+        Raises:
+            ValueError: naming the reason.
+        """
+        tiny = torch.finfo(scales[0].dtype).tiny
+        fit = [(s >= tiny) & s.isfinite() for s in scales]
+        checked = [torch.where(f, s, math.nan) for f, s in zip(fit, scales, strict=True)]
+        blind = scales[0].is_meta or torch._C._are_functorch_transforms_active()
+        if blind or (scales[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            return checked
+        with torch.no_grad():
+            ok = torch.stack([t.all() for t in (*fit, *(b.isfinite() for b in biases))])
+            if not bool(ok.all()):
+                raise ValueError(
+                    "the weights contain NaN or Inf, or numbers so large or small that T leaves "
+                    f"the range of {scales[0].dtype}: did training diverge? Scale the weights "
+                    "towards 1, or use float64"
+                )
+        return checked
 
     @staticmethod
     def rounded(weight: Tensor, run: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lben import precision
-from solvers.dependencies import nothing_may_be_kept
+from solvers.dependencies import transforms_are_active
 
 # Entries of T below it are raised to it: T⁻¹ stays finite, and rounding below the smallest normal
 # number (2⁻¹²⁶ in float32) stays below its rounding.
@@ -29,32 +29,36 @@ class MultiplierRule(nn.Module, ABC):
 
     Note [Whose precision]
     Error bounds are those of products in float32 or float64. What torch may round further (TF32
-    convolutions are its default on CUDA) is switched off meanwhile. T is computed in float64 in a
-    compiled graph, which would outlive that, and for convolutions on CUDA, where the float32
-    algorithms include some (Winograd's) that sum otherwise.
+    convolutions are its default on CUDA) is switched off meanwhile. T is computed in float64 for
+    kernels where the float32 algorithms include some (Winograd's) that sum otherwise.
+
+    Note [Nothing vanishes]
+    Numbers below the smallest normal one, t, may be lost: results to underflow, operands to a
+    processor that takes denormal ones for zeros. Everything is computed in units of powers of two,
+    with which products are exact. Where one unit serves all of U, what vanishes is far below the
+    bound of the rounding, which is relative to the norm of U. Where T has a row of its own for each
+    row of U, each has a unit of its own, and what may vanish is added (`Gershgorin`).
     """
 
     def forward(self, U: Float[Tensor, "n p *taps"]) -> Float[Tensor, " n"]:
-        """Return T, differentiable in U and in the rule's own parameters.
+        """Return T, at least FLOOR, differentiable in U and in the rule's own parameters.
 
         Args:
             U: float32 or float64.
         """
-        if torch.compiler.is_compiling() or (U.ndim > 2 and U.is_cuda):
-            return self._scaled(U.double(), U.dtype)
         with precision.full():
-            return self._scaled(U, U.dtype)
+            other_sums = U.ndim > 2 and not precision.sums_plainly(U)
+            T = self.multiplier(U.double() if other_sums else U).clamp_min(FLOOR)
+            return T if T.dtype == U.dtype else T.to(U.dtype) * (1 + 2 * torch.finfo(U.dtype).eps)
 
-    def _scaled(self, wide: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return T of U scaled by a power of two, at least FLOOR, in this dtype."""
-        largest = wide.detach().abs().amax().clamp_min(torch.finfo(wide.dtype).tiny)
-        unit = torch.exp2(largest.log2().ceil())  # dividing by it is exact
-        T = (self.bound(wide / unit) * unit * unit).clamp_min(FLOOR)
-        return T if T.dtype == dtype else T.to(dtype) * (1 + 2 * torch.finfo(dtype).eps)
+    def multiplier(self, U: Float[Tensor, "n p *taps"]) -> Float[Tensor, " n"]:
+        """Return T of weights of any scale, in their precision; NaN or infinite out of range."""
+        unit = power_of_two(U.detach().abs().amax())
+        return self.bound(U / unit) * unit * unit
 
     @abstractmethod
     def bound(self, U: Float[Tensor, "n p *taps"]) -> Float[Tensor, " n"]:
-        """Return T in the precision of U, in which products are exact to rounding."""
+        """Return T of weights whose largest entry lies in [½, 1) (or are zero)."""
 
 
 class Gershgorin(MultiplierRule):
@@ -94,14 +98,32 @@ class Gershgorin(MultiplierRule):
         q = torch.zeros(units, device=device, dtype=dtype)
         self.log_q = nn.Parameter(q) if learn_q else None
 
+    def multiplier(self, U: Tensor) -> Tensor:
+        """Return T; without squarings every row of U in a unit of its own.
+
+        With U = RV, R = diag(r) of powers of two and |V| < 1, Tᵢ = (rᵢr/qᵢ) Σⱼ |VVᵀ|ᵢⱼ (rⱼ/r)qⱼ for
+        r = max rⱼ. An entry of V has lost at most 2t(1 + 1/rᵢ), a product or sum at most 3t, and so
+        Σ at most 32 t (1 + 1/rᵢ) for each of its products.
+        """
+        if self.squarings:
+            return super().multiplier(U)
+        r = power_of_two(U.detach().abs().flatten(1).amax(1))
+        top, q = r.amax(), self._q(U)
+        V, w = U / r.reshape(-1, *[1] * (U.ndim - 1)), r / top * q
+        sums = absolute_row_sums(V, w) * (1 + gamma(_width(V) + 4, V)) + _missed(V, w.detach())
+        tiny, products = torch.finfo(U.dtype).tiny, float(_width(V)) * V[0].numel()
+        lost = 64 * tiny * products * r.reciprocal().clamp_min(1)
+        return (sums + lost) / q * (r * top) * (1 + gamma(8, U))
+
+    def _q(self, U: Tensor) -> Tensor:
+        if self.log_q is None:
+            return U.new_ones(self.units)
+        # T does not change with a factor of q; ratios end at e²⁰.
+        relative = self.log_q.to(U.dtype) - self.log_q.detach().to(U.dtype).amax()
+        return relative.clamp_min(-20.0).exp()
+
     def bound(self, U: Tensor) -> Tensor:
-        q = U.new_ones(self.units)
-        if self.log_q is not None:  # T does not change with a factor of q; ratios end at e²⁰
-            relative = self.log_q.to(U.dtype) - self.log_q.detach().amax()
-            q = relative.clamp_min(-20.0).exp()
-        if self.squarings == 0:
-            sums = absolute_row_sums(U, q) * (1 + gamma(_width(U) + 4, U))
-            return (sums + _missed(U, q.detach())) / q
+        q = self._q(U)
         power, scale, error = _power(U, self.squarings)
         sums = absolute_row_sums_of(power, q) / q * (1 + gamma(_width(power) + 8, U))
         return root(sums + error, self.squarings) * scale
@@ -154,6 +176,12 @@ def _product(A: Tensor, B: Tensor) -> Tensor:
     return total
 
 
+def power_of_two(size: Tensor) -> Tensor:
+    """Return the power of two next above numbers ≥ 0, at least 2t: dividing by it is exact."""
+    size = size.clamp_min(torch.finfo(size.dtype).tiny)
+    return size / torch.frexp(size).mantissa
+
+
 def gamma(k: int, like: Tensor) -> float:
     """Return γ_k = ku/(1 − ku) of the dtype, the relative error of k roundings in any order."""
     unit = k * torch.finfo(like.dtype).eps / 2
@@ -164,7 +192,7 @@ def gamma(k: int, like: Tensor) -> float:
 
 def absolute_row_sums(U: Tensor, q: Tensor) -> Tensor:
     """Return Σⱼ |UUᵀ|ᵢⱼ qⱼ, for a matrix by half of the products."""
-    if U.ndim == 2 and not nothing_may_be_kept():
+    if U.ndim == 2 and not transforms_are_active():
         return _AbsoluteRowSums.apply(U, q)  # type: ignore[no-untyped-call]
     return absolute_row_sums_of(gram(U), q)
 
@@ -202,7 +230,7 @@ def _power(U: Tensor, squarings: int) -> tuple[Tensor, Tensor, Tensor]:
     scale = U.new_ones(())
     for step in range(squarings):
         size = _size(P)
-        unit = torch.exp2(torch.ceil(torch.log2(size.clamp_min(torch.finfo(P.dtype).tiny))))
+        unit = power_of_two(size)
         P, error, size = P / unit, error / unit, size / unit
         scale = scale * root(unit, step)
         rounding = 1.01 * gamma(depth(P) + 4, P) * size**2

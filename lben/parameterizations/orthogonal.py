@@ -76,15 +76,26 @@ class CayleyConvolution(ExplicitParameterization):
         wide = V.shape[2] < V.shape[3]
         V = V.mH if wide else V
         Q = cayley(V)
-        return (Q.mH if wide else Q), self.b_y, self._shrink(Q)
+        (s,) = self.in_range([self._shrink(Q)], [self.b_y])
+        return (Q.mH if wide else Q), self.b_y, s
 
     @staticmethod
     def _shrink(Q: Tensor) -> Tensor:
         """Return s ≤ 1/‖Q̂‖₂ over all frequencies: ‖QᴴQ − I‖₂ by its row sums, in float64."""
         Q = Q.detach().to(torch.complex128)
         gap = Q.mH @ Q - torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-        defect = gap.abs().sum(-1).amax() + 64 * Q.shape[-2] ** 2 * 2.0**-52
+        # An entry of the product misses at most 8m roundings of Σ|Q||Q|, a row n entries of that.
+        size = Q.abs().square().sum((-2, -1)).amax().clamp_min(1)
+        defect = gap.abs().sum(-1).amax() + 64 * Q.shape[-2] ** 2 * 2.0**-52 * size
         return ((1 - ROOM / 4) / (1 + defect).sqrt()).to(torch.float32).double()
+
+    def blank(self, like: Tensor) -> list[Tensor]:
+        rows, columns = self.image
+        symbols = like.new_empty(
+            (rows, columns // 2 + 1, *self.shape[:2]), dtype=like.dtype.to_complex()
+        )
+        b = like.new_empty(self.shape[:1])
+        return [symbols, b, like.new_empty((), dtype=torch.float64)]
 
     def exact(self, run: torch.dtype) -> tuple[Tensor, ...]:
         Q, b_y, s = self(run)

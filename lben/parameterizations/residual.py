@@ -59,7 +59,12 @@ class ResidualParameterization(ExplicitParameterization):
 
     def forward(self, run: torch.dtype) -> tuple[Tensor, ...]:
         U = self.rounded(self.U, run)
-        return U, self.b, 2 * (1 - ROOM) / self.rule(U)
+        (scale,) = self.in_range([2 * (1 - ROOM) / self.rule(U)], [self.b])
+        return U, self.b, scale
+
+    def blank(self, like: Tensor) -> list[Tensor]:
+        n = self.shape[:1]
+        return [like.new_empty(shape) for shape in (self.shape, n, n)]
 
     def dense(self, run: torch.dtype) -> ExplicitWeights:
         U, b, scale = self.exact(run)

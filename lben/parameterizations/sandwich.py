@@ -85,7 +85,13 @@ class SandwichParameterization(ExplicitParameterization):
         S = math.sqrt(2.0) * (1 - ROOM / 2) * self.rule(AB).rsqrt()
         psi = self.log_psi.exp()
         A, B = AB[:, : self.outputs], AB[:, self.outputs :]
-        return A, B, self.b, self.b_y, S / psi, S * psi
+        inner, outer = self.in_range([S / psi, S * psi], [self.b, self.b_y])
+        return A, B, self.b, self.b_y, inner, outer
+
+    def blank(self, like: Tensor) -> list[Tensor]:
+        (n, columns, *kernel), q = self.shape, self.outputs
+        shapes = (n, q, *kernel), (n, columns - q, *kernel), (n,), (q,), (n,), (n,)
+        return [like.new_empty(shape) for shape in shapes]
 
     def dense(self, run: torch.dtype) -> ExplicitWeights:
         A, B, b, b_y, inner, outer = self.exact(run)

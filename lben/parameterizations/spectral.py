@@ -8,7 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lben.parameterizations.multipliers import MultiplierRule, depth, gamma, gram, root
+from lben.parameterizations.multipliers import (
+    MultiplierRule,
+    depth,
+    gamma,
+    gram,
+    power_of_two,
+    root,
+)
 
 
 class Spectral(MultiplierRule):
@@ -57,13 +64,14 @@ class Spectral(MultiplierRule):
         unit = 2 * (gamma(2 * k * k + 4, U) + 2.0**-48) + gamma(8 * U.shape[1] + 8, U)
         error = 1.01 * unit * size
         with torch.no_grad():
-            everywhere = self._norms(_grams(U.detach(), phases), error)
-        worst = everywhere.argmax()[None]  # an index, which a function transform may map
-        largest = self._norms(_grams(U, phases.index_select(1, worst)), error)[0]
+            everywhere = self._norms(_grams(U, phases), error)
+            worst = everywhere.argmax().reshape(1)
+        largest = self._norms(_grams(U, phases.index_select(1, worst)), error)
         # Evaluated alone, a frequency may round another way than among the others.
-        room = torch.maximum(everywhere.gather(0, worst)[0], largest.detach()) / largest.detach()
+        most = everywhere.index_select(0, worst)
+        room = torch.maximum(most, largest.detach()) / largest.detach() * (1 + 2.0**-40)
         between = math.cos(math.pi * (k - 1) / points) ** -2 * (1 + 2.0**-40)
-        return largest * room * between
+        return (largest * room * between)[0]
 
     def _norms(self, P: Tensor, error: Tensor) -> Float[Tensor, " f"]:
         """Bound ‖P + E‖₂ of positive semi-definite matrices with ‖E‖_F ≤ error.
@@ -73,11 +81,11 @@ class Spectral(MultiplierRule):
         """
         n = P.shape[-1]
         product, total = gamma(8 * n + 8, error), gamma(2 * n * n + 8, error)
-        scale = _power_of_two(_parts(P.detach()).abs().amax(1))
+        scale = power_of_two(_parts(P.detach()).abs().amax(1))
         P, error = P / scale[:, None, None], error / scale
         for step in range(self.squarings):
             size = _frobenius(P.detach()) * (1 + total)
-            unit = _power_of_two(size)
+            unit = power_of_two(size)
             P, error, size = P / unit[:, None, None], error / unit, size / unit
             scale = scale * root(unit, step)
             error = (2 * error * size + error**2 + product * size**2) * (1 + 2.0**-20)
@@ -97,11 +105,6 @@ def _parts(P: Tensor) -> Tensor:
 
 def _frobenius(P: Tensor) -> Tensor:
     return torch.linalg.vector_norm(_parts(P), dim=1)
-
-
-def _power_of_two(size: Tensor) -> Tensor:
-    """Return the power of two that is next above."""
-    return torch.exp2(size.clamp_min(torch.finfo(size.dtype).tiny).log2().ceil())
 
 
 def _phases(k: int, points: int, like: Tensor) -> Tensor:

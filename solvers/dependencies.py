@@ -46,9 +46,14 @@ def nothing_may_be_kept() -> bool:
     )
 
 
+def in_autocast(device: str) -> bool:
+    """Say whether autocast is on for a type of device; it is not on one that has none (meta)."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def full_precision(device: str) -> contextlib.AbstractContextManager[None]:
     """Leave autocast, which would round products to a precision in which no tolerance is met."""
-    if torch.is_autocast_enabled(device):
+    if in_autocast(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 

@@ -13,8 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lben.layers.lasting import Lasting, make_lasting
 
-class Companion(nn.Module):
+
+class Companion(Lasting):
     """A 1-Lipschitz map without certificate. `terms` products and sums make an output."""
 
     terms = 0
@@ -203,6 +205,7 @@ class Householder(Companion):
             raise ValueError(f"channels must be even and positive, got {channels}")
         start = torch.full((channels // 2,), math.pi / 2, device=device, dtype=dtype)
         self.theta = nn.Parameter(start)
+        make_lasting(self)
 
     def forward(self, x: Float[Tensor, "batch c *grid"]) -> Float[Tensor, "batch c *grid"]:
         """Return the reflected channels."""

@@ -31,7 +31,7 @@ from solvers import (
     Solution,
     equilibrium,
 )
-from solvers.dependencies import full_precision, nothing_may_be_kept
+from solvers.dependencies import full_precision, in_autocast, nothing_may_be_kept
 from solvers.solution import OnFailure
 
 
@@ -265,7 +265,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
 
     def _taken(self, x: Tensor) -> Tensor:
         """Return x, under autocast from its type to that of the parameters."""
-        if x.dtype in _HALF and torch.is_autocast_enabled(x.device.type):
+        if x.dtype in _HALF and in_autocast(x.device.type):
             return x.to(self._reference().dtype)
         return x
 

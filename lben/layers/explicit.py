@@ -22,7 +22,7 @@ from lben.parameterizations import (
 )
 from lben.weights import ExplicitWeights
 from solvers import ProximalActivation, ReLU, fused
-from solvers.dependencies import nothing_may_be_kept, read
+from solvers.dependencies import full_precision, in_autocast, nothing_may_be_kept, read
 
 
 class ExplicitLayer(KeepingLayer, ABC):
@@ -67,7 +67,7 @@ class ExplicitLayer(KeepingLayer, ABC):
         """
         self.map.check(tuple(x.shape), self.inputs)
         run = self._precision(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device.type):
             if torch.compiler.is_compiling():
                 return self.evaluate(x, run, self._tensors(run))
             with precision.full():
@@ -82,7 +82,7 @@ class ExplicitLayer(KeepingLayer, ABC):
             )
         if x.device != reference.device:
             raise ValueError(f"x is on {x.device}, the layer on {reference.device}")
-        if torch.is_autocast_enabled(x.device.type):
+        if in_autocast(x.device.type):
             run = torch.get_autocast_dtype(x.device.type)
             if run != torch.bfloat16:
                 raise ValueError(f"autocast to {run} overflows in T⁻¹: use bfloat16")

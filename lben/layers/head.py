@@ -9,15 +9,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import parametrizations
 
 from lben import precision
 from lben.certificates import Certificate, certify
+from lben.layers.lasting import Lasting, make_lasting
+from lben.parameterizations.orthogonal import register_orthogonal
 from lben.rigorous import Enclosure, norm_bound, sum_up, up
 from lben.weights import ExplicitWeights
+from solvers.dependencies import full_precision, in_autocast
 
 
-class NormalizedLinear(nn.Module):
+class NormalizedLinear(Lasting):
     """y = Qx + b whose rows have norm 1: `rows` scales each, `orthonormal` makes Q orthogonal.
 
     Logits i and j differ by (qᵢ − qⱼ)ᵀx, so `pair_bounds` holds ‖qᵢ − qⱼ‖₂: at most 2 for
@@ -56,7 +58,8 @@ class NormalizedLinear(nn.Module):
         linear = nn.Linear(in_features, out_features, device=device, dtype=dtype)
         self.bias, self.weight = linear.bias, linear.weight
         if kind == "orthonormal":
-            parametrizations.orthogonal(self, "weight", orthogonal_map="cayley")
+            register_orthogonal(self, "weight", "cayley")
+        make_lasting(self)
 
     def matrix(self) -> Float[Tensor, "q p"]:
         """Return Q."""
@@ -72,9 +75,9 @@ class NormalizedLinear(nn.Module):
         own = self.bias.dtype
         if own not in (torch.float32, torch.float64):
             raise ValueError(f"parameters must be float32 or float64, got {own}")
-        if x.dtype != own and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != own and not in_autocast(x.device.type):
             raise ValueError(f"x is {x.dtype}, the layer is {own}: convert one of them")
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device.type):
             if torch.compiler.is_compiling():
                 return functional.linear(x.to(own), self.matrix(), self.bias)
             with precision.full():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lben.certificates import NetworkCertificate
 from lben.layers import EquilibriumLayer, Normalize
 from lben.radii import certified_radius
+from solvers.dependencies import in_autocast
 
 Bound = Literal["promised", "scaled", "pairs", "joint", "joint pairs"]
 """Which of its bounds a classifier proves: see `Classifier.certificate`."""
@@ -128,7 +129,7 @@ class Classifier(nn.Module, ABC):
     def prepared(self, x: Float[Tensor, "batch channels height width"]) -> Tensor:
         """Return the normalised images of a model whose rounding is bounded, or raise."""
         dtype = next(self.parameters()).dtype
-        if dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
+        if dtype not in (torch.float32, torch.float64) or in_autocast(x.device.type):
             raise ValueError(
                 f"rounding is bounded in float32 and float64 without autocast, the model is {dtype}"
             )

@@ -179,3 +179,19 @@ class _Same:
 
     def __hash__(self) -> int:
         return id(self.value)
+
+
+class Sendable:
+    """Something that can be copied, pickled and sent to other processes: copies have no graph.
+
+    torch copies and sends no tensor that belongs to a graph.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: _without_graph(value) for name, value in self.__dict__.items()}
+
+
+def _without_graph(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_graph(v) for key, v in value.items()}
+    return value.detach() if isinstance(value, Tensor) and not value.is_leaf else value

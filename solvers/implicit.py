@@ -102,11 +102,11 @@ def _no_error_bound() -> Tensor:
 
 
 # Note [One function, from problem to state]
-# Method, checks and loops look at numbers, which tensors of a function transform do not show. So the
-# whole solve is one autograd function: torch.func hands it plain tensors, level by level. For that
-# every tensor of the problem is an argument within a transform, also Λ and masks (`_Call.others`).
-# Mapped samples are solved as one batch, mapped weights one after the other. Everywhere else the
-# operator travels as an object, with its cached factors.
+# Method, checks and loops look at numbers, which tensors of a function transform do not show. So
+# the whole solve is one autograd function: torch.func hands it plain tensors, level by level. For
+# that every tensor of the problem is an argument within a transform, also Λ and masks
+# (`_Call.others`). Mapped samples are solved as one batch, mapped weights one after the other.
+# Everywhere else the operator travels as an object, with its cached factors.
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Call:
     """A problem without its tensors, and how to solve it.

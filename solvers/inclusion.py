@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from solvers.activations import LinearSlope, ProximalActivation
+from solvers.dependencies import Sendable
 from solvers.operators import Constants, LinearOperator
 
 
@@ -17,7 +18,7 @@ class NonFiniteError(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class Inclusion:
+class Inclusion(Sendable):
     """The fixed-point problem z = σ(Wz + v), that is 0 ∈ (I − W)z − v + ∂f(z) with σ = prox_f.
 
     Args:

@@ -7,10 +7,12 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from solvers.dependencies import Sendable
 
 OnFailure = Literal["warn", "raise"]
 Loop = Literal["torch", "compiled", "device"]
@@ -54,7 +56,7 @@ class Stats:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solution:
+class Solution(Sendable):
     """State returned by a solve, with the evidence for it.
 
     Attributes:
@@ -77,10 +79,6 @@ class Solution:
     likely_causes: Callable[[], str] = field(repr=False)
     _error_bound: Callable[[], Tensor] = field(repr=False)
     _method: object = field(repr=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # torch copies no tensor with a graph, and sends none to another process.
-        return {**self.__dict__, "value": self.value.detach()}
 
     @property
     def method(self) -> str:

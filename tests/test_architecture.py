@@ -12,9 +12,9 @@ ROOT = Path(__file__).parent.parent
 # Each room may import those that stand before it in its own row (and lben all of solvers).
 ROOMS = {
     "solvers": (
-        "dependencies activations compiled elimination operators solution step_size inclusion method loop fused "
-        "splitting mixed acceleration flow newton sweep auto solve interop gradient implicit "
-        "budget graphs"
+        "dependencies activations compiled elimination operators solution step_size inclusion "
+        "method loop fused splitting mixed acceleration flow newton sweep auto solve interop "
+        "gradient implicit budget graphs"
     ),
     "lben": (
         "_companion precision weights convolutional rigorous inequality spectrum "

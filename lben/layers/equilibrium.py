@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lben import precision
 from lben.certificates import Certificate, certify
+from lben.layers.autocast import outside_autocast
 from lben.layers.kept import KeepingLayer
 from lben.local import Anchors
 from lben.parameterizations import CompleteParameterization, DirectParameterization
@@ -33,7 +34,6 @@ from solvers import (
 )
 from solvers.dependencies import full_precision, in_autocast, nothing_may_be_kept
 from solvers.solution import OnFailure
-
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -106,6 +106,8 @@ class EquilibriumLayer(KeepingLayer, ABC):
             SolveError: if a solve misses its tolerance and on_failure is "raise".
         """
         x = self._taken(x)
+        if torch.is_grad_enabled() and in_autocast(x.device.type) and self._may_keep():
+            return outside_autocast(self, x)
         with self._outside_autocast(), precision.full():
             weights = self.weights()
             return self._readout(weights, x, self._solve(weights, x, None).value)

@@ -51,6 +51,7 @@ class ImageEquilibriumLayer(EquilibriumLayer):
     """
 
     _sample_dimensions, _entry = 3, "entry"
+
     def __init__(
         self,
         parameterization: ConvolutionalParameterization | PooledParameterization,

@@ -30,7 +30,7 @@ class ExplicitLayer(KeepingLayer, ABC):
 
     In eval mode a call is the layer's products and one pointwise pass. In training T is computed
     for the first forward pass after a step of the optimizer and kept with its graph, so that
-    gradient accumulation pays for it once; a gradient that is differentiated again computes it anew.
+    gradient accumulation pays for it once; a gradient to be differentiated again computes it anew.
     Under `torch.compile` nothing is kept and T is part of the compiled graph.
 
     float32 runs in float32, whatever torch allows its products to be rounded to (TF32 convolutions
@@ -163,7 +163,9 @@ class ExplicitLayer(KeepingLayer, ABC):
         """
         run = self._reference().dtype
         kept = self._record()
-        fingerprint = kept.get(("fingerprint", self.map), lambda: self._weights(kept.twin, run).fingerprint)
+        fingerprint = kept.get(
+            ("fingerprint", self.map), lambda: self._weights(kept.twin, run).fingerprint
+        )
         proof.check_fingerprint(fingerprint)
         if isinstance(self.map, Convolution):
             proof.check_image((x.shape[-2], x.shape[-1]), exactly=self.map.circular)

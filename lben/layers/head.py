@@ -14,12 +14,13 @@ from lben import precision
 from lben.certificates import Certificate, certify
 from lben.layers.lasting import Lasting, make_lasting
 from lben.parameterizations.orthogonal import register_orthogonal
+from lben.parameterizations.parametrized import PicklableParametrized
 from lben.rigorous import Enclosure, norm_bound, sum_up, up
 from lben.weights import ExplicitWeights
 from solvers.dependencies import full_precision, in_autocast
 
 
-class NormalizedLinear(Lasting):
+class NormalizedLinear(Lasting, PicklableParametrized):
     """y = Qx + b whose rows have norm 1: `rows` scales each, `orthonormal` makes Q orthogonal.
 
     Logits i and j differ by (qᵢ − qⱼ)ᵀx, so `pair_bounds` holds ‖qᵢ − qⱼ‖₂: at most 2 for

@@ -41,7 +41,9 @@ class Kept:
         self.twin = twin(parameterization, self.parameters)
         self._values: dict[Any, Any] = {}
 
-    def get(self, key: Any, build: Callable[[], T_], fits: Callable[[T_], bool] | None = None) -> T_:
+    def get(
+        self, key: Any, build: Callable[[], T_], fits: Callable[[T_], bool] | None = None
+    ) -> T_:
         """Return what `build` returned on the last call with this key, built anew if it misfits."""
         value: T_ | None = self._values.get(key)
         if value is None or (fits is not None and not fits(value)):

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from solvers.activations import Step
-from solvers.dependencies import Snapshot, nothing_may_be_kept, undisturbed
+from solvers.dependencies import Sendable, Snapshot, nothing_may_be_kept, undisturbed
 
 T_ = TypeVar("T_")
 
@@ -73,7 +73,7 @@ class Resolvent(ABC):
         """Return 2R − I."""
 
 
-class LinearOperator(ABC):
+class LinearOperator(Sendable, ABC):
     """A linear map W on ℝⁿ with the inner product ⟨y, z⟩_Λ = yᵀΛz.
 
     Laws, each tested: ⟨Wz, y⟩ = ⟨z, Wᵀy⟩; resolvent(α) inverts I + diag(α)(I − W);
@@ -87,11 +87,11 @@ class LinearOperator(ABC):
     _memo: dict[Hashable, Any]
 
     # Note [Whose values a memo holds]
-    # What the memo keeps belongs to values of W and Λ, of which it has a snapshot. A lookup compares
-    # the values now with it (`solvers.dependencies`); where they differ, the operator starts a memo
-    # of its own. W, Wᵀ and operators rebuilt on equal tensors share one memo, so the snapshot is of
-    # the tensors of W as first given. A solve looks often: it compares once, when it begins, and
-    # its lookups trust that nobody writes to W meanwhile (`settled`).
+    # What the memo keeps belongs to values of W and Λ, of which it has a snapshot. A lookup
+    # compares the values now with it (`solvers.dependencies`); where they differ, the operator
+    # starts a memo of its own. W, Wᵀ and operators rebuilt on equal tensors share one memo, so the
+    # snapshot is of the tensors of W as first given. A solve looks often: it compares once, when it
+    # begins, and its lookups trust that nobody writes to W meanwhile (`settled`).
     def __post_init__(self) -> None:
         """Give the operator a memo and an orientation, unless its class has fields for them."""
         for name, value in (("_memo", {}), ("transposed", False)):
@@ -157,8 +157,7 @@ class LinearOperator(ABC):
             yield
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has its own memory and no graph.
-        return {**{k: _without_graph(v) for k, v in self.__dict__.items()}, "_memo": {}}
+        return {**super().__getstate__(), "_memo": {}}
 
     @property
     @abstractmethod
@@ -321,13 +320,6 @@ def _trusting(memos: dict[int, dict[Hashable, Any]]) -> Iterator[None]:
         yield
     finally:
         _trusted.memos = before
-
-
-def _without_graph(value: Any) -> Any:
-    """Return tensors that can be copied: torch copies and sends none with a graph."""
-    if isinstance(value, dict):
-        return {key: _without_graph(v) for key, v in value.items()}
-    return value.detach() if isinstance(value, Tensor) and not value.is_leaf else value
 
 
 def check_metric(metric: Tensor, n: int, like: Tensor) -> None:

@@ -24,13 +24,14 @@ from lben.weights import (
     converted,
     digest,
 )
+from solvers.dependencies import Sendable
 
 _LARGEST = 2**28
 """Entries of a matrix that `dense` writes out."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ConvolutionalWeights:
+class ConvolutionalWeights(Sendable):
     """Weights of z = σ(W∗z + U∗x + b), y = C∗z + D∗x + b_y with n, p and q channels and stride 1.
 
     (U∗x)[i, s] = Σ U[i, j, t] x[j, s + t − a], summed over channels j and offsets t; the anchor a
@@ -185,7 +186,7 @@ class ConvolutionalWeights:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PooledWeights:
+class PooledWeights(Sendable):
     """Weights of z = σ(W∗z + A⟨C, z⟩ + U∗x + b), y = ⟨C, z⟩ + b_y: images in, q numbers out.
 
     ⟨C, z⟩ are the q inner products of C with z, over all channels and pixels. What the bound of y

@@ -14,9 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from solvers.dependencies import Sendable
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ExplicitWeights:
+class ExplicitWeights(Sendable):
     """Weights of z = σ(Wz + Ux + b), y = Cz + Dx + b_y with n units, p inputs and q outputs.
 
     Args:

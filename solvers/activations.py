@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from solvers.dependencies import Sendable
+
 Step = float | Tensor
 """A positive step size: one number, or one per unit (shape (n,))."""
 
@@ -265,7 +267,7 @@ class Softplus(ProximalActivation):
 
 
 @dataclass(frozen=True, eq=False)
-class LinearSlope(ProximalActivation):
+class LinearSlope(Sendable, ProximalActivation):
     """σ(v) = d ⊙ v with slopes d in [0, 1]: the "activation" of every adjoint problem.
 
     prox(x, α) = d x / (d + α(1 − d)), written without dividing by d, so dropped units (d = 0)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from solvers.precision import full, outside_autocast
+from solvers.precision import full, leave_autocast
 
 # Note [Values decide]
 # A version counter misses fused optimizers, writes through `.data`, through numpy's or another
@@ -55,7 +55,7 @@ def nothing_may_be_kept() -> bool:
 @contextlib.contextmanager
 def undisturbed(device: str) -> Iterator[None]:
     """Leave grad and inference mode, autocast, shortened products: what is kept outlives them."""
-    with torch.inference_mode(False), torch.no_grad(), outside_autocast(device), full():
+    with torch.inference_mode(False), torch.no_grad(), leave_autocast(device), full():
         yield
 
 
@@ -173,3 +173,19 @@ class _Same:
 
     def __hash__(self) -> int:
         return id(self.value)
+
+
+class Sendable:
+    """Something that can be copied, pickled and sent to other processes: copies have no graph.
+
+    torch copies and sends no tensor that belongs to a graph.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: _without_graph(value) for name, value in self.__dict__.items()}
+
+
+def _without_graph(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_graph(v) for key, v in value.items()}
+    return value.detach() if isinstance(value, Tensor) and not value.is_leaf else value

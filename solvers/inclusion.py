@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from solvers.activations import LinearSlope, ProximalActivation, check_activation
+from solvers.dependencies import Sendable
 from solvers.operators import Constants, LinearOperator
 from solvers.operators.base import check_tensors
 
@@ -18,7 +19,7 @@ class NonFiniteError(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class Inclusion:
+class Inclusion(Sendable):
     """The fixed-point problem z = σ(Wz + v), that is 0 ∈ (I − W)z − v + ∂f(z) with σ = prox_f.
 
     Args:

@@ -63,9 +63,14 @@ def lowered(device: str) -> bool:
     return any(getattr(kind, "fp32_precision", "none") not in FULL for kind in kinds)
 
 
-def outside_autocast(device: str) -> AbstractContextManager[None]:
+def in_autocast(device: str) -> bool:
+    """Say whether autocast is on for a type of device; it is not on one that has none (meta)."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def leave_autocast(device: str) -> AbstractContextManager[None]:
     """Leave autocast, which would round products to a precision in which no tolerance is met."""
-    if torch.is_autocast_enabled(device):
+    if in_autocast(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 
@@ -74,10 +79,10 @@ def full_precision(like: Tensor) -> AbstractContextManager[None]:
     """Leave autocast and shortened products of such numbers: no tolerance is met in them."""
     device = like.device.type
     shortened = like.dtype == torch.float32 and lowered(device)
-    return _full(device) if shortened else outside_autocast(device)
+    return _full(device) if shortened else leave_autocast(device)
 
 
 @contextmanager
 def _full(device: str) -> Iterator[None]:
-    with outside_autocast(device), full():
+    with leave_autocast(device), full():
         yield

@@ -9,11 +9,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from solvers.dependencies import Sendable
 
 OnFailure = Literal["warn", "raise"]
 Loop = Literal["torch", "compiled", "device"]
@@ -80,7 +82,7 @@ class Stats:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solution:
+class Solution(Sendable):
     """State returned by a solve, with the evidence for it.
 
     Attributes:
@@ -103,10 +105,6 @@ class Solution:
     likely_causes: Callable[[], str] = field(repr=False)
     _error_bound: Callable[[], Tensor] = field(repr=False)
     _method: str = field(repr=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # torch copies no tensor with a graph, and sends none to another process.
-        return {**self.__dict__, "value": self.value.detach()}
 
     @property
     def method(self) -> str:

@@ -15,11 +15,12 @@ from torch.nn import functional
 
 from lben import precision
 from lben.layers.growth import Growth, norms_up
+from lben.layers.lasting import Lasting, make_lasting
 from lben.layers.roundoff import Signal
 from lben.parameterizations.multipliers import power_of_two
 
 
-class Companion(nn.Module):
+class Companion(Lasting):
     """A 1-Lipschitz map without certificate.
 
     Args of `rounding_growth`: the shape of one sample, and the dtype in which the map runs.
@@ -259,6 +260,7 @@ class Householder(Companion):
             raise ValueError(f"channels must be even and positive, got {channels}")
         start = torch.full((channels // 2,), math.pi / 2, device=device, dtype=dtype)
         self.theta = nn.Parameter(start)
+        make_lasting(self)
 
     def forward(self, x: Float[Tensor, "batch c *grid"]) -> Float[Tensor, "batch c *grid"]:
         """Return the reflected channels."""

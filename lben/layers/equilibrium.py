@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lben import precision
 from lben.certificates import Certificate, certify, sensitivity
 from lben.certified import Certified
+from lben.layers.autocast import outside_autocast
 from lben.layers.growth import absolute_norm, norms_up
 from lben.layers.kept import KeepingLayer
 from lben.layers.roundoff import not_nan, underflow
@@ -42,7 +43,7 @@ from solvers.dependencies import nothing_may_be_kept
 from solvers.gradient import check_gradient
 from solvers.method import check_method
 from solvers.operators.base import check_tensors
-from solvers.precision import outside_autocast
+from solvers.precision import in_autocast, leave_autocast
 from solvers.solution import OnFailure, check_options
 
 
@@ -147,6 +148,8 @@ class EquilibriumLayer(KeepingLayer, ABC):
             SolveError: if a solve misses its tolerance and on_failure is "raise".
         """
         x = self._taken(x)
+        if torch.is_grad_enabled() and in_autocast(x.device.type) and self._may_keep():
+            return outside_autocast(self, x)
         with self._outside_autocast(), precision.full():
             weights = self.weights()
             return self._readout(weights, x, self._solve(weights, x, None).value)
@@ -375,11 +378,11 @@ class EquilibriumLayer(KeepingLayer, ABC):
         return operator.rebuild(self._operator_tensors(weights))
 
     def _outside_autocast(self) -> AbstractContextManager[None]:
-        return outside_autocast(self._reference().device.type)
+        return leave_autocast(self._reference().device.type)
 
     def _taken(self, x: Tensor) -> Tensor:
         """Return x, under autocast from its type to that of the parameters."""
-        if x.dtype in _HALF and torch.is_autocast_enabled(x.device.type):
+        if x.dtype in _HALF and in_autocast(x.device.type):
             return x.to(self._reference().dtype)
         return x
 

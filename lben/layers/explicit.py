@@ -34,6 +34,7 @@ from lben.parameterizations import (
 from lben.weights import ExplicitWeights
 from solvers import ProximalActivation, ReLU, fused
 from solvers.dependencies import nothing_may_be_kept, read
+from solvers.precision import in_autocast, leave_autocast
 
 
 class ExplicitLayer(KeepingLayer, Owner, ABC):
@@ -41,8 +42,8 @@ class ExplicitLayer(KeepingLayer, Owner, ABC):
 
     In eval mode a call is the layer's products and one pointwise pass. In training T is computed
     for the first forward pass after a step of the optimizer and kept with its graph, so that
-    gradient accumulation pays for it once; a gradient that is differentiated again computes it
-    anew. Under `torch.compile` nothing is kept and T is part of the compiled graph.
+    gradient accumulation pays for it once; a gradient to be differentiated again computes it anew.
+    Under `torch.compile` and in traces they are one operator that no compiler looks into.
 
     float32 runs in float32, whatever torch allows its products to be rounded to (TF32 convolutions
     are torch's default on CUDA); a compiled graph obeys the settings of torch.backends, which have
@@ -92,7 +93,7 @@ class ExplicitLayer(KeepingLayer, Owner, ABC):
             batch = x.shape[:-3]
             y = self(x.reshape(math.prod(batch), *x.shape[-3:]))
             return y.reshape(*batch, *y.shape[1:])
-        with torch.autocast(x.device.type, enabled=False):
+        with leave_autocast(x.device.type):
             if graph_is_made():
                 return self.evaluate(x, run, tuple(self.in_graph(run)))
             with precision.full():
@@ -107,7 +108,7 @@ class ExplicitLayer(KeepingLayer, Owner, ABC):
             )
         if x.device != reference.device:
             raise ValueError(f"x is on {x.device}, the layer on {reference.device}")
-        if torch.is_autocast_enabled(x.device.type):
+        if in_autocast(x.device.type):
             run = torch.get_autocast_dtype(x.device.type)
             if run != torch.bfloat16:
                 raise ValueError(f"autocast to {run} overflows in T⁻¹: use bfloat16")

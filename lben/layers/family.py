@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.nn.utils import parametrizations
+import torch
 from torch.nn.utils.parametrize import register_parametrization
 
 from lben.layers.explicit import ContractionLayer, ResidualLayer, SandwichLayer
@@ -19,6 +19,7 @@ from lben.parameterizations import (
     SandwichParameterization,
     Spectral,
 )
+from lben.parameterizations.orthogonal import register_orthogonal
 from solvers import ProximalActivation
 
 
@@ -43,8 +44,10 @@ class SLLLinear(ResidualLayer):
         *,
         squarings: int = 0,
         activation: ProximalActivation | None = None,
-        **factory: Any,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        factory = _factory(device, dtype)
         rule = Gershgorin(hidden_features, squarings=squarings, **factory)
         super().__init__(
             ResidualParameterization((hidden_features, features), rule, **factory),
@@ -74,8 +77,10 @@ class CPLLinear(ResidualLayer):
         *,
         squarings: int = 5,
         activation: ProximalActivation | None = None,
-        **factory: Any,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        factory = _factory(device, dtype)
         super().__init__(
             ResidualParameterization((hidden_features, features), Spectral(squarings), **factory),
             Dense(),
@@ -97,8 +102,15 @@ class AOLLinear(ContractionLayer):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, learn_q: bool = False, **factory: Any
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        learn_q: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        factory = _factory(device, dtype)
         rule = Gershgorin(in_features, learn_q=learn_q, **factory)
         super().__init__(_contraction((out_features, in_features), rule, factory), Dense())
 
@@ -117,8 +129,15 @@ class SpectralLinear(ContractionLayer):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, squarings: int = 5, **factory: Any
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        squarings: int = 5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        factory = _factory(device, dtype)
         rule = Spectral(squarings)
         super().__init__(_contraction((out_features, in_features), rule, factory), Dense())
 
@@ -142,10 +161,12 @@ class OrthogonalLinear(ContractionLayer):
         out_features: int,
         *,
         orthogonal_map: str = "cayley",
-        **factory: Any,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        factory = _factory(device, dtype)
         parameterization = _contraction((out_features, in_features), Orthonormal(), factory)
-        parametrizations.orthogonal(parameterization, "V", orthogonal_map=orthogonal_map)
+        register_orthogonal(parameterization, "V", orthogonal_map)
         super().__init__(parameterization, Dense())
 
 
@@ -170,8 +191,10 @@ class SandwichLinear(SandwichLayer):
         *,
         hidden_features: int | None = None,
         activation: ProximalActivation | None = None,
-        **factory: Any,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        factory = _factory(device, dtype)
         n = out_features if hidden_features is None else hidden_features
         parameterization = SandwichParameterization(
             (n, out_features + in_features), out_features, Orthonormal(), **factory
@@ -211,8 +234,10 @@ class SLLConv2d(ResidualLayer):
         circular: bool = False,
         squarings: int = 0,
         activation: ProximalActivation | None = None,
-        **factory: Any,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        factory = _factory(device, dtype)
         rule = Gershgorin(hidden_channels, squarings=squarings, **factory)
         shape = (hidden_channels, channels, kernel_size, kernel_size)
         super().__init__(
@@ -238,8 +263,10 @@ class CPLConv2d(ResidualLayer):
         circular: bool = False,
         squarings: int = 3,
         activation: ProximalActivation | None = None,
-        **factory: Any,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        factory = _factory(device, dtype)
         shape = (hidden_channels, channels, kernel_size, kernel_size)
         super().__init__(
             ResidualParameterization(shape, Spectral(squarings), **factory),
@@ -277,8 +304,10 @@ class AOLConv2d(ContractionLayer):
         circular: bool = False,
         stride: int = 1,
         learn_q: bool = False,
-        **factory: Any,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        factory = _factory(device, dtype)
         rule = Gershgorin(in_channels, learn_q=learn_q, **factory)
         shape = (out_channels, in_channels, kernel_size, kernel_size)
         super().__init__(
@@ -302,8 +331,10 @@ class SpectralConv2d(ContractionLayer):
         circular: bool = False,
         stride: int = 1,
         squarings: int = 3,
-        **factory: Any,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        factory = _factory(device, dtype)
         shape = (out_channels, in_channels, kernel_size, kernel_size)
         super().__init__(
             _contraction(shape, Spectral(squarings), factory),
@@ -340,8 +371,10 @@ class SandwichConv2d(SandwichLayer):
         circular: bool = False,
         squarings: int = 0,
         activation: ProximalActivation | None = None,
-        **factory: Any,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        factory = _factory(device, dtype)
         n = out_channels if hidden_channels is None else hidden_channels
         shape = (n, out_channels + in_channels, kernel_size, kernel_size)
         rule = Gershgorin(n, squarings=squarings, **factory)
@@ -350,6 +383,10 @@ class SandwichConv2d(SandwichLayer):
             _convolution(kernel_size, padding, circular),
             activation,
         )
+
+
+def _factory(device: torch.device | str | None, dtype: torch.dtype | None) -> dict[str, Any]:
+    return {"device": device, "dtype": dtype}
 
 
 def _convolution(

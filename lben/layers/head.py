@@ -10,18 +10,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import parametrizations
 
 from lben import precision
 from lben.certificates import Certificate, certify
 from lben.layers.growth import Growth, absolute_norm, norm_up, norms_up
+from lben.layers.lasting import Lasting, make_lasting
 from lben.layers.opaque import Owner, check_kind, graph_is_made
 from lben.layers.roundoff import Signal
+from lben.parameterizations.orthogonal import register_orthogonal
+from lben.parameterizations.parametrized import PicklableParametrized
 from lben.rigorous import Enclosure, norm_bound, sum_up, up
 from lben.weights import ExplicitWeights
+from solvers.precision import in_autocast, leave_autocast
 
 
-class NormalizedLinear(Owner):
+class NormalizedLinear(Lasting, PicklableParametrized, Owner):
     """y = Qx + b whose rows have norm 1: `rows` scales each, `orthonormal` makes Q orthogonal.
 
     Logits i and j differ by (qᵢ − qⱼ)ᵀx, so `pair_bounds` holds ‖qᵢ − qⱼ‖₂: at most 2 for
@@ -60,7 +63,8 @@ class NormalizedLinear(Owner):
         linear = nn.Linear(in_features, out_features, device=device, dtype=dtype)
         self.bias, self.weight = linear.bias, linear.weight
         if kind == "orthonormal":
-            parametrizations.orthogonal(self, "weight", orthogonal_map="cayley")
+            register_orthogonal(self, "weight", "cayley")
+        make_lasting(self)
         self.enter()
 
     def matrix(self) -> Float[Tensor, "q p"]:
@@ -78,9 +82,9 @@ class NormalizedLinear(Owner):
         own = self.bias.dtype
         if own not in (torch.float32, torch.float64):
             raise ValueError(f"parameters must be float32 or float64, got {own}")
-        if x.dtype != own and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != own and not in_autocast(x.device.type):
             raise ValueError(f"x is {x.dtype}, the layer is {own}: convert one of them")
-        with torch.autocast(x.device.type, enabled=False):
+        with leave_autocast(x.device.type):
             if graph_is_made():
                 return functional.linear(x.to(own), *self.in_graph(own))
             with precision.full():

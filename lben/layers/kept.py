@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lben.layers.lasting import Lasting, make_lasting
 from solvers.dependencies import Snapshot, nothing_may_be_kept, read, undisturbed
 from solvers.precision import full_precision
 
@@ -166,7 +167,7 @@ def twin(module: nn.Module, parameters: Mapping[str, Tensor]) -> Any:
     return copied(module)
 
 
-class KeepingLayer(nn.Module):
+class KeepingLayer(Lasting):
     """A layer that computes its weights once per change of what they depend on.
 
     Args:
@@ -176,6 +177,7 @@ class KeepingLayer(nn.Module):
     def __init__(self, parameterization: nn.Module) -> None:
         super().__init__()
         self.parameterization: Any = parameterization
+        make_lasting(self)
         self._kept: Kept | None = None
 
     def _may_keep(self) -> bool:
@@ -186,12 +188,9 @@ class KeepingLayer(nn.Module):
         return not (getattr(self, "_is_replica", False) or nothing_may_be_kept())
 
     def _is_tracked(self) -> bool:
-        """Say whether the weights get a gradient now.
-
-        Tensors made in inference mode get none.
-        """
+        """Say whether the weights get a gradient now."""
         return torch.is_grad_enabled() and any(
-            t.requires_grad and not t.is_inference() for t in read(self.parameterization)[0]
+            t.requires_grad for t in read(self.parameterization)[0]
         )
 
     def _record(self) -> Kept:

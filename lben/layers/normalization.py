@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from lben import precision
 from lben.layers.growth import Growth, add_up, norm_up, norms_up, times_up
+from lben.layers.lasting import Lasting, make_lasting
 from lben.layers.roundoff import Signal
 from lben.rigorous import up
 
 
-class Normalize(nn.Module):
+class Normalize(Lasting):
     """x ↦ (x − mean) / std per channel, as part of the model and of its bound.
 
     Args:
@@ -33,8 +35,37 @@ class Normalize(nn.Module):
         super().__init__()
         if len(mean) != len(std) or not all(0 < s < math.inf for s in std):
             raise ValueError(f"need one mean and one positive std per channel, got {mean}, {std}")
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        self._settings = {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
+        for name, values in self._settings.items():
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+        make_lasting(self)
+
+    # Note [Settings that move with the model]
+    # mean and std belong to the configuration and not to the state, so no checkpoint brings them
+    # back. A move that leaves memory without its values (`to_empty`) is given them again: those of
+    # before, or those of the configuration where there were none (the meta device).
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Normalize:
+        before = {name: getattr(self, name) for name in self._settings}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if not new.is_meta and new is not old:
+                with torch.inference_mode(False), torch.no_grad():
+                    new.copy_(self._configured(name) if old.is_meta else old)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], *options: Any) -> None:
+        super()._load_from_state_dict(state_dict, *options)
+        # Loaded by assignment, parameters leave the meta device without a move.
+        for name in self._settings:
+            if getattr(self, name).is_meta:
+                device = next((t.device for t in state_dict.values()), None)
+                with torch.inference_mode(False):
+                    value = self._configured(name).to(device, getattr(self, name).dtype)
+                setattr(self, name, value)
+
+    def _configured(self, name: str) -> Tensor:
+        return torch.tensor(self._settings[name], device="cpu")[:, None, None]
 
     @property
     def gain(self) -> float:

@@ -20,6 +20,7 @@ from lben.layers.sequential import rounded
 from lben.models.fingerprint import fingerprint
 from lben.parameterizations import FixedWeights
 from lben.radii import certified_radius
+from solvers.precision import in_autocast
 
 Promise = Literal["running", "exact", "textbook"]
 """What a certified radius promises.
@@ -214,7 +215,7 @@ class Classifier(nn.Module, ABC):
     def prepared(self, x: Float[Tensor, "batch channels height width"]) -> Tensor:
         """Return the normalised images of a model whose rounding is bounded, or raise."""
         dtype = self.dtype
-        if dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
+        if dtype not in (torch.float32, torch.float64) or in_autocast(x.device.type):
             raise ValueError(
                 f"rounding is bounded in float32 and float64 without autocast, the model is {dtype}"
             )

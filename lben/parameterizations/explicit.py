@@ -7,9 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lben.convolutional import ConvolutionalWeights
+from lben.parameterizations.parametrized import PicklableParametrized
 from lben.weights import ExplicitWeights
 
 # Note [Room for the proof]
@@ -21,7 +22,7 @@ UNIT_BOUND = 1.0 + 1e-6
 ROOM = 2.0**-19
 
 
-class ExplicitParameterization(nn.Module, ABC):
+class ExplicitParameterization(PicklableParametrized, ABC):
     """Free tensors of a layer that is 1-Lipschitz for each of their values.
 
     Args:

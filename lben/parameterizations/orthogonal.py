@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from lben.convolutional import ConvolutionalWeights
 from lben.parameterizations.explicit import ROOM, UNIT_BOUND, ExplicitParameterization
@@ -23,6 +26,18 @@ def cayley(V: Tensor) -> Tensor:
     S = A - A.mH + B.mH @ B
     inverse = torch.linalg.inv(identity + S)
     return torch.cat([(identity - S) @ inverse, -2 * B @ inverse], dim=-2)
+
+
+def register_orthogonal(module: nn.Module, name: str, orthogonal_map: str) -> None:
+    """Register torch's orthogonal parametrization of a weight, on the meta device too.
+
+    There torch cannot draw the matrix that it starts from, and leaves it out of the state.
+    """
+    weight = getattr(module, name)
+    parametrizations.orthogonal(module, name, orthogonal_map=orthogonal_map)
+    parametrization: Any = module.parametrizations[name][0]  # type: ignore[index]
+    if parametrization.base is None:
+        parametrization.base = weight.detach().new_empty([max(weight.shape)] * 2)
 
 
 class CayleyRows(nn.Module):

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from solvers.activations import Step
-from solvers.dependencies import Snapshot, nothing_may_be_kept, undisturbed
+from solvers.dependencies import Sendable, Snapshot, nothing_may_be_kept, undisturbed
 
 T_ = TypeVar("T_")
 
@@ -75,7 +75,7 @@ class Resolvent(ABC):
         """Return 2R − I."""
 
 
-class LinearOperator(ABC):
+class LinearOperator(Sendable, ABC):
     """A linear map W on ℝⁿ with the inner product ⟨y, z⟩_Λ = yᵀΛz.
 
     Laws, each tested: ⟨Wz, y⟩ = ⟨z, Wᵀy⟩; resolvent(α) inverts I + diag(α)(I − W);
@@ -159,8 +159,7 @@ class LinearOperator(ABC):
             yield
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has its own memory and no graph.
-        return {**{k: _without_graph(v) for k, v in self.__dict__.items()}, "_memo": {}}
+        return {**super().__getstate__(), "_memo": {}}
 
     @property
     @abstractmethod
@@ -401,13 +400,6 @@ def _trusting(memos: dict[int, dict[Hashable, Any]]) -> Iterator[None]:
         yield
     finally:
         _trusted.memos = before
-
-
-def _without_graph(value: Any) -> Any:
-    """Return tensors that can be copied: torch copies and sends none with a graph."""
-    if isinstance(value, dict):
-        return {key: _without_graph(v) for key, v in value.items()}
-    return value.detach() if isinstance(value, Tensor) and not value.is_leaf else value
 
 
 def check_metric(metric: Tensor, n: int, like: Tensor) -> None:

@@ -1,0 +1,52 @@
+"""How does a layer leave autocast in both directions?
+
+A backward pass that is begun within autocast runs its products in autocast's type, also those of
+operations that ran outside of it. So the graph of such a layer is kept apart, and pulled back in
+full precision.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lben.layers.kept import twin
+from solvers.precision import leave_autocast
+
+
+def outside_autocast(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return the layer's output, computed and differentiated in the precision of its parameters."""
+    return _Outside.apply(layer, x, *layer.parameters())  # type: ignore[no-untyped-call]
+
+
+class _Outside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Module, *tensors: Tensor) -> Tensor:
+        ctx.layer, ctx.leaves = layer, [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+        ctx.save_for_backward(*tensors)
+        with torch.enable_grad():
+            ctx.y = _output(layer, ctx.leaves)
+        return ctx.y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        again = torch.is_grad_enabled()  # create_graph: from the tensors themselves
+        tensors = ctx.saved_tensors if again else ctx.leaves
+        wanted = [t for t in tensors if t.requires_grad]
+        with leave_autocast(g.device.type):
+            y = _output(ctx.layer, tensors) if again else ctx.y
+            found = iter(
+                torch.autograd.grad(
+                    y, wanted, g, retain_graph=True, create_graph=again, allow_unused=True
+                )
+            )
+        return None, *(next(found) if t.requires_grad else None for t in tensors)
+
+
+def _output(layer: nn.Module, tensors: tuple[Tensor, ...]) -> Tensor:
+    x, *parameters = tensors
+    names = (name for name, _ in layer.named_parameters())
+    with leave_autocast(x.device.type):
+        return twin(layer, dict(zip(names, parameters, strict=True)))(x)

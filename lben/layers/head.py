@@ -96,7 +96,8 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
 
     def blank(self, like: Tensor) -> list[Tensor]:
         """Return tensors shaped as Q and b, without numbers."""
-        return [like.new_empty(self.out_features, self.in_features), torch.empty_like(self.bias)]
+        q, p = self.out_features, self.in_features
+        return [like.new_empty(q, p), like.new_empty(q)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # torch's own for modules with a parametrization passes __setstate__ by.

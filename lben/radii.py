@@ -69,7 +69,7 @@ def certified_radius(
     # Note [Radii at every magnitude]: an eighth of all cannot overflow, and what underflows is
     # below 2⁻¹⁰²², a few of which are taken off. The subtractions and the quotient round by under
     # 8u of the largest number each, with u = 2⁻⁵² in any rounding mode.
-    y, error = y / 8, ROOT2 * error / 8 * (1 + 2.0**-48) + TINY
+    y, error = y / 8, ROOT2 * error / 8 * (1 + 2.0**-48)
     margin = y.gather(1, index[:, None]) - y - error
     slack = 2.0**-48 * (y.abs().amax(1, keepdim=True) + error) + 16 * TINY
     radius = (margin - slack) / pairs[index].clamp_min(TINY) * (1 - 2.0**-48)

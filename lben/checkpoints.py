@@ -36,7 +36,7 @@ from lben.models import (
 from lben.optimization import EMA
 from lben.records import decode, encode, to_json
 
-FORMAT = 1
+FORMAT = 2
 CONFIG, MODEL, CERTIFICATE = "config.json", "model.safetensors", "certificate.json"
 TRAINING, METRICS = "training.safetensors", "metrics.jsonl"
 MODELS: dict[str, type[ClassifierConfig]] = {  # what config.json calls them

@@ -4,8 +4,8 @@
 
 - soundness: random and attacked pairs over random and trained networks of every kind, in float32
   and float64, against the certificate of the weights that run (`--quick`: a tenth of the networks);
-- faults that are planted in parameterizations, proofs, radii and solvers (`benchmarks.faults`):
-  every one must be caught, and nothing without one;
+- faults that are planted in parameterizations, proofs, radii and solvers (`benchmarks.faults`), and in
+  what claims cover (`benchmarks.claims`): every one must be caught, and nothing without one;
 - the network as it runs at images x' inside certified radii (`benchmarks.running`), and what that
   promise costs in certified points at tolerances 1e-4, 1e-6 and 1e-8;
 - radii at images placed next to the boundary of the exact network, at tolerances from 1e-1 to 1e-7
@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import claims
 from benchmarks.common import circumstances, finish, mnist_of, parser, trained, write
 from benchmarks.faults import Bench, faults, honest
 from benchmarks.networks import (
@@ -126,9 +127,9 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
 
 def planted(bench: Bench) -> dict[str, Any]:
     """Plant every fault, and look first that nothing is caught without one."""
-    without = honest(bench)
+    without = honest(bench) | claims.honest()
     print(f"without a fault: {without}")
-    caught = {name: run() for name, run in faults(bench)}
+    caught = {name: run() for name, run in (*faults(bench), *claims.faults())}
     print("\n".join(f"{'caught' if c else 'MISSED'}: {name}" for name, c in caught.items()))
     return {"without": without, "caught": caught}
 

@@ -55,7 +55,7 @@ class CertificationConfig:
 
     radii: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
     largest_radii: tuple[float, ...] = (1 / 255, 2 / 255, 4 / 255, 8 / 255)
-    samples: int = 60
+    samples: int = 40
     tol: float | None = None
     promise: Promise = "running"
     local: bool = True

@@ -4,8 +4,8 @@
 
 - soundness: random and attacked pairs over random and trained networks of every kind, in float32
   and float64, against the certificate of the weights that run (`--quick`: a tenth of the networks);
-- faults that are planted in parameterizations, proofs, radii and solvers (`benchmarks.faults`), and in
-  what claims cover (`benchmarks.claims`): every one must be caught, and nothing without one;
+- faults that are planted in parameterizations, proofs, radii and solvers (`benchmarks.faults`) and
+  in what claims cover (`benchmarks.claims`): every one must be caught, and nothing without one;
 - the network as it runs at images x' inside certified radii (`benchmarks.running`), and what that
   promise costs in certified points at tolerances 1e-4, 1e-6 and 1e-8;
 - radii at images placed next to the boundary of the exact network, at tolerances from 1e-1 to 1e-7

@@ -58,9 +58,15 @@ def full_precision(device: str) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-@contextlib.contextmanager
-def undisturbed(device: str) -> Iterator[None]:
+def undisturbed(device: str) -> contextlib.AbstractContextManager[None]:
     """Leave grad mode, inference mode and autocast: what is computed here outlives all of them."""
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or in_autocast(device):
+        return _undisturbed(device)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _undisturbed(device: str) -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad(), full_precision(device):
         yield
 
@@ -80,8 +86,10 @@ class Snapshot:
     @classmethod
     def of(cls, tensors: Iterable[Tensor], settings: Any = ()) -> Snapshot:
         """Return the snapshot of tensors and settings as they are now."""
-        with torch.inference_mode(False):
-            return cls(tuple(t.detach().clone() for t in tensors), settings)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return cls.of(tensors, settings)
+        return cls(tuple(t.detach().clone() for t in tensors), settings)
 
     def fits(self, tensors: tuple[Tensor, ...], settings: Any = ()) -> bool:
         """Say whether tensors and settings are what they were."""
@@ -108,7 +116,7 @@ def same(a: Tensor, b: Tensor) -> bool:
         return torch.equal(a, b)
     if a.is_cpu and a.is_contiguous() and b.is_contiguous():
         # Five times as fast as torch.equal, which compares number by number.
-        return _memcmp(a.data_ptr(), b.data_ptr(), a.numel() * a.element_size()) == 0
+        return _memcmp(a.data_ptr(), b.data_ptr(), a.nbytes) == 0
     return torch.equal(_bits(a), _bits(b))
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lben import precision
 from lben.certificates import Certificate, certify
-from lben.layers.autocast import outside_autocast
-from lben.layers.kept import KeepingLayer
+from lben.layers.autocast import outside_autocast, taken
+from lben.layers.kept import KeepingLayer, OwnWeights
 from lben.local import Anchors
 from lben.parameterizations import CompleteParameterization, DirectParameterization
 from lben.radii import logit_error
@@ -34,22 +34,6 @@ from solvers import (
 )
 from solvers.dependencies import full_precision, in_autocast, nothing_may_be_kept
 from solvers.solution import OnFailure
-
-_HALF = (torch.float16, torch.bfloat16)
-
-
-class _Own:
-    """Weights that are kept, and whether somebody to whom they were given has written to them."""
-
-    def __init__(self, weights: Any) -> None:
-        self.weights = weights.apply(Tensor.detach)
-        self._versions = self._current()
-
-    def _current(self) -> list[int]:
-        return [t._version for t in self.weights.tensors().values()]
-
-    def is_untouched(self) -> bool:
-        return self._versions == self._current()
 
 
 class EquilibriumLayer(KeepingLayer, ABC):
@@ -105,30 +89,30 @@ class EquilibriumLayer(KeepingLayer, ABC):
                 precision.
             SolveError: if a solve misses its tolerance and on_failure is "raise".
         """
-        x = self._taken(x)
+        x = taken(x, self._reference().dtype)
         if torch.is_grad_enabled() and in_autocast(x.device.type) and self._may_keep():
             return outside_autocast(self, x)
         with self._outside_autocast(), precision.full():
-            weights = self.weights()
+            weights = self._weights()
             return self._readout(weights, x, self._solve(weights, x, None).value)
 
     def readout(self, x: Tensor, z: Float[Tensor, "*batch n"], weights: Any = None) -> Tensor:
         """Return Cz + Dx + b_y, for the weights that run now or for those given."""
-        x = self._taken(x)
+        x = taken(x, self._reference().dtype)
         with self._outside_autocast():
-            return self._readout(self.weights() if weights is None else weights, x, z)
+            return self._readout(self._weights() if weights is None else weights, x, z)
 
     def equilibrium(self, x: Tensor, z0: Float[Tensor, "*batch n"] | None = None) -> Solution:
         """Solve for z, optionally from a warm start, and return it with its evidence."""
-        x = self._taken(x)
+        x = taken(x, self._reference().dtype)
         with self._outside_autocast():
-            return self._solve(self.weights(), x, z0)
+            return self._solve(self._weights(), x, z0)
 
     def inclusion(self, x: Tensor) -> Inclusion:
         """Return the fixed-point problem of x."""
-        x = self._taken(x)
+        x = taken(x, self._reference().dtype)
         with self._outside_autocast():
-            return self._inclusion(self.weights(), x)
+            return self._inclusion(self._weights(), x)
 
     @torch.no_grad()
     def with_error(self, x: Tensor, proof: Certificate) -> tuple[Tensor, Tensor, int]:
@@ -145,14 +129,14 @@ class EquilibriumLayer(KeepingLayer, ABC):
         Raises:
             CertificateError: if the proof is for other weights.
         """
-        x = self._taken(x)
+        x = taken(x, self._reference().dtype)
         with self._outside_autocast():
             solution, y, error = self._evaluated(x, proof)
         return y, error, solution.stats.max_steps
 
     def _evaluated(self, x: Tensor, proof: Certificate) -> tuple[Solution, Tensor, Tensor]:
         """Return the state with its evidence, y, and the bound of `with_error`."""
-        weights = self.weights()
+        weights = self._weights()
         proof.check(weights)
         solution = self._solve(weights, x, None)
         with precision.full():
@@ -168,7 +152,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
 
     def _exactly(self, exact: Any, x: Tensor) -> Inclusion:
         """Return the fixed-point problem in float64, for the same weights in float64."""
-        operator = self._operator(self.weights()).to(torch.float64)
+        operator = self._operator(self._weights()).to(torch.float64)
         return Inclusion(operator, self._bias(exact, x.double()), self._sigma)
 
     def certificate(self) -> Certificate:
@@ -178,7 +162,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
             CertificateError: if the proof fails.
         """
         with torch.no_grad(), self._outside_autocast():
-            return self._prove(self.weights())
+            return self._prove(self._weights())
 
     def weights(self) -> Any:
         """Return the explicit weights, also under autocast in the precision of the parameters.
@@ -189,17 +173,20 @@ class EquilibriumLayer(KeepingLayer, ABC):
         Raises:
             ValueError: for parameters in half precision.
         """
+        with self._outside_autocast():
+            return self._weights()
+
+    def _weights(self) -> Any:
         own = self._reference().dtype
         if own not in (torch.float32, torch.float64):
             raise ValueError(
                 f"an equilibrium is solved for and proved in float32 or float64, the parameters "
                 f"are {own}: convert the layer, for example by layer.float()"
             )
-        with self._outside_autocast():
-            if not self._may_keep() or self._is_tracked():
-                return self.parameterization()
-            kept = self._record()
-            return kept.get("weights", lambda: _Own(kept.twin()), _Own.is_untouched).weights
+        if self._is_tracked() or not self._may_keep():
+            return self.parameterization()
+        kept = self._record()
+        return kept.get("weights", lambda: OwnWeights(kept.twin()), OwnWeights.is_untouched).weights
 
     @abstractmethod
     def _bias(self, weights: Any, x: Tensor) -> Float[Tensor, "*batch n"]:
@@ -264,12 +251,6 @@ class EquilibriumLayer(KeepingLayer, ABC):
 
     def _outside_autocast(self) -> AbstractContextManager[None]:
         return full_precision(self._reference().device.type)
-
-    def _taken(self, x: Tensor) -> Tensor:
-        """Return x, under autocast from its type to that of the parameters."""
-        if x.dtype in _HALF and in_autocast(x.device.type):
-            return x.to(self._reference().dtype)
-        return x
 
     def _check_input(self, x: Tensor) -> None:
         self._check_shape(x)
@@ -346,13 +327,13 @@ class DenseEquilibriumLayer(EquilibriumLayer):
         Raises:
             CertificateError: if the proof is for other weights.
         """
-        x = self._taken(x)
+        x = taken(x, self._reference().dtype)
         with self._outside_autocast():
             return self._anchors(x, proof)
 
     def _anchors(self, x: Tensor, proof: Certificate) -> Anchors:
         solution, logits, logit_error = self._evaluated(x, proof)
-        w = self.weights().apply(Tensor.double)
+        w = self._weights().apply(Tensor.double)
         problem, z = self._exactly(w, x), solution.value.double()
         x = x.double()
         bias_error, _ = self._rounding(w, x, z)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from solvers.precision import full, leave_autocast
+from solvers.precision import full, in_autocast, leave_autocast, lowered
 
 # Note [Values decide]
 # A version counter misses fused optimizers, writes through `.data`, through numpy's or another
@@ -52,9 +52,16 @@ def nothing_may_be_kept() -> bool:
     )
 
 
-@contextlib.contextmanager
-def undisturbed(device: str) -> Iterator[None]:
+def undisturbed(device: str) -> contextlib.AbstractContextManager[None]:
     """Leave grad and inference mode, autocast, shortened products: what is kept outlives them."""
+    disturbed = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
+    if disturbed or in_autocast(device) or lowered(device):
+        return _undisturbed(device)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _undisturbed(device: str) -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad(), leave_autocast(device), full():
         yield
 
@@ -74,8 +81,10 @@ class Snapshot:
     @classmethod
     def of(cls, tensors: Iterable[Tensor], settings: Any = ()) -> Snapshot:
         """Return the snapshot of tensors and settings as they are now."""
-        with torch.inference_mode(False):
-            return cls(tuple(t.detach().clone() for t in tensors), settings)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return cls.of(tensors, settings)
+        return cls(tuple(t.detach().clone() for t in tensors), settings)
 
     def fits(self, tensors: tuple[Tensor, ...], settings: Any = ()) -> bool:
         """Say whether tensors and settings are what they were."""
@@ -102,7 +111,7 @@ def same(a: Tensor, b: Tensor) -> bool:
         return torch.equal(a, b)
     if a.is_cpu and a.is_contiguous() and b.is_contiguous():
         # Five times as fast as torch.equal, which compares number by number.
-        return _memcmp(a.data_ptr(), b.data_ptr(), a.numel() * a.element_size()) == 0
+        return _memcmp(a.data_ptr(), b.data_ptr(), a.nbytes) == 0
     return torch.equal(_bits(a), _bits(b))
 
 

@@ -11,6 +11,7 @@ its derivative is too: gradients of any order. Winston and Kolter (2020), Theore
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -84,10 +85,11 @@ def equilibrium(
 
 
 def _equilibrium(problem: Inclusion, z0: Tensor | None, options: _Options, name: str) -> Solution:
-    call, tensors = _Call.of(problem, options, name)
-    value, residual, steps = _Equilibrium.apply(  # type: ignore[no-untyped-call]
-        call, z0, *tensors
-    )
+    with problem.operator.settled():
+        call, tensors = _Call.of(problem, options, name)
+        value, residual, steps = _Equilibrium.apply(  # type: ignore[no-untyped-call]
+            call, z0, *tensors
+        )
     found = next((s for s in call.found if not s.converged), call.found[-1])
     if not call.others:
         return dataclasses.replace(found, value=value)
@@ -209,9 +211,13 @@ class _Equilibrium(torch.autograd.Function):
     def _backward(
         ctx: Any, g: Tensor, z: Tensor, bias: Tensor, slope: Tensor, *tensors: Tensor
     ) -> tuple[Tensor | None, ...]:
-        problem = ctx.call.on(z if bias is None else bias, slope, *tensors)
-        operator = problem.operator
-        u = ctx.call.adjoint(operator, g, problem.activation.slope(z))
+        # Outside of a transform saved tensors share their memory with those of the call, so values
+        # that are compared here are compared for all of the backward pass.
+        given = ctx.call.problem.operator
+        with contextlib.nullcontext() if ctx.call.others else given.settled():
+            problem = ctx.call.on(z if bias is None else bias, slope, *tensors)
+            operator = problem.operator
+            u = ctx.call.adjoint(operator, g, problem.activation.slope(z))
         slope_grad = None
         if bias is not None and ctx.needs_input_grad[3]:
             # z = d ⊙ (Wz + v): ∂ℓ/∂d = (Wᵀu + g) ⊙ (Wz + v)
@@ -224,8 +230,8 @@ class _Equilibrium(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(
-            "an equilibrium has no forward-mode derivatives here: take reverse mode "
-            "(torch.func.vjp or jacrev, and jacrev of jacrev for a Hessian)"
+            "an equilibrium has no forward-mode derivatives (jvp, jacfwd, hessian): take reverse "
+            "mode, torch.func.vjp or jacrev, and jacrev of jacrev for a Hessian"
         )
 
     @staticmethod

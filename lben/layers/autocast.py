@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lben.layers.kept import twin
-from solvers.precision import leave_autocast
+from solvers.precision import in_autocast, leave_autocast
+
+
+def taken(x: Tensor, own: torch.dtype) -> Tensor:
+    """Return x, under autocast from a type that autocast has given it to the layer's own."""
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return x.to(own) if half and in_autocast(x.device.type) else x
 
 
 def outside_autocast(layer: nn.Module, x: Tensor) -> Tensor:

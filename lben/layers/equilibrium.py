@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from lben import precision
 from lben.certificates import Certificate, certify, sensitivity
 from lben.certified import Certified
-from lben.layers.autocast import outside_autocast
+from lben.layers.autocast import outside_autocast, taken
 from lben.layers.growth import absolute_norm, norms_up
-from lben.layers.kept import KeepingLayer
+from lben.layers.kept import KeepingLayer, OwnWeights
 from lben.layers.roundoff import not_nan, underflow
 from lben.layers.uniform import Rates, Running, uniform_error
 from lben.local import Anchors, network_fingerprint
@@ -43,7 +43,7 @@ from solvers.dependencies import nothing_may_be_kept
 from solvers.gradient import check_gradient
 from solvers.method import check_method
 from solvers.operators.base import check_tensors
-from solvers.precision import in_autocast, leave_autocast
+from solvers.precision import full_precision, in_autocast
 from solvers.solution import OnFailure, check_options
 
 
@@ -66,23 +66,6 @@ class _Exactly:
     state_error: Tensor
     bias_error: Tensor
     output_error: Tensor
-
-
-_HALF = (torch.float16, torch.bfloat16)
-
-
-class _Own:
-    """Weights that are kept, and whether somebody to whom they were given has written to them."""
-
-    def __init__(self, weights: Any) -> None:
-        self.weights = weights.apply(Tensor.detach)
-        self._versions = self._current()
-
-    def _current(self) -> list[int]:
-        return [t._version for t in self.weights.tensors().values()]
-
-    def is_untouched(self) -> bool:
-        return self._versions == self._current()
 
 
 class EquilibriumLayer(KeepingLayer, ABC):
@@ -147,30 +130,30 @@ class EquilibriumLayer(KeepingLayer, ABC):
                 precision.
             SolveError: if a solve misses its tolerance and on_failure is "raise".
         """
-        x = self._taken(x)
+        x = taken(x, self._reference().dtype)
         if torch.is_grad_enabled() and in_autocast(x.device.type) and self._may_keep():
             return outside_autocast(self, x)
         with self._outside_autocast(), precision.full():
-            weights = self.weights()
+            weights = self._weights()
             return self._readout(weights, x, self._solve(weights, x, None).value)
 
     def readout(self, x: Tensor, z: Float[Tensor, "*batch n"], weights: Any = None) -> Tensor:
         """Return Cz + Dx + b_y, for the weights that run now or for those given."""
-        x = self._taken(x)
+        x = taken(x, self._reference().dtype)
         with self._outside_autocast():
-            return self._readout(self.weights() if weights is None else weights, x, z)
+            return self._readout(self._weights() if weights is None else weights, x, z)
 
     def equilibrium(self, x: Tensor, z0: Float[Tensor, "*batch n"] | None = None) -> Solution:
         """Solve for z, optionally from a warm start, and return it with its evidence."""
-        x = self._taken(x)
+        x = taken(x, self._reference().dtype)
         with self._outside_autocast():
-            return self._solve(self.weights(), x, z0)
+            return self._solve(self._weights(), x, z0)
 
     def inclusion(self, x: Tensor) -> Inclusion:
         """Return the fixed-point problem of x."""
-        x = self._taken(x)
+        x = taken(x, self._reference().dtype)
         with self._outside_autocast():
-            return self._inclusion(self.weights(), x)
+            return self._inclusion(self._weights(), x)
 
     @torch.no_grad()
     def certified(self, x: Tensor, proof: Certificate) -> Certified:
@@ -188,7 +171,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
         Raises:
             CertificateError: if the proof is for something else.
         """
-        x = self._taken(x)
+        x = taken(x, self._reference().dtype)
         with self._outside_autocast():
             return self._evaluated(x, proof)[1]
 
@@ -202,7 +185,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
 
     def _evaluated(self, x: Tensor, proof: Certificate) -> tuple[_Exactly, Certified]:
         """Return the problem of x in float64 with the state that was found, and what is proved."""
-        weights = self.weights()
+        weights = self._weights()
         self._check_proof(weights, proof)
         solution = self._solve(weights, x, None)
         with precision.full():
@@ -242,7 +225,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
         Raises:
             ValueError: if the rounding of what runs is not bounded.
         """
-        operator, dtype = self._operator(self.weights()), z.dtype
+        operator, dtype = self._operator(self._weights()), z.dtype
         check_rounding(operator)
         unit, terms = torch.finfo(dtype).eps, operator.summands + operator.n + 32
         if not terms * unit < 2.0**-4:
@@ -285,7 +268,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
             CertificateError: if the proof fails.
         """
         with torch.no_grad(), self._outside_autocast():
-            weights = self.weights()
+            weights = self._weights()
             proof = self._prove(weights)
             return replace(proof, sensitivity=sensitivity(weights, proof))
 
@@ -298,17 +281,20 @@ class EquilibriumLayer(KeepingLayer, ABC):
         Raises:
             ValueError: for parameters in half precision.
         """
+        with self._outside_autocast():
+            return self._weights()
+
+    def _weights(self) -> Any:
         own = self._reference().dtype
         if own not in (torch.float32, torch.float64):
             raise ValueError(
                 f"an equilibrium is solved for and proved in float32 or float64, the parameters "
                 f"are {own}: convert the layer, for example by layer.float()"
             )
-        with self._outside_autocast(), precision.full():
-            if not self._may_keep() or self._is_tracked():
-                return self.parameterization()
-            kept = self._record()
-            return kept.get("weights", lambda: _Own(kept.twin()), _Own.is_untouched).weights
+        if self._is_tracked() or not self._may_keep():
+            return self.parameterization()
+        kept = self._record()
+        return kept.get("weights", lambda: OwnWeights(kept.twin()), OwnWeights.is_untouched).weights
 
     @abstractmethod
     def _bias(self, weights: Any, x: Tensor) -> Float[Tensor, "*batch n"]:
@@ -378,13 +364,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
         return operator.rebuild(self._operator_tensors(weights))
 
     def _outside_autocast(self) -> AbstractContextManager[None]:
-        return leave_autocast(self._reference().device.type)
-
-    def _taken(self, x: Tensor) -> Tensor:
-        """Return x, under autocast from its type to that of the parameters."""
-        if x.dtype in _HALF and in_autocast(x.device.type):
-            return x.to(self._reference().dtype)
-        return x
+        return full_precision(self._reference())
 
     def _check_input(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
@@ -476,7 +456,7 @@ class DenseEquilibriumLayer(EquilibriumLayer):
         """
         if x.ndim != 2:
             raise ValueError(f"x must be (batch, p), got {tuple(x.shape)}: pass x.reshape(-1, p)")
-        x = self._taken(x)
+        x = taken(x, self._reference().dtype)
         with self._outside_autocast():
             return self._anchors(x, proof)
 

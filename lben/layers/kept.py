@@ -55,6 +55,21 @@ class Kept:
         return value
 
 
+class OwnWeights:
+    """Weights that are kept, and whether somebody to whom they were given has written to them."""
+
+    def __init__(self, weights: Any) -> None:
+        self.weights = weights.apply(Tensor.detach)
+        self._versions = self._current()
+
+    def _current(self) -> list[int]:
+        return [t._version for t in self.weights.tensors().values()]
+
+    def is_untouched(self) -> bool:
+        """Say whether the tensors are as they were made."""
+        return self._versions == self._current()
+
+
 class Running:
     """The tensors with which a layer runs, with their graph back to copies of the parameters.
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -145,18 +145,15 @@ class LinearOperator(Sendable, ABC):
             found |= part._memos()
         return found
 
-    @contextmanager
-    def settled(self) -> Iterator[None]:
+    def settled(self) -> AbstractContextManager[None]:
         """Compare all values with those that the memo is of; within the block trust the result.
 
         For this operator, those that it is made of, and their transposes, on this thread.
         """
-        if not nothing_may_be_kept():
-            self._settle()
-            with _trusting(self._memos()):
-                yield
-        else:
-            yield
+        if id(self._memo) in _trusted.memos or nothing_may_be_kept():
+            return nullcontext()
+        self._settle()
+        return _Trusting(self._memos())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_memo": {}}
@@ -317,14 +314,15 @@ class LinearOperator(Sendable, ABC):
         Everything is built again after W or Λ have changed, however they were changed. Within a
         function transform, a trace or a capture nothing is kept.
         """
-        memo = self._memo
-        if id(memo) not in _trusted.memos:
+        trusts = id(self._memo) in _trusted.memos
+        if not trusts:
             if nothing_may_be_kept():
                 return build()
             self._settle()
-            memo = self._memo
+        memo = self._memo
         if key not in memo:
-            with _trusting(self._memos()), undisturbed(self.device.type):
+            trusting = nullcontext() if trusts else _Trusting(self._memos())
+            with trusting, undisturbed(self.device.type):
                 value = build()
             # Of several threads that build at once, all return what the first has stored.
             return memo.setdefault(key, value)
@@ -392,14 +390,16 @@ class _Trusted(threading.local):
 _trusted = _Trusted()
 
 
-@contextmanager
-def _trusting(memos: dict[int, dict[Hashable, Any]]) -> Iterator[None]:
-    before = _trusted.memos
-    _trusted.memos = before | memos
-    try:
-        yield
-    finally:
-        _trusted.memos = before
+class _Trusting(AbstractContextManager[None]):
+    def __init__(self, memos: dict[int, dict[Hashable, Any]]) -> None:
+        self.memos = memos
+
+    def __enter__(self) -> None:
+        self.before = _trusted.memos
+        _trusted.memos = self.before | self.memos
+
+    def __exit__(self, *_: object) -> None:
+        _trusted.memos = self.before
 
 
 def check_metric(metric: Tensor, n: int, like: Tensor) -> None:

@@ -5,18 +5,30 @@ from solvers import (
     DenseOperator,
     ForwardBackward,
     Inclusion,
+    JacobianFreeGradient,
     LeakyReLU,
     LinearSlope,
+    NonFiniteError,
     PeacemanRachford,
+    PhantomGradient,
     ReLU,
     Sigmoid,
     Softplus,
+    SolveError,
     SolveWarning,
     Tanh,
+    TruncatedGradient,
     equilibrium,
     solve,
 )
-from tests.problems import random_inclusion
+from tests.problems import (
+    block_triangular_operator,
+    convolution_operator,
+    low_rank_operator,
+    monotone_operator,
+    random_inclusion,
+    updated_convolution_operator,
+)
 
 ACTIVATIONS = [ReLU(), LeakyReLU(0.2), Tanh(), Sigmoid(), Softplus()]
 TIGHT = {"tol": 1e-13, "max_steps": 5000, "on_failure": "raise"}
@@ -166,3 +178,113 @@ def test_dtype_is_kept(dtype):
     z = equilibrium(problem).value
     z.sum().backward()
     assert z.dtype == problem.bias.grad.dtype == dtype
+
+
+OPERATORS = {
+    "dense": lambda: monotone_operator(4),
+    "low rank": lambda: low_rank_operator(5, 2),
+    "convolution": lambda: convolution_operator(2, 3, (3, 4)),
+    "convolution plus low rank": updated_convolution_operator,
+    "block triangular": lambda: block_triangular_operator(monotone=True),
+}
+
+
+def state_of(kind, gradient=None, activation=None):
+    """Return z as a function of v and of the tensors of W, with some of both."""
+    operator = OPERATORS[kind]()
+    options = {"tol": 1e-12, "max_steps": 5000, "on_failure": "raise", "gradient": gradient}
+
+    def z(v, *tensors):
+        W = operator.rebuild(tensors) if tensors else operator
+        return equilibrium(Inclusion(W, v, activation or Tanh()), **options).value
+
+    return z, torch.randn(3, operator.n, dtype=torch.float64), operator.tensors
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_jacobians_by_every_transform(kind):
+    z, v, _ = state_of(kind)
+    expected = torch.stack([torch.autograd.functional.jacobian(z, row) for row in v])
+    near = {"rtol": 1e-8, "atol": 1e-9}
+    func = torch.func
+    torch.testing.assert_close(func.vmap(z)(v), z(v), **near)
+    torch.testing.assert_close(func.vmap(func.jacrev(z))(v), expected, **near)
+    for size in (1, 2):
+        torch.testing.assert_close(func.jacrev(z, chunk_size=size)(v[0]), expected[0], **near)
+    vectorized = torch.autograd.functional.jacobian(z, v[0], vectorize=True)
+    torch.testing.assert_close(vectorized, expected[0], **near)
+    x = v.clone().requires_grad_()
+    cotangents = torch.randn(2, *v.shape, dtype=v.dtype)
+    (batched,) = torch.autograd.grad(z(x), x, cotangents, is_grads_batched=True)
+    torch.testing.assert_close(batched, torch.einsum("mbi,bij->mbj", cotangents, expected), **near)
+    hessian = torch.autograd.functional.hessian(lambda v: z(v).sum(), v[0])
+    found = func.jacrev(func.jacrev(lambda v: z(v).sum()))(v[0])
+    torch.testing.assert_close(found, hessian, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_weights_may_be_mapped(kind):
+    z, v, tensors = state_of(kind)
+    stacked = tuple(torch.stack([t, 0.9 * t]) for t in tensors)
+    members = [z(v, *(t[i] for t in stacked)) for i in (0, 1)]
+    mapped = torch.func.vmap(z, (None, *(0 for _ in tensors)))(v, *stacked)
+    torch.testing.assert_close(mapped, torch.stack(members), rtol=1e-9, atol=1e-10)
+    wrt = tuple(range(1, 1 + len(tensors)))
+    gradient = torch.func.grad(lambda *a: z(*a).square().sum(), argnums=wrt)
+    per_sample = torch.func.vmap(gradient, (0, *(None for _ in tensors)))(v, *tensors)
+    for i, row in enumerate(v):
+        own = tuple(t.detach().clone().requires_grad_() for t in tensors)
+        expected = torch.autograd.grad(z(row, *own).square().sum(), own)
+        for found, e in zip(per_sample, expected, strict=True):
+            torch.testing.assert_close(found[i], e, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "gradient", [TruncatedGradient(), PhantomGradient(), JacobianFreeGradient()], ids=repr
+)
+def test_biased_gradients_take_transforms(gradient):
+    z, v, _ = state_of("dense", gradient)
+    expected = torch.stack([torch.autograd.functional.jacobian(z, row) for row in v])
+    torch.testing.assert_close(torch.func.vmap(torch.func.jacrev(z))(v), expected)
+
+
+def test_forward_mode_is_refused_in_a_sentence():
+    z, v, _ = state_of("dense")
+    with pytest.raises(
+        RuntimeError, match=r"no forward-mode derivatives \(jvp, .*take reverse mode"
+    ):
+        torch.func.jvp(z, (v,), (v,))
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(RuntimeError, match="no forward-mode derivatives"),
+    ):
+        z(torch.autograd.forward_ad.make_dual(v, v))
+
+
+def test_evidence_within_a_transform():
+    problem, bounds = random_inclusion(4, (3,), Tanh()), []
+
+    def z(v):
+        solution = equilibrium(Inclusion(problem.operator, v, Tanh()), tol=1e-10)
+        assert solution.converged
+        with pytest.raises(RuntimeError, match="error_bound is evaluated for plain tensors"):
+            bounds.append(solution.error_bound)
+        return solution.value, solution.residual, solution.stats.steps
+
+    value, residual, steps = torch.func.vmap(z)(problem.bias)
+    assert value.shape == (3, 4)
+    assert residual.shape == steps.shape == (3,)
+    assert float(residual.max()) <= 1e-10
+    hard = random_inclusion(4, (3,), Tanh(), m=1e-3)
+    with pytest.raises(SolveError):
+        torch.func.vmap(
+            lambda v: (
+                equilibrium(
+                    Inclusion(hard.operator, v, Tanh()), tol=1e-12, max_steps=1, on_failure="raise"
+                ).value
+            )
+        )(hard.bias)
+    with pytest.raises(NonFiniteError, match="bias contains NaN"):
+        torch.func.vmap(lambda v: equilibrium(Inclusion(hard.operator, v, Tanh())).value)(
+            torch.full_like(hard.bias, torch.nan)
+        )

@@ -144,14 +144,14 @@ class Inclusion(Sendable):
     def measure(
         self, z: Float[Tensor, "*batch n"]
     ) -> tuple[Float[Tensor, " *batch"], Float[Tensor, " *batch"]]:
-        """Return `relative_residual` and how much of it 2 roundoffs of v make, both per sample.
+        """Return `relative_residual` and how much of it 16 roundoffs of v make, both per sample.
 
         Those of the units that are not zero in z or z̃, for the others are exact.
         """
         image = self.image(z)
         change, size, unit = self._sizes(z, image)
         active = self.bias * torch.logical_or(image, z)
-        floor = 2 * torch.finfo(z.dtype).eps * self.operator.norm(active) / unit
+        floor = 16 * torch.finfo(z.dtype).eps * self.operator.norm(active) / unit
         return change / size, floor / size
 
     def _sizes(self, z: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -67,11 +67,11 @@ class Splitting(Method):
 # Finished samples leave when at least half of the batch is done: below that, gathering costs more
 # than it saves. The loop stops early when the worst residual has not halved while the steps grew by
 # a quarter and 64, and is within STALL roundoffs or rounding explains what is above the tolerance.
-# In float32, where 2 roundoffs of v make more than NEAR of tol, a sample leaves as soon as they
-# explain it: float64 goes on from there, at less cost than the steps that show that nothing moves.
+# In float32 a sample leaves where 16 roundoffs of v are more than tol and explain what is left, and
+# the residual has not halved since the last check: float64 goes on from there, at less cost than
+# the steps that show that nothing moves.
 FIRST_CHECK = 4
 _LEAVE_SHARE = 0.5
-NEAR = 0.25
 STALL = 4096
 
 
@@ -90,7 +90,7 @@ def drive(problem: Inclusion, method: Splitting, request: Request) -> Outcome:
     done_steps, checks, worst_before, steps_before = 0, 0, 1.0, 0
     stall, limit = _Stall(), STALL * torch.finfo(problem.bias.dtype).eps
     next_check = min(FIRST_CHECK, max_steps)
-    single = problem.bias.dtype == torch.float32
+    single, before = problem.bias.dtype == torch.float32, torch.full_like(residual, torch.inf)
     finished = torch.zeros(samples, dtype=torch.bool, device=device)
     while True:
         while done_steps < next_check:
@@ -98,7 +98,8 @@ def drive(problem: Inclusion, method: Splitting, request: Request) -> Outcome:
             done_steps += 1
         z = method.value(problem, state)
         r, floor = problem.measure(z) if single else (problem.relative_residual(z), 0.0)
-        left = torch.where(floor > NEAR * tol, r - floor, r) if single else r
+        left = torch.where((floor > tol) & (r > 0.5 * before), r - floor, r) if single else r
+        before = r
         checks += 1
         # The one host synchronisation; NaN propagates through max. Finished samples that are still
         # in the batch have their answer: what they do now does not matter.
@@ -120,7 +121,7 @@ def drive(problem: Inclusion, method: Splitting, request: Request) -> Outcome:
             open_samples = keep if open_samples is None else open_samples[keep]
             problem, x = problem.select(keep), state.x[keep]
             state = method.init(problem, None)
-            state.x, finished = x, finished[keep]
+            state.x, finished, before = x, finished[keep], before[keep]
         next_check = _predict(done_steps, worst, steps_before, worst_before, tol, max_steps)
         worst_before, steps_before = worst, done_steps
 

@@ -226,6 +226,7 @@ class Group {
     int64_t mark_steps = 0;        // where stalling was last excluded, and the change there
     bool stalled = false;
     double size = 0;               // |v| in the metric
+    double residual = std::numeric_limits<double>::infinity();  // at the last check
   };
 
   // The prox of slope a at step alpha, written without division by zero: a x / (a + alpha (1 - a)).
@@ -435,12 +436,13 @@ class Group {
       }
       const double left = std::sqrt(gap), scale = std::sqrt(std::max(size, image));
       residual_[at] = left == 0 ? 0 : left / scale;  // NaN stays NaN
-      const Slot& slot = slot_[order_[at]];
-      // In float a sample leaves where 2 roundoffs of v are more than a quarter of tol and explain
-      // what is left: double goes on from there.
-      constexpr double roundoffs = 2 * static_cast<double>(std::numeric_limits<T>::epsilon());
+      // In float a sample leaves where 16 roundoffs of v are more than tol and explain what is
+      // left, and it has not halved since the last check: double goes on from there.
+      constexpr double roundoffs = 16 * static_cast<double>(std::numeric_limits<T>::epsilon());
       const double own = sizeof(T) == 4 ? roundoffs * std::sqrt(active) : 0, most = p_.tol * scale;
-      noisy_[at] = own > 0.25 * most && left - own <= most;
+      Slot& slot = slot_[order_[at]];
+      noisy_[at] = own > most && left - own <= most && residual_[at] > 0.5 * slot.residual;
+      slot.residual = residual_[at];
       const double all = slot.size + slot.reach + p_.size * scale;
       explained_[at] = left - p_.noise * all <= p_.tol * scale;
     }

@@ -189,7 +189,7 @@ class _Loop:
             "negative": self.negative, "theta": self.theta, "tol": tol, "noise": self.noise,
             "limit": STALL * finfo.eps, "one": 1.0, "infinity": math.inf,
             "size": self.size,
-            "own": 2 * finfo.eps if self.v.dtype == torch.float32 else 0.0,
+            "own": 16 * finfo.eps if self.v.dtype == torch.float32 else 0.0,
             "least": 4 * finfo.tiny, "most": 0.25 / finfo.tiny,
         }  # fmt: skip
         return self.v.new_tensor([values[name] for name in _kernels().NUMBERS])

@@ -72,11 +72,11 @@ def _residual(change, size_image, size_z):
 
 
 @triton.jit
-def _left(residual, size_image, size_z, active, own, tol):
-    """A float32 residual less 2 roundoffs of v where those matter: float64 goes on from there."""
+def _left(residual, before, size_image, size_z, active, own, tol):
+    """A float32 residual less 16 roundoffs of v where those matter: float64 goes on from there."""
     size = tl.maximum(tl.sqrt(size_image), tl.sqrt(size_z))
     floor = own * tl.sqrt(active) / tl.where(size == 0.0, 1.0, size)
-    return tl.where(floor > 0.25 * tol, residual - floor, residual)
+    return tl.where((floor > tol) & (residual > 0.5 * before), residual - floor, residual)
 
 
 @triton.jit
@@ -163,6 +163,7 @@ def resident(
     step, step_before, mark_step, checks = DONE, 0, 0, 0
     worst_before, mark = tl.load(numbers_ptr + 5), tl.load(numbers_ptr + 6)
     ahead = tl.minimum(first_check, max_steps)
+    before = tl.zeros_like(whole) + mark
     running = True
     while running:
         for _ in range(ahead - step):
@@ -179,7 +180,8 @@ def resident(
         squares = tl.sum(change * change, 1)
         size_image, size_z = tl.sum(root * image * root * image, 1), tl.sum(root * z * root * z, 1)
         residual = _residual(squares, size_image, size_z)
-        left = _left(residual, size_image, size_z, tl.sum(shown * shown, 1), own_noise, tol)
+        left = _left(residual, before, size_image, size_z, tl.sum(shown * shown, 1), own_noise, tol)
+        before = residual
         rests = _rests(
             squares, size_image, size_z, whole, tl.sum(moved * moved, 1), size_W, noise, tol
         )
@@ -309,6 +311,7 @@ def tiled(
     step, step_before, mark_step, checks, here = DONE, 0, 0, 0, 0
     worst_before, mark = tl.load(numbers_ptr + 5), tl.load(numbers_ptr + 6)
     ahead = tl.minimum(first_check, max_steps)
+    before = tl.zeros_like(whole) + mark
     running = True
     while running:
         for _ in range(ahead - step):
@@ -352,7 +355,8 @@ def tiled(
             size_image += tl.sum(root * image * root * image, 1)
             size_z += tl.sum(root * z * root * z, 1)
         residual = _residual(squares, size_image, size_z)
-        left = _left(residual, size_image, size_z, active, own_noise, tol)
+        left = _left(residual, before, size_image, size_z, active, own_noise, tol)
+        before = residual
         rests = _rests(squares, size_image, size_z, whole, moved, size_W, noise, tol)
         passes, last, worst, mark, mark_step = _judge(
             left, rests, finished, step, mark, mark_step, tol, limit, max_steps

@@ -318,3 +318,125 @@ def test_rounding_of_the_normalization_is_covered():
 def test_bad_normalizations(mean, std):
     with pytest.raises(ValueError, match="one positive std per channel"):
         Normalize(mean, std)
+
+
+# What is claimed of the rounding of a layer, and what it takes.
+
+
+def lost_products(n, q, batch):
+    """Return a layer with W = 0, Cz below half an ulp of b_y, and an input."""
+    layer = EquilibriumLinear(
+        1, n, q, gamma=None, learn_metric=False, epsilon=0.75, dtype=torch.float64, tol=1e-12
+    )
+    P = layer.parameterization
+    with torch.no_grad():
+        P.V.copy_(0.5 * torch.eye(n))
+        for name, value in {
+            "N": 0.0, "U": 0.0, "b": 0.49 * 2.0**-52, "C": 1.0, "b_y": 1.0
+        }.items():  # fmt: skip
+            getattr(P, name).fill_(value)
+        assert not bool(layer.weights().W.any())
+    return layer, torch.zeros(batch, 1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("n", "q", "batch"), [(1000, 256, 8), (300, 16, 1), (1000, 256, 64)])
+def test_a_readout_whose_accumulators_start_with_the_bias(n, q, batch):
+    layer, x = lost_products(n, q, batch)
+    y, error, _ = layer.with_error(x, layer.certificate())
+    exact = 1 + n * Fraction(0.49 * 2.0**-52)
+    for row, bound in zip(y, error, strict=True):
+        true = sum((Fraction(float(a)) - exact) ** 2 for a in row)
+        assert true <= Fraction(float(bound)) ** 2
+
+
+def test_rounding_that_overflows_or_underflows_is_known_to():
+    layer = EquilibriumLinear(4, 5, 3, feedthrough=True, dtype=torch.float64)
+    w = layer.weights().apply(torch.Tensor.detach)
+    z = torch.full((2, 5), 1.7e308, dtype=torch.float64)
+    x = torch.full((2, 4), 1.7e308, dtype=torch.float64)
+    for bound in layer._rounding(w, x, z):
+        assert (bound > 1e290).all()
+        assert not bound.isnan().any()
+    nothing = w.apply(torch.zeros_like)
+    nothing = dataclasses.replace(nothing, Lambda=w.Lambda)
+    for bound in layer._rounding(nothing, 0 * x, 0 * z):
+        assert (bound > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "named"),
+    [
+        ({"activation": nn.ReLU()}, TypeError, r"ProximalActivation.*solvers\.ReLU\(\)"),
+        ({"activation": torch.tanh}, TypeError, r"ProximalActivation.*solvers\.Tanh\(\)"),
+        ({"activation": "sigmoid"}, TypeError, r"ProximalActivation.*solvers\.Sigmoid\(\)"),
+        ({"method": PeacemanRachford}, TypeError, r"method must.*PeacemanRachford\(\)"),
+        ({"method": "anderson"}, TypeError, "method must be a solvers.Method"),
+        ({"gradient": ImplicitGradient}, TypeError, r"gradient must.*ImplicitGradient\(\)"),
+        ({"tol": "small"}, TypeError, "tol must be a number"),
+        ({"tol": -1.0}, ValueError, "tol = -1.0"),
+        ({"max_steps": 1e3}, TypeError, "max_steps must be an integer"),
+        ({"on_failure": "error"}, ValueError, "on_failure must be"),
+    ],
+)
+@pytest.mark.parametrize("kind", [EquilibriumLinear, EquilibriumConv2d, PooledEquilibriumConv2d])
+def test_layers_refuse_other_kinds_at_construction(kind, options, error, named):
+    image = {} if kind is EquilibriumLinear else {"image": (8, 8)}
+    with pytest.raises(error, match=named):
+        kind(3, 4, 2, **image, **options)
+
+
+def test_what_is_set_later_is_refused_when_it_runs():
+    layer = EquilibriumLinear(3, 4, 2)
+    layer.activation = nn.ReLU()
+    with pytest.raises(TypeError, match=r"ProximalActivation.*solvers\.ReLU\(\)"):
+        layer(torch.ones(1, 3))
+    layer = EquilibriumLinear(3, 4, 2)
+    layer.method = PeacemanRachford
+    with pytest.raises(TypeError, match="method must"):
+        layer(torch.ones(1, 3))
+
+
+def test_arrays_are_named_with_what_to_do():
+    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor.*from_numpy"):
+        EquilibriumLinear(3, 4, 2)(np.ones((2, 3)))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 3), (2, 0), (2, 3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_leading_dimensions_of_any_number(shape, dtype):
+    layer = EquilibriumLinear(6, 8, 4, feedthrough=True, dtype=dtype)
+    x = torch.randn(*shape, 6, dtype=dtype, requires_grad=True)
+    y, error, _ = layer.with_error(x, layer.certificate())
+    rows, errors, _ = layer.with_error(x.reshape(-1, 6), layer.certificate())
+    assert y.shape == (*shape, 4)
+    assert error.shape == shape
+    torch.testing.assert_close(y.reshape(-1, 4), rows)
+    torch.testing.assert_close(error.reshape(-1), errors, rtol=1e-3, atol=1e-9)
+    layer(x).sum().backward()
+    assert x.grad.shape == x.shape
+    with torch.no_grad():
+        if len(shape) != 1:
+            with pytest.raises(ValueError, match=r"x must be \(batch, p\)"):
+                layer.anchors(x, layer.certificate())
+
+
+def test_images_without_a_batch_are_told_what_to_add():
+    layer = EquilibriumConv2d(3, 4, image=(8, 8))
+    x = torch.randn(3, 8, 8)
+    with pytest.raises(ValueError, match=r"add a batch dimension, x\[None\]"):
+        layer(x)
+    with pytest.raises(ValueError, match="merge the leading dimensions"):
+        layer(x.expand(2, 5, 3, 8, 8))
+    batch = x.expand(2, 3, 8, 8)
+    proof = layer.certificate()
+    last = batch.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(layer(last), layer(batch))
+    assert layer.with_error(batch[:0], proof)[1].shape == (0,)
+    assert layer.with_error(last, proof)[1].shape == (2,)
+
+
+def test_layers_of_unequal_types_are_not_stacked():
+    single, double = EquilibriumLinear(4, 3, 4), EquilibriumLinear(4, 3, 4, dtype=torch.float64)
+    for a, b in ((single, double), (double, single)):
+        with pytest.raises(ValueError, match=r"dtype must be one, got torch\.float"):
+            stack(a.weights(), b.weights())

@@ -7,11 +7,14 @@ from solvers import (
     Determinant,
     DouglasRachford,
     Inclusion,
+    InverseGeometricMean,
     LeakyReLU,
     LinearSlope,
     PeacemanRachford,
     ReLU,
+    Request,
     SemismoothNewton,
+    SolveWarning,
     Tanh,
     compiled,
     solve,
@@ -88,3 +91,45 @@ def test_a_dropped_unit_with_a_large_bias_hides_no_residual():
         problem = Inclusion(DenseOperator(W), bias, ReLU())
         solution = solve(problem, method, tol=1e-5, on_failure="raise")
         torch.testing.assert_close(solution.value, exact, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("c", [13.0, 40.0])
+def test_newton_goes_on_where_the_splitting_stops_and_the_solution_names_both(c):
+    # Eigenvalues of I − W at 1e-3 (seven of them) and at 8c: no one step size serves both.
+    W = (1 - 1e-3) * torch.eye(8, dtype=torch.float64) - c * torch.ones(8, 8, dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    bias = 2 * torch.randn(64, 8, generator=g, dtype=torch.float64)
+    problem = Inclusion(DenseOperator(W), bias, ReLU())
+    with pytest.warns(SolveWarning):
+        solve(problem, PeacemanRachford(), tol=1e-10, max_steps=500)
+    solution = solve(problem, tol=1e-10, max_steps=500, on_failure="raise")
+    assert solution.method == "PeacemanRachford(), then SemismoothNewton(patience=0)"
+    assert solution.stats.max_steps < 520
+    # Fewer steps than a Newton step costs are a limit for it too.
+    with pytest.warns(SolveWarning, match=r"PeacemanRachford\(\) stopped at its step limit"):
+        solve(problem, tol=1e-10, max_steps=100)
+
+
+def test_smooth_activations_fall_back_to_the_best_guaranteed_step():
+    problem = random_inclusion(activation=Tanh())
+    request = Request(tol=1e-4, max_steps=5000)
+    (other,) = Auto().fallbacks(problem, request)
+    assert other == PeacemanRachford(step_size=InverseGeometricMean())
+    assert solve(problem, other, tol=1e-8, on_failure="raise").converged
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda one: 0 * one,
+        lambda one: -1e4 * one / len(one),
+        lambda one: -1e3 * torch.outer(one[0], one[0]).triu().T @ one / len(one) ** 2,
+        lambda one: (1 - 1e-6) * torch.eye(len(one)) - one.triu().T @ one.triu(),
+    ],
+)
+def test_degenerate_weights_are_solved(make, dtype):
+    W = make(torch.ones(12, 12)).to(dtype)
+    bias = torch.randn(20, 12, generator=torch.Generator().manual_seed(1)).to(dtype)
+    problem = Inclusion(DenseOperator(W), bias, ReLU())
+    assert solve(problem, require_monotone=False, on_failure="raise").converged

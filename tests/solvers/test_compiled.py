@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -130,3 +133,59 @@ def test_gradients_and_function_transforms_take_the_product_of_torch():
     several = random(5, 2, 3, 4, dtype=torch.complex128)
     wanted = torch.stack([spectral.product(symbols.detach(), x) for x in several])
     torch.testing.assert_close(batched(several), wanted)
+
+
+SLOW = {
+    "main thread": "solve(problem, PeacemanRachford(), tol=1e-13, max_steps=10**9)",
+    "backward": """
+bias = (0 * problem.bias).requires_grad_()  # z = 0, and only the adjoint is hard
+z = equilibrium(Inclusion(operator, bias, LeakyReLU(0.5)), PeacemanRachford(), tol=1e-13,
+                max_steps=10**9).value
+z.backward(problem.bias)
+""",
+    "other thread": """
+thread = threading.Thread(
+    target=lambda: solve(problem, PeacemanRachford(), tol=1e-13, max_steps=10**9), daemon=True)
+thread.start()
+thread.join()
+""",
+}
+
+
+@pytest.mark.parametrize("where", SLOW)
+@pytest.mark.parametrize(("n", "samples"), [(6, 40_000), (300, 1000)])
+def test_ctrl_c_ends_a_solve_and_leaves_a_sane_state(where, n, samples):
+    if build().kernels is None:
+        pytest.skip("no compiled kernels")
+    # A rotation by nearly nothing: the loop would run for ever.
+    code = f"""
+import os, signal, threading, time, warnings
+import torch
+from solvers import *
+torch.manual_seed(0)
+N = torch.randn({n}, {n}, dtype=torch.float64)
+W = torch.eye({n}, dtype=torch.float64) * (1 - 1e-9) - 1e3 * (N - N.T)
+operator = DenseOperator(W)
+problem = Inclusion(operator, torch.randn({samples}, {n}, dtype=torch.float64), ReLU())
+easy = Inclusion(DenseOperator(0 * W), problem.bias[:5], ReLU())
+solve(easy, PeacemanRachford())
+def interrupt():
+    time.sleep(1.0)
+    print("sent", time.time(), flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt, daemon=True).start()
+warnings.simplefilter("ignore")
+try:
+    {SLOW[where].strip().replace(chr(10), chr(10) + "    ")}
+except KeyboardInterrupt:
+    print("caught", time.time(), flush=True)
+    ok = solve(easy, PeacemanRachford(), on_failure="raise").converged
+    print("sane", ok, flush=True)
+os._exit(0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    words = dict(line.split() for line in done.stdout.splitlines())
+    assert words.get("sane") == "True", done.stdout + done.stderr
+    assert float(words["caught"]) - float(words["sent"]) < 3.0  # 0.1 s on an idle machine

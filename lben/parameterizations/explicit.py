@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lben.convolutional import ConvolutionalWeights
+from lben.parameterizations.sizes import integer
 from lben.weights import ExplicitWeights
 
 # Note [Room for the proof]
@@ -33,9 +34,9 @@ class ExplicitParameterization(nn.Module, ABC):
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
-        if len(shape) not in (2, 4) or min(shape) < 1:
-            raise ValueError(f"every size of a weight must be at least 1, got {shape}")
-        self.shape = tuple(shape)
+        if len(shape) not in (2, 4):
+            raise ValueError(f"a weight has 2 or 4 sizes, each at least 1, got {shape}")
+        self.shape = tuple(integer(f"every size of the weight {shape}", n) for n in shape)
 
     @abstractmethod
     def forward(self, run: torch.dtype) -> tuple[Tensor, ...]:

@@ -16,8 +16,10 @@ from torch.nn import functional
 from lben import precision
 from lben.layers.growth import Growth, norms_up
 from lben.layers.lasting import Lasting, make_lasting
+from lben.layers.opaque import check_kind
 from lben.layers.roundoff import Signal
 from lben.parameterizations.multipliers import power_of_two
+from lben.parameterizations.sizes import integer
 
 
 class Companion(Lasting):
@@ -76,6 +78,9 @@ class Flatten(Companion):
 
     def forward(self, x: Float[Tensor, batch * features]) -> Float[Tensor, "batch p"]:
         """Return the features."""
+        check_kind(x)
+        if x.ndim < 2:
+            raise ValueError(f"expected (batch, …), got {tuple(x.shape)}")
         return x.flatten(1)
 
 
@@ -91,9 +96,7 @@ class ChannelPadding(ImageCompanion):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1, got {channels}")
-        self.channels = channels
+        self.channels = integer("channels", channels)
 
     def forward(self, x: Float[Tensor, "*batch p h w"]) -> Float[Tensor, "*batch q h w"]:
         """Return the padded images.
@@ -101,6 +104,7 @@ class ChannelPadding(ImageCompanion):
         Raises:
             ValueError: if x has more channels than that.
         """
+        check_kind(x)
         if x.ndim < 3 or x.shape[-3] > self.channels:
             raise ValueError(
                 f"expected images of at most {self.channels} channels, got {tuple(x.shape)}"
@@ -124,8 +128,7 @@ class InvertibleDownsampling(ImageCompanion):
 
     def __init__(self, stride: int = 2) -> None:
         super().__init__()
-        _check_positive("stride", stride)
-        self.stride = stride
+        self.stride = integer("stride", stride)
 
     def forward(self, x: Float[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch d i j"]:
         """Return images of s² times the channels and 1/s of the height and width."""
@@ -151,8 +154,7 @@ class AveragePooling(ImageCompanion):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        _check_positive("size", size)
-        self.size = size
+        self.size = integer("size", size)
 
     def forward(self, x: Float[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch c i j"]:
         """Return the pooled images."""
@@ -182,8 +184,7 @@ class NormPooling(ImageCompanion):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        _check_positive("size", size)
-        self.size = size
+        self.size = integer("size", size)
 
     def forward(self, x: Float[Tensor, "*batch c h w"]) -> Float[Tensor, "*batch c i j"]:
         """Return the pooled images; where all pixels are 0 the gradient is 0."""
@@ -214,9 +215,7 @@ class GroupSort(Companion):
 
     def __init__(self, group: int = 2) -> None:
         super().__init__()
-        if group < 2:
-            raise ValueError(f"group must be at least 2, got {group}")
-        self.group = group
+        self.group = integer("group", group, least=2)
 
     def forward(self, x: Float[Tensor, "batch c *grid"]) -> Float[Tensor, "batch c *grid"]:
         """Return x with its channels sorted."""
@@ -256,6 +255,7 @@ class Householder(Companion):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        channels = integer("channels", channels, least=0)
         if channels < 2 or channels % 2:
             raise ValueError(f"channels must be even and positive, got {channels}")
         start = torch.full((channels // 2,), math.pi / 2, device=device, dtype=dtype)
@@ -264,6 +264,7 @@ class Householder(Companion):
 
     def forward(self, x: Float[Tensor, "batch c *grid"]) -> Float[Tensor, "batch c *grid"]:
         """Return the reflected channels."""
+        check_kind(x)
         if x.ndim < 2 or x.shape[1] != 2 * len(self.theta):
             raise ValueError(f"expected {2 * len(self.theta)} channels, got {tuple(x.shape)}")
         a, b = _groups(x, 2).unbind(2)
@@ -280,12 +281,8 @@ class Householder(Companion):
         return 80, 16
 
 
-def _check_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
 def _check_divisible(x: Tensor, size: int) -> None:
+    check_kind(x)
     if x.ndim < 3 or x.shape[-2] % size or x.shape[-1] % size:
         raise ValueError(
             f"expected images whose height and width are multiples of {size}, got {tuple(x.shape)}"
@@ -293,6 +290,7 @@ def _check_divisible(x: Tensor, size: int) -> None:
 
 
 def _groups(x: Tensor, group: int) -> Tensor:
+    check_kind(x)
     if x.ndim < 2 or x.shape[1] % group:
         raise ValueError(
             f"expected a number of channels that is a multiple of {group}, got {tuple(x.shape)}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lben import precision
-from lben.certificates import Certificate, certify, certify_convolution
+from lben.certificates import Certificate, CertificateError, certify, certify_convolution
 from lben.convolutional import ConvolutionalWeights
 from lben.layers.growth import (
     Growth,
@@ -24,13 +24,14 @@ from lben.layers.growth import (
 from lben.layers.kept import KeepingLayer, Running
 from lben.layers.maps import Convolution, LinearMap
 from lben.layers.opaque import Owner, check_kind, graph_is_made
-from lben.layers.roundoff import Signal, at_zero
+from lben.layers.roundoff import Signal, Units, columns, rows
 from lben.parameterizations import (
     ContractionParameterization,
     ExplicitParameterization,
     ResidualParameterization,
     SandwichParameterization,
 )
+from lben.parameterizations.sizes import image_size
 from lben.weights import ExplicitWeights
 from solvers import ProximalActivation, ReLU, fused
 from solvers.dependencies import nothing_may_be_kept, read
@@ -43,13 +44,16 @@ class ExplicitLayer(KeepingLayer, Owner, ABC):
     In eval mode a call is the layer's products and one pointwise pass. In training T is computed
     for the first forward pass after a step of the optimizer and kept with its graph, so that
     gradient accumulation pays for it once; a gradient to be differentiated again computes it anew.
-    Under `torch.compile` and in traces they are one operator that no compiler looks into.
+    In graphs (`torch.compile`, tracing, export) nothing is kept; T is computed at every call, by
+    the same code.
 
     float32 runs in float32, whatever torch allows its products to be rounded to (TF32 convolutions
-    are torch's default on CUDA); a compiled graph obeys the settings of torch.backends, which have
-    to be "ieee" for the certificate to be about it. Under autocast weights are rounded to its type
-    first, and T is that of the rounded weights: the bound holds for what runs. The skip connection
-    keeps the precision of the input; layers without one return bfloat16.
+    are torch's default on CUDA); a compiled or traced graph obeys the settings of torch.backends,
+    and refuses to run unless they are "ieee". Under autocast weights are rounded to bfloat16 first,
+    and T is that of the rounded weights: the exact layer with these weights has the bound; what
+    runs rounds activations to bfloat16 as well, and its quotients over small distances have none.
+    The skip connection keeps the precision of the input; layers without one return bfloat16.
+    Whatever claims something (`weights`, `certificate`, `rounding`) is refused under autocast.
 
     Args:
         parameterization: of the weights.
@@ -100,25 +104,40 @@ class ExplicitLayer(KeepingLayer, Owner, ABC):
                 return self.evaluate(x, run, self._tensors(run))
 
     def _precision(self, x: Tensor) -> torch.dtype:
-        reference = self._reference()
-        if reference.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"parameters must be float32 or float64, got {reference.dtype}: T cannot be "
-                "bounded in it; use torch.autocast with bfloat16 for speed"
-            )
+        own, reference = self._own(), self._reference()
         if x.device != reference.device:
             raise ValueError(f"x is on {x.device}, the layer on {reference.device}")
         if in_autocast(x.device.type):
             run = torch.get_autocast_dtype(x.device.type)
             if run != torch.bfloat16:
                 raise ValueError(f"autocast to {run} overflows in T⁻¹: use bfloat16")
+            if not x.is_floating_point():
+                raise ValueError(f"x is {x.dtype}, expected floating-point numbers: convert it")
             return run
-        if x.dtype != reference.dtype:
+        if x.dtype != own:
             raise ValueError(
-                f"x is {x.dtype}, the layer is {reference.dtype}: convert one of them, "
-                "or use torch.autocast"
+                f"x is {x.dtype}, the layer is {own}: convert one of them, or use torch.autocast"
             )
-        return reference.dtype
+        return own
+
+    def _run(self, run: torch.dtype | None) -> torch.dtype:
+        """Return the precision of a proof, the layer's own when None."""
+        own = self._own()
+        if run not in (None, own, torch.bfloat16):
+            raise ValueError(
+                f"the layer runs in {own}, and under autocast in torch.bfloat16: {run} is neither"
+            )
+        return own if run is None else run
+
+    def _own(self) -> torch.dtype:
+        """Return the dtype of the parameters, float32 or float64."""
+        own = self._reference().dtype
+        if own not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"parameters must be float32 or float64, got {own}: T cannot be bounded in it; "
+                "use torch.autocast with bfloat16 for speed"
+            )
+        return own
 
     def _tensors(self, run: torch.dtype) -> tuple[Tensor, ...]:
         """Return what runs, computed or kept."""
@@ -144,8 +163,17 @@ class ExplicitLayer(KeepingLayer, Owner, ABC):
         return any(t.requires_grad and id(t) not in parameters for t in tensors)
 
     def weights(self, run: torch.dtype | None = None) -> ExplicitWeights | ConvolutionalWeights:
-        """Return the float64 weights of the layer as it runs in a precision (its own if None)."""
-        return self._weights(self.parameterization, self._reference().dtype if run is None else run)
+        """Return the float64 weights of the exact layer: what is proved, and what errors are of.
+
+        They are those that run, in the precision `run` (the layer's own if None): what T makes is
+        computed in one place, and converted. In float64 a product of two of them is rounded once
+        more than in the layer; `rounding` counts that.
+
+        Raises:
+            ValueError: if no proof is possible in the dtype; under autocast.
+        """
+        precision.refuse_autocast()
+        return self._weights(self.parameterization, self._run(run))
 
     @torch.no_grad()
     def _weights(
@@ -159,26 +187,32 @@ class ExplicitLayer(KeepingLayer, Owner, ABC):
     def certificate(
         self, image: tuple[int, int] | None = None, *, run: torch.dtype | None = None
     ) -> Certificate:
-        """Prove the layer's bound for the weights that run.
+        """Prove the layer's bound for `weights()`.
 
         A stride leaves rows of the map out, which changes no bound.
+
+        With run=torch.bfloat16 it is proved of the exact layer whose weights are rounded to
+        bfloat16. What runs under autocast rounds the activations, too: its distance to that layer
+        has no bound here, nor have its quotients, and no radius is given for it. Such a
+        certificate is refused where one of the layer in its own precision is asked for.
 
         Args:
             image: height and width of the images, for a convolution.
             run: precision; that of the parameters when None.
 
         Raises:
-            ValueError: if a convolution is given no image size.
+            ValueError: if a convolution is given no image size, or no proof is possible in the
+                dtype; under autocast.
             CertificateError: if the proof fails.
         """
-        run = self._reference().dtype if run is None else run
+        run = self._run(run)
         weights = self.weights(run)
         if isinstance(weights, ExplicitWeights):
             proof = certify(weights)
         elif image is None:
             raise ValueError("a convolution is proved for a size: certificate((height, width))")
         else:
-            proof = certify_convolution(weights, image)
+            proof = certify_convolution(weights, image_size(image))
         return replace(proof, dtype=str(run).removeprefix("torch."))
 
     def check(self, proof: Certificate, x: Tensor) -> None:
@@ -187,7 +221,8 @@ class ExplicitLayer(KeepingLayer, Owner, ABC):
         Raises:
             CertificateError: naming the difference.
         """
-        run = self._reference().dtype
+        _refuse_rounded(proof)
+        run = self._own()
         kept = self._record()
         fingerprint = kept.get(
             ("fingerprint", self.map), lambda: self._weights(kept.twin, run).fingerprint
@@ -212,8 +247,8 @@ class ExplicitLayer(KeepingLayer, Owner, ABC):
                 other algorithms; under autocast.
         """
         precision.refuse_autocast()
-        own = next(self.parameters()).dtype
-        if dtype != own or own not in (torch.float32, torch.float64):
+        own = self._own()
+        if dtype != own:
             raise ValueError(
                 "rounding is bounded in the layer's own precision, float32 or float64: it is "
                 f"{own}, asked for {dtype}"
@@ -276,10 +311,10 @@ class ResidualLayer(ExplicitLayer):
         U, b, scale = tensors
         # Units are measured in T^(−½): one of large rows has a small T⁻¹.
         w = scale.double().sqrt()
-        units = _Units(self.map, shape, U, w)
-        h = units.enter(x, U, _rows(w, U) * U, b, self.activation)
-        back = _rows(scale, U) * U.double()
-        y = units.leave(h, U, back, _rows(w, U) * U, scale / w)
+        units = Units(self.map, shape, U, w)
+        h = units.enter(x, U, rows(w, U) * U, b, self.activation)
+        back = rows(scale, U) * U.double()
+        y = units.leave(h, U, back, rows(w, U) * U, scale / w)
         size = Growth(0.0, absolute_norm(U)).plus(units.norm(b))
         sizes = (size, size.times(largest_up(scale)))
         return x.plus(y, math.prod(shape)).below(*sizes)
@@ -298,7 +333,7 @@ class ContractionLayer(ExplicitLayer):
     def _roundoff(self, x: Signal, tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> Growth:
         V, b, scale = tensors
         outputs = self.map.outputs(shape, len(V))
-        norm = absolute_norm(_columns(scale, V) * V.double())
+        norm = absolute_norm(columns(scale, V) * V.double())
         y = x.linear(
             norm, terms=V[0].numel() + 2, inputs=math.prod(shape), ones=math.prod(outputs) ** 0.5,
             bias=times_up(norm_up(b), math.prod(outputs[1:]) ** 0.5),
@@ -329,67 +364,13 @@ class SandwichLayer(ExplicitLayer):
     def _roundoff(self, x: Signal, tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> Growth:
         A, B, b, b_y, inner, outer = tensors
         w = (outer.double() / inner).sqrt()  # Λ^½, in which both products have like norms
-        units = _Units(self.map, shape, B, w, inner)
-        forth = _rows(w * inner, B) * B.double()
+        units = Units(self.map, shape, B, w, inner)
+        forth = rows(w * inner, B) * B.double()
         h = units.enter(x, B, forth, b, self.activation)
-        y = units.leave(h, A, _rows(outer, A) * A.double(), _rows(outer / w, A) * A, outer / w, b_y)
+        y = units.leave(h, A, rows(outer, A) * A.double(), rows(outer / w, A) * A, outer / w, b_y)
         product = Growth(0.0, absolute_norm(B))
         hidden = product.times(largest_up(inner)).plus(units.norm(b))
         return y.below(product, hidden, hidden.times(largest_up(outer)))
-
-
-class _Units:
-    """The hidden units of a layer, each measured with a weight w.
-
-    Args:
-        map: from inputs to units.
-        shape: of one sample.
-        U: a matrix or kernel of the map.
-        w: float64, one weight per unit or channel.
-        inner: what the map's outputs are multiplied with before the bias is added, if anything.
-    """
-
-    def __init__(
-        self,
-        map: LinearMap,
-        shape: tuple[int, ...],
-        U: Tensor,
-        w: Tensor,
-        inner: Tensor | None = None,
-    ) -> None:
-        self.shape, self.w, self.inner = shape, w, inner
-        self.hidden = map.outputs(shape, len(U))
-        self.pixels = math.prod(self.hidden[1:])
-
-    def norm(self, vector: Tensor) -> float:
-        """Bound the l2 norm over all units of one number per channel."""
-        return times_up(norm_up(vector), math.sqrt(self.pixels))
-
-    def enter(
-        self, x: Signal, U: Tensor, scaled: Tensor, b: Tensor, activation: ProximalActivation
-    ) -> Signal:
-        """Return σ(Ux + b); `scaled` is U as it acts, in the weights of the units."""
-        norm, ones = absolute_norm(scaled), self.norm(self.w)
-        inner = self.w if self.inner is None else self.w * self.inner.double().clamp_min(1)
-        v = x.linear(
-            norm, terms=U[0].numel() + 3, inputs=math.prod(self.shape), ones=self.norm(inner),
-            bias=self.norm(self.w * b.double()),
-        )  # fmt: skip
-        zero = times_up(at_zero(activation, self.w.to(x.dtype)), math.sqrt(self.pixels))
-        return v.activated(activation, zero, ones)
-
-    def leave(
-        self, h: Signal, U: Tensor, scaled: Tensor, weighted: Tensor, share: Tensor,
-        bias: Tensor | None = None,
-    ) -> Signal:  # fmt: skip
-        """Return Uᵀ(s ∘ h) + b; `scaled` is s ∘ U, and `weighted` the same for h in weights."""
-        outputs = U.shape[1] * math.prod(self.shape[1:])
-        b = 0.0 if bias is None else times_up(norm_up(bias), math.sqrt(outputs // U.shape[1]))
-        return h.linear(
-            absolute_norm(weighted), terms=U[:, 0].numel() + 3, inputs=math.prod(self.hidden),
-            ones=math.sqrt(outputs), bias=b, share=largest_up(share),
-            unweighted=add_up(absolute_norm(scaled), absolute_norm(U)),
-        )  # fmt: skip
 
 
 def _proximal(activation: ProximalActivation | None) -> ProximalActivation:
@@ -399,16 +380,20 @@ def _proximal(activation: ProximalActivation | None) -> ProximalActivation:
     if not isinstance(activation, ProximalActivation):
         raise TypeError(
             "the bound is for slopes in [0, 1]: the activation must be a "
-            f"solvers.ProximalActivation, got {type(activation).__name__}"
+            f"solvers.ProximalActivation, got {_described(activation)}"
         )
     return activation
 
 
-def _rows(vector: Tensor, weight: Tensor) -> Tensor:
-    """Return one number per row, shaped to scale the rows of a matrix or kernel."""
-    return vector.reshape(-1, *[1] * (weight.ndim - 1))
+def _described(value: object) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}: call it"
+    return type(value).__name__
 
 
-def _columns(vector: Tensor, weight: Tensor) -> Tensor:
-    """Return one number per column, shaped to scale the columns of a matrix or kernel."""
-    return vector.reshape(1, -1, *[1] * (weight.ndim - 2))
+def _refuse_rounded(proof: Certificate) -> None:
+    if proof.dtype not in ("float32", "float64"):
+        raise CertificateError(
+            f"this certificate is of weights rounded to {proof.dtype}, the layer runs in float32 "
+            "or float64: prove it with certificate(), without run"
+        )

@@ -19,6 +19,7 @@ from lben.layers.opaque import Owner, check_kind, graph_is_made
 from lben.layers.roundoff import Signal
 from lben.parameterizations.orthogonal import register_orthogonal
 from lben.parameterizations.parametrized import PicklableParametrized
+from lben.parameterizations.sizes import integer
 from lben.rigorous import Enclosure, norm_bound, sum_up, up
 from lben.weights import ExplicitWeights
 from solvers.precision import in_autocast, leave_autocast
@@ -51,6 +52,8 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        in_features = integer("in_features", in_features, least=None)
+        out_features = integer("out_features", out_features, least=None)
         if min(in_features, out_features) < 1:
             raise ValueError(f"sizes must be at least 1, got {in_features} and {out_features}")
         if kind not in ("rows", "orthonormal"):
@@ -82,7 +85,10 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
         own = self.bias.dtype
         if own not in (torch.float32, torch.float64):
             raise ValueError(f"parameters must be float32 or float64, got {own}")
-        if x.dtype != own and not in_autocast(x.device.type):
+        if x.device != self.bias.device:
+            raise ValueError(f"x is on {x.device}, the layer on {self.bias.device}")
+        converts = in_autocast(x.device.type) and x.is_floating_point()
+        if x.dtype != own and not converts:
             raise ValueError(f"x is {x.dtype}, the layer is {own}: convert one of them")
         with leave_autocast(x.device.type):
             if graph_is_made():
@@ -110,7 +116,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
     @torch.no_grad()
     def pair_bounds(self) -> Float[Tensor, "q q"]:
         """Return proved upper bounds of ‖qᵢ − qⱼ‖₂ in float64; 1 on the diagonal."""
-        Q = Enclosure(self.matrix().double().cpu().numpy())
+        Q = Enclosure(self.weights().D.cpu().numpy())
         bounds = torch.ones(self.out_features, self.out_features, dtype=torch.float64)
         for i in range(self.out_features):
             row = Enclosure(Q.mid[i : i + 1])
@@ -124,8 +130,13 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
 
     def weights(self) -> ExplicitWeights:
         """Return the float64 weights, with a bound of ‖Q‖₂ as claim."""
-        with torch.no_grad():
+        precision.refuse_autocast()
+        with torch.no_grad(), precision.full():
             Q = self.matrix().double()
+            if self.bias.dtype not in (torch.float32, torch.float64):
+                raise ValueError(f"parameters must be float32 or float64, got {self.bias.dtype}")
+            if not bool(Q.isfinite().all() and self.bias.isfinite().all()):
+                raise ValueError("the weights contain NaN or Inf: did training diverge?")
             claim = norm_bound(Enclosure(Q.cpu().numpy())) * (1 + 1e-9)
             return ExplicitWeights.affine(Q, self.bias.double(), max(claim, 2.0**-500))
 

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from lben import precision
 from lben.parameterizations.explicit import mirrored, taps
+from lben.parameterizations.sizes import flag, integer
 
 
 class LinearMap(ABC):
@@ -91,11 +92,14 @@ class Convolution(LinearMap):
     stride: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("kernel_size", "stride", "padding"):
+            object.__setattr__(self, name, integer(name, getattr(self, name), least=None))
         if self.kernel_size < 1 or self.stride < 1:
             raise ValueError(
                 "kernel_size and stride must be at least 1, "
                 f"got {self.kernel_size} and {self.stride}"
             )
+        flag("circular", self.circular)
         if not 0 <= self.padding < self.kernel_size:
             raise ValueError(f"padding must lie in [0, {self.kernel_size - 1}], got {self.padding}")
         if self.circular and self.stride > 1:

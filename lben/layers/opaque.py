@@ -7,6 +7,7 @@ would round them otherwise, and the graph would be another network than the one 
 
 from __future__ import annotations
 
+import sys
 import uuid
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -16,7 +17,6 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lben import precision
 
@@ -26,8 +26,13 @@ def graph_is_made() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or get_proxy_mode() is not None
+        or _make_fx_runs()
     )
+
+
+def _make_fx_runs() -> bool:
+    tensors = sys.modules.get("torch.fx.experimental.proxy_tensor")  # heavy: not for everybody
+    return tensors is not None and tensors.get_proxy_mode() is not None
 
 
 def check_kind(x: object) -> None:

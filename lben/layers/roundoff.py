@@ -26,7 +26,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lben.layers.growth import Growth, add_up, norm_up, times_up
+from lben.layers.growth import Growth, absolute_norm, add_up, largest_up, norm_up, times_up
+from lben.layers.maps import LinearMap
 from solvers import ProximalActivation, ReLU
 
 
@@ -119,6 +120,60 @@ class Signal:
         return replace(self.error, limit=min(self.error.limit, limit))
 
 
+class Units:
+    """The hidden units of a layer, each measured with a weight w.
+
+    Args:
+        map: from inputs to units.
+        shape: of one sample.
+        U: a matrix or kernel of the map.
+        w: float64, one weight per unit or channel.
+        inner: what the map's outputs are multiplied with before the bias is added, if anything.
+    """
+
+    def __init__(
+        self,
+        map: LinearMap,
+        shape: tuple[int, ...],
+        U: Tensor,
+        w: Tensor,
+        inner: Tensor | None = None,
+    ) -> None:
+        self.shape, self.w, self.inner = shape, w, inner
+        self.hidden = map.outputs(shape, len(U))
+        self.pixels = math.prod(self.hidden[1:])
+
+    def norm(self, vector: Tensor) -> float:
+        """Bound the l2 norm over all units of one number per channel."""
+        return times_up(norm_up(vector), math.sqrt(self.pixels))
+
+    def enter(
+        self, x: Signal, U: Tensor, scaled: Tensor, b: Tensor, activation: ProximalActivation
+    ) -> Signal:
+        """Return σ(Ux + b); `scaled` is U as it acts, in the weights of the units."""
+        norm, ones = absolute_norm(scaled), self.norm(self.w)
+        inner = self.w if self.inner is None else self.w * self.inner.double().clamp_min(1)
+        v = x.linear(
+            norm, terms=U[0].numel() + 3, inputs=math.prod(self.shape), ones=self.norm(inner),
+            bias=self.norm(self.w * b.double()),
+        )  # fmt: skip
+        zero = times_up(at_zero(activation, self.w.to(x.dtype)), math.sqrt(self.pixels))
+        return v.activated(activation, zero, ones)
+
+    def leave(
+        self, h: Signal, U: Tensor, scaled: Tensor, weighted: Tensor, share: Tensor,
+        bias: Tensor | None = None,
+    ) -> Signal:  # fmt: skip
+        """Return Uᵀ(s ∘ h) + b; `scaled` is s ∘ U, and `weighted` the same for h in weights."""
+        outputs = U.shape[1] * math.prod(self.shape[1:])
+        b = 0.0 if bias is None else times_up(norm_up(bias), math.sqrt(outputs // U.shape[1]))
+        return h.linear(
+            absolute_norm(weighted), terms=U[:, 0].numel() + 3, inputs=math.prod(self.hidden),
+            ones=math.sqrt(outputs), bias=b, share=largest_up(share),
+            unweighted=add_up(absolute_norm(scaled), absolute_norm(U)),
+        )  # fmt: skip
+
+
 def at_zero(activation: ProximalActivation, weights: Tensor) -> float:
     """Return ‖w ∘ σ(0)‖₂ over the units: |σ(v)| ≤ |v| + |σ(0)|."""
     zero = activation(torch.zeros_like(weights)).detach().double()
@@ -144,3 +199,13 @@ def underflow(terms: int) -> float:
 def not_nan(bounds: Tensor) -> Tensor:
     """Return bounds that are infinite where nothing is known."""
     return torch.where(bounds.isnan(), torch.inf, bounds)
+
+
+def rows(vector: Tensor, weight: Tensor) -> Tensor:
+    """Return one number per row, shaped to scale the rows of a matrix or kernel."""
+    return vector.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def columns(vector: Tensor, weight: Tensor) -> Tensor:
+    """Return one number per column, shaped to scale the columns of a matrix or kernel."""
+    return vector.reshape(1, -1, *[1] * (weight.ndim - 2))

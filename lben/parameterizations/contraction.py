@@ -38,8 +38,8 @@ class ContractionParameterization(ExplicitParameterization):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(shape)
-        self.V = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.b_y = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype))
+        self.V = nn.Parameter(torch.empty(self.shape, device=device, dtype=dtype))
+        self.b_y = nn.Parameter(torch.empty(self.shape[0], device=device, dtype=dtype))
         self.rule = rule
         self.reset_parameters()
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lben.convolutional import ConvolutionalWeights
 from lben.parameterizations.parametrized import PicklableParametrized
+from lben.parameterizations.sizes import integer
 from lben.weights import ExplicitWeights
 
 # Note [Room for the proof]
@@ -34,9 +35,9 @@ class ExplicitParameterization(PicklableParametrized, ABC):
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
-        if len(shape) not in (2, 4) or min(shape) < 1:
-            raise ValueError(f"every size of a weight must be at least 1, got {shape}")
-        self.shape = tuple(shape)
+        if len(shape) not in (2, 4):
+            raise ValueError(f"a weight has 2 or 4 sizes, each at least 1, got {shape}")
+        self.shape = tuple(integer(f"every size of the weight {shape}", n) for n in shape)
 
     @abstractmethod
     def forward(self, run: torch.dtype) -> tuple[Tensor, ...]:

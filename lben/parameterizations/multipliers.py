@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lben import precision
+from lben.parameterizations.sizes import flag, integer
 from solvers.dependencies import transforms_are_active
 
 # Entries of T below it are raised to it: T⁻¹ stays finite, and rounding below the smallest normal
@@ -90,12 +91,14 @@ class Gershgorin(MultiplierRule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if units < 1 or squarings < 0:
+        self.units = integer("units", units, least=None)
+        self.squarings = integer("squarings", squarings, least=None)
+        if self.units < 1 or self.squarings < 0:
             raise ValueError(
                 f"units must be at least 1 and squarings at least 0, got {units} and {squarings}"
             )
-        self.units, self.squarings = units, squarings
-        q = torch.zeros(units, device=device, dtype=dtype)
+        flag("learn_q", learn_q)
+        q = torch.zeros(self.units, device=device, dtype=dtype)
         self.log_q = nn.Parameter(q) if learn_q else None
 
     def multiplier(self, U: Tensor) -> Tensor:

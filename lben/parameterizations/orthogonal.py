@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations
 
 from lben.convolutional import ConvolutionalWeights
 from lben.parameterizations.explicit import ROOM, UNIT_BOUND, ExplicitParameterization
+from lben.parameterizations.sizes import image_size
 from lben.weights import ExplicitWeights
 
 
@@ -76,12 +77,13 @@ class CayleyConvolution(ExplicitParameterization):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(shape)
+        shape, image = self.shape, image_size(image)
         if min(image) < shape[-1]:
             raise ValueError(
                 f"a circular image of {image[0]} × {image[1]} is smaller than the kernel "
                 f"({shape[-1]} × {shape[-1]})"
             )
-        self.image = tuple(image)
+        self.image = image
         self.V = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.b_y = nn.Parameter(torch.zeros(shape[0], device=device, dtype=dtype))
         nn.init.xavier_normal_(self.V)

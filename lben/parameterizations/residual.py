@@ -46,8 +46,8 @@ class ResidualParameterization(ExplicitParameterization):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(shape)
-        self.U = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.b = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype))
+        self.U = nn.Parameter(torch.empty(self.shape, device=device, dtype=dtype))
+        self.b = nn.Parameter(torch.empty(self.shape[0], device=device, dtype=dtype))
         self.rule = rule
         self.reset_parameters()
 

@@ -22,6 +22,7 @@ from lben.parameterizations.explicit import (
     taps,
 )
 from lben.parameterizations.multipliers import MultiplierRule
+from lben.parameterizations.sizes import integer
 from lben.weights import ExplicitWeights
 
 
@@ -48,6 +49,7 @@ class SandwichParameterization(ExplicitParameterization):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(shape)
+        shape, outputs = self.shape, integer("outputs", outputs, least=0)
         if not 0 < outputs < shape[1]:
             raise ValueError(f"outputs must lie in [1, {shape[1] - 1}], got {outputs}")
 

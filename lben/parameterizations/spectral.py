@@ -16,6 +16,7 @@ from lben.parameterizations.multipliers import (
     power_of_two,
     root,
 )
+from lben.parameterizations.sizes import integer
 
 
 class Spectral(MultiplierRule):
@@ -40,9 +41,7 @@ class Spectral(MultiplierRule):
 
     def __init__(self, squarings: int = 3) -> None:
         super().__init__()
-        if squarings < 0:
-            raise ValueError(f"squarings must be at least 0, got {squarings}")
-        self.squarings = squarings
+        self.squarings = integer("squarings", squarings, least=0)
 
     def bound(self, U: Tensor) -> Tensor:
         n = U.shape[0]

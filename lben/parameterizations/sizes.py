@@ -1,0 +1,55 @@
+"""Is a size an integer? NumPy's are; truth values, floats and words are not."""
+
+from __future__ import annotations
+
+import operator
+
+
+def integer(name: str, value: object, least: int | None = 1) -> int:
+    """Return an integer argument as a Python int.
+
+    Args:
+        name: of the argument, for messages.
+        value: what was given.
+        least: the smallest value that is allowed, if there is one.
+
+    Raises:
+        TypeError: if it is no integer.
+        ValueError: if it is below `least`.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an integer, got {value!r} ({type(value).__name__})"
+        ) from None
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
+
+
+def flag(name: str, value: object) -> bool:
+    """Return an argument that is True or False.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def image_size(value: object) -> tuple[int, int]:
+    """Return the height and width of an image as Python ints.
+
+    Raises:
+        TypeError: if it is no pair of integers.
+        ValueError: if one is not positive.
+    """
+    try:
+        height, width = value  # type: ignore[misc]
+    except (TypeError, ValueError):
+        raise TypeError(f"an image size is a pair (height, width), got {value!r}") from None
+    return integer("the height of an image", height), integer("the width of an image", width)

@@ -1,6 +1,7 @@
 """What layers keep is that of their parameters and settings as they are, in every way of change."""
 
 import copy
+import itertools
 import sys
 import threading
 
@@ -168,7 +169,7 @@ def test_a_parametrization_its_setting_and_its_removal_are_seen(kind):
         outputs.append(layer(x))
         parametrize.remove_parametrizations(module, name, leave_parametrized=True)
         torch.testing.assert_close(layer(x), outputs[-1], rtol=1e-9, atol=1e-10)
-        for a, b in zip(outputs, outputs[1:], strict=False):
+        for a, b in itertools.pairwise(outputs):
             assert not torch.allclose(a, b)
 
 
@@ -365,7 +366,7 @@ def test_transforms_give_the_values_of_the_loop_and_leave_nothing(kind):
     def one(x):
         return layer(x[None])[0]
 
-    near = dict(rtol=1e-7, atol=1e-8)
+    near = {"rtol": 1e-7, "atol": 1e-8}
     loop = torch.stack([torch.autograd.functional.jacobian(one, row) for row in x])
     torch.testing.assert_close(func.vmap(one)(x), layer(x), **near)
     with torch.no_grad():

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 from torch.nn import functional
-from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
 from lben import (
@@ -330,8 +329,7 @@ def test_what_is_kept_follows_the_parameters(kind):
             twin = copy.deepcopy(layer)
             assert torch.equal(layer(x), twin(x))
         assert not torch.equal(layer(x), first)
-    if not is_parametrized(layer.parameterization):  # torch refuses to pickle those
-        assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
 
 
 def test_T_is_computed_once_under_gradient_accumulation():
@@ -352,8 +350,8 @@ def test_T_is_computed_once_under_gradient_accumulation():
     assert len(calls) == 2
 
 
-def test_what_is_missed_breaks_no_bound():
-    """One entry written through `.data` may go unseen in eval: the layer stays what it was."""
+def test_one_entry_of_a_large_weight_is_seen():
+    """One entry written through `.data` is seen, and the bound is that of what runs then."""
     layer = SLLLinear(300, 200).eval()
     x = torch.randn(500, 300)
     with torch.no_grad():
@@ -363,7 +361,8 @@ def test_what_is_missed_breaks_no_bound():
         before = layer(x)
         layer.parameterization.U.data[0, 0] += 5.0
         after = layer(x)
-        assert torch.equal(after, before) or torch.equal(after, copy.deepcopy(layer)(x))
+        assert not torch.equal(after, before)
+        assert torch.equal(after, copy.deepcopy(layer)(x))
         y = layer(x.flip(0))
         quotient = (after - y).norm(dim=1) / (x - x.flip(0)).norm(dim=1).clamp_min(1e-6)
         assert float(quotient.max()) <= 1 + 1e-6

@@ -250,9 +250,7 @@ def test_biased_gradients_take_transforms(gradient):
 
 def test_forward_mode_is_refused_in_a_sentence():
     z, v, _ = state_of("dense")
-    with pytest.raises(
-        RuntimeError, match=r"no forward-mode derivatives \(jvp, .*take reverse mode"
-    ):
+    with pytest.raises(RuntimeError, match=r"no forward-mode derivatives \(jvp.*take reverse"):
         torch.func.jvp(z, (v,), (v,))
     with (
         torch.autograd.forward_ad.dual_level(),

@@ -156,7 +156,7 @@ class _Equilibrium(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        with full_precision(g):
+        with full_precision(g, convolutions=ctx.operator.by_kernels):
             return _Equilibrium._backward(ctx, g)
 
     @staticmethod

@@ -52,11 +52,10 @@ def full() -> Iterator[None]:
                     setting.fp32_precision = before
 
 
-def lowered(device: str) -> bool:
+def lowered(device: str, *, convolutions: bool) -> bool:
     """Say whether products of float32 numbers on this kind of device may run in less."""
     b: Any = torch.backends
-    products = (b.mkldnn,) if device == "cpu" else (b.cuda, b.cudnn) if device == "cuda" else ()
-    kinds = [
-        setting for p in products for setting in (getattr(p, "matmul", p), getattr(p, "conv", p))
-    ]
-    return any(getattr(kind, "fp32_precision", "none") not in _FULL for kind in kinds)
+    products = {"cpu": (b.mkldnn.matmul,), "cuda": (b.cuda.matmul,)}.get(device, ())
+    if convolutions:
+        products += {"cpu": (b.mkldnn.conv,), "cuda": (b.cudnn.conv,)}.get(device, ())
+    return any(setting.fp32_precision not in _FULL for setting in products)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lben import precision
 from lben.certificates import Certificate, certify
+from lben.layers.inputs import non_finite
 from lben.layers.roundoff import norms_above, not_nan, underflow
 from lben.local import Anchors
 from lben.parameterizations import CompleteParameterization, DirectParameterization
@@ -54,9 +55,7 @@ class EquilibriumLayer(nn.Module, ABC):
         on_failure: "warn" or "raise" when a sample misses the tolerance.
 
     Raises:
-        TypeError: if the activation is no `ProximalActivation`, the method no `Method`, the
-            gradient no `Gradient`, or tol or max_steps no number.
-        ValueError: if tol is not positive and finite, max_steps < 1, or on_failure unknown.
+        TypeError, ValueError: if an option is of another kind or out of range.
     """
 
     _sample_dimensions, _entry = 1, "feature"
@@ -226,7 +225,7 @@ class EquilibriumLayer(nn.Module, ABC):
         with precision.full():
             v = self._bias(weights, x)
         if not bool(torch.isfinite(v.detach()).all()):
-            self._explain_non_finite(x)
+            raise non_finite(self, x, self._sample_dimensions, self._entry)
         return Inclusion(self._operator(weights), v, self._sigma)
 
     def _operator(self, weights: Any) -> LinearOperator:
@@ -256,20 +255,6 @@ class EquilibriumLayer(nn.Module, ABC):
             )
         if x.device != reference.device:
             raise ValueError(f"x is on {x.device}, the layer on {reference.device}")
-
-    def _explain_non_finite(self, x: Tensor) -> None:
-        bad = (~torch.isfinite(x.detach())).flatten(-self._sample_dimensions)
-        bad = bad.reshape(-1, bad.shape[-1])
-        if bool(bad.any()):
-            sample, entry = (int(i) for i in bad.nonzero()[0])
-            raise ValueError(
-                f"x contains NaN or Inf in {int(bad.any(1).sum())} of {len(bad)} samples "
-                f"(first at sample {sample}, {self._entry} {entry})"
-            )
-        for name, parameter in self.named_parameters():
-            if not bool(torch.isfinite(parameter.detach()).all()):
-                raise ValueError(f"parameter {name} contains NaN or Inf: training diverged?")
-        raise ValueError(f"Ux + b overflows {x.dtype}: scale the input or use float64")
 
 
 class DenseEquilibriumLayer(EquilibriumLayer):

@@ -55,7 +55,7 @@ def nothing_may_be_kept() -> bool:
 def undisturbed(device: str) -> contextlib.AbstractContextManager[None]:
     """Leave grad and inference mode, autocast, shortened products: what is kept outlives them."""
     disturbed = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
-    if disturbed or in_autocast(device) or lowered(device):
+    if disturbed or in_autocast(device) or lowered(device, convolutions=True):
         return _undisturbed(device)
     return contextlib.nullcontext()
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -132,11 +131,6 @@ def check_method(method: object, name: str = "method") -> None:
     if isinstance(method, type):
         take = f"an instance, {method.__name__}()"
     raise TypeError(f"{name} must be a solvers.Method, got {method!r}: pass {take}")
-
-
-def names(methods: Sequence[Method]) -> str:
-    """Return how messages name methods that ran one after the other."""
-    return ", then ".join(map(repr, methods))
 
 
 class Method(ABC):

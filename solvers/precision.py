@@ -53,14 +53,13 @@ def full() -> Iterator[None]:
                     setting.fp32_precision = before
 
 
-def lowered(device: str) -> bool:
+def lowered(device: str, *, convolutions: bool) -> bool:
     """Say whether products of float32 numbers on this kind of device may run in less."""
     b: Any = torch.backends
-    products = (b.mkldnn,) if device == "cpu" else (b.cuda, b.cudnn) if device == "cuda" else ()
-    kinds = [
-        setting for p in products for setting in (getattr(p, "matmul", p), getattr(p, "conv", p))
-    ]
-    return any(getattr(kind, "fp32_precision", "none") not in FULL for kind in kinds)
+    products = {"cpu": (b.mkldnn.matmul,), "cuda": (b.cuda.matmul,)}.get(device, ())
+    if convolutions:
+        products += {"cpu": (b.mkldnn.conv,), "cuda": (b.cudnn.conv,)}.get(device, ())
+    return any(setting.fp32_precision not in FULL for setting in products)
 
 
 def in_autocast(device: str) -> bool:
@@ -75,10 +74,15 @@ def leave_autocast(device: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def full_precision(like: Tensor) -> AbstractContextManager[None]:
-    """Leave autocast and shortened products of such numbers: no tolerance is met in them."""
+def full_precision(like: Tensor, *, convolutions: bool = True) -> AbstractContextManager[None]:
+    """Leave autocast and shortened products of such numbers: no tolerance is met in them.
+
+    Args:
+        like: a tensor of the products.
+        convolutions: whether they may be convolutions, which have settings of their own.
+    """
     device = like.device.type
-    shortened = like.dtype == torch.float32 and lowered(device)
+    shortened = like.dtype == torch.float32 and lowered(device, convolutions=convolutions)
     return _full(device) if shortened else leave_autocast(device)
 
 

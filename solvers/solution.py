@@ -38,13 +38,15 @@ def check_options(tol: object, max_steps: object, on_failure: object) -> tuple[f
         TypeError: if tol is no real number or max_steps no integer.
         ValueError: if tol is not positive and finite, max_steps < 1, or on_failure unknown.
     """
-    if isinstance(tol, bool) or not isinstance(tol, numbers.Real):
+    if type(tol) is not float and (isinstance(tol, bool) or not isinstance(tol, numbers.Real)):
         raise TypeError(f"tol must be a number such as 1e-4, got {tol!r}")
     if not float(tol) > 0:
         raise ValueError(f"tol = {tol} is below what can be held: take a number such as 1e-4")
     if float(tol) == math.inf:
         raise ValueError("tol must be finite, got inf: pass a number such as 1e-4")
-    if isinstance(max_steps, bool) or not isinstance(max_steps, numbers.Integral):
+    if type(max_steps) is not int and (
+        isinstance(max_steps, bool) or not isinstance(max_steps, numbers.Integral)
+    ):
         raise TypeError(f"max_steps must be an integer such as 5000, got {max_steps!r}")
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")
@@ -104,12 +106,12 @@ class Solution(Sendable):
     name: str
     likely_causes: Callable[[], str] = field(repr=False)
     _error_bound: Callable[[], Tensor] = field(repr=False)
-    _method: str = field(repr=False)
+    _methods: tuple[object, ...] = field(repr=False)
 
     @property
     def method(self) -> str:
         """`repr` of the method that ran; of several that did, in their order."""
-        return self._method
+        return ", then ".join(map(repr, self._methods))
 
     @property
     def converged(self) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from solvers.auto import Auto
 from solvers.inclusion import Inclusion
-from solvers.method import Method, Outcome, Request, check_method, names
+from solvers.method import Method, Outcome, Request, check_method
 from solvers.operators import NotMonotoneError
 from solvers.operators.base import check_tensors
 from solvers.precision import full_precision
@@ -73,10 +73,10 @@ def solve(
     if not isinstance(problem, Inclusion):
         raise TypeError(f"problem must be an Inclusion, got {type(problem).__name__}")
     check_method(method)
-    problem.check()
     tol, max_steps = check_options(tol, max_steps, on_failure)
     _check_precision(problem, tol, z0)
-    with torch.no_grad(), full_precision(problem.bias), problem.operator.settled():
+    full = full_precision(problem.bias, convolutions=problem.operator.by_kernels)
+    with torch.no_grad(), full, problem.operator.settled():
         _check_metric(problem)
         if require_monotone:
             _check_monotone(problem)
@@ -88,8 +88,8 @@ def solve(
             # in relative terms, a cold start is there.
             start = torch.where((flat.bias != 0).any(-1, keepdim=True), start, 0.0)
         request = Request(tol=_held(tol, flat.bias.dtype), max_steps=max_steps, z0=start)
-        outcome, used = _run(flat, method, request)
-        method, status = used[-1], outcome.status(request)
+        outcome, status, used = _run(flat, method, request)
+        method = used[-1]
         if status is Status.DIVERGED:
             problem.check_finite()
         value = outcome.value
@@ -101,7 +101,7 @@ def solve(
             ),
             residual=outcome.residual.reshape(shape[:-1]).to(value.dtype),
             tol=tol,
-            _method=names(used),
+            _methods=used,
             name=name,
             likely_causes=partial(method.likely_causes, flat),
             _error_bound=partial(_error_bound, flat, value, shape[:-1]),
@@ -160,29 +160,30 @@ def _check_monotone(problem: Inclusion) -> None:
     )
 
 
-def _run(problem: Inclusion, asked: Method, request: Request) -> tuple[Outcome, tuple[Method, ...]]:
+def _run(
+    problem: Inclusion, asked: Method, request: Request
+) -> tuple[Outcome, Status, tuple[Method, ...]]:
     """Run the method chosen and, on samples that it misses, its fallbacks; return all that ran."""
-    used = (asked.chosen(problem),)
-    outcome = _attempt(problem, used[0], request)
-    if bool((outcome.residual <= request.tol).all()):
-        return outcome, used
+    used: tuple[Method, ...] = (asked.chosen(problem),)
+    outcome = used[0].run(problem, request)
+    if (status := outcome.status(request)) is Status.CONVERGED:
+        return outcome, status, used
+    outcome = _continued(problem, used[0], request, outcome)
     for method in asked.fallbacks(problem, request):
         index = (~(outcome.residual <= request.tol)).nonzero().squeeze(-1)
         if index.numel() == 0:
             break
         part, before = problem.select(index), outcome.select(index)
         start = torch.where(before.residual.isfinite()[:, None], before.value, 0.0)
-        found = _attempt(part, method, dataclasses.replace(request, z0=start))
+        again = dataclasses.replace(request, z0=start)
+        found = _continued(part, method, again, method.run(part, again))
         outcome, used = outcome.continued(index, found.better_than(before)), (*used, method)
-    return outcome, used
+    return outcome, outcome.status(request), used
 
 
-def _attempt(problem: Inclusion, method: Method, request: Request) -> Outcome:
-    """Run a method, in float64 too where float32 stalls, and say where only rounding is left."""
-    outcome = method.run(problem, request)
+def _continued(problem: Inclusion, method: Method, request: Request, outcome: Outcome) -> Outcome:
+    """Go on in float64 where float32 stalled, and say where only rounding is left."""
     above = ~(outcome.residual <= request.tol)
-    if not bool(above.any()):
-        return outcome
     # Where σ(v) = 0 the solution is 0, which an iteration that rounds may never come near in
     # relative terms.
     zero = above & (problem.activation(problem.bias) == 0).all(-1)
@@ -199,6 +200,7 @@ def _attempt(problem: Inclusion, method: Method, request: Request) -> Outcome:
     if problem.bias.dtype == torch.float32:
         found = _continue_in_double(part, method, request, outcome.value[index])
         outcome = outcome.continued(index, found)
+        assert found.resting is not None
         rests = found.resting
     else:
         rests = part.rests(outcome.value[index], request.tol)

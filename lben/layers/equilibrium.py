@@ -16,6 +16,7 @@ from lben.certificates import Certificate, certify, sensitivity
 from lben.certified import Certified
 from lben.layers.autocast import outside_autocast, taken
 from lben.layers.growth import absolute_norm, norms_up
+from lben.layers.inputs import non_finite
 from lben.layers.kept import KeepingLayer, OwnWeights
 from lben.layers.roundoff import not_nan, underflow
 from lben.layers.uniform import Rates, Running, uniform_error
@@ -88,9 +89,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
         on_failure: "warn" or "raise" when a sample misses the tolerance.
 
     Raises:
-        TypeError: if the activation is no `ProximalActivation`, the method no `Method`, the
-            gradient no `Gradient`, or tol or max_steps no number.
-        ValueError: if tol is not positive and finite, max_steps < 1, or on_failure unknown.
+        TypeError, ValueError: if an option is of another kind or out of range.
     """
 
     _sample_dimensions, _entry = 1, "feature"
@@ -353,7 +352,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
             v = self._bias(weights, x)
         # Within a transform numbers cannot be looked at: the solve says what it finds.
         if not nothing_may_be_kept() and not bool(torch.isfinite(v.detach()).all()):
-            self._explain_non_finite(x)
+            raise non_finite(self, x, self._sample_dimensions, self._entry)
         return Inclusion(self._operator(weights), v, self._sigma)
 
     def _operator(self, weights: Any) -> LinearOperator:
@@ -378,20 +377,6 @@ class EquilibriumLayer(KeepingLayer, ABC):
             )
         if x.device != reference.device:
             raise ValueError(f"x is on {x.device}, the layer on {reference.device}")
-
-    def _explain_non_finite(self, x: Tensor) -> None:
-        bad = (~torch.isfinite(x.detach())).flatten(-self._sample_dimensions)
-        bad = bad.reshape(-1, bad.shape[-1])
-        if bool(bad.any()):
-            sample, entry = (int(i) for i in bad.nonzero()[0])
-            raise ValueError(
-                f"x contains NaN or Inf in {int(bad.any(1).sum())} of {len(bad)} samples "
-                f"(first at sample {sample}, {self._entry} {entry})"
-            )
-        for name, parameter in self.named_parameters():
-            if not bool(torch.isfinite(parameter.detach()).all()):
-                raise ValueError(f"parameter {name} contains NaN or Inf: training diverged?")
-        raise ValueError(f"Ux + b overflows {x.dtype}: scale the input or use float64")
 
 
 class DenseEquilibriumLayer(EquilibriumLayer):

@@ -218,7 +218,6 @@ class Group {
     T unit;                        // what v, x and z are divided by
     int64_t steps = 0, checks = 0;
     double change = 0, scale = 0;  // |x' - x| / (2 alpha) and |z| in the metric, at last_steps
-    double reach = 0;              // |x| / (2 alpha): what rounding of x is relative to
     int64_t last_steps = 0;
     double rate = 0;               // log of the change's factor per step; 0 while unknown
     double target = 0;             // change at which the next check is made; 0 while unknown
@@ -336,35 +335,42 @@ class Group {
       const T *x = x_[s], *y = before_[s], *root = p_.root, *gauge = gauge_.data();
       const T* c = p_.slope ? factor_[s] : prox_.data();
       const bool linear = p_.slope != nullptr;
-      T change = 0, scale = 0, reach = 0;
-#pragma omp simd reduction(+ : change, scale, reach)
+      T change = 0, scale = 0;
+#pragma omp simd reduction(+ : change, scale)
       for (int64_t i = 0; i < n_; ++i) {
-        const T e = gauge[i] * (x[i] - y[i]), f = gauge[i] * x[i];
+        const T e = gauge[i] * (x[i] - y[i]);
         const T z = root[i] * ((linear || x[i] < 0) ? c[i] * x[i] : x[i]);
         change += e * e;
         scale += z * z;
-        reach += f * f;
       }
       const double last = slot.change;
       slot.change = std::sqrt(static_cast<double>(change));
       slot.scale = std::sqrt(static_cast<double>(scale));
-      slot.reach = std::sqrt(static_cast<double>(reach));
       if (last > 0 && slot.change > 0) {
         slot.rate = std::log(slot.change / last) / (slot.steps - slot.last_steps);
       }
       slot.last_steps = slot.steps;
-      note_stalling(slot);
+      note_stalling(s);
     }
   }
 
   static constexpr double kRest = 1024 * static_cast<double>(std::numeric_limits<T>::epsilon());
 
+  // |x| / (2 alpha) in the metric: what rounding of x is relative to.
+  double reach(int64_t s) {
+    const T *x = x_[s], *gauge = gauge_.data();
+    double sum = 0;
+    for (int64_t i = 0; i < n_; ++i) sum += (gauge[i] * x[i]) * static_cast<double>(gauge[i] * x[i]);
+    return std::sqrt(sum);
+  }
+
   // A change near the rounding of v, x or z that has not halved while the steps grew by a quarter
   // and 64 is at rest.
-  static void note_stalling(Slot& slot) {
+  void note_stalling(int64_t s) {
+    Slot& slot = slot_[s];
     if (slot.change == 0) slot.stalled = true;
     if (slot.stalled || slot.steps < slot.mark_steps * 5 / 4 + 64) return;
-    const double floor = kRest * std::max({slot.scale, slot.size, slot.reach});
+    const double floor = kRest * std::max({slot.scale, slot.size, reach(s)});
     slot.stalled = slot.change > 0.5 * slot.mark && slot.change <= floor;
     slot.mark = slot.change;
     slot.mark_steps = slot.steps;
@@ -443,7 +449,8 @@ class Group {
       Slot& slot = slot_[order_[at]];
       noisy_[at] = own > most && left - own <= most && residual_[at] > 0.5 * slot.residual;
       slot.residual = residual_[at];
-      const double all = slot.size + slot.reach + p_.size * scale;
+      if (!slot.stalled) continue;
+      const double all = slot.size + reach(order_[at]) + p_.size * scale;
       explained_[at] = left - p_.noise * all <= p_.tol * scale;
     }
   }

@@ -1,13 +1,22 @@
 import copy
+import dataclasses
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from lben import EquilibriumLinear, Normalize
+from lben import (
+    EquilibriumConv2d,
+    EquilibriumLinear,
+    Normalize,
+    PooledEquilibriumConv2d,
+    stack,
+)
 from solvers import (
     ForwardBackward,
+    ImplicitGradient,
     LeakyReLU,
     PeacemanRachford,
     ReLU,

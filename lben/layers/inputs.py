@@ -1,0 +1,29 @@
+"""Which number of an input, or of a layer, is not finite?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def non_finite(layer: nn.Module, x: Tensor, dimensions: int, entry: str) -> ValueError:
+    """Return the error for an Ux + b that is not finite, which says where that comes from.
+
+    Args:
+        layer: with the parameters that U and b come from.
+        x: the input.
+        dimensions: how many of its last dimensions are one sample.
+        entry: what a number of a sample is called.
+    """
+    bad = (~torch.isfinite(x.detach())).flatten(-dimensions)
+    bad = bad.reshape(-1, bad.shape[-1])
+    if bool(bad.any()):
+        sample, index = (int(i) for i in bad.nonzero()[0])
+        return ValueError(
+            f"x contains NaN or Inf in {int(bad.any(1).sum())} of {len(bad)} samples "
+            f"(first at sample {sample}, {entry} {index})"
+        )
+    for name, parameter in layer.named_parameters():
+        if not bool(torch.isfinite(parameter.detach()).all()):
+            return ValueError(f"parameter {name} contains NaN or Inf: training diverged?")
+    return ValueError(f"Ux + b overflows {x.dtype}: scale the input or use float64")

@@ -388,7 +388,7 @@ def _proximal(activation: ProximalActivation | None) -> ProximalActivation:
 def _described(value: object) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}: call it"
-    return type(value).__name__
+    return f"{type(value).__name__} of {type(value).__module__}"
 
 
 def _refuse_rounded(proof: Certificate) -> None:

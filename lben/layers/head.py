@@ -17,6 +17,7 @@ from lben.layers.growth import Growth, absolute_norm, norm_up, norms_up
 from lben.layers.lasting import Lasting, make_lasting
 from lben.layers.opaque import Owner, check_kind, graph_is_made
 from lben.layers.roundoff import Signal
+from lben.parameterizations.explicit import computed
 from lben.parameterizations.orthogonal import register_orthogonal
 from lben.parameterizations.parametrized import PicklableParametrized
 from lben.parameterizations.sizes import integer
@@ -72,7 +73,8 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
 
     def matrix(self) -> Float[Tensor, "q p"]:
         """Return Q."""
-        return functional.normalize(self.weight, dim=1) if self.kind == "rows" else self.weight
+        weight = computed(self, "weight")
+        return functional.normalize(weight, dim=1) if self.kind == "rows" else weight
 
     def forward(self, x: Float[Tensor, "*batch p"]) -> Float[Tensor, "*batch q"]:
         """Return logits, in the precision of the parameters also under autocast."""
@@ -116,7 +118,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
     @torch.no_grad()
     def pair_bounds(self) -> Float[Tensor, "q q"]:
         """Return proved upper bounds of ‖qᵢ − qⱼ‖₂ in float64; 1 on the diagonal."""
-        Q = Enclosure(self.weights().D.cpu().numpy())
+        Q = Enclosure(self._stored().cpu().numpy())
         bounds = torch.ones(self.out_features, self.out_features, dtype=torch.float64)
         for i in range(self.out_features):
             row = Enclosure(Q.mid[i : i + 1])
@@ -128,15 +130,26 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
                     bounds[i, j] = up(math.sqrt(float(square) + self.in_features * 2.0**-1022), 2)
         return bounds
 
-    def weights(self) -> ExplicitWeights:
-        """Return the float64 weights, with a bound of ‖Q‖₂ as claim."""
+    @torch.no_grad()
+    def _stored(self) -> Tensor:
+        """Return Q as it runs, in float64, or refuse to claim anything of it."""
         precision.refuse_autocast()
-        with torch.no_grad(), precision.full():
+        if self.bias.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"parameters must be float32 or float64, got {self.bias.dtype}")
+        with precision.full():
             Q = self.matrix().double()
-            if self.bias.dtype not in (torch.float32, torch.float64):
-                raise ValueError(f"parameters must be float32 or float64, got {self.bias.dtype}")
-            if not bool(Q.isfinite().all() and self.bias.isfinite().all()):
-                raise ValueError("the weights contain NaN or Inf: did training diverge?")
+        if not bool(Q.isfinite().all() and self.bias.isfinite().all()):
+            raise ValueError("the weights contain NaN or Inf: did training diverge?")
+        return Q
+
+    def weights(self) -> ExplicitWeights:
+        """Return the float64 weights, with a bound of ‖Q‖₂ as claim.
+
+        Raises:
+            ValueError: for weights that are not finite or in half precision; under autocast.
+        """
+        with torch.no_grad():
+            Q = self._stored()
             claim = norm_bound(Enclosure(Q.cpu().numpy())) * (1 + 1e-9)
             return ExplicitWeights.affine(Q, self.bias.double(), max(claim, 2.0**-500))
 

@@ -67,7 +67,7 @@ class Owner(nn.Module):
         _owners[self.name_in_graphs] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.enter()
 
     @abstractmethod

@@ -58,7 +58,7 @@ class LipschitzSequential(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Return y, of every sample."""
         x, batch = self._flat(x)
-        y = super().forward(x)
+        y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         return y if batch is None else y.reshape(*batch, *y.shape[1:])
 
     def _flat(self, x: Tensor) -> tuple[Tensor, torch.Size | None]:

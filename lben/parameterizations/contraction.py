@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from lben.convolutional import ConvolutionalWeights
-from lben.parameterizations.explicit import ROOM, UNIT_BOUND, ExplicitParameterization, taps
+from lben.parameterizations.explicit import (
+    ROOM,
+    UNIT_BOUND,
+    ExplicitParameterization,
+    computed,
+    taps,
+)
 from lben.parameterizations.multipliers import MultiplierRule
 from lben.weights import ExplicitWeights
 
@@ -61,7 +67,7 @@ class ContractionParameterization(ExplicitParameterization):
         nn.init.uniform_(self.b_y, -bound, bound)
 
     def forward(self, run: torch.dtype) -> tuple[Tensor, ...]:
-        V = self.rounded(self.V, run)
+        V = self.rounded(computed(self, "V"), run)
         T = self.rule(V.transpose(0, 1))
         (scale,) = self.in_range([(1 - ROOM / 2) * T.rsqrt()], [self.b_y])
         return V, self.b_y, scale

@@ -83,17 +83,34 @@ class ExplicitParameterization(PicklableParametrized, ABC):
         with torch.no_grad():
             ok = torch.stack([t.all() for t in (*fit, *(b.isfinite() for b in biases))])
             if not bool(ok.all()):
-                raise ValueError(
-                    "the weights contain NaN or Inf, or numbers so large or small that T leaves "
-                    f"the range of {scales[0].dtype}: did training diverge? Scale the weights "
-                    "towards 1, or use float64"
-                )
+                raise ValueError(_out_of_range(scales[0].dtype))
         return checked
 
     @staticmethod
     def rounded(weight: Tensor, run: torch.dtype) -> Tensor:
         """Return the weight rounded to a precision, in its own."""
         return weight if run == weight.dtype else weight.to(run).to(weight.dtype)
+
+
+def computed(module: nn.Module, name: str) -> Tensor:
+    """Return a weight that a parametrization of torch may compute.
+
+    Raises:
+        ValueError: if its linear algebra fails.
+    """
+    try:
+        weight: Tensor = getattr(module, name)
+    except torch.linalg.LinAlgError as error:
+        own = next(module.parameters()).dtype
+        raise ValueError(_out_of_range(own)) from error
+    return weight
+
+
+def _out_of_range(dtype: torch.dtype) -> str:
+    return (
+        "the weights contain NaN or Inf, or numbers so large or small that T leaves the range of "
+        f"{dtype}: did training diverge? Scale the weights towards 1, or use float64"
+    )
 
 
 def taps(vector: Tensor) -> Tensor:

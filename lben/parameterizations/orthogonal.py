@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ def cayley(V: Tensor) -> Tensor:
     A, B = V[..., :n, :], V[..., n:, :]
     identity = torch.eye(n, dtype=V.dtype, device=V.device)
     S = A - A.mH + B.mH @ B
-    inverse = torch.linalg.inv(identity + S)
+    inverse, info = torch.linalg.inv_ex(identity + S)
+    # I + S is never singular, but may be once it is rounded; what comes of it is refused then.
+    inverse = torch.where((info == 0)[..., None, None], inverse, math.nan)
     return torch.cat([(identity - S) @ inverse, -2 * B @ inverse], dim=-2)
 
 

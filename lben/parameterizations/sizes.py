@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 
 
 def integer(name: str, value: object, least: int | None = 1) -> int:
@@ -48,8 +49,6 @@ def image_size(value: object) -> tuple[int, int]:
         TypeError: if it is no pair of integers.
         ValueError: if one is not positive.
     """
-    try:
-        height, width = value  # type: ignore[misc]
-    except (TypeError, ValueError):
-        raise TypeError(f"an image size is a pair (height, width), got {value!r}") from None
-    return integer("the height of an image", height), integer("the width of an image", width)
+    if isinstance(value, str) or not isinstance(value, Iterable) or len(pair := [*value]) != 2:
+        raise TypeError(f"an image size is a pair (height, width), got {value!r}")
+    return integer("the height of an image", pair[0]), integer("the width of an image", pair[1])

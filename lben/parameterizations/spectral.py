@@ -68,7 +68,8 @@ class Spectral(MultiplierRule):
         largest = self._norms(_grams(U, phases.index_select(1, worst)), error)
         # Evaluated alone, a frequency may round another way than among the others.
         most = everywhere.index_select(0, worst)
-        room = torch.maximum(most, largest.detach()) / largest.detach() * (1 + 2.0**-40)
+        least = largest.detach().clamp_min(torch.finfo(largest.dtype).tiny)  # of zero weights
+        room = torch.maximum(most, least) / least * (1 + 2.0**-40)
         between = math.cos(math.pi * (k - 1) / points) ** -2 * (1 + 2.0**-40)
         return (largest * room * between)[0]
 

@@ -146,6 +146,7 @@ class _Reader:
     seen: set[int]
 
     def read(self, value: Any) -> Any:
+        kind: Any = type(value)
         if isinstance(value, _PLAIN):
             return value
         if isinstance(value, Tensor):
@@ -166,7 +167,7 @@ class _Reader:
         if dataclasses.is_dataclass(value):
             fields = (f.name for f in dataclasses.fields(value))
             return (type(value), *((name, self.read(getattr(value, name))) for name in fields))
-        if type(value).__hash__ is object.__hash__ and hasattr(value, "__dict__"):
+        if kind.__hash__ is object.__hash__ and hasattr(value, "__dict__"):
             return (type(value), *((k, self.read(v)) for k, v in vars(value).items()))
         return _Same(value)
 

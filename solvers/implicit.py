@@ -336,7 +336,8 @@ def _on(value: Any, swap: dict[int, Tensor]) -> Any:
         return tuple(_on(part, swap) for part in value)
     if dataclasses.is_dataclass(value):
         parts = {name: _on(getattr(value, name), swap) for name in _contents(value)}
-        return type(value)(**parts)  # type: ignore[arg-type]
+        kind: Any = type(value)
+        return kind(**parts)
     return value
 
 

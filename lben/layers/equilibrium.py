@@ -118,7 +118,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
     @property
     def gamma(self) -> float | None:
         """The Lipschitz bound that the parameterization promises."""
-        gamma: float | None = self.parameterization.gamma  # type: ignore[assignment]
+        gamma: float | None = self.parameterization.gamma
         return gamma
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
             SolveError: if a solve misses its tolerance and on_failure is "raise".
         """
         x = taken(x, self._reference().dtype)
-        if torch.is_grad_enabled() and in_autocast(x.device.type) and self._may_keep():
+        if torch.is_grad_enabled() and in_autocast(x.device.type) and not nothing_may_be_kept():
             return outside_autocast(self, x)
         with self._outside_autocast(), precision.full():
             weights = self._weights()
@@ -290,7 +290,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
                 f"an equilibrium is solved for and proved in float32 or float64, the parameters "
                 f"are {own}: convert the layer, for example by layer.float()"
             )
-        if self._is_tracked() or not self._may_keep():
+        if self._is_tracked() or nothing_may_be_kept():
             return self.parameterization()
         kept = self._record()
         return kept.get("weights", lambda: OwnWeights(kept.twin()), OwnWeights.is_untouched).weights
@@ -359,7 +359,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
         def build() -> LinearOperator:
             return self._new_operator(weights.apply(Tensor.detach))
 
-        operator = self._record().get("operator", build) if self._may_keep() else build()
+        operator = build() if nothing_may_be_kept() else self._record().get("operator", build)
         return operator.rebuild(self._operator_tensors(weights))
 
     def _outside_autocast(self) -> AbstractContextManager[None]:

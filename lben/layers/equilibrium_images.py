@@ -29,6 +29,7 @@ from solvers import (
     PeacemanRachford,
     ProximalActivation,
 )
+from solvers.dependencies import nothing_may_be_kept
 from solvers.solution import OnFailure
 
 
@@ -117,7 +118,7 @@ class ImageEquilibriumLayer(EquilibriumLayer):
         # The mask follows from the sizes, so it is neither state nor moved with it.
         if inside.device != device:
             inside = self._image_units(device)
-            if self._may_keep():
+            if not nothing_may_be_kept():
                 self._inside = inside
         return Masked(self.activation, inside)
 

@@ -144,7 +144,7 @@ class ExplicitLayer(KeepingLayer, Owner, ABC):
         track = self._is_tracked()
         parameters = tuple(self.parameterization.parameters())
         own = {id(p) for p in parameters}
-        if not self._may_keep() or (track and self._has_strays(own)):
+        if nothing_may_be_kept() or (track and self._has_strays(own)):
             return self.parameterization(run)
         running = self._running(run, tuple(p.requires_grad for p in parameters) if track else ())
         return running.attach(parameters) if track else running.values

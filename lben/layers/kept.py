@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lben.layers.lasting import Lasting, make_lasting
-from solvers.dependencies import Snapshot, nothing_may_be_kept, read, undisturbed
+from solvers.dependencies import Snapshot, read, undisturbed
 from solvers.precision import full_precision
 
 T_ = TypeVar("T_")
@@ -194,13 +194,6 @@ class KeepingLayer(Lasting):
         self.parameterization: Any = parameterization
         make_lasting(self)
         self._kept: Kept | None = None
-
-    def _may_keep(self) -> bool:
-        """Say whether values outlive this call: not in a transform, nor in a replica.
-
-        The replicas of nn.DataParallel live for one call, and share the record of the layer.
-        """
-        return not (getattr(self, "_is_replica", False) or nothing_may_be_kept())
 
     def _is_tracked(self) -> bool:
         """Say whether the weights get a gradient now."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lben import precision
 from lben.certificates import Certificate, certify
-from lben.layers.inputs import non_finite
+from lben.layers.inputs import non_finite, tensor
 from lben.layers.roundoff import norms_above, not_nan, underflow
 from lben.local import Anchors
 from lben.parameterizations import CompleteParameterization, DirectParameterization
@@ -35,7 +35,6 @@ from solvers import (
 from solvers.activations import check_activation
 from solvers.gradient import check_gradient
 from solvers.method import check_method
-from solvers.operators.base import check_tensors
 from solvers.solution import OnFailure, check_options
 
 
@@ -53,9 +52,6 @@ class EquilibriumLayer(nn.Module, ABC):
         tol: relative tolerance of both solves, per sample, in the Λ norm.
         max_steps: iteration limit of both solves.
         on_failure: "warn" or "raise" when a sample misses the tolerance.
-
-    Raises:
-        TypeError, ValueError: if an option is of another kind or out of range.
     """
 
     _sample_dimensions, _entry = 1, "feature"
@@ -244,9 +240,7 @@ class EquilibriumLayer(nn.Module, ABC):
         return {**self.__dict__, "_cache": None}
 
     def _check_input(self, x: Tensor) -> None:
-        if not isinstance(x, Tensor):
-            check_tensors(x=x)  # says what to pass
-        self._check_shape(x)
+        self._check_shape(tensor(x))
         reference = next(self.parameters())
         if x.dtype != reference.dtype:
             raise ValueError(

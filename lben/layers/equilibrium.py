@@ -16,7 +16,7 @@ from lben.certificates import Certificate, certify, sensitivity
 from lben.certified import Certified
 from lben.layers.autocast import outside_autocast, taken
 from lben.layers.growth import absolute_norm, norms_up
-from lben.layers.inputs import non_finite
+from lben.layers.inputs import non_finite, tensor
 from lben.layers.kept import KeepingLayer, OwnWeights
 from lben.layers.roundoff import not_nan, underflow
 from lben.layers.uniform import Rates, Running, uniform_error
@@ -43,7 +43,6 @@ from solvers.activations import check_activation
 from solvers.dependencies import nothing_may_be_kept
 from solvers.gradient import check_gradient
 from solvers.method import check_method
-from solvers.operators.base import check_tensors
 from solvers.precision import full_precision, in_autocast
 from solvers.solution import OnFailure, check_options
 
@@ -87,9 +86,6 @@ class EquilibriumLayer(KeepingLayer, ABC):
         tol: relative tolerance of both solves, per sample, in the Λ norm.
         max_steps: iteration limit of both solves.
         on_failure: "warn" or "raise" when a sample misses the tolerance.
-
-    Raises:
-        TypeError, ValueError: if an option is of another kind or out of range.
     """
 
     _sample_dimensions, _entry = 1, "feature"
@@ -366,9 +362,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
         return full_precision(self._reference())
 
     def _check_input(self, x: Tensor) -> None:
-        if not isinstance(x, Tensor):
-            check_tensors(x=x)  # says what to pass
-        self._check_shape(x)
+        self._check_shape(tensor(x))
         reference = self._reference()
         if x.dtype != reference.dtype:
             raise ValueError(

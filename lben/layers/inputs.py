@@ -1,9 +1,19 @@
-"""Which number of an input, or of a layer, is not finite?"""
+"""Is this an input, and which number of it, or of the layer, is not finite?"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from solvers.operators.base import check_tensors
+
+
+def tensor(x: object) -> Tensor:
+    """Return x, or raise a TypeError that says how to make a tensor of it."""
+    if not isinstance(x, Tensor):
+        check_tensors(x=x)
+    assert isinstance(x, Tensor)
+    return x
 
 
 def non_finite(layer: nn.Module, x: Tensor, dimensions: int, entry: str) -> ValueError:

@@ -20,6 +20,8 @@ from torch.func import functional_call
 
 from lben import precision
 
+_Key, _guard = torch._C.DispatchKey, torch._C._SetExcludeDispatchKeyGuard
+
 
 def graph_is_made() -> bool:
     """Say whether a compiler or tracer makes a graph of what is called now."""
@@ -99,7 +101,12 @@ def _compute(values: Sequence[Tensor], name: str, run: str) -> tuple[Tensor, ...
     if run == "float32":
         images = any(v.ndim > 2 for v in values)
         precision.refuse_reduced(values[0].device.type, convolution=images)
-    with torch.autocast(values[0].device.type, enabled=False):
+    # A graph may run without the keys that make conjugates of complex tensors what they say.
+    with (
+        torch.autocast(values[0].device.type, enabled=False),
+        _guard(_Key.Conjugate, False),
+        _guard(_Key.Negative, False),
+    ):
         tensors = dict(zip(names, values, strict=True))
         return tuple(functional_call(source, tensors, (getattr(torch, run),)))
 
@@ -131,11 +138,10 @@ def _running_backward(
 ) -> list[Tensor]:
     leaves = [v.detach().requires_grad_(v.is_floating_point()) for v in values]
     # An operator runs below autograd, which has to be let in again.
-    key, guard = torch._C.DispatchKey, torch._C._SetExcludeDispatchKeyGuard
     with (
         torch.enable_grad(),
-        guard(key.AutogradFunctionality, False),
-        guard(key.ADInplaceOrView, False),
+        _guard(_Key.AutogradFunctionality, False),
+        _guard(_Key.ADInplaceOrView, False),
     ):
         pairs = zip(_compute(leaves, name, run), gradients, strict=True)
         outputs, received = zip(*((o, g) for o, g in pairs if o.requires_grad), strict=True)

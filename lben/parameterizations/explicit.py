@@ -100,7 +100,7 @@ def computed(module: nn.Module, name: str) -> Tensor:
     """
     try:
         weight: Tensor = getattr(module, name)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         own = next(module.parameters()).dtype
         raise ValueError(_out_of_range(own)) from error
     return weight

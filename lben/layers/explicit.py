@@ -144,17 +144,21 @@ class ExplicitLayer(KeepingLayer, Owner, ABC):
         return any(t.requires_grad and id(t) not in parameters for t in tensors)
 
     def weights(self, run: torch.dtype | None = None) -> ExplicitWeights | ConvolutionalWeights:
-        """Return the float64 weights of the layer as it runs in a precision (its own if None)."""
+        """Return the float64 weights of the layer as it runs in a precision (its own if None).
+
+        Also under autocast: the precision that it asks for is given as `run`.
+        """
         return self._weights(self.parameterization, self._reference().dtype if run is None else run)
 
     @torch.no_grad()
     def _weights(
         self, parameterization: ExplicitParameterization, run: torch.dtype
     ) -> ExplicitWeights | ConvolutionalWeights:
-        if isinstance(self.map, Convolution):
-            kernels = parameterization.convolutional(run, circular=self.map.circular)
-            return kernels.apply(Tensor.detach)
-        return parameterization.dense(run).apply(Tensor.detach)
+        with leave_autocast(self._reference().device.type), precision.full():
+            if isinstance(self.map, Convolution):
+                kernels = parameterization.convolutional(run, circular=self.map.circular)
+                return kernels.apply(Tensor.detach)
+            return parameterization.dense(run).apply(Tensor.detach)
 
     def certificate(
         self, image: tuple[int, int] | None = None, *, run: torch.dtype | None = None

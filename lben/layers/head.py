@@ -20,8 +20,8 @@ from lben.layers.roundoff import Signal
 from lben.parameterizations.orthogonal import register_orthogonal
 from lben.parameterizations.parametrized import PicklableParametrized
 from lben.rigorous import Enclosure, norm_bound, sum_up, up
-from lben.weights import ExplicitWeights
-from solvers.precision import in_autocast, leave_autocast
+from lben.weights import ExplicitWeights, converted
+from solvers.precision import cast, in_autocast, leave_autocast
 
 
 class NormalizedLinear(Lasting, PicklableParametrized, Owner):
@@ -68,8 +68,9 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
         self.enter()
 
     def matrix(self) -> Float[Tensor, "q p"]:
-        """Return Q."""
-        return functional.normalize(self.weight, dim=1) if self.kind == "rows" else self.weight
+        """Return Q, in the precision of the parameters also under autocast."""
+        with leave_autocast(self.bias.device.type), precision.full():
+            return functional.normalize(self.weight, dim=1) if self.kind == "rows" else self.weight
 
     def forward(self, x: Float[Tensor, "*batch p"]) -> Float[Tensor, "*batch q"]:
         """Return logits, in the precision of the parameters also under autocast."""
@@ -110,7 +111,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
     @torch.no_grad()
     def pair_bounds(self) -> Float[Tensor, "q q"]:
         """Return proved upper bounds of ‖qᵢ − qⱼ‖₂ in float64; 1 on the diagonal."""
-        Q = Enclosure(self.matrix().double().cpu().numpy())
+        Q = Enclosure(converted(self.matrix(), torch.float64).numpy())
         bounds = torch.ones(self.out_features, self.out_features, dtype=torch.float64)
         for i in range(self.out_features):
             row = Enclosure(Q.mid[i : i + 1])
@@ -125,9 +126,9 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
     def weights(self) -> ExplicitWeights:
         """Return the float64 weights, with a bound of ‖Q‖₂ as claim."""
         with torch.no_grad():
-            Q = self.matrix().double()
+            Q, b = (cast(t, torch.float64) for t in (self.matrix(), self.bias))
             claim = norm_bound(Enclosure(Q.cpu().numpy())) * (1 + 1e-9)
-            return ExplicitWeights.affine(Q, self.bias.double(), max(claim, 2.0**-500))
+            return ExplicitWeights.affine(Q, b, max(claim, 2.0**-500))
 
     def check(self, proof: Certificate) -> None:
         """Refuse a certificate of other weights.
@@ -182,5 +183,4 @@ class _Running(nn.Module):
         self.head = head
 
     def forward(self, run: torch.dtype) -> tuple[Tensor, Tensor]:
-        with precision.full():
-            return self.head.matrix(), self.head.bias
+        return self.head.matrix(), self.head.bias

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from solvers.dependencies import Sendable
+from solvers.precision import cast
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -201,16 +202,9 @@ def converted(t: Tensor, dtype: torch.dtype) -> Tensor:
     are an integer times 2⁻¹⁴⁹.
     """
     t = t.detach().to("cpu")
-    if dtype != torch.float64 or t.dtype == torch.float64:
-        return t.to(dtype)
-    if t.dtype != torch.float32:  # bfloat16, float16: a matter of bits
-        t = t.to(torch.float32)
-    wide, bits = t.double(), t.contiguous().view(torch.int32)
-    tiny = ((bits & 0x7F800000) == 0) & ((bits & 0x007FFFFF) != 0)
-    if bool(tiny.any()):
-        size = (bits & 0x007FFFFF).double() * 2.0**-149
-        wide = torch.where(tiny, torch.where(bits < 0, -size, size), wide)
-    return wide
+    # bfloat16 and float16 to float32: a matter of bits.
+    narrow = t.dtype not in (torch.float32, torch.float64)
+    return cast(t.to(torch.float32) if dtype == torch.float64 and narrow else t, dtype)
 
 
 def check_tensors(values: Mapping[str, Any]) -> None:

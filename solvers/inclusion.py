@@ -12,6 +12,7 @@ from solvers.activations import LinearSlope, ProximalActivation, check_activatio
 from solvers.dependencies import Sendable
 from solvers.operators import Constants, LinearOperator
 from solvers.operators.base import check_tensors
+from solvers.precision import cast
 
 
 class NonFiniteError(ValueError):
@@ -113,8 +114,8 @@ class Inclusion(Sendable):
         """Return the same problem in another precision, cut from the graph."""
         activation = self.activation
         if isinstance(activation, LinearSlope):
-            activation = LinearSlope(activation.d.detach().to(dtype))
-        return Inclusion(self.operator.to(dtype), self.bias.detach().to(dtype), activation)
+            activation = LinearSlope(cast(activation.d.detach(), dtype))
+        return Inclusion(self.operator.to(dtype), cast(self.bias.detach(), dtype), activation)
 
     def select(self, index: Tensor) -> Inclusion:
         """Return the problem of the samples in `index`."""
@@ -212,7 +213,7 @@ class Inclusion(Sendable):
         """
         exact = self.to(torch.float64)
         operator = exact.operator
-        z = z.detach().double()
+        z = cast(z.detach(), torch.float64)
         constants = operator.constants() if constants is None else constants
         if constants.m <= 0:
             return torch.full(z.shape[:-1], torch.inf, dtype=torch.float64, device=z.device)

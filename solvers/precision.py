@@ -62,6 +62,20 @@ def lowered(device: str, *, convolutions: bool) -> bool:
     return any(setting.fp32_precision not in FULL for setting in products)
 
 
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in another precision, differentiably.
+
+    From float32 to float64 it is exact, also where the process reads denormal numbers as zero
+    (`torch.set_flush_denormal`): those of float32 are an integer times 2⁻¹⁴⁹.
+    """
+    if dtype != torch.float64 or t.dtype != torch.float32:
+        return t.to(dtype)
+    wide, bits = t.double(), t.detach().contiguous().view(torch.int32)
+    vanished = (wide.detach() == 0) & ((bits & 0x7FFFFFFF) != 0)
+    size = (bits & 0x007FFFFF).double() * 2.0**-149
+    return torch.where(vanished, wide + torch.where(bits < 0, -size, size), wide)
+
+
 def in_autocast(device: str) -> bool:
     """Say whether autocast is on for a type of device; it is not on one that has none (meta)."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -43,7 +43,7 @@ from solvers.activations import check_activation
 from solvers.dependencies import nothing_may_be_kept
 from solvers.gradient import check_gradient
 from solvers.method import check_method
-from solvers.precision import full_precision, in_autocast
+from solvers.precision import cast, full_precision, in_autocast
 from solvers.solution import OnFailure, check_options
 
 
@@ -66,6 +66,10 @@ class _Exactly:
     state_error: Tensor
     bias_error: Tensor
     output_error: Tensor
+
+
+def _exact(t: Tensor) -> Tensor:
+    return cast(t, torch.float64)
 
 
 class EquilibriumLayer(KeepingLayer, ABC):
@@ -188,7 +192,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
         exact = self._exactly(weights, x, solution.value, proof)
         reference = self._readout(exact.weights, exact.x, exact.z)
         dimensions = y.ndim - x.ndim + self._sample_dimensions  # of the output of one sample
-        away = norms_up(y.double() - reference, dimensions)
+        away = norms_up(_exact(y) - reference, dimensions)
         # Cz moves less with the drive than ‖CΛ^(−½)‖/m allows.
         gains = sensitivity(weights, proof) if proof.sensitivity is None else proof.sensitivity
         tighter = replace(proof, m=gains.effective_m)
@@ -204,7 +208,8 @@ class EquilibriumLayer(KeepingLayer, ABC):
         )
 
     def _exactly(self, weights: Any, x: Tensor, z: Tensor, proof: Certificate) -> _Exactly:
-        exact, x, z = weights.apply(Tensor.double), x.double(), z.double()
+        exact = weights.apply(_exact)
+        x, z = _exact(x), _exact(z)
         operator = self._operator(weights).to(torch.float64)
         problem = Inclusion(operator, self._bias(exact, x), self._sigma)
         bias_error, output_error = self._rounding(exact, x, z)

@@ -179,10 +179,11 @@ class ExplicitLayer(KeepingLayer, Owner, ABC):
     def _weights(
         self, parameterization: ExplicitParameterization, run: torch.dtype
     ) -> ExplicitWeights | ConvolutionalWeights:
-        if isinstance(self.map, Convolution):
-            kernels = parameterization.convolutional(run, circular=self.map.circular)
-            return kernels.apply(Tensor.detach)
-        return parameterization.dense(run).apply(Tensor.detach)
+        with leave_autocast(self._reference().device.type), precision.full():
+            if isinstance(self.map, Convolution):
+                kernels = parameterization.convolutional(run, circular=self.map.circular)
+                return kernels.apply(Tensor.detach)
+            return parameterization.dense(run).apply(Tensor.detach)
 
     def certificate(
         self, image: tuple[int, int] | None = None, *, run: torch.dtype | None = None

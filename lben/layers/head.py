@@ -23,7 +23,7 @@ from lben.parameterizations.parametrized import PicklableParametrized
 from lben.parameterizations.sizes import integer
 from lben.rigorous import Enclosure, norm_bound, sum_up, up
 from lben.weights import ExplicitWeights
-from solvers.precision import in_autocast, leave_autocast
+from solvers.precision import cast, in_autocast, leave_autocast
 
 
 class NormalizedLinear(Lasting, PicklableParametrized, Owner):
@@ -72,9 +72,10 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
         self.enter()
 
     def matrix(self) -> Float[Tensor, "q p"]:
-        """Return Q."""
+        """Return Q, in the precision of the parameters also under autocast."""
         weight = computed(self, "weight")
-        return functional.normalize(weight, dim=1) if self.kind == "rows" else weight
+        with leave_autocast(self.bias.device.type), precision.full():
+            return functional.normalize(weight, dim=1) if self.kind == "rows" else weight
 
     def forward(self, x: Float[Tensor, "*batch p"]) -> Float[Tensor, "*batch q"]:
         """Return logits, in the precision of the parameters also under autocast."""
@@ -137,7 +138,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
         if self.bias.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"parameters must be float32 or float64, got {self.bias.dtype}")
         with precision.full():
-            Q = self.matrix().double()
+            Q = cast(self.matrix(), torch.float64)
         if not bool(Q.isfinite().all() and self.bias.isfinite().all()):
             raise ValueError("the weights contain NaN or Inf: did training diverge?")
         return Q
@@ -151,7 +152,8 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
         with torch.no_grad():
             Q = self._stored()
             claim = norm_bound(Enclosure(Q.cpu().numpy())) * (1 + 1e-9)
-            return ExplicitWeights.affine(Q, self.bias.double(), max(claim, 2.0**-500))
+            b = cast(self.bias, torch.float64)
+            return ExplicitWeights.affine(Q, b, max(claim, 2.0**-500))
 
     def check(self, proof: Certificate) -> None:
         """Refuse a certificate of other weights.
@@ -206,5 +208,4 @@ class _Running(nn.Module):
         self.head = head
 
     def forward(self, run: torch.dtype) -> tuple[Tensor, Tensor]:
-        with precision.full():
-            return self.head.matrix(), self.head.bias
+        return self.head.matrix(), self.head.bias

@@ -13,6 +13,7 @@ from lben.convolutional import ConvolutionalWeights
 from lben.parameterizations.parametrized import PicklableParametrized
 from lben.parameterizations.sizes import integer
 from lben.weights import ExplicitWeights
+from solvers.precision import cast
 
 # Note [Room for the proof]
 # M(Λ, γ) of these layers is singular at γ = 1: in a residual layer its upper left block
@@ -61,7 +62,7 @@ class ExplicitParameterization(PicklableParametrized, ABC):
 
     def exact(self, run: torch.dtype) -> tuple[Tensor, ...]:
         """Return what runs, in float64: products of two float32 numbers are exact there."""
-        return tuple(t.double() for t in self(run))
+        return tuple(cast(t, torch.float64) for t in self(run))
 
     @staticmethod
     def in_range(scales: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:

@@ -14,6 +14,7 @@ from lben.convolutional import ConvolutionalWeights
 from lben.parameterizations.explicit import ROOM, UNIT_BOUND, ExplicitParameterization
 from lben.parameterizations.sizes import image_size
 from lben.weights import ExplicitWeights
+from solvers.precision import cast
 
 
 def cayley(V: Tensor) -> Tensor:
@@ -119,7 +120,7 @@ class CayleyConvolution(ExplicitParameterization):
 
     def exact(self, run: torch.dtype) -> tuple[Tensor, ...]:
         Q, b_y, s = self(run)
-        return Q.to(torch.complex128), b_y.double(), s
+        return Q.to(torch.complex128), cast(b_y, torch.float64), s
 
     def dense(self, run: torch.dtype) -> ExplicitWeights:
         raise ValueError("a convolution has no weights without its image: use convolutional()")

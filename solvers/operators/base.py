@@ -21,6 +21,7 @@ from torch import Tensor
 
 from solvers.activations import Step
 from solvers.dependencies import Sendable, Snapshot, nothing_may_be_kept, undisturbed
+from solvers.precision import cast
 
 T_ = TypeVar("T_")
 
@@ -217,7 +218,7 @@ class LinearOperator(Sendable, ABC):
         For the product in the dtype of z; see Note [Rounding of a product] for what it covers.
         """
         exact, finfo = self.to(torch.float64), torch.finfo(z.dtype)
-        size = exact.magnitude(z.detach().abs().double())
+        size = exact.magnitude(cast(z.detach(), torch.float64).abs())
         unit = (self.summands + 4) * finfo.eps
         return exact.norm_above(unit * size + finfo.tiny * exact.losses())
 

@@ -24,6 +24,7 @@ from solvers.operators.base import (
     step_key,
 )
 from solvers.operators.dense import DenseOperator
+from solvers.precision import cast
 
 Couplings = Mapping[tuple[int, int], Tensor]
 """W_ij by (i, j): what block i receives from block j."""
@@ -253,9 +254,9 @@ class BlockTriangularOperator(LinearOperator):
         return self.memo(("to", dtype, self.transposed), lambda: self._to(dtype))
 
     def _to(self, dtype: torch.dtype) -> BlockTriangularOperator:
-        couplings = {key: W.detach().to(dtype) for key, W in self.couplings.items()}
+        couplings = {key: cast(W.detach(), dtype) for key, W in self.couplings.items()}
         blocks = tuple(block.to(dtype) for block in self.blocks)
-        metric = self.metric.detach().to(dtype)
+        metric = cast(self.metric.detach(), dtype)
         return BlockTriangularOperator(blocks, couplings, metric, self.transposed)
 
     def mv(self, z: Tensor) -> Tensor:
@@ -362,8 +363,8 @@ class BlockTriangularOperator(LinearOperator):
 
     def _constants(self) -> Constants:
         units = torch.arange(self.n, device=self.device)
-        W = self.submatrix(units, units).double()
-        return DenseOperator(W, self.metric.detach().double()).constants()
+        W = cast(self.submatrix(units, units), torch.float64)
+        return DenseOperator(W, cast(self.metric.detach(), torch.float64)).constants()
 
     def monotone_metric(self) -> Float[Tensor, " n"]:
         """Return the blocks' metrics times one number each, so that the whole has m > 0.
@@ -380,13 +381,13 @@ class BlockTriangularOperator(LinearOperator):
             return 1 / self.T.monotone_metric()
         m, scaled = math.inf, list[Tensor]()
         for i, block in enumerate(self.blocks):
-            own, metric = block.constants().m, block.metric.detach().double()
+            own, metric = block.constants().m, cast(block.metric.detach(), torch.float64)
             if own <= 0:
                 raise NotMonotoneError(
                     f"block {i} is not strongly monotone in its own metric: m = {own:.3g} ≤ 0"
                 )
             rows = [
-                self.couplings[i, j].detach().double() / scaled[j].sqrt()
+                cast(self.couplings[i, j].detach(), torch.float64) / scaled[j].sqrt()
                 if (i, j) in self.couplings
                 else metric.new_zeros(block.n, self.blocks[j].n)
                 for j in range(i)

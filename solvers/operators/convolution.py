@@ -28,6 +28,7 @@ from solvers.operators.base import (
     step_key,
 )
 from solvers.operators.torus import Torus
+from solvers.precision import cast
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,8 +171,8 @@ class ConvolutionOperator(LinearOperator):
         return self.memo(
             ("to", dtype, self.transposed),
             lambda: type(self)(
-                self.kernel.detach().to(dtype), self.image, self.channel_metric.detach().to(dtype),
-                self.transposed,
+                cast(self.kernel.detach(), dtype), self.image,
+                cast(self.channel_metric.detach(), dtype), self.transposed,
             ),
         )  # fmt: skip
 
@@ -232,7 +233,7 @@ class ConvolutionOperator(LinearOperator):
         exact, finfo = self.to(torch.float64), torch.finfo(z.dtype)
         unit = (self.summands + 4) * finfo.eps
         largest = float(exact.root_metric.max()) * (1 + 4 * torch.finfo(torch.float64).eps)
-        error = unit * self._size() * exact._plain().norm_above(z.detach().double())
+        error = unit * self._size() * exact._plain().norm_above(cast(z.detach(), torch.float64))
         return largest * (error + math.sqrt(self.n) * finfo.tiny * self.losses())
 
     def _plain(self) -> ConvolutionOperator:
@@ -242,21 +243,24 @@ class ConvolutionOperator(LinearOperator):
     def rounding_gain(self, dtype: torch.dtype) -> float:
         if self._is_direct:
             return super().rounding_gain(dtype)
-        metric = self.channel_metric.detach().double()
+        metric = cast(self.channel_metric.detach(), torch.float64)
         spread = float((metric.max() / metric.min()).sqrt()) * (1 + 2.0**-40)
         return (self.summands + 4) * torch.finfo(dtype).eps * self._size() * spread
 
     def _absolute_gain(self) -> float:
         if self._is_direct:
             return super()._absolute_gain()
-        metric = self.channel_metric.detach().double()
+        metric = cast(self.channel_metric.detach(), torch.float64)
         return self._size() * float((metric.max() / metric.min()).sqrt()) * (1 + 2.0**-40)
 
     def _size(self) -> float:
         """Return ‖Σₜ|K[·, ·, t]|‖_F, which bounds ‖Ŵ(ω)‖_F at every frequency."""
         return self.memo(
             "size",
-            lambda: float(self.kernel.detach().double().abs().flatten(2).sum(2).norm()) * 1.001,
+            lambda: (
+                1.001
+                * float(cast(self.kernel.detach(), torch.float64).abs().flatten(2).sum(2).norm())
+            ),
         )
 
     def diagonal(self) -> Tensor:
@@ -375,8 +379,8 @@ class ConvolutionOperator(LinearOperator):
         return (self.T if self.transposed else self).channel_metric.detach()
 
     def _constants(self) -> Constants:
-        root = self._first_metric().double().sqrt()
-        symbols = -self.torus.symbols(self.kernel.detach().double())
+        root = cast(self._first_metric(), torch.float64).sqrt()
+        symbols = -self.torus.symbols(cast(self.kernel.detach(), torch.float64))
         symbols.diagonal(dim1=1, dim2=2).add_(1)
         H = root[:, None] * symbols / root
         if not bool(torch.isfinite(torch.view_as_real(H)).all()):

@@ -24,6 +24,7 @@ from solvers.operators.base import (
     singular,
     step_key,
 )
+from solvers.precision import cast
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +125,7 @@ class DenseOperator(LinearOperator):
             return self
         return self.memo(
             ("to", dtype, self.transposed),
-            lambda: DenseOperator(self.W.detach().to(dtype), self.metric.detach().to(dtype)),
+            lambda: DenseOperator(cast(self.W.detach(), dtype), cast(self.metric.detach(), dtype)),
         )
 
     def mv(self, z: Tensor) -> Tensor:
@@ -201,8 +202,8 @@ class DenseOperator(LinearOperator):
         return self.memo("constants", self._constants)
 
     def _constants(self) -> Constants:
-        root = self.metric.detach().double().sqrt()
-        H = torch.eye(self.n, dtype=torch.float64, device=self.W.device) - self.W.detach().double()
+        W, metric = (cast(t.detach(), torch.float64) for t in (self.W, self.metric))
+        root, H = metric.sqrt(), torch.eye(self.n, dtype=torch.float64, device=W.device) - W
         H = root[:, None] * H / root[None, :]
         if not bool(torch.isfinite(H).all()):
             return Constants(m=-math.inf, L=math.inf)

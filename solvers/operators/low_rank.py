@@ -25,6 +25,7 @@ from solvers.operators.base import (
     step_key,
 )
 from solvers.operators.definiteness import DiagonalPlusLowRank
+from solvers.precision import cast
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +139,7 @@ class LowRankOperator(LinearOperator):
         return self.memo(("to", dtype, self.transposed), lambda: self._to(dtype))
 
     def _to(self, dtype: torch.dtype) -> LowRankOperator:
-        d, A, B, metric = (t.detach().to(dtype) for t in (*self.tensors, self.metric))
+        d, A, B, metric = (cast(t.detach(), dtype) for t in (*self.tensors, self.metric))
         return LowRankOperator(d, A, B, metric, self.transposed)
 
     def mv(self, z: Tensor) -> Tensor:
@@ -238,8 +239,8 @@ class LowRankOperator(LinearOperator):
 
     def _similar(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return 1 − d, Â and B̂ in float64, or None when they are not finite."""
-        root = self.metric.detach().double().sqrt()[:, None]
-        d, A, B = (t.detach().double() for t in self.tensors)
+        root = cast(self.metric.detach(), torch.float64).sqrt()[:, None]
+        d, A, B = (cast(t.detach(), torch.float64) for t in self.tensors)
         parts = (1 - d, root * A, B / root)
         return parts if all(bool(torch.isfinite(t).all()) for t in parts) else None
 

@@ -24,6 +24,7 @@ from solvers.operators.base import (
     step_key,
 )
 from solvers.operators.convolution import ConvolutionOperator
+from solvers.precision import cast
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +137,7 @@ class LowRankUpdate(LinearOperator):
         return self.memo(
             ("to", dtype, self.transposed),
             lambda: LowRankUpdate(
-                self.base.to(dtype), self.A.detach().to(dtype), self.B.detach().to(dtype)
+                self.base.to(dtype), cast(self.A.detach(), dtype), cast(self.B.detach(), dtype)
             ),
         )
 
@@ -167,7 +168,7 @@ class LowRankUpdate(LinearOperator):
         # The slack of the convolution's own bound covers that of the sum.
         exact, finfo = self.to(torch.float64), torch.finfo(z.dtype)
         A, B = exact.A.abs(), exact.B.abs()
-        size = (z.detach().double().abs() @ B) @ A.T
+        size = (cast(z.detach(), torch.float64).abs() @ B) @ A.T
         unit = (self.n + A.shape[1] + 8) * finfo.eps
         own = exact.norm_above(unit * size + finfo.tiny * exact.losses())
         return self.base.rounding(z) + own
@@ -181,9 +182,14 @@ class LowRankUpdate(LinearOperator):
 
     def _own_gain(self) -> float:
         """Return at least ‖Λ^½ |A||B|ᵀ Λ^(−½)‖₂, by Frobenius' norm of each factor."""
-        root = self.metric.detach().double().sqrt()[:, None]
-        left, right = self.A.detach().double() * root, self.B.detach().double() / root
+        left, right = self._similar()
         return float(left.norm() * right.norm()) * (1 + 4 * (left.numel() + 8) * 2.0**-52)
+
+    def _similar(self) -> tuple[Tensor, Tensor]:
+        """Return Λ^½A and Λ^(−½)B in float64."""
+        A, B, metric = (cast(t.detach(), torch.float64) for t in (self.A, self.B, self.metric))
+        root = metric.sqrt()[:, None]
+        return root * A, B / root
 
     def diagonal(self) -> Tensor:
         return self.base.diagonal() + (self.A * self.B).detach().sum(-1)
@@ -245,8 +251,7 @@ class LowRankUpdate(LinearOperator):
         return self.memo("constants", self._constants)
 
     def _constants(self) -> Constants:
-        own, root = self.base.constants(), self.metric.detach().double().sqrt()[:, None]
-        a, b = self.A.detach().double() * root, self.B.detach().double() / root
+        own, (a, b) = self.base.constants(), self._similar()
         size = float(a.norm() * b.norm())
         if not math.isfinite(size):
             return Constants(m=-math.inf, L=math.inf)

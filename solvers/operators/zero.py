@@ -12,6 +12,7 @@ from torch import Tensor
 
 from solvers.activations import Step
 from solvers.operators.base import Constants, LinearOperator, Map, Resolvent, check_tensors
+from solvers.precision import cast
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +84,7 @@ class ZeroOperator(LinearOperator):
         if dtype == self.dtype:
             return self
         key = ("to", dtype, self.transposed)
-        return self.memo(key, lambda: ZeroOperator(self.metric.detach().to(dtype)))
+        return self.memo(key, lambda: ZeroOperator(cast(self.metric.detach(), dtype)))
 
     def mv(self, z: Tensor) -> Tensor:
         return torch.zeros_like(z)

@@ -21,6 +21,7 @@ from lben import (
     CPLConv2d,
     CPLLinear,
     ExplicitWeights,
+    NormalizedLinear,
     OrthogonalConv2d,
     OrthogonalLinear,
     SandwichConv2d,
@@ -656,3 +657,30 @@ def test_one_pass_in_place_of_three_changes_nothing(kind, monkeypatch):
         monkeypatch.setattr(fused, "activated", lambda *a: calls.append(1) or original(*a))
         torch.testing.assert_close(layer(x), expected)
     assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SLLLinear(8, 6),
+        lambda: SLLConv2d(3, 2),
+        lambda: AOLLinear(8, 6),
+        lambda: OrthogonalLinear(8, 6, orthogonal_map="matrix_exp"),
+        lambda: SandwichLinear(96, 96),
+        lambda: NormalizedLinear(64, 64, kind="orthonormal"),
+    ],
+)
+def test_what_is_proved_is_what_runs_also_where_products_are_rounded(make):
+    layer = make()
+    expected = layer.weights().fingerprint
+    pairs = layer.pair_bounds() if isinstance(layer, NormalizedLinear) else torch.zeros(())
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert layer.weights().fingerprint == expected
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer.weights().fingerprint == expected
+            if isinstance(layer, NormalizedLinear):
+                assert torch.equal(layer.pair_bounds(), pairs)
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -300,3 +300,20 @@ def test_rationals_agree_with_the_float64_evaluation():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         solve(problem, tol=1e-10)
+
+
+def test_denormal_numbers_count_where_the_process_reads_them_as_zero():
+    W = torch.tensor([[0.5, 0.0], [0.25, 0.0]])
+    v = torch.tensor([[1e-40, 3e-42]])  # denormal in float32
+    problem = Inclusion(DenseOperator(W), v, ReLU())
+    exact = torch.tensor([[2.0, 0.5]], dtype=torch.float64) * v[0, 0].double()
+    exact[0, 1] += v[0, 1].double()
+    torch.set_flush_denormal(True)
+    try:
+        bound = problem.error_bound(torch.zeros_like(v))
+        solved = solve(problem).error_bound
+    finally:
+        torch.set_flush_denormal(False)
+    assert float(bound) >= float(exact.norm())
+    assert float(solved) >= float(exact.norm())  # what was found is zero
+    assert float(problem.error_bound(torch.zeros_like(v))) >= float(exact.norm())

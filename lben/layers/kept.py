@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lben.layers.lasting import Lasting, make_lasting
+from solvers import LinearOperator
 from solvers.dependencies import Snapshot, full_precision, read, undisturbed
 
 T_ = TypeVar("T_")
@@ -193,6 +194,7 @@ class KeepingLayer(Lasting):
         self.parameterization: Any = parameterization
         make_lasting(self)
         self._kept: Kept | None = None
+        self._last: LinearOperator | None = None  # the last operator, for its factors
 
     def _is_tracked(self) -> bool:
         """Say whether the weights get a gradient now."""
@@ -215,4 +217,4 @@ class KeepingLayer(Lasting):
         return read(self.parameterization)[0][0] if first is None else first
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": None, "_last": None}

@@ -78,9 +78,8 @@ class EquilibriumLayer(KeepingLayer, ABC):
     A subclass says how inputs become v = Ux + b and states become y, and which operator W is; the
     solver, its gradient and the reuse of weights and factors are the same for all.
 
-    Weights are assembled and solved for in the precision of the parameters, also under autocast,
-    where an x in autocast's type is converted to it. The backward transforms of torch.func and vmap
-    may be taken of the layer, over samples and over weights.
+    It leaves autocast, from whose type it converts x, and takes vmap and the backward transforms of
+    torch.func, over samples and weights.
 
     Args:
         parameterization: a module that returns explicit weights and has their γ as `gamma`.
@@ -357,10 +356,12 @@ class EquilibriumLayer(KeepingLayer, ABC):
         return Inclusion(self._operator(weights), v, self._sigma)
 
     def _operator(self, weights: Any) -> LinearOperator:
-        def build() -> LinearOperator:
-            return self._new_operator(weights.apply(Tensor.detach))
-
-        operator = build() if nothing_may_be_kept() else self._record().get("operator", build)
+        operator = self._new_operator(weights.apply(Tensor.detach))
+        if not nothing_may_be_kept():
+            last = self._last  # another thread may set it meanwhile
+            if last is not None:
+                operator.adopt(last)  # whose factors serve while the values are the same
+            self._last = operator
         return operator.rebuild(self._operator_tensors(weights))
 
     def _outside_autocast(self) -> AbstractContextManager[None]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lben.layers.lasting import Lasting, make_lasting
+from solvers import LinearOperator
 from solvers.dependencies import Snapshot, read, undisturbed
 from solvers.precision import full_precision
 
@@ -194,6 +195,7 @@ class KeepingLayer(Lasting):
         self.parameterization: Any = parameterization
         make_lasting(self)
         self._kept: Kept | None = None
+        self._last: LinearOperator | None = None  # the last operator, for its factors
 
     def _is_tracked(self) -> bool:
         """Say whether the weights get a gradient now."""
@@ -216,4 +218,4 @@ class KeepingLayer(Lasting):
         return read(self.parameterization)[0][0] if first is None else first
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": None, "_last": None}

@@ -139,6 +139,12 @@ class LinearOperator(Sendable, ABC):
                 memo[key] = Snapshot.of(tensors)
         return None
 
+    def adopt(self, other: LinearOperator) -> None:
+        """Take over the memo of another operator of this structure, as far as the values agree."""
+        object.__setattr__(self, "_memo", other._memo)
+        for own, theirs in zip(self._parts(), other._parts(), strict=True):
+            own.adopt(theirs)
+
     def _memos(self) -> dict[int, dict[Hashable, Any]]:
         """Return the memos of this operator and of those that it is made of, by identity."""
         found = {id(self._memo): self._memo}

@@ -162,3 +162,16 @@ def test_float32_convolutions_by_cudnn_are_refused():
 
     with pytest.raises(ValueError, match="float32 convolutions on a CUDA device"):
         acceptance(Elsewhere(), ReLU(), 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_allowance_covers_products_that_cancel(dtype):
+    # Wz = 0 exactly, from products of size 2^k: n roundings at that size are within γ_n |W||z|.
+    n, size, eps = 64, 2.0**20, torch.finfo(dtype).eps
+    signs = torch.ones(n, dtype=dtype)
+    signs[::2] = -1
+    operator = DenseOperator(size * torch.outer(torch.ones(n, dtype=dtype), signs))
+    z = math.sqrt(n)  # ‖z‖ of z = 1
+    worst = (n - 1) * 0.5 * eps * n * size * math.sqrt(n)
+    rho = acceptance(operator, ReLU(), 1e-4).rounding(z, 0.0)
+    assert worst <= rho < 100 * worst

@@ -178,6 +178,26 @@ def test_gershgorin_lies_above_the_exact_sum_at_every_scale(dtype, size, shape):
                 assert t <= max(total * (1 + Fraction(1, 1000)), Fraction(FLOOR))
 
 
+@pytest.mark.parametrize(("dtype", "big", "small"), [
+    (torch.float32, 40, -28), (torch.float32, 60, -16), (torch.float64, 500, -28),
+])  # fmt: skip
+@pytest.mark.parametrize("shape", [(2, 8), (2, 2, 3, 3)])
+def test_rows_of_very_different_scale_have_multipliers_of_their_own(dtype, big, small, shape):
+    """Orthogonal rows, whose squares lie further apart than the dtype's range from one unit."""
+    U = torch.zeros(shape, dtype=dtype)
+    U[0, 0], U[1, 1:] = 0.0, 2.0**small
+    if U.ndim == 2:
+        U[0, 0] = 2.0**big
+    else:
+        U[0, 0, 1, 1] = 2.0**big
+        U[1, 1] = 0.0
+        U[1, 1, 1, 1] = 2.0**small
+    T = Gershgorin(2, dtype=dtype)(U).tolist()
+    for t, row in zip(T, U.double().flatten(1), strict=True):
+        square = sum(Fraction(v) ** 2 for v in row.tolist())
+        assert square <= Fraction(t) <= max(square * (1 + Fraction(1, 1000)), Fraction(FLOOR))
+
+
 def correlations(U):
     """Σ over shifts of |Σ U[i, c, s] U[j, c, s + shift]|, exactly."""
     n, p, k, _ = U.shape

@@ -232,3 +232,9 @@ def test_symbolic_tracing_is_refused():
     for kind in ("SLL", "head", "SLL of images"):
         with pytest.raises(TypeError, match="symbolic_trace runs without numbers"):
             torch.fx.symbolic_trace(ALL[kind]())
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_graph_takes_its_tensors_from_the_operator(kind):
+    graph = make_fx(ALL[kind]())(input_of(kind)).graph
+    assert any(node.target is torch.ops.lben.running.default for node in graph.nodes)

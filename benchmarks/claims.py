@@ -32,7 +32,7 @@ from lben import (
 from lben import local as local_proofs
 from lben.certificates import Certificate, CertificateError, proof
 from lben.certified import Affine
-from lben.layers import LipschitzSequential, equilibrium, growth
+from lben.layers import LipschitzSequential, equilibrium, equilibrium_dense, growth
 from lben.layers.uniform import Running, uniform_error
 from lben.models import EquilibriumClassifierConfig, ResidualClassifierConfig, base
 from lben.models import equilibrium as models
@@ -288,7 +288,7 @@ def faults() -> Iterator[tuple[str, Callable[[], bool]]]:
     by_weights = lambda weights, *_: weights.fingerprint  # noqa: E731
     yield "a local proof tied to weights alone", planted(
         local, (models, "network_fingerprint", by_weights),
-        (local_proofs, "network_fingerprint", by_weights), (equilibrium, "network_fingerprint", by_weights))  # fmt: skip  # noqa: E501
+        (local_proofs, "network_fingerprint", by_weights), (equilibrium_dense, "network_fingerprint", by_weights))  # fmt: skip  # noqa: E501
 
     def four_ulps(self: LinearOperator, z: Tensor) -> Tensor:
         return self.norm(4 * 2.0**-52 * self.mv(z).abs())

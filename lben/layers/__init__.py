@@ -11,11 +11,8 @@ from lben.layers.companions import (
     NormPooling,
 )
 from lben.layers.conversion import feedback, from_explicit
-from lben.layers.equilibrium import (
-    DenseEquilibriumLayer,
-    EquilibriumLayer,
-    EquilibriumLinear,
-)
+from lben.layers.equilibrium import EquilibriumLayer
+from lben.layers.equilibrium_dense import DenseEquilibriumLayer, EquilibriumLinear
 from lben.layers.equilibrium_images import (
     EquilibriumConv2d,
     ImageEquilibriumLayer,

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lben.convolutional import ConvolutionalWeights
-from lben.layers.equilibrium import DenseEquilibriumLayer
+from lben.layers.equilibrium_dense import DenseEquilibriumLayer
 from lben.parameterizations import CompleteParameterization
 from lben.weights import ExplicitWeights, stack
 

@@ -13,7 +13,8 @@ from lben import precision
 from lben.certificates import Certificate, compose
 from lben.certified import Affine, Certified, Stage
 from lben.layers.companions import Companion, Flatten, ImageCompanion
-from lben.layers.equilibrium import DenseEquilibriumLayer, EquilibriumLayer
+from lben.layers.equilibrium import EquilibriumLayer
+from lben.layers.equilibrium_dense import DenseEquilibriumLayer
 from lben.layers.explicit import ExplicitLayer
 from lben.layers.growth import Growth, add_up, norm_up, norms_up
 from lben.layers.head import NormalizedLinear

@@ -1,6 +1,7 @@
 """Explicit layers: proved, attacked, approached, evaluated as certified, and cached soundly."""
 
 import copy
+import math
 import pickle
 import resource
 import warnings
@@ -685,3 +686,19 @@ def test_what_is_proved_is_what_runs_also_where_products_are_rounded(make):
                 assert torch.equal(layer.pair_bounds(), pairs)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_rounding_covers_weights_that_are_read_as_zero():
+    # T of small weights is small: what V x misses is multiplied by T^(−½).
+    layer = AOLLinear(2, 1)
+    with torch.no_grad():
+        layer.parameterization.V.copy_(torch.tensor([[2.0**-130, 2.0**-130]]))
+        layer.parameterization.b_y.zero_()
+    x = torch.tensor([[2.0**60, 2.0**60]])
+    exact = layer.weights().D @ x[0].double()
+    torch.set_flush_denormal(True)
+    try:
+        y, bound = layer(x).detach(), layer.rounding(x)
+    finally:
+        torch.set_flush_denormal(False)
+    assert float((y[0].double() - exact).abs()) <= float(bound) < math.inf

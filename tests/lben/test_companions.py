@@ -17,6 +17,7 @@ from lben import (
     Householder,
     InvertibleDownsampling,
     LipschitzSequential,
+    Normalize,
     NormalizedLinear,
     NormPooling,
     SLLConv2d,
@@ -150,3 +151,9 @@ def test_rounding_adds_up_along_a_chain():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("std", [1e-50, 1e300])
+def test_a_std_that_cannot_be_stored_is_refused(std):
+    with pytest.raises(ValueError, match="mean and std must be numbers of"):
+        Normalize((0.0,), (std,))

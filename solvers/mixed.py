@@ -96,7 +96,10 @@ class MixedState(State):
 
     def norm(self, x: Tensor) -> Tensor:
         """Return ‖x‖ per sample in the norm of ΛP⁻¹."""
-        return torch.linalg.vector_norm(x * self.root, dim=-1)
+        weighted = x * self.root
+        # In units of the largest entry squares neither overflow nor vanish.
+        largest = weighted.abs().amax(-1, keepdim=True).clamp_min_(torch.finfo(x.dtype).tiny)
+        return torch.linalg.vector_norm(weighted / largest, dim=-1) * largest.squeeze(-1)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

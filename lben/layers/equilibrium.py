@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -225,26 +226,29 @@ class EquilibriumLayer(KeepingLayer, ABC):
             raise ValueError(f"rounding in {dtype} is not bounded for sums of {terms} terms")
         # From 2⁻⁵² to half an ulp of the precision that runs (rounding to nearest), second order
         # included; and what underflows, in the unit of each sample that fused loops solve in.
-        ratio, norm = (
-            0.55 * unit / torch.finfo(torch.float64).eps,
-            exact.problem.operator.norm_above,
-        )
-        root = exact.problem.operator.root_metric
-        lost = norm(torch.full_like(exact.z, 16 * terms * torch.finfo(dtype).tiny))
+        ratio = 0.55 * unit / torch.finfo(torch.float64).eps
+        norm, root = exact.problem.operator.norm_above, exact.problem.operator.root_metric
+        tiny, rates = torch.finfo(dtype).tiny, self._rates(exact.weights, 0.55 * unit)
+        losses = 16 * terms + exact.problem.operator.losses()
         bias = norm(exact.problem.bias) + exact.bias_error
-        vanished = lost * (1 + bias)
+        vanished = norm(tiny * losses.expand_as(exact.z)) * (1 + bias)
+        # What is lost of x and z where denormal numbers are read as zero.
+        x_lost = tiny * math.prod(exact.x.shape[-self._sample_dimensions :]) ** 0.5
+        z_lost = tiny * float(root.norm())
         ulps = (self.activation.ulps + 2) * unit
         return Running(
             tol=self.tol * (1 + 2.0**-20 + 4 * (operator.n + 16) * unit) + ulps,
             product=operator.rounding_gain(dtype),
             sum=(operator.summands + 8) * unit,
-            rates=self._rates(exact.weights, 0.55 * unit),
+            rates=rates,
             state=norm(exact.z) + vanished,
             state_error=exact.state_error,
             product_rounding=operator.rounding(z).double() + vanished,
             bias=bias,
-            bias_rounding=ratio * exact.bias_error + vanished,
-            output_rounding=ratio * exact.output_error + vanished,
+            bias_rounding=ratio * exact.bias_error + vanished + x_lost * rates.drive,
+            output_rounding=ratio * exact.output_error
+            + vanished
+            + (z_lost * rates.readout + x_lost * rates.through) / (0.55 * unit),
             size=norms_up(exact.x, self._sample_dimensions),
             unit=unit / 2,
             largest=torch.finfo(dtype).max / 16 * min(1.0, float(root.min())),

@@ -338,7 +338,7 @@ class ContractionLayer(ExplicitLayer):
         y = x.linear(
             norm, terms=V[0].numel() + 2, inputs=math.prod(shape), ones=math.prod(outputs) ** 0.5,
             bias=times_up(norm_up(b), math.prod(outputs[1:]) ** 0.5),
-            unweighted=add_up(norm, absolute_norm(V)),
+            unweighted=add_up(norm, absolute_norm(V)), share=largest_up(scale),
         )  # fmt: skip
         return y.below(Growth(0.0, largest_up(scale)))
 

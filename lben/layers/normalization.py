@@ -35,6 +35,11 @@ class Normalize(Lasting):
         super().__init__()
         if len(mean) != len(std) or not all(0 < s < math.inf for s in std):
             raise ValueError(f"need one mean and one positive std per channel, got {mean}, {std}")
+        stored = torch.tensor([*mean, *std], device="cpu")
+        if not bool(stored.isfinite().all()) or not bool(
+            (stored[len(mean) :] >= torch.finfo(stored.dtype).tiny).all()
+        ):
+            raise ValueError(f"mean and std must be numbers of {stored.dtype}, got {mean}, {std}")
         self._settings = {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
         for name, values in self._settings.items():
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)

@@ -12,7 +12,8 @@ in however many accumulators, with or without fused multiply-adds: its error is 
 classical matrix product are covered. Algorithms that sum other products (Winograd's, FFT,
 Strassen's) are not.
 
-Activations other than ReLU are taken to be within 16 units in the last place.
+Activations are within `ProximalActivation.ulps` units in the last place; twice that, and 16 at
+least, are charged.
 
 Errors and sizes are affine in ‖x‖₂. A vector may be measured with one weight per entry, so that
 what is large in one stage and small in the next is not counted as large in both.
@@ -92,7 +93,7 @@ class Signal:
         size = self.size.plus(at_zero)
         if type(activation) is ReLU:
             return replace(self, size=size)
-        rounded = (self.computed.plus(at_zero)).times(_gamma(32, self.dtype))
+        rounded = (self.computed.plus(at_zero)).times(_gamma(_ulps(activation), self.dtype))
         return replace(
             self, size=size, error=self.error + rounded.plus(times_up(4 * _tiny(self.dtype), ones))
         )
@@ -177,8 +178,12 @@ class Units:
 def at_zero(activation: ProximalActivation, weights: Tensor) -> float:
     """Return ‖w ∘ σ(0)‖₂ over the units: |σ(v)| ≤ |v| + |σ(0)|."""
     zero = activation(torch.zeros_like(weights)).detach().double()
-    # 32 units in the last place cover the evaluation of σ.
-    return norm_up(weights.double() * zero) * (1 + 32 * torch.finfo(weights.dtype).eps)
+    return norm_up(weights.double() * zero) * (1 + _gamma(2 * _ulps(activation), weights.dtype))
+
+
+def _ulps(activation: ProximalActivation) -> int:
+    """Return how many roundings cover the evaluation of σ: two for each of its `ulps`, twice."""
+    return max(32, 4 * math.ceil(activation.ulps))
 
 
 def _tiny(dtype: torch.dtype) -> float:

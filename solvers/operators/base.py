@@ -214,26 +214,36 @@ class LinearOperator(Sendable, ABC):
     # 2002, section 3.1). A further term that some accumulator starts with, as v in addmm, is one
     # more summand: γ_{k+1}(Σ|aᵢbᵢ| + |v|). Strassen's and Winograd's products are not covered; no
     # BLAS uses them by default, nor does oneDNN for the convolutions of PyTorch on a CPU, but cuDNN
-    # may for float32 convolutions. What is below the smallest normal number may be flushed to zero,
-    # in an argument, a product or a sum: at most 2 of that number for each operation. All bounds
-    # here take eps for u, twice what is needed, are evaluated in float64, and are infinite where
-    # they overflow.
+    # may for float32 convolutions. What is below the smallest normal number may be flushed to zero:
+    # in a product or a sum that is at most 2 of that number for each operation; in an argument it
+    # is that number times the other argument, up to |W|1 for z (`losses`) and Σ|z| for W
+    # (`unread`). All bounds here take eps for u, twice what is needed, are evaluated in float64,
+    # and are infinite where they overflow.
     def rounding(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, " *batch"]:
         """Return a bound of the rounding error of `mv(z)` in the Λ norm, in float64.
 
         For the product in the dtype of z; see Note [Rounding of a product] for what it covers.
         """
         exact, finfo = self.to(torch.float64), torch.finfo(z.dtype)
-        size = exact.magnitude(cast(z.detach(), torch.float64).abs())
+        size = cast(z.detach(), torch.float64).abs()
         unit = (self.summands + 4) * finfo.eps
-        return exact.norm_above(unit * size + finfo.tiny * exact.losses())
+        lost = finfo.tiny * (exact.losses() + exact.unread(size))
+        return exact.norm_above(unit * exact.magnitude(size) + lost)
 
-    def losses(self) -> Float[Tensor, " n"] | float:
+    def losses(self) -> Float[Tensor, " n"]:
         """Return what Wz may lose to underflow, per unit, in units of the smallest normal number.
 
-        2 for each operation, times what is multiplied by it later.
+        2 for each operation, times what is multiplied by it later, and |W|1.
         """
-        return 2.0 * (self.summands + 4)
+        ones = torch.ones_like(self.metric.detach())
+        return 2.0 * (self.summands + 4) + self.magnitude(ones)
+
+    def unread(self, size: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """Return what Wz may miss where entries of W are read as zero, in the same units.
+
+        Linear in size = |z|.
+        """
+        return size.sum(-1, keepdim=True).expand_as(size)
 
     @property
     def by_kernels(self) -> bool:
@@ -242,8 +252,14 @@ class LinearOperator(Sendable, ABC):
         return False
 
     def rounding_gain(self, dtype: torch.dtype) -> float:
-        """Return r with: `rounding(z)` in this dtype is at most r ‖z‖_Λ, underflow aside."""
-        return (self.summands + 4) * torch.finfo(dtype).eps * self.absolute_gain()
+        """Return r with: `rounding(z)` in this dtype is at most r ‖z‖_Λ, `losses` aside."""
+        finfo = torch.finfo(dtype)
+        return (self.summands + 4) * finfo.eps * self.absolute_gain() + self._unread_gain(dtype)
+
+    def _unread_gain(self, dtype: torch.dtype) -> float:
+        exact = self.to(torch.float64)
+        missed = exact.norm_above(exact.unread(1 / exact.root_metric))
+        return torch.finfo(dtype).tiny * float(missed)
 
     def absolute_gain(self) -> float:
         """Return at least ‖Λ^½ |W| Λ^(−½)‖₂ ≤ √(‖·‖₁ ‖·‖_∞), from two products with |W|."""

@@ -299,8 +299,11 @@ class BlockTriangularOperator(LinearOperator):
         return any(block.by_kernels for block in self.blocks)
 
     def losses(self) -> Tensor:
-        own = [block.losses() + torch.zeros_like(block.metric) for block in self.blocks]
-        return torch.cat(own) + 2 * (self.summands + 4)
+        return super().losses() + torch.cat([block.losses() for block in self.blocks])
+
+    def unread(self, size: Tensor) -> Tensor:
+        parts = zip(self.blocks, self.layout.split(size), strict=True)
+        return super().unread(size) + torch.cat([b.unread(part) for b, part in parts], -1)
 
     def diagonal(self) -> Tensor:
         return torch.cat([block.diagonal() for block in self.blocks])

@@ -217,10 +217,11 @@ class ConvolutionOperator(LinearOperator):
         transforms = 16 * sum(self.image) ** 1.5
         return 2 * math.ceil(transforms + 4 * self.torus.channels + self.kernel[0, 0].numel() + 16)
 
-    def losses(self) -> float:
+    def losses(self) -> Tensor:
         if self._is_direct:
-            return super().losses()  # type: ignore[return-value]
-        return 2 * (self.summands + self.n) * math.sqrt(self.n) * (1 + self._size())
+            return super().losses()
+        lost = 2 * (self.summands + self.n) * math.sqrt(self.n) * (1 + self._size())
+        return torch.full_like(self.metric, lost)
 
     @property
     def by_kernels(self) -> bool:
@@ -233,8 +234,11 @@ class ConvolutionOperator(LinearOperator):
         exact, finfo = self.to(torch.float64), torch.finfo(z.dtype)
         unit = (self.summands + 4) * finfo.eps
         largest = float(exact.root_metric.max()) * (1 + 4 * torch.finfo(torch.float64).eps)
-        error = unit * self._size() * exact._plain().norm_above(cast(z.detach(), torch.float64))
-        return largest * (error + math.sqrt(self.n) * finfo.tiny * self.losses())
+        # A denormal entry of K that is read as zero enters c²k² of all symbols.
+        unread = 4 * self.kernel[0].numel() * finfo.tiny
+        error = unit * self._size() + unread
+        error = error * exact._plain().norm_above(cast(z.detach(), torch.float64))
+        return largest * (error + math.sqrt(self.n) * finfo.tiny * float(exact.losses()[0]))
 
     def _plain(self) -> ConvolutionOperator:
         """Return this operator in the plain norm."""
@@ -245,7 +249,9 @@ class ConvolutionOperator(LinearOperator):
             return super().rounding_gain(dtype)
         metric = cast(self.channel_metric.detach(), torch.float64)
         spread = float((metric.max() / metric.min()).sqrt()) * (1 + 2.0**-40)
-        return (self.summands + 4) * torch.finfo(dtype).eps * self._size() * spread
+        finfo = torch.finfo(dtype)
+        unread = 4 * self.kernel[0].numel() * finfo.tiny
+        return ((self.summands + 4) * finfo.eps * self._size() + unread) * spread
 
     def _absolute_gain(self) -> float:
         if self._is_direct:

@@ -158,7 +158,12 @@ class LowRankOperator(LinearOperator):
         return self.n + self.A.shape[1] + 1
 
     def losses(self) -> Tensor:
-        return 2 * (self.summands + 4) * (1 + self.A.detach().abs().sum(1))
+        return super().losses() + 2 * (self.summands + 4) * self.A.detach().abs().sum(1)
+
+    def unread(self, size: Tensor) -> Tensor:
+        A, B = self.A.detach().abs(), self.B.detach().abs()
+        inner, count = size @ B, size.sum(-1, keepdim=True)
+        return size + inner.sum(-1, keepdim=True) + count * (A.sum(1) + A.shape[1])
 
     def diagonal(self) -> Tensor:
         d, A, B = (t.detach() for t in self.tensors)

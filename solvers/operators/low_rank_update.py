@@ -158,7 +158,16 @@ class LowRankUpdate(LinearOperator):
         return max(self.base.summands, self.n + self.A.shape[1]) + 1
 
     def losses(self) -> Tensor:
-        return self.base.losses() + 2 * (self.n + 8) * (1 + self.A.detach().abs().sum(1))
+        A, B = self.A.detach().abs(), self.B.detach().abs()
+        own = 2 * (self.n + 8) * (1 + A.sum(1)) + A @ B.sum(0)
+        return self.base.losses() + own
+
+    def unread(self, size: Tensor) -> Tensor:
+        """Return what the product with ABᵀ may miss, not that with the convolution."""
+        A, B = self.A.detach().abs(), self.B.detach().abs()
+        inner, count = size @ B, size.sum(-1, keepdim=True)
+        inner = inner.sum(-1, keepdim=True).expand_as(size)
+        return inner + count * (A.sum(1) + A.shape[1])
 
     @property
     def by_kernels(self) -> bool:
@@ -168,14 +177,15 @@ class LowRankUpdate(LinearOperator):
         # The slack of the convolution's own bound covers that of the sum.
         exact, finfo = self.to(torch.float64), torch.finfo(z.dtype)
         A, B = exact.A.abs(), exact.B.abs()
-        size = (cast(z.detach(), torch.float64).abs() @ B) @ A.T
+        size = cast(z.detach(), torch.float64).abs()
         unit = (self.n + A.shape[1] + 8) * finfo.eps
-        own = exact.norm_above(unit * size + finfo.tiny * exact.losses())
+        lost = finfo.tiny * (exact.losses() + exact.unread(size))
+        own = exact.norm_above(unit * ((size @ B) @ A.T) + lost)
         return self.base.rounding(z) + own
 
     def rounding_gain(self, dtype: torch.dtype) -> float:
-        terms = self.n + self.A.shape[1] + 8
-        return self.base.rounding_gain(dtype) + terms * torch.finfo(dtype).eps * self._own_gain()
+        own = (self.n + self.A.shape[1] + 8) * torch.finfo(dtype).eps * self._own_gain()
+        return self.base.rounding_gain(dtype) + own + self._unread_gain(dtype)
 
     def _absolute_gain(self) -> float:
         return self.base.absolute_gain() + self._own_gain()

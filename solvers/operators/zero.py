@@ -102,6 +102,12 @@ class ZeroOperator(LinearOperator):
     def rounding(self, z: Tensor) -> Tensor:
         return z.new_zeros(z.shape[:-1], dtype=torch.float64)
 
+    def losses(self) -> Tensor:
+        return torch.zeros_like(self.metric.detach())
+
+    def unread(self, size: Tensor) -> Tensor:
+        return torch.zeros_like(size)
+
     def diagonal(self) -> Tensor:
         return torch.zeros_like(self.metric)
 

@@ -21,6 +21,7 @@ from lben import (
     Householder,
     InvertibleDownsampling,
     LipschitzSequential,
+    Normalize,
     NormalizedLinear,
     NormPooling,
     OrthogonalConv2d,
@@ -320,3 +321,9 @@ def test_half_precision_proves_nothing():
             claim()
     with pytest.raises(ValueError, match="is neither"):
         SLLLinear(4, 3).weights(torch.float16)
+
+
+@pytest.mark.parametrize("std", [1e-50, 1e300])
+def test_a_std_that_cannot_be_stored_is_refused(std):
+    with pytest.raises(ValueError, match="mean and std must be numbers of"):
+        Normalize((0.0,), (std,))

@@ -1,6 +1,7 @@
 """Explicit layers: proved, attacked, approached, evaluated as certified, and cached soundly."""
 
 import copy
+import math
 import pickle
 import resource
 import warnings
@@ -684,3 +685,51 @@ def test_what_is_proved_is_what_runs_also_where_products_are_rounded(make):
                 assert torch.equal(layer.pair_bounds(), pairs)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_rounding_covers_weights_that_are_read_as_zero():
+    # T of small weights is small: what V x misses is multiplied by T^(−½).
+    layer = AOLLinear(2, 1)
+    with torch.no_grad():
+        layer.parameterization.V.copy_(torch.tensor([[2.0**-130, 2.0**-130]]))
+        layer.parameterization.b_y.zero_()
+    x = torch.tensor([[2.0**60, 2.0**60]])
+    exact = layer.weights().D @ x[0].double()
+    torch.set_flush_denormal(True)
+    try:
+        y, bound = layer(x).detach(), layer.rounding(x)
+    finally:
+        torch.set_flush_denormal(False)
+    assert float((y[0].double() - exact).abs()) <= float(bound) < math.inf
+
+
+def test_a_sandwich_without_an_orthogonal_matrix_is_refused_by_name():
+    layer = SandwichLinear(3, 2, dtype=torch.float64)
+    with torch.no_grad():
+        original = layer.parameterization.parametrizations["AB"].original
+        original.zero_()
+        original[:, 2:] = 1e100  # I + S is singular in floating point
+    with pytest.raises(ValueError, match="T leaves the range"):
+        layer(torch.zeros(1, 3, dtype=torch.float64))
+
+
+class _Coarse(Tanh):
+    """tanh by an approximation of which it says how far off it is."""
+
+    @property
+    def ulps(self):
+        return 1e6
+
+    def __call__(self, v):
+        return torch.tanh(v) * (1 + 9e5 * torch.finfo(v.dtype).eps)
+
+
+def test_rounding_knows_the_ulps_of_the_activation():
+    coarse = SLLLinear(3, 4, activation=_Coarse(), dtype=torch.float64)
+    fine = SLLLinear(3, 4, activation=Tanh(), dtype=torch.float64)
+    fine.load_state_dict(coarse.state_dict())
+    x = torch.randn(5, 3, dtype=torch.float64)
+    with torch.no_grad():
+        missed = (coarse(x) - fine(x)).norm(dim=1)
+    assert bool((missed <= coarse.rounding(x)).all())
+    assert bool((missed > fine.rounding(x)).all())

@@ -1,9 +1,19 @@
 import pytest
 import torch
 
-from solvers import DenseOperator, Determinant, InverseGeometricMean, JacobiDeterminant
+from solvers import (
+    BlockTriangularOperator,
+    ConvolutionOperator,
+    DenseOperator,
+    Determinant,
+    InverseGeometricMean,
+    JacobiDeterminant,
+    LowRankOperator,
+)
+from solvers.operators import LowRankUpdate
 from solvers.step_size import ForwardStep, resolve
 from tests.problems import monotone_operator
+from tests.solvers import exactly
 
 
 def test_transposed_resolvent_reuses_the_factor(monkeypatch):
@@ -86,3 +96,46 @@ def test_singular_resolvent_is_an_error():
 def test_bad_operators_are_refused(W, metric, message):
     with pytest.raises(ValueError, match=message):
         DenseOperator(W, metric)
+
+
+def _denormal_operators(dtype):
+    """Operators of which some entries, or what z meets, are denormal; by factors of two."""
+    tiny = torch.finfo(dtype).tiny
+    small, large = tiny / 8, 2.0 ** (60 if dtype == torch.float32 else 400)
+    W = torch.tensor([[0.0, small, 0.0], [0.0, 0.0, large], [0.0, 0.0, 0.0]], dtype=dtype)
+    d = torch.tensor([small, 0.0, 0.0], dtype=dtype)
+    A = torch.tensor([[small], [0.0], [large]], dtype=dtype)
+    B = torch.tensor([[small], [1.0], [0.0]], dtype=dtype)
+    low = LowRankOperator(d, A, B)
+    kernel = torch.zeros(1, 1, 3, 3, dtype=dtype)
+    kernel[0, 0, 1] = torch.tensor([small, 0.0, large], dtype=dtype)
+    convolution = ConvolutionOperator(kernel, (3, 3))
+    wide = torch.zeros(9, 1, dtype=dtype)
+    wide[0] = large
+    return [
+        DenseOperator(W),
+        low,
+        convolution,
+        LowRankUpdate(convolution, wide, wide * 2.0**-120),
+        BlockTriangularOperator((DenseOperator(W), low), {(1, 0): W}),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", range(5))
+def test_rounding_covers_operands_that_are_read_as_zero(kind, dtype):
+    finfo = torch.finfo(dtype)
+    first = _denormal_operators(dtype)[kind]
+    for operator in (first, first.T):
+        W = exactly.rows(exactly.dense(operator))
+        for size in (finfo.tiny / 4, 2.0 ** (20 if dtype == torch.float32 else 100)):
+            z = torch.full((1, operator.n), size, dtype=dtype)
+            (exact_z,) = exactly.rows(z)
+            torch.set_flush_denormal(True)
+            try:
+                product, bound = operator.mv(z), operator.rounding(z)
+            finally:
+                torch.set_flush_denormal(False)
+            (found,) = exactly.rows(product)
+            missed = [a - b for a, b in zip(found, exactly.product(W, exact_z), strict=True)]
+            assert exactly.at_most(sum(a * a for a in missed), float(bound))

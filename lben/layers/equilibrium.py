@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -15,15 +16,17 @@ from lben import precision
 from lben.certificates import Certificate, certify, sensitivity
 from lben.certified import Certified
 from lben.layers.autocast import outside_autocast
-from lben.layers.growth import absolute_norm, norms_up
+from lben.layers.growth import absolute_norm, largest_up, norms_up
+from lben.layers.hooks import refuse_hooks
 from lben.layers.kept import KeepingLayer
+from lben.layers.opaque import refuse_graphs
 from lben.layers.roundoff import not_nan, underflow
 from lben.layers.uniform import Rates, Running, uniform_error
 from lben.local import Anchors, network_fingerprint
 from lben.parameterizations import CompleteParameterization, DirectParameterization
 from lben.radii import logit_error
 from lben.rigorous import gamma_k
-from lben.weights import ExplicitWeights
+from lben.weights import ExplicitWeights, converted
 from solvers import (
     Auto,
     DenseOperator,
@@ -39,7 +42,7 @@ from solvers import (
 )
 from solvers.acceptance import check_rounding
 from solvers.activations import check_activation
-from solvers.dependencies import nothing_may_be_kept
+from solvers.dependencies import Snapshot, nothing_may_be_kept
 from solvers.gradient import check_gradient
 from solvers.method import check_method
 from solvers.operators.base import check_tensors
@@ -68,6 +71,11 @@ class _Exactly:
     output_error: Tensor
 
 
+def _widened(t: Tensor) -> Tensor:
+    """Return a tensor in float64, denormal numbers of float32 included."""
+    return converted(t, torch.float64).to(t.device)
+
+
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -76,13 +84,13 @@ class _Own:
 
     def __init__(self, weights: Any) -> None:
         self.weights = weights.apply(Tensor.detach)
-        self._versions = self._current()
+        self._snapshot = Snapshot.of(self._tensors())
 
-    def _current(self) -> list[int]:
-        return [t._version for t in self.weights.tensors().values()]
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return tuple(self.weights.tensors().values())
 
     def is_untouched(self) -> bool:
-        return self._versions == self._current()
+        return self._snapshot.fits(self._tensors())
 
 
 class EquilibriumLayer(KeepingLayer, ABC):
@@ -147,7 +155,12 @@ class EquilibriumLayer(KeepingLayer, ABC):
                 precision.
             SolveError: if a solve misses its tolerance and on_failure is "raise".
         """
+        refuse_graphs(x)
+        if torch.compiler.is_compiling():
+            return _as_it_is(self, x)
         x = self._taken(x)
+        if torch.jit.is_tracing() and x.dtype == torch.float32:  # type: ignore[no-untyped-call]
+            x = _InFull.apply(x)  # type: ignore[no-untyped-call]
         if torch.is_grad_enabled() and in_autocast(x.device.type) and self._may_keep():
             return outside_autocast(self, x)
         with self._outside_autocast(), precision.full():
@@ -202,6 +215,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
 
     def _evaluated(self, x: Tensor, proof: Certificate) -> tuple[_Exactly, Certified]:
         """Return the problem of x in float64 with the state that was found, and what is proved."""
+        refuse_hooks(self)
         weights = self.weights()
         self._check_proof(weights, proof)
         solution = self._solve(weights, x, None)
@@ -221,12 +235,12 @@ class EquilibriumLayer(KeepingLayer, ABC):
         return exact, Certified(
             value=y,
             error=error + away * (1 + 1e-9),
-            uniform=uniform_error(self._running(exact, solution.value.detach()), gains),
+            uniform=uniform_error(self._running(exact, solution.value.detach(), y), gains),
             steps=solution.stats.max_steps,
         )
 
     def _exactly(self, weights: Any, x: Tensor, z: Tensor, proof: Certificate) -> _Exactly:
-        exact, x, z = weights.apply(Tensor.double), x.double(), z.double()
+        exact, x, z = weights.apply(_widened), _widened(x), _widened(z)
         operator = self._operator(weights).to(torch.float64)
         problem = Inclusion(operator, self._bias(exact, x), self._sigma)
         bias_error, output_error = self._rounding(exact, x, z)
@@ -236,8 +250,8 @@ class EquilibriumLayer(KeepingLayer, ABC):
             bias_error=bias_error, output_error=output_error,
         )  # fmt: skip
 
-    def _running(self, exact: _Exactly, z: Tensor) -> Running:
-        """Return how the layer runs in a precision, and what is known of it at x, where it found z.
+    def _running(self, exact: _Exactly, z: Tensor, y: Tensor) -> Running:
+        """Return how the layer runs in a precision, and what is known at x, where it found z and y.
 
         Raises:
             ValueError: if the rounding of what runs is not bounded.
@@ -248,28 +262,46 @@ class EquilibriumLayer(KeepingLayer, ABC):
         if not terms * unit < 2.0**-4:
             raise ValueError(f"rounding in {dtype} is not bounded for sums of {terms} terms")
         # From 2⁻⁵² to half an ulp of the precision that runs (rounding to nearest), second order
-        # included; and what underflows, in the unit of each sample that fused loops solve in.
+        # included.
         ratio, norm = (
             0.55 * unit / torch.finfo(torch.float64).eps,
             exact.problem.operator.norm_above,
         )
         root = exact.problem.operator.root_metric
-        lost = norm(torch.full_like(exact.z, 16 * terms * torch.finfo(dtype).tiny))
-        bias = norm(exact.problem.bias) + exact.bias_error
-        vanished = lost * (1 + bias)
+        # What underflows: a product of a and b loses up to t(1 + |a| + |b|), t the smallest normal
+        # number, also where denormal numbers count as zero.
+        inputs, outputs = exact.x[:1].numel(), y[:1].numel()
+        tiny = 16 * (terms + inputs) * torch.finfo(dtype).tiny
+        lost, spread = norm(torch.full_like(exact.z, tiny)), math.sqrt(outputs) * tiny
+        narrow, ones = 1 / float(root.min()), norm(torch.ones_like(exact.z[:1])) * tiny
+        size = norms_up(exact.x, self._sample_dimensions)
+        state, bias = norm(exact.z), norm(exact.problem.bias) + exact.bias_error
+        tensors = exact.weights.tensors()
+        largest = sum(largest_up(tensors[name]) for name in ("U", "C", "D") if name in tensors)
+        if isinstance(skip := getattr(exact.weights, "D", None), float):
+            largest += abs(skip)
+        vanished = lost * (1 + bias + largest + size + state * narrow)
+        rates = self._rates(exact.weights, 0.55 * unit)
         ulps = (self.activation.ulps + 2) * unit
         return Running(
             tol=self.tol * (1 + 2.0**-20 + 4 * (operator.n + 16) * unit) + ulps,
-            product=operator.rounding_gain(dtype),
+            product=operator.rounding_gain(dtype) + float(ones) * narrow,
             sum=(operator.summands + 8) * unit,
-            rates=self._rates(exact.weights, 0.55 * unit),
-            state=norm(exact.z) + vanished,
+            rates=replace(
+                rates,
+                drive_rounding=rates.drive_rounding + float(ones),
+                readout=rates.readout + spread * narrow,
+                through=rates.through + spread,
+            ),
+            state=state + vanished,
             state_error=exact.state_error,
             product_rounding=operator.rounding(z).double() + vanished,
             bias=bias,
             bias_rounding=ratio * exact.bias_error + vanished,
-            output_rounding=ratio * exact.output_error + vanished,
-            size=norms_up(exact.x, self._sample_dimensions),
+            output_rounding=(
+                ratio * exact.output_error + spread * (1 + largest + size + state * narrow)
+            ),
+            size=size,
             unit=unit / 2,
             largest=torch.finfo(dtype).max / 16 * min(1.0, float(root.min())),
         )
@@ -412,6 +444,26 @@ class EquilibriumLayer(KeepingLayer, ABC):
             if not bool(torch.isfinite(parameter.detach()).all()):
                 raise ValueError(f"parameter {name} contains NaN or Inf: training diverged?")
         raise ValueError(f"Ux + b overflows {x.dtype}: scale the input or use float64")
+
+
+class _InFull(torch.autograd.Function):
+    """x itself, refused at every run of a trace in which products would be shortened."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        precision.refuse_reduced(x.device.type, convolution=x.ndim > 2)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+@torch._disable_dynamo  # type: ignore[untyped-decorator]
+def _as_it_is(layer: EquilibriumLayer, x: Tensor) -> Tensor:
+    """Return the layer's output, which a compiler leaves alone: a solve looks at numbers."""
+    y: Tensor = layer(x)
+    return y
 
 
 class DenseEquilibriumLayer(EquilibriumLayer):

@@ -30,6 +30,20 @@ def graph_is_made() -> bool:
     )
 
 
+def refuse_graphs(x: object) -> None:
+    """Refuse a graph of a solve, which looks at numbers.
+
+    Raises:
+        ValueError: saying what makes one.
+    """
+    if isinstance(x, torch.fx.Proxy) or get_proxy_mode() is not None:
+        raise ValueError(
+            "an equilibrium is solved by steps that look at numbers, so there is no graph of it "
+            "for torch.export, make_fx and symbolic_trace: call the layer itself, also behind "
+            "torch.compile or torch.jit.trace"
+        )
+
+
 def check_kind(x: object) -> None:
     """Refuse what is no tensor, or one that symbolic tracing makes up.
 

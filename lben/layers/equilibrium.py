@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from lben import precision
 from lben.certificates import Certificate, certify, sensitivity
@@ -19,7 +20,7 @@ from lben.layers.autocast import outside_autocast
 from lben.layers.growth import absolute_norm, largest_up, norms_up
 from lben.layers.hooks import refuse_hooks
 from lben.layers.kept import KeepingLayer
-from lben.layers.opaque import refuse_graphs
+from lben.layers.opaque import is_traced, refuse_graphs
 from lben.layers.roundoff import not_nan, underflow
 from lben.layers.uniform import Rates, Running, uniform_error
 from lben.local import Anchors, network_fingerprint
@@ -159,7 +160,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
         if torch.compiler.is_compiling():
             return _as_it_is(self, x)
         x = self._taken(x)
-        if torch.jit.is_tracing() and x.dtype == torch.float32:  # type: ignore[no-untyped-call]
+        if is_traced() and x.dtype == torch.float32:
             x = _InFull.apply(x)  # type: ignore[no-untyped-call]
         if torch.is_grad_enabled() and in_autocast(x.device.type) and self._may_keep():
             return outside_autocast(self, x)
@@ -459,7 +460,7 @@ class _InFull(torch.autograd.Function):
         return g
 
 
-@torch._disable_dynamo  # type: ignore[untyped-decorator]
+@_disable_dynamo
 def _as_it_is(layer: EquilibriumLayer, x: Tensor) -> Tensor:
     """Return the layer's output, which a compiler leaves alone: a solve looks at numbers."""
     y: Tensor = layer(x)

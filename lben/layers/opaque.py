@@ -23,11 +23,12 @@ from lben import precision
 
 def graph_is_made() -> bool:
     """Say whether a compiler or tracer makes a graph of what is called now."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or get_proxy_mode() is not None
-    )
+    return torch.compiler.is_compiling() or is_traced() or get_proxy_mode() is not None
+
+
+def is_traced() -> bool:
+    """Say whether torch.jit.trace records what is called now."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def refuse_graphs(x: object) -> None:

@@ -145,7 +145,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
     @property
     def gamma(self) -> float | None:
         """The Lipschitz bound that the parameterization promises."""
-        gamma: float | None = self.parameterization.gamma  # type: ignore[assignment]
+        gamma: float | None = self.parameterization.gamma
         return gamma
 
     def forward(self, x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from lben import local, radii, rigorous
 from lben.attacks import across_the_boundary, apgd_l2, ascend_quotient
 from lben.certificates import CertificateError, Claim, certify, certify_convolution
 from lben.certificates import dense as dense_proofs
+from lben.certified import Affine
 from lben.convolutional import ConvolutionalWeights
 from lben.data import Dataset, pixels
 from lben.layers import SLLConv2d, SLLLinear, equilibrium
@@ -370,7 +371,9 @@ def _code_faults(bench: Bench) -> Iterator[tuple[str, Callable[[], bool]]]:
 
 
 def _without_error(model: EquilibriumClassifier, x: Tensor, certificate: object) -> CertifiedLogits:
-    return CertifiedLogits(logits=model(x), error=x.new_zeros(len(x)), steps=0)
+    nothing = x.new_zeros(len(x))
+    elsewhere = Affine(nothing.double(), 0.0)
+    return CertifiedLogits(logits=model(x), error=nothing, elsewhere=elsewhere, steps=0)
 
 
 def other_weights(bench: Bench) -> bool:

@@ -222,7 +222,7 @@ def slow(dtype: torch.dtype, tol: float, rho: float, large: float = 0.0) -> Iter
         learn_metric=False, tol=tol,
     ).build().double()  # fmt: skip
     parameterization = model.layer.parameterization
-    parameterization.right_inverse(weights)  # type: ignore[operator]
+    parameterization.right_inverse(weights)
     model = model.to(dtype).eval().requires_grad_(False)
     proof = _by_its_own_multiplier(model)
     if proof is None:

@@ -249,7 +249,7 @@ class PooledWeights(Sendable):
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> PooledWeights:
         """Return the weights with these tensors in place of those of the same names."""
-        own = {name: tensors[name] for name in ("A", "C", "b_y") if name in tensors}
+        own: dict[str, Any] = {n: tensors[n] for n in ("A", "C", "b_y") if n in tensors}
         rest = {name: t for name, t in tensors.items() if name not in own}
         return replace(self, state=self.state.with_tensors(rest), **own)
 

@@ -81,8 +81,9 @@ class Anchors:
         v_error: bound of their distance to those at the exact equilibrium, per unit.
         logits: y.
         logit_error: bound of ‖y − y*‖₂.
-        elsewhere: bound of the same distance within a radius of the input (of raw inputs), as the
-            network runs there; None for proofs about the exact network around the input.
+        elsewhere: bound of the same distance within a radius of the input (of raw inputs, or of
+            what the layer takes where the anchors are of the layer alone), as it runs there; None
+            for proofs about the exact network around the input.
         room: how far each input can fall and rise at most, infinite where that is not known: the
             room of a pixel, where a proof is for images in [0, 1] alone. None where it is for all
             inputs.
@@ -194,7 +195,10 @@ class LocalCertificate:
         radius = radius.expand(len(labels))
         y, error = anchors.logits, anchors.logit_error
         if anchors.elsewhere is not None:
-            error = error + anchors.elsewhere.at(radius)
+            # Those of the layer are in terms of what it takes, not of raw inputs.
+            own = anchors.fingerprint == self._layer
+            reach = radius * self._input_gain * (1 + 2.0**-48) if own else radius
+            error = error + anchors.elsewhere.at(reach)
         error = ROOT2 * error * (1 + 2.0**-48)
         margins = y.gather(1, labels[:, None]) - y - error[:, None]
         margins = margins - 2.0**-48 * (y.abs().amax(1) + error)[:, None] - _LEAST

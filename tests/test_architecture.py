@@ -61,10 +61,8 @@ def test_imports_point_down(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_every_file_says_what_it_answers_and_stays_readable(path):
-    text = path.read_text()
-    assert ast.get_docstring(ast.parse(text))
-    assert len(text.splitlines()) <= 420
+def test_every_file_says_what_it_answers(path):
+    assert ast.get_docstring(ast.parse(path.read_text()))
 
 
 def python(code: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from lben import precision
 from lben.certificates import Certificate, sensitivity
 from lben.certified import Certified
 from lben.layers.autocast import outside_autocast, taken
-from lben.layers.growth import norms_up
+from lben.layers.growth import largest_up, norms_up
+from lben.layers.hooks import refuse_hooks
 from lben.layers.inputs import non_finite, tensor
 from lben.layers.kept import KeepingLayer, OwnWeights
+from lben.layers.opaque import is_traced, refuse_graphs
 from lben.layers.uniform import Rates, Running, uniform_error
 from lben.radii import logit_error
 from solvers import (
@@ -123,7 +126,12 @@ class EquilibriumLayer(KeepingLayer, ABC):
                 precision.
             SolveError: if a solve misses its tolerance and on_failure is "raise".
         """
+        refuse_graphs(x)
+        if torch.compiler.is_compiling():
+            return _as_it_is(self, x)
         x = taken(x, self._reference().dtype)
+        if is_traced() and x.dtype == torch.float32:
+            x = _InFull.apply(x)  # type: ignore[no-untyped-call]
         if torch.is_grad_enabled() and in_autocast(x.device.type) and not nothing_may_be_kept():
             return outside_autocast(self, x)
         with self._outside_autocast(), precision.full():
@@ -178,6 +186,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
 
     def _evaluated(self, x: Tensor, proof: Certificate) -> tuple[_Exactly, Certified]:
         """Return the problem of x in float64 with the state that was found, and what is proved."""
+        refuse_hooks(self)
         weights = self._weights()
         self._check_proof(weights, proof)
         solution = self._solve(weights, x, None)
@@ -197,7 +206,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
         return exact, Certified(
             value=y,
             error=error + away * (1 + 1e-9),
-            uniform=uniform_error(self._running(exact, solution.value.detach()), gains),
+            uniform=uniform_error(self._running(exact, solution.value.detach(), y), gains),
             steps=solution.stats.max_steps,
         )
 
@@ -213,8 +222,8 @@ class EquilibriumLayer(KeepingLayer, ABC):
             bias_error=bias_error, output_error=output_error,
         )  # fmt: skip
 
-    def _running(self, exact: _Exactly, z: Tensor) -> Running:
-        """Return how the layer runs in a precision, and what is known of it at x, where it found z.
+    def _running(self, exact: _Exactly, z: Tensor, y: Tensor) -> Running:
+        """Return how the layer runs in a precision, and what is known at x, where it found z and y.
 
         Raises:
             ValueError: if the rounding of what runs is not bounded.
@@ -225,31 +234,46 @@ class EquilibriumLayer(KeepingLayer, ABC):
         if not terms * unit < 2.0**-4:
             raise ValueError(f"rounding in {dtype} is not bounded for sums of {terms} terms")
         # From 2⁻⁵² to half an ulp of the precision that runs (rounding to nearest), second order
-        # included; and what underflows, in the unit of each sample that fused loops solve in.
-        ratio = 0.55 * unit / torch.finfo(torch.float64).eps
-        norm, root = exact.problem.operator.norm_above, exact.problem.operator.root_metric
-        tiny, rates = torch.finfo(dtype).tiny, self._rates(exact.weights, 0.55 * unit)
-        losses = 16 * terms + exact.problem.operator.losses()
-        bias = norm(exact.problem.bias) + exact.bias_error
-        vanished = norm(tiny * losses.expand_as(exact.z)) * (1 + bias)
-        # What is lost of x and z where denormal numbers are read as zero.
-        x_lost = tiny * math.prod(exact.x.shape[-self._sample_dimensions :]) ** 0.5
-        z_lost = tiny * float(root.norm())
+        # included.
+        ratio, norm = (
+            0.55 * unit / torch.finfo(torch.float64).eps,
+            exact.problem.operator.norm_above,
+        )
+        root = exact.problem.operator.root_metric
+        # What underflows: a product of a and b loses up to t(1 + |a| + |b|), t the smallest normal
+        # number, also where denormal numbers count as zero.
+        inputs, outputs = exact.x[:1].numel(), y[:1].numel()
+        tiny = 16 * (terms + inputs) * torch.finfo(dtype).tiny
+        lost, spread = norm(torch.full_like(exact.z, tiny)), math.sqrt(outputs) * tiny
+        narrow, ones = 1 / float(root.min()), norm(torch.ones_like(exact.z[:1])) * tiny
+        size = norms_up(exact.x, self._sample_dimensions)
+        state, bias = norm(exact.z), norm(exact.problem.bias) + exact.bias_error
+        tensors = exact.weights.tensors()
+        largest = sum(largest_up(tensors[name]) for name in ("U", "C", "D") if name in tensors)
+        if isinstance(skip := getattr(exact.weights, "D", None), float):
+            largest += abs(skip)
+        vanished = lost * (1 + bias + largest + size + state * narrow)
+        rates = self._rates(exact.weights, 0.55 * unit)
         ulps = (self.activation.ulps + 2) * unit
         return Running(
             tol=self.tol * (1 + 2.0**-20 + 4 * (operator.n + 16) * unit) + ulps,
-            product=operator.rounding_gain(dtype),
+            product=operator.rounding_gain(dtype) + float(ones) * narrow,
             sum=(operator.summands + 8) * unit,
-            rates=rates,
-            state=norm(exact.z) + vanished,
+            rates=replace(
+                rates,
+                drive_rounding=rates.drive_rounding + float(ones),
+                readout=rates.readout + spread * narrow,
+                through=rates.through + spread,
+            ),
+            state=state + vanished,
             state_error=exact.state_error,
             product_rounding=operator.rounding(z).double() + vanished,
             bias=bias,
-            bias_rounding=ratio * exact.bias_error + vanished + x_lost * rates.drive,
-            output_rounding=ratio * exact.output_error
-            + vanished
-            + (z_lost * rates.readout + x_lost * rates.through) / (0.55 * unit),
-            size=norms_up(exact.x, self._sample_dimensions),
+            bias_rounding=ratio * exact.bias_error + vanished,
+            output_rounding=(
+                ratio * exact.output_error + spread * (1 + largest + size + state * narrow)
+            ),
+            size=size,
             unit=unit / 2,
             largest=torch.finfo(dtype).max / 16 * min(1.0, float(root.min())),
         )
@@ -375,3 +399,23 @@ class EquilibriumLayer(KeepingLayer, ABC):
             )
         if x.device != reference.device:
             raise ValueError(f"x is on {x.device}, the layer on {reference.device}")
+
+
+class _InFull(torch.autograd.Function):
+    """x itself, refused at every run of a trace in which products would be shortened."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        precision.refuse_reduced(x.device.type, convolution=x.ndim > 2)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+@_disable_dynamo
+def _as_it_is(layer: EquilibriumLayer, x: Tensor) -> Tensor:
+    """Return the layer's output, which a compiler leaves alone: a solve looks at numbers."""
+    y: Tensor = layer(x)
+    return y

@@ -153,6 +153,12 @@ class ImageEquilibriumLayer(EquilibriumLayer):
         assert state.W is not None
         return ConvolutionOperator(state.W, self._torus, state.Lambda)
 
+    def _check_proof(self, weights: Any, proof: Certificate) -> None:
+        super()._check_proof(weights, proof)
+        U = self._state(weights).U
+        if U.is_cpu:  # `solvers.acceptance` knows CUDA
+            self._map.refuse_other_sums(U)
+
     def _operator_tensors(self, weights: Any) -> tuple[Tensor, ...]:
         state = self._state(weights)
         assert state.W is not None

@@ -61,14 +61,14 @@ class OwnWeights:
 
     def __init__(self, weights: Any) -> None:
         self.weights = weights.apply(Tensor.detach)
-        self._versions = self._current()
+        self._snapshot = Snapshot.of(self._tensors())
 
-    def _current(self) -> list[int]:
-        return [t._version for t in self.weights.tensors().values()]
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return tuple(self.weights.tensors().values())
 
     def is_untouched(self) -> bool:
         """Say whether the tensors are as they were made."""
-        return self._versions == self._current()
+        return self._snapshot.fits(self._tensors())
 
 
 class Running:

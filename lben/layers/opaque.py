@@ -25,11 +25,26 @@ _Key, _guard = torch._C.DispatchKey, torch._C._SetExcludeDispatchKeyGuard
 
 def graph_is_made() -> bool:
     """Say whether a compiler or tracer makes a graph of what is called now."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or _make_fx_runs()
-    )
+    return torch.compiler.is_compiling() or is_traced() or _make_fx_runs()
+
+
+def is_traced() -> bool:
+    """Say whether torch.jit.trace records what is called now."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
+def refuse_graphs(x: object) -> None:
+    """Refuse a graph of a solve, which looks at numbers.
+
+    Raises:
+        ValueError: saying what makes one.
+    """
+    if isinstance(x, torch.fx.Proxy) or _make_fx_runs():
+        raise ValueError(
+            "an equilibrium is solved by steps that look at numbers, so there is no graph of it "
+            "for torch.export, make_fx and symbolic_trace: call the layer itself, also behind "
+            "torch.compile or torch.jit.trace"
+        )
 
 
 def _make_fx_runs() -> bool:

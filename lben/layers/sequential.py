@@ -18,6 +18,7 @@ from lben.layers.equilibrium_dense import DenseEquilibriumLayer
 from lben.layers.explicit import ExplicitLayer
 from lben.layers.growth import Growth, add_up, norm_up, norms_up
 from lben.layers.head import NormalizedLinear
+from lben.layers.hooks import refuse_hooks
 
 
 class LipschitzSequential(nn.Sequential):
@@ -117,6 +118,7 @@ class LipschitzSequential(nn.Sequential):
         """
         precision.refuse_autocast()
         self._check()
+        refuse_hooks(self)
         stage = Stage.start(x) if stage is None else stage
         for layer, own_proofs in self._with_proofs(proofs):
             if isinstance(layer, LipschitzSequential):
@@ -224,8 +226,9 @@ def certified(layer: nn.Module, x: Tensor, proofs: Sequence[Certificate]) -> Cer
         proofs: of the layer; none for a companion.
 
     Raises:
-        CertificateError: if the proof is for other weights or images.
+        CertificateError: if the proof is for other weights or images, or the layer has hooks.
     """
+    refuse_hooks(layer)
     if isinstance(layer, EquilibriumLayer):
         return layer.certified(x, proofs[0])
     assert isinstance(layer, ExplicitLayer | Companion | NormalizedLinear)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lben.certificates import CertificateError, NetworkCertificate
 from lben.certified import Affine, Stage
 from lben.layers import EquilibriumLayer, Normalize
+from lben.layers.hooks import refuse_hooks
 from lben.layers.sequential import rounded
 from lben.models.fingerprint import fingerprint
 from lben.parameterizations import FixedWeights
@@ -172,6 +173,7 @@ class Classifier(nn.Module, ABC):
         One that `compose` made names no network: its layers are checked one by one where they run,
         and its input gain against the normalisation.
         """
+        refuse_hooks(self)
         if certificate.network is not None:
             certificate.check(self.fingerprint)
         elif not certificate.input_gain >= self.normalize.gain:

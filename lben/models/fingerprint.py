@@ -9,8 +9,11 @@ from torch import nn
 
 from lben.weights import digest
 
-_SOLVING = {"tol", "max_steps", "on_failure", "method", "gradient", "training", "config"}
-"""How a layer is solved, and what it was built from: no Lipschitz bound depends on it."""
+_SOLVING = {
+    "tol", "max_steps", "on_failure", "method", "gradient", "training", "config", "name_in_graphs",
+}  # fmt: skip
+"""How a layer is solved, what it was built from, and what graphs call it: no Lipschitz bound
+depends on it, and a copy is the same network."""
 
 
 def fingerprint(network: nn.Module) -> str:

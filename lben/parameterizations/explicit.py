@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lben.convolutional import ConvolutionalWeights
 from lben.parameterizations.parametrized import PicklableParametrized

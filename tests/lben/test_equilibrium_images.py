@@ -269,3 +269,16 @@ def test_another_method_solves_the_same_problem_or_is_refused():
     with pytest.raises(ValueError, match=r"Masked\(activation=ReLU\(\)\): use PeacemanRachford"):
         layer = conv(method=SemismoothNewton())
         layer(draw(layer))
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+@pytest.mark.skipif(not torch.backends.nnpack.is_available(), reason="sums are plain without it")
+def test_rounding_is_not_bounded_where_other_sums_may_run():
+    layer = EquilibriumConv2d(2, 3, 2, image=(6, 6)).requires_grad_(False)
+    x, proof = torch.randn(2, 2, 6, 6), layer.certificate()
+    layer.certified(x, proof)
+    with torch.backends.mkldnn.flags(enabled=False):
+        with pytest.raises(ValueError, match="round"):
+            layer.certified(x, proof)
+        double = layer.double()
+        double.certified(x.double(), double.certificate())

@@ -449,3 +449,48 @@ def test_layers_of_unequal_types_are_not_stacked():
     for a, b in ((single, double), (double, single)):
         with pytest.raises(ValueError, match=r"dtype must be one, got torch\.float"):
             stack(a.weights(), b.weights())
+
+
+@pytest.mark.parametrize("write", ["data", "numpy"])
+def test_writing_to_weights_that_were_given_changes_no_layer(write):
+    layer, x = EquilibriumLinear(5, 6, 3).requires_grad_(False), torch.randn(4, 5)
+    proof, y = layer.certificate(), layer(x)
+    given = layer.weights().W
+    given.data.mul_(0.9) if write == "data" else np.multiply(given, 0.9, out=given.numpy())
+    assert torch.equal(layer(x), y)
+    layer.certified(x, proof)
+
+
+@pytest.fixture
+def shortened():
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_runs_no_shortened_products(shortened):
+    layer, x = EquilibriumLinear(5, 6, 3), torch.randn(4, 5)
+    torch.set_float32_matmul_precision("highest")
+    trace = torch.jit.trace(layer, (x,), check_trace=False)
+    torch.testing.assert_close(trace(2 * x), layer(2 * x))
+    torch.set_float32_matmul_precision("medium")
+    with pytest.raises(RuntimeError, match=r"mkldnn\.matmul\.fp32_precision"):
+        trace(x)
+    layer(x)
+
+
+def test_a_compiler_leaves_a_solve_alone():
+    torch._dynamo.reset()
+    layer, x = EquilibriumLinear(5, 6, 3), torch.randn(4, 5)
+    made = []
+    compiled = torch.compile(layer, backend=lambda graph, _: made.append(graph) or graph.forward)
+    assert torch.equal(compiled(x), layer(x))
+    assert not made  # else the weights would be made once more, and rounded otherwise
+
+
+def test_there_is_no_graph_of_a_solve():
+    layer, x = EquilibriumLinear(5, 6, 3), torch.randn(4, 5)
+    for make in (lambda: torch.export.export(layer, (x,)), lambda: torch.fx.symbolic_trace(layer)):
+        with pytest.raises(ValueError, match="steps that look at numbers"):
+            make()

@@ -16,6 +16,7 @@ from lben import (
 )
 from lben.attacks import pgd_l2
 from lben.certificates.local import LocalClaim, fewer_inputs, holds_locally
+from lben.certified import Affine
 from lben.local import Anchors, LocalCertificate
 from lben.radii import certified_radius
 from lben.rigorous import Enclosure
@@ -448,3 +449,17 @@ def test_rows_too_small_to_be_reduced_are_refused():
         fewer_inputs(np.array([[math.inf, 0.0]]))
     large = fewer_inputs(np.array([[1e200, 0.0], [0.0, 1e-200]]))
     assert np.isfinite(large).all()
+
+
+def test_errors_around_a_layer_are_in_terms_of_what_it_takes():
+    layer = EquilibriumLinear(3, 4, 2, dtype=torch.float64).requires_grad_(False)
+    anchors = layer.anchors(torch.ones(1, 3, dtype=torch.float64), layer.certificate())
+    label, gain = anchors.logits.argmax(1), 10.0
+    local = LocalCertificate(layer.weights(), layer.activation, 1.0, input_gain=gain)
+    margin = float(anchors.logits.amax() - anchors.logits.amin())
+    radius = 1e-3 * margin
+    assert bool(local.certifies(anchors, label, radius))
+    nothing = torch.zeros(1, dtype=torch.float64)
+    for slope, held in ((30.0, True), (90.0, False)):  # √2 · slope · gain · radius against margin
+        known = dataclasses.replace(anchors, elsewhere=Affine(nothing, slope))
+        assert bool(local.certifies(known, label, radius)) is held

@@ -1,7 +1,9 @@
 """Certified radii are of the network as it runs: at every image of the ball, not only at x."""
 
+import copy
 import dataclasses
 import math
+import pickle
 import warnings
 
 import pytest
@@ -11,7 +13,9 @@ from lben import (
     EquilibriumClassifierConfig,
     EquilibriumConv2d,
     EquilibriumLinear,
+    LipschitzSequential,
     PooledEquilibriumConv2d,
+    SLLLinear,
 )
 from lben.certificates import (
     CertificateError,
@@ -336,3 +340,96 @@ def test_a_proof_for_another_torus_is_refused():
     with pytest.raises(CertificateError, match=r"images of \(5, 5\), got images of \(9, 9\)"):
         large.with_error(x, small.certificate())
     large.with_error(x, large.certificate())
+
+
+@pytest.fixture
+def flushed():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor keeps denormal numbers")
+    yield
+    torch.set_flush_denormal(False)
+
+
+def one_unit(C, Lambda, u=1.0):
+    weights = ExplicitWeights(
+        W=torch.zeros(1, 1), U=torch.tensor([[u]]), b=torch.zeros(1), C=C, D=None,
+        b_y=torch.zeros(2), Lambda=torch.tensor([Lambda]), gamma=None,
+    )  # fmt: skip
+    layer = EquilibriumLinear(1, 1, 2, gamma=None, tol=1e-6).requires_grad_(False)
+    layer.parameterization = FixedWeights(weights)
+    return layer
+
+
+@pytest.mark.parametrize("Lambda", [1.0, 1e-30])
+@pytest.mark.parametrize("c", [1e-15, 1e-25])
+def test_what_underflows_in_the_output_counts_whatever_the_metric(Lambda, c):
+    layer = one_unit(torch.tensor([[c], [-c]]), Lambda)
+    known = layer.certified(torch.zeros(1, 1), layer.certificate()).uniform
+    for size in range(1, 40):
+        x = torch.tensor([[size * 0.37e-45 / c]])
+        exact = torch.tensor([c, -c], dtype=torch.float32).double() * x.double()
+        error = float((layer(x).double() - exact).norm())
+        assert error <= float(known.at(float(x)))
+
+
+@pytest.mark.parametrize("Lambda", [1.0, 1e-30])
+def test_denormal_weights_count_where_the_processor_drops_them(flushed, Lambda):
+    bits = torch.tensor([[714000], [714000 - 2**31]], dtype=torch.int32)  # ±1e-39
+    layer, x = one_unit(bits.view(torch.float32), Lambda, u=1e20), torch.tensor([[1e10]])
+    proof = layer.certificate()
+    exact = 714000 * 2.0**-149 * float(x) * float(torch.tensor(1e20)) * math.sqrt(2)
+    found = layer.certified(x, proof)
+    assert float((found.value.double().norm() - exact).abs()) <= float(found.error)
+    around = layer.certified(torch.zeros(1, 1), proof).uniform
+    assert float((layer(x).double().norm() - exact).abs()) <= float(around.at(float(x)))
+
+
+def with_hook(model):
+    model.normalize.register_forward_hook(lambda module, inputs, output: 5 * output)
+
+
+def with_hook_before(model):
+    list(model.children())[-1].register_forward_pre_hook(lambda module, inputs: (5 * inputs[0],))
+
+
+def with_another_forward(model):
+    model.normalize.forward = lambda x: 50 * x
+
+
+@pytest.mark.parametrize("change", [with_hook, with_hook_before, with_another_forward])
+@pytest.mark.parametrize("config", [EQUILIBRIUM, RESIDUAL], ids=["equilibrium", "residual"])
+def test_hooks_are_no_part_of_a_proof(config, change):
+    model = config.build().eval()
+    x, labels = torch.rand(3, 1, 4, 4), torch.tensor([0, 1, 2])
+    before = model.certificate()
+    model.certified_radius(x, labels, before)
+    change(model)
+    for proof in (before, model.certificate()):
+        with pytest.raises(CertificateError, match="forward hook, or a forward of its own"):
+            model.certified_radius(x, labels, proof)
+
+
+def test_a_hooked_layer_is_not_certified():
+    layer = EquilibriumLinear(3, 4, 2).requires_grad_(False)
+    chain = LipschitzSequential(SLLLinear(3, 4), layer)
+    x, proof, proofs = torch.randn(2, 3), layer.certificate(), chain.certificates((3,))
+    layer.register_forward_hook(lambda module, inputs, output: 5 * output)
+    with pytest.raises(CertificateError, match="EquilibriumLinear has a forward hook"):
+        layer.certified(x, proof)
+    with pytest.raises(CertificateError, match=r"EquilibriumLinear \(1\) has a forward hook"):
+        chain.certified(x, proofs)
+    layer = EquilibriumLinear(3, 4, 2).requires_grad_(False)
+    layer.parameterization.register_forward_hook(lambda module, inputs, output: None)
+    layer.certified(x, layer.certificate())  # part of the making of weights
+
+
+@pytest.mark.parametrize("config", [EQUILIBRIUM, RESIDUAL], ids=["equilibrium", "residual"])
+def test_a_copy_is_the_same_network(config):
+    model = config.build().eval()
+    x, labels, proof = torch.rand(3, 1, 4, 4), torch.tensor([0, 1, 2]), model.certificate()
+    radius = model.certified_radius(x, labels, proof)
+    for other in (copy.deepcopy(model), model.frozen(), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.certified_radius(x, labels, proof), radius)
+    other = config.build().eval()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.certified_radius(x, labels, proof), radius)

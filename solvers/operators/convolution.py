@@ -236,8 +236,8 @@ class ConvolutionOperator(LinearOperator):
         largest = float(exact.root_metric.max()) * (1 + 4 * torch.finfo(torch.float64).eps)
         # A denormal entry of K that is read as zero enters c²k² of all symbols.
         unread = 4 * self.kernel[0].numel() * finfo.tiny
-        error = unit * self._size() + unread
-        error = error * exact._plain().norm_above(cast(z.detach(), torch.float64))
+        size = exact._plain().norm_above(cast(z.detach(), torch.float64))
+        error = (unit * self._size() + unread) * size
         return largest * (error + math.sqrt(self.n) * finfo.tiny * float(exact.losses()[0]))
 
     def _plain(self) -> ConvolutionOperator:

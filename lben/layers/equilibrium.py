@@ -129,7 +129,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
         refuse_graphs(x)
         if torch.compiler.is_compiling():
             return _as_it_is(self, x)
-        x = taken(x, self._reference().dtype)
+        x = taken(tensor(x), self._reference().dtype)
         if is_traced() and x.dtype == torch.float32:
             x = _InFull.apply(x)  # type: ignore[no-untyped-call]
         if torch.is_grad_enabled() and in_autocast(x.device.type) and not nothing_may_be_kept():
@@ -140,19 +140,19 @@ class EquilibriumLayer(KeepingLayer, ABC):
 
     def readout(self, x: Tensor, z: Float[Tensor, "*batch n"], weights: Any = None) -> Tensor:
         """Return Cz + Dx + b_y, for the weights that run now or for those given."""
-        x = taken(x, self._reference().dtype)
+        x = taken(tensor(x), self._reference().dtype)
         with self._outside_autocast():
             return self._readout(self._weights() if weights is None else weights, x, z)
 
     def equilibrium(self, x: Tensor, z0: Float[Tensor, "*batch n"] | None = None) -> Solution:
         """Solve for z, optionally from a warm start, and return it with its evidence."""
-        x = taken(x, self._reference().dtype)
+        x = taken(tensor(x), self._reference().dtype)
         with self._outside_autocast():
             return self._solve(self._weights(), x, z0)
 
     def inclusion(self, x: Tensor) -> Inclusion:
         """Return the fixed-point problem of x."""
-        x = taken(x, self._reference().dtype)
+        x = taken(tensor(x), self._reference().dtype)
         with self._outside_autocast():
             return self._inclusion(self._weights(), x)
 
@@ -172,7 +172,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
         Raises:
             CertificateError: if the proof is for something else.
         """
-        x = taken(x, self._reference().dtype)
+        x = taken(tensor(x), self._reference().dtype)
         with self._outside_autocast():
             return self._evaluated(x, proof)[1]
 

@@ -12,6 +12,7 @@ from lben.certificates import Certificate, certify
 from lben.layers.autocast import taken
 from lben.layers.equilibrium import EquilibriumLayer
 from lben.layers.growth import absolute_norm, norms_up
+from lben.layers.inputs import tensor
 from lben.layers.roundoff import not_nan, underflow
 from lben.layers.uniform import Rates
 from lben.local import Anchors, network_fingerprint
@@ -84,7 +85,7 @@ class DenseEquilibriumLayer(EquilibriumLayer):
         """
         if x.ndim != 2:
             raise ValueError(f"x must be (batch, p), got {tuple(x.shape)}: pass x.reshape(-1, p)")
-        x = taken(x, self._reference().dtype)
+        x = taken(tensor(x), self._reference().dtype)
         with self._outside_autocast():
             return self._anchors(x, proof)
 

@@ -235,17 +235,15 @@ class EquilibriumLayer(KeepingLayer, ABC):
             raise ValueError(f"rounding in {dtype} is not bounded for sums of {terms} terms")
         # From 2⁻⁵² to half an ulp of the precision that runs (rounding to nearest), second order
         # included.
-        ratio, norm = (
-            0.55 * unit / torch.finfo(torch.float64).eps,
-            exact.problem.operator.norm_above,
-        )
-        root = exact.problem.operator.root_metric
+        ratio = 0.55 * unit / torch.finfo(torch.float64).eps
+        norm, root = exact.problem.operator.norm_above, exact.problem.operator.root_metric
         # What underflows: a product of a and b loses up to t(1 + |a| + |b|), t the smallest normal
         # number, also where denormal numbers count as zero.
-        inputs, outputs = exact.x[:1].numel(), y[:1].numel()
+        sample = exact.x.ndim - self._sample_dimensions  # where the shape of a sample begins
+        inputs, outputs = (math.prod(t.shape[sample:]) for t in (exact.x, y))
         tiny = 16 * (terms + inputs) * torch.finfo(dtype).tiny
         lost, spread = norm(torch.full_like(exact.z, tiny)), math.sqrt(outputs) * tiny
-        narrow, ones = 1 / float(root.min()), norm(torch.ones_like(exact.z[:1])) * tiny
+        narrow, ones = 1 / float(root.min()), norm(torch.ones_like(root)) * tiny
         size = norms_up(exact.x, self._sample_dimensions)
         state, bias = norm(exact.z), norm(exact.problem.bias) + exact.bias_error
         tensors = exact.weights.tensors()

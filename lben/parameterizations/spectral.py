@@ -63,7 +63,7 @@ class Spectral(MultiplierRule):
         unit = 2 * (gamma(2 * k * k + 4, U) + 2.0**-48) + gamma(8 * U.shape[1] + 8, U)
         error = 1.01 * unit * size
         with torch.no_grad():
-            everywhere = self._norms(_grams(U, phases), error)
+            everywhere = self._norms(_grams(U.detach(), phases), error.detach())
             worst = everywhere.argmax().reshape(1)
         largest = self._norms(_grams(U, phases.index_select(1, worst)), error)
         # Evaluated alone, a frequency may round another way than among the others.

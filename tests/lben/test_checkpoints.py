@@ -101,7 +101,7 @@ def copied(run, folder):
 )
 def test_a_foreign_state_of_training_is_refused(run, tmp_path, change, message):
     folder = copied(run, tmp_path)
-    tensors, metadata = load_file(folder / "training.safetensors"), {"format": "1", "epoch": "1"}
+    tensors, metadata = load_file(folder / "training.safetensors"), {"format": "2", "epoch": "1"}
     change(tensors, metadata)
     save_file(tensors, folder / "training.safetensors", metadata=metadata)
     with pytest.raises(CheckpointError, match=message):

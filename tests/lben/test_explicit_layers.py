@@ -679,10 +679,13 @@ def test_what_is_proved_is_what_runs_also_where_products_are_rounded(make):
     torch.set_float32_matmul_precision("medium")
     try:
         assert layer.weights().fingerprint == expected
-        with torch.autocast("cpu", torch.bfloat16):
-            assert layer.weights().fingerprint == expected
-            if isinstance(layer, NormalizedLinear):
-                assert torch.equal(layer.pair_bounds(), pairs)
+        if isinstance(layer, NormalizedLinear):
+            assert torch.equal(layer.pair_bounds(), pairs)
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            pytest.raises(ValueError, match="autocast is enabled"),
+        ):
+            layer.weights()
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -370,7 +370,7 @@ def test_local_proofs_are_of_one_activation_and_normalisation(what):
     before = net.anchors(x, certificate, local)
     assert bool((local.radius(before, labels, torch.full((5,), 1e-3), steps=1) >= 1e-3).all())
     REPLACED[what](net)
-    with pytest.raises(CertificateError, match="other weights"):
+    with pytest.raises(CertificateError, match="for another network"):
         net.anchors(x, certificate, local)
     other = net.local_certificate(net.certificate("scaled"))
     assert other.fingerprint != local.fingerprint

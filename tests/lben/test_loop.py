@@ -130,7 +130,7 @@ def test_the_average_is_what_is_evaluated_and_saved(tmp_path):
             model, data
         )
     raw = config(tmp_path).model(data).build()
-    checkpoints.load_training(tmp_path / "last", raw, torch.optim.AdamW(raw.parameters()))
+    checkpoints.load_training(tmp_path / "last", raw, config(tmp_path).optimizer.build(raw))
     assert distance(raw, last) == 0
     with pytest.raises(CheckpointError, match="holds no average of this model: 'steps'"):
         train(config(tmp_path / "last", ema=0.9), resume=True)

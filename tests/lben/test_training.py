@@ -123,7 +123,7 @@ def test_truncated_tensors_are_named(run, tmp_path, name, keep):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format=2), "has checkpoint format 2, this version of lben reads"),
+        (lambda c: c.update(format=1), "has checkpoint format 1, this version of lben reads"),
         (lambda c: c.pop("format"), "has checkpoint format None"),
         (lambda c: c["model"].update(kind="mystery"), "unknown kind of model 'mystery'"),
         (lambda c: c["model"].update(colour=1), "lacks a field or has one too many"),

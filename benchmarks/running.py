@@ -185,8 +185,9 @@ def _of(
     proof = own.certificate("scaled" if "scaled" in own.bounds else "promised")
     if not math.isfinite(proof.bound):
         return
-    sides = [across_the_boundary(exact, x[:count], x[count:], distance=d)[0] for d in (2e-2, 2e-3)]
-    near = torch.cat([x[:count], *sides]).to(dtype)
+    first, second = x[: len(x) // 2], x[len(x) // 2 :]
+    sides = [across_the_boundary(exact, first, second, distance=d)[0] for d in (2e-2, 2e-3)]
+    near = torch.cat([first, *sides]).to(dtype)
     near, directions = near, _towards_another_class(exact, near.double())
     yield Case(name=name, model=own, proof=proof, x=near, directions=directions)
 

@@ -3,8 +3,8 @@
     python -m benchmarks.mnist [--quick] [--out FILE] [--root FOLDER]
 
 trains five models (γ = 0.2, 0.5, 1, 5 on the normalised input, and monDEQ), and certifies and
-attacks them in float64 at tolerance 1e-8. With --quick the models are those that the last full run left in results/mnist, and fewer
-pairs are attacked. A full run rewrites results/mnist.
+attacks them in float64 at tolerance 1e-8. With --quick the models are those that the last full run
+left in results/mnist, and fewer pairs are attacked. A full run rewrites results/mnist.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ from lben.tightening import (
 )
 from lben.weights import ExplicitWeights, stack
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AOLConv2d",

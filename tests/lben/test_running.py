@@ -317,7 +317,10 @@ def test_how_a_layer_is_solved_is_not_part_of_the_statement():
     model = EQUILIBRIUM.build().double().eval()
     proof = model.certificate()
     model.layer.tol, model.layer.max_steps = 1e-9, 77
+    assert model.fingerprint == proof.network
     model.certified_radius(torch.rand(1, 1, 4, 4, dtype=F64), torch.tensor([0]), proof)
+    model.layer.activation = Tanh()
+    assert model.fingerprint != proof.network
 
 
 def test_a_chain_composed_by_hand_has_to_cover_the_normalisation():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -237,6 +238,10 @@ class _Equilibrium(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: _Call, *tensors: Tensor | None) -> Any:
         return _over_members(_Equilibrium, info.batch_size, in_dims[1:], call, tensors), (0, 0, 0)
+
+
+# torch asks for the signature at every call, and finding it out takes as long as three products.
+setattr(_Equilibrium.forward, "__signature__", inspect.signature(_Equilibrium.forward))  # noqa: B010
 
 
 class _Biased(torch.autograd.Function):

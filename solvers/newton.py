@@ -12,6 +12,7 @@ from solvers import elimination
 from solvers.activations import PIECEWISE_LINEAR, LinearSlope
 from solvers.inclusion import Inclusion
 from solvers.method import Method, Outcome, Request, check_method
+from solvers.solution import Status
 from solvers.splitting import PeacemanRachford
 
 
@@ -57,6 +58,8 @@ class SemismoothNewton(Method):
             )
         patience = self.patience
         outcome = self._begin(problem, request, patience)
+        if outcome.status(request) is Status.CONVERGED:
+            return outcome
         waiting = outcome.unfinished(request)
         while bool(waiting.any()):
             index = waiting.nonzero().squeeze(-1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -53,13 +54,25 @@ def full() -> Iterator[None]:
                     setting.fp32_precision = before
 
 
+# What torch.backends asks, without its search for attributes: a training step asks thirty times.
+_precision_of: Any = torch._C._get_fp32_precision_getter
+_BACKENDS = {"cpu": "mkldnn", "cuda": "cuda"}
+
+
 def lowered(device: str, *, convolutions: bool) -> bool:
-    """Say whether products of float32 numbers on this kind of device may run in less."""
-    b: Any = torch.backends
-    products = {"cpu": (b.mkldnn.matmul,), "cuda": (b.cuda.matmul,)}.get(device, ())
-    if convolutions:
-        products += {"cpu": (b.mkldnn.conv,), "cuda": (b.cudnn.conv,)}.get(device, ())
-    return any(setting.fp32_precision not in FULL for setting in products)
+    """Say whether products of float32 numbers on this kind of device may run in less.
+
+    Also while a thread is within `full`, for what it has set ends with it.
+    """
+    backend = _BACKENDS.get(device)
+    if backend is None:
+        return False
+    with _lock:
+        return (
+            _inside > 0
+            or _precision_of(backend, "matmul") not in FULL
+            or (convolutions and _precision_of(backend, "conv") not in FULL)
+        )
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,7 +91,10 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def in_autocast(device: str) -> bool:
     """Say whether autocast is on for a type of device; it is not on one that has none (meta)."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+_has_autocast = lru_cache(torch.amp.is_autocast_available)
 
 
 def leave_autocast(device: str) -> AbstractContextManager[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -94,12 +94,12 @@ def solve(
             problem.check_finite()
         value = outcome.value
         solution = Solution(
-            value=value.reshape(shape),
+            value=_shaped(value, shape),
             status=status,
             stats=Stats(
-                steps=outcome.steps.reshape(shape[:-1]), checks=outcome.checks, loop=outcome.loop
+                steps=_shaped(outcome.steps, shape[:-1]), checks=outcome.checks, loop=outcome.loop
             ),
-            residual=outcome.residual.reshape(shape[:-1]).to(value.dtype),
+            residual=_shaped(outcome.residual, shape[:-1]).to(value.dtype),
             tol=tol,
             _methods=used,
             name=name,
@@ -107,6 +107,10 @@ def solve(
             _error_bound=partial(_error_bound, flat, value, shape[:-1]),
         )
     return solution.report(on_failure)
+
+
+def _shaped(t: Tensor, shape: torch.Size) -> Tensor:
+    return t if t.shape == shape else t.reshape(shape)
 
 
 def _error_bound(problem: Inclusion, value: Tensor, batch: torch.Size) -> Tensor:
@@ -134,6 +138,7 @@ def _check_precision(problem: Inclusion, tol: float, z0: Tensor | None) -> None:
             raise ValueError("z0 contains NaN or Inf")
 
 
+@lru_cache
 def _held(tol: float, dtype: torch.dtype) -> float:
     """Return the largest number of the dtype up to tol: comparisons of tensors round tol to it."""
     if dtype == torch.float64:

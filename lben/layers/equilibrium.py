@@ -41,6 +41,7 @@ from solvers.activations import check_activation
 from solvers.dependencies import nothing_may_be_kept
 from solvers.gradient import check_gradient
 from solvers.method import check_method
+from solvers.operators.base import is_finite
 from solvers.precision import cast, full_precision, in_autocast
 from solvers.solution import OnFailure, check_options
 
@@ -134,7 +135,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
             x = _InFull.apply(x)  # type: ignore[no-untyped-call]
         if torch.is_grad_enabled() and in_autocast(x.device.type) and not nothing_may_be_kept():
             return outside_autocast(self, x)
-        with self._outside_autocast(), precision.full():
+        with self._outside_autocast():
             weights = self._weights()
             return self._readout(weights, x, self._solve(weights, x, None).value)
 
@@ -190,8 +191,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
         weights = self._weights()
         self._check_proof(weights, proof)
         solution = self._solve(weights, x, None)
-        with precision.full():
-            y = self._readout(weights, x, solution.value)
+        y = self._readout(weights, x, solution.value)
         exact = self._exactly(weights, x, solution.value, proof)
         reference = self._readout(exact.weights, exact.x, exact.z)
         dimensions = y.ndim - x.ndim + self._sample_dimensions  # of the output of one sample
@@ -325,7 +325,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
 
     @abstractmethod
     def _new_operator(self, weights: Any) -> LinearOperator:
-        """Return W as an operator."""
+        """Return W as an operator, without a graph."""
 
     @abstractmethod
     def _operator_tensors(self, weights: Any) -> tuple[Tensor, ...]:
@@ -354,29 +354,27 @@ class EquilibriumLayer(KeepingLayer, ABC):
 
     def _solve(self, weights: Any, x: Tensor, z0: Tensor | None) -> Solution:
         problem = self._inclusion(weights, x)
-        with precision.full():
-            return equilibrium(
-                problem,
-                self.method,
-                tol=self.tol,
-                max_steps=self.max_steps,
-                z0=z0,
-                gradient=self.gradient,
-                on_failure=self.on_failure,
-                require_monotone=False,  # m ≥ epsilon by construction
-            )
+        return equilibrium(
+            problem,
+            self.method,
+            tol=self.tol,
+            max_steps=self.max_steps,
+            z0=z0,
+            gradient=self.gradient,
+            on_failure=self.on_failure,
+            require_monotone=False,  # m ≥ epsilon by construction
+        )
 
     def _inclusion(self, weights: Any, x: Tensor) -> Inclusion:
         self._check_input(x)
-        with precision.full():
-            v = self._bias(weights, x)
+        v = self._bias(weights, x)
         # Within a transform numbers cannot be looked at: the solve says what it finds.
-        if not nothing_may_be_kept() and not bool(torch.isfinite(v.detach()).all()):
+        if not nothing_may_be_kept() and not is_finite(v):
             raise non_finite(self, x, self._sample_dimensions, self._entry)
         return Inclusion(self._operator(weights), v, self._sigma)
 
     def _operator(self, weights: Any) -> LinearOperator:
-        operator = self._new_operator(weights.apply(Tensor.detach))
+        operator = self._new_operator(weights)
         if not nothing_may_be_kept():
             last = self._last  # another thread may set it meanwhile
             if last is not None:

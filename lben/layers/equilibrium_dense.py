@@ -48,7 +48,7 @@ class DenseEquilibriumLayer(EquilibriumLayer):
         return y if weights.D is None else y + x @ weights.D.T
 
     def _new_operator(self, weights: ExplicitWeights) -> DenseOperator:
-        return DenseOperator(weights.W, weights.Lambda)
+        return DenseOperator(weights.W.detach(), weights.Lambda.detach())
 
     def _operator_tensors(self, weights: ExplicitWeights) -> tuple[Tensor, ...]:
         return (weights.W,)

@@ -146,7 +146,7 @@ class ImageEquilibriumLayer(EquilibriumLayer):
         return drive, (state.U[0].numel() + 4) * unit * drive
 
     def _new_operator(self, weights: Any) -> LinearOperator:
-        return self._convolution(weights)
+        return self._convolution(weights.apply(Tensor.detach))
 
     def _convolution(self, weights: Any) -> ConvolutionOperator:
         state = self._state(weights)
@@ -368,8 +368,8 @@ class PooledEquilibriumConv2d(ImageEquilibriumLayer):
         return functional.linear(self.images(z).flatten(1), weights.C.flatten(1), weights.b_y)
 
     def _new_operator(self, weights: PooledWeights) -> LinearOperator:
-        A, C = self._factors(weights)
-        return LowRankUpdate(self._convolution(weights), A, C)
+        weights = weights.apply(Tensor.detach)
+        return LowRankUpdate(self._convolution(weights), *self._factors(weights))
 
     def _operator_tensors(self, weights: PooledWeights) -> tuple[Tensor, ...]:
         return (*super()._operator_tensors(weights), *self._factors(weights))

@@ -35,7 +35,7 @@ from lben.parameterizations.sizes import image_size
 from lben.weights import ExplicitWeights
 from solvers import ProximalActivation, ReLU, fused
 from solvers.dependencies import nothing_may_be_kept, read
-from solvers.precision import in_autocast, leave_autocast
+from solvers.precision import full_precision, in_autocast, leave_autocast
 
 
 class ExplicitLayer(KeepingLayer, Owner, ABC):
@@ -100,7 +100,7 @@ class ExplicitLayer(KeepingLayer, Owner, ABC):
         with leave_autocast(x.device.type):
             if graph_is_made():
                 return self.evaluate(x, run, tuple(self.in_graph(run)))
-            with precision.full():
+            with full_precision(self._reference()):
                 return self.evaluate(x, run, self._tensors(run))
 
     def _precision(self, x: Tensor) -> torch.dtype:
@@ -179,7 +179,7 @@ class ExplicitLayer(KeepingLayer, Owner, ABC):
     def _weights(
         self, parameterization: ExplicitParameterization, run: torch.dtype
     ) -> ExplicitWeights | ConvolutionalWeights:
-        with leave_autocast(self._reference().device.type), precision.full():
+        with full_precision(self._reference()):
             if isinstance(self.map, Convolution):
                 kernels = parameterization.convolutional(run, circular=self.map.circular)
                 return kernels.apply(Tensor.detach)

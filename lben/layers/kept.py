@@ -199,8 +199,9 @@ class KeepingLayer(Lasting):
 
     def _is_tracked(self) -> bool:
         """Say whether the weights get a gradient now."""
-        return torch.is_grad_enabled() and any(
-            t.requires_grad for t in read(self.parameterization)[0]
+        return torch.is_grad_enabled() and (
+            any(p.requires_grad for p in self.parameterization.parameters())
+            or any(t.requires_grad for t in read(self.parameterization)[0])
         )
 
     def _record(self) -> Kept:

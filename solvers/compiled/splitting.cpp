@@ -162,11 +162,11 @@ struct Problem {
   int64_t reflected;   // whether rho is the reflected prox, and shift = (I + M) alpha v
   int64_t max_steps, threads;
   double theta, tol, noise;
-  double size;         // of W, in the metric: Frobenius' norm
+  int64_t done;        // steps that were made before the first
   T* z;                // samples x n: prox(x) at the last check
-  double* residual;    // samples
-  int64_t* steps;      // samples
-  int64_t* checks;     // samples
+  T* residual;         // samples
+  int64_t* steps;      // samples: with those done before
+  int64_t* checks;     // one number, of the sample with the most
 };
 
 namespace {
@@ -186,7 +186,8 @@ class Group {
         shift_(arena, capacity, stride_), factor_(arena, p.slope ? capacity : 1, stride_),
         point_(arena, capacity, stride_), image_(arena, capacity, stride_),
         zero_(arena, capacity, stride_), inner_(p, capacity, arena), rho_(n_), prox_(n_),
-        gauge_(n_), slot_(capacity), order_(capacity), residual_(capacity), explained_(capacity), noisy_(capacity) {
+        gauge_(n_), slot_(capacity), order_(capacity), residual_(capacity), explained_(capacity),
+        noisy_(capacity) {
     std::memset(zero_[0], 0, Rows<T>::bytes(capacity, stride_));
     for (int64_t i = 0; i < n_; ++i) {
       prox_[i] = shrink(static_cast<T>(p.negative), p.alpha[i]);
@@ -195,7 +196,8 @@ class Group {
     }
   }
 
-  void run(int64_t first, int64_t count) {
+  // Solves some samples; returns the most checks that one of them took.
+  int64_t run(int64_t first, int64_t count) {
     begin(first, count);
     while (active_ > 0 && !meter_.stopped()) {
       const int64_t burst = plan();
@@ -210,6 +212,7 @@ class Group {
       measure();
       check();
     }
+    return checks_;
   }
 
  private:
@@ -242,6 +245,7 @@ class Group {
 
   void begin(int64_t first, int64_t count) {
     active_ = count;
+    checks_ = 0;
     calibrated_ = false;
     ratio_ = 1;
     for (int64_t s = 0; s < count; ++s) {
@@ -325,7 +329,8 @@ class Group {
         std::memcpy(before_[0], x_[0], active_ * stride_ * sizeof(T));
       }
     }
-    product<T>(u_[0], stride_, p_.map, n_, active_, x_[0], shift_[0], static_cast<T>(p_.theta), meter_);
+    product<T>(u_[0], stride_, p_.map, n_, active_, x_[0], shift_[0], static_cast<T>(p_.theta),
+               meter_);
   }
 
   // Change and size of every sample from the last two iterates: no product.
@@ -362,6 +367,24 @@ class Group {
     double sum = 0;
     for (int64_t i = 0; i < n_; ++i) sum += (gauge[i] * x[i]) * static_cast<double>(gauge[i] * x[i]);
     return std::sqrt(sum);
+  }
+
+  // Frobenius' norm of W in the metric; asked for only where rounding may be what is left.
+  double size_of_weights() {
+    if (size_ >= 0) return size_;
+    double sum = 0;
+    const int64_t padded_columns = (n_ + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+    for (int64_t first = 0; first < padded_columns; first += kVectors * kLanes<T>) {
+      const int64_t width = std::min<int64_t>(kVectors * kLanes<T>, padded_columns - first);
+      for (int64_t k = 0; k < n_; ++k) {
+        const T* row = p_.weights + first * n_ + k * width;
+        for (int64_t j = 0; j < std::min(width, n_ - first); ++j) {
+          const double w = p_.root[first + j] * static_cast<double>(row[j]) / p_.root[k];
+          sum += w * w;
+        }
+      }
+    }
+    return size_ = std::sqrt(sum);
   }
 
   // A change near the rounding of v, x or z that has not halved while the steps grew by a quarter
@@ -450,7 +473,7 @@ class Group {
       noisy_[at] = own > most && left - own <= most && residual_[at] > 0.5 * slot.residual;
       slot.residual = residual_[at];
       if (!slot.stalled) continue;
-      const double all = slot.size + reach(order_[at]) + p_.size * scale;
+      const double all = slot.size + reach(order_[at]) + size_of_weights() * scale;
       explained_[at] = left - p_.noise * all <= p_.tol * scale;
     }
   }
@@ -460,9 +483,9 @@ class Group {
     const size_t bytes = n_ * sizeof(T);
     T* z = p_.z + slot.sample * n_;
     for (int64_t i = 0; i < n_; ++i) z[i] = point_[at][i] * slot.unit;
-    p_.residual[slot.sample] = r;
-    p_.steps[slot.sample] = slot.steps;
-    p_.checks[slot.sample] = slot.checks;
+    p_.residual[slot.sample] = static_cast<T>(r);
+    p_.steps[slot.sample] = p_.done + slot.steps;
+    checks_ = std::max(checks_, slot.checks);
     const int64_t last = --active_;
     if (last == s) return;
     std::memcpy(x_[s], x_[last], bytes);
@@ -546,7 +569,8 @@ class Group {
   std::vector<int64_t> order_;
   std::vector<double> residual_;
   std::vector<char> explained_, noisy_;  // whether rounding may be what is left above tol
-  int64_t active_ = 0;
+  int64_t active_ = 0, checks_ = 0;
+  double size_ = -1;  // of W; negative while it is not known
   double ratio_ = 1;  // residual over change, as last seen
   bool calibrated_ = false;
 };
@@ -557,8 +581,9 @@ int run(const Problem<T>& p) {
   const int64_t size = p.samples <= 256 ? 32 : 64;
   const int64_t groups = (p.samples + size - 1) / size;
   std::atomic<int> failed{0};
+  int64_t checks = 0;
   Watch watch;
-#pragma omp parallel num_threads(std::min(p.threads, groups))
+#pragma omp parallel num_threads(std::min(p.threads, groups)) reduction(max : checks)
   {
     thread_local Arena arena;
     const bool ok = arena.reserve(Group<T>::bytes(p, size));
@@ -567,10 +592,12 @@ int run(const Problem<T>& p) {
     if (ok) group.emplace(p, size, arena, watch);
 #pragma omp for schedule(dynamic) nowait
     for (int64_t g = 0; g < groups; ++g) {
-      if (ok && !watch.stopped()) group->run(g * size, std::min(size, p.samples - g * size));
+      if (!ok || watch.stopped()) continue;
+      checks = std::max(checks, group->run(g * size, std::min(size, p.samples - g * size)));
     }
     watch.finish();
   }
+  *p.checks = checks;
   return failed;
 }
 

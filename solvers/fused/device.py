@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from solvers.activations import PIECEWISE_LINEAR, LeakyReLU, ProximalActivation, ReLU, Step
-from solvers.fused.iteration import Iteration, coefficients, plain, size
+from solvers.fused.iteration import Iteration, coefficients, plain
 from solvers.inclusion import Inclusion
 from solvers.loop import FIRST_CHECK, STALL, Splitting, State, drive
 from solvers.method import Outcome, Request
@@ -179,7 +179,7 @@ class _Loop:
             v=v, map=iteration.map.matrix.detach().resolve_neg(),
             W=operator.W.detach().resolve_neg(), alpha=alpha.expand(operator.n).contiguous(),
             root=operator.metric.detach().sqrt().contiguous(), slope=slope, negative=negative,
-            theta=iteration.relaxation, noise=problem.noise_factor, size=size(operator),
+            theta=iteration.relaxation, noise=problem.noise_factor, size=_size(operator),
         )  # fmt: skip
 
     def numbers(self, tol: float) -> Tensor:
@@ -193,6 +193,16 @@ class _Loop:
             "least": 4 * finfo.tiny, "most": 0.25 / finfo.tiny,
         }  # fmt: skip
         return self.v.new_tensor([values[name] for name in _kernels().NUMBERS])
+
+
+def _size(operator: DenseOperator) -> float:
+    """Return Frobenius' norm of Λ^½WΛ^(−½): rounding of a product is relative to it."""
+
+    def evaluate() -> float:
+        root = operator.root_metric
+        return float(torch.linalg.matrix_norm(operator.W.detach() * root[:, None] / root))
+
+    return operator.memo(("size", operator.transposed), evaluate)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

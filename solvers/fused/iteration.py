@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from solvers.activations import LeakyReLU, LinearSlope, ProximalActivation, Step
-from solvers.operators import DenseOperator, Map
+from solvers.operators import Map
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +41,6 @@ def coefficients(activation: ProximalActivation) -> tuple[Tensor | None, float]:
             return None, a
         case _:
             return None, 0.0
-
-
-def size(operator: DenseOperator) -> float:
-    """Return Frobenius' norm of Λ^½WΛ^(−½): rounding of a product is relative to it."""
-
-    def evaluate() -> float:
-        root = operator.root_metric
-        return float(torch.linalg.matrix_norm(operator.W.detach() * root[:, None] / root))
-
-    return operator.memo(("size", operator.transposed), evaluate)
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from solvers.activations import PIECEWISE_LINEAR
 from solvers.compiled import Build, build
-from solvers.fused.iteration import Iteration, coefficients, plain, size
+from solvers.fused.iteration import Iteration, coefficients, plain
 from solvers.inclusion import Inclusion
 from solvers.method import Outcome, Request
 from solvers.operators import DenseOperator
@@ -34,7 +34,8 @@ class _Problem(ctypes.Structure):
         )),
         ("negative", ctypes.c_double), ("reflected", ctypes.c_int64),
         ("max_steps", ctypes.c_int64), ("threads", ctypes.c_int64),
-        *((name, ctypes.c_double) for name in ("theta", "tol", "noise", "size")),
+        *((name, ctypes.c_double) for name in ("theta", "tol", "noise")),
+        ("done", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("z", "residual", "steps", "checks")),
     ]  # fmt: skip
 
@@ -66,28 +67,23 @@ def run(problem: Inclusion, iteration: Iteration, request: Request) -> Outcome:
     prepared = operator.memo(("compiled", iteration.map), lambda: _prepare(operator, iteration))
     samples = v.shape[0]
     z = torch.empty_like(v)
-    residual = v.new_empty(samples, dtype=torch.float64)
-    steps, checks = v.new_empty(2, samples, dtype=torch.int64)
+    residual = v.new_empty(samples)
+    steps, checks = v.new_empty(samples, dtype=torch.int64), ctypes.c_int64()
     slope, negative = coefficients(problem.activation)
-    done = iteration.done
     start = None if request.z0 is None else plain(request.z0)
     arguments = _Problem(
         n=operator.n, samples=samples, map=prepared.map.data_ptr(),
         rough=_pointer(prepared.rough), weights=prepared.weights.data_ptr(), bias=v.data_ptr(),
         start=_pointer(start), alpha=prepared.alpha.data_ptr(), root=prepared.root.data_ptr(),
         slope=_pointer(slope), negative=negative, reflected=iteration.reflected,
-        max_steps=request.max_steps - done, threads=torch.get_num_threads(),
+        max_steps=request.max_steps - iteration.done, threads=torch.get_num_threads(),
         theta=iteration.relaxation, tol=request.tol, noise=problem.noise_factor,
-        size=prepared.size,
-        z=z.data_ptr(), residual=residual.data_ptr(), steps=steps.data_ptr(),
-        checks=checks.data_ptr(),
+        done=iteration.done, z=z.data_ptr(), residual=residual.data_ptr(),
+        steps=steps.data_ptr(), checks=ctypes.addressof(checks),
     )  # fmt: skip
     if getattr(kernels, f"lben_solve_{_KINDS[v.dtype]}")(ctypes.byref(arguments)) != 0:
         raise MemoryError(f"the compiled loop found no memory for {operator.n} units")
-    return Outcome(
-        value=z, residual=residual, steps=(steps + done).clamp_max(request.max_steps),
-        checks=int(checks.max()) if samples else 0, loop="compiled",
-    )  # fmt: skip
+    return Outcome(value=z, residual=residual, steps=steps, checks=checks.value, loop="compiled")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +93,6 @@ class _Prepared:
     weights: Tensor
     alpha: Tensor
     root: Tensor
-    size: float
 
 
 def _prepare(operator: DenseOperator, iteration: Iteration) -> _Prepared:
@@ -115,7 +110,6 @@ def _prepare(operator: DenseOperator, iteration: Iteration) -> _Prepared:
         weights=_pack(W.T),
         alpha=alpha,
         root=operator.root_metric.contiguous(),
-        size=size(operator),
     )
 
 

@@ -381,6 +381,12 @@ class LinearOperator(Sendable, ABC):
         return torch.where(norm.isnan(), torch.inf, norm)
 
 
+def is_finite(t: Tensor) -> bool:
+    """Say whether all numbers are finite."""
+    # A sum that is finite has no other summands, and takes one pass.
+    return math.isfinite(float(t.detach().sum())) or bool(torch.isfinite(t.detach()).all())
+
+
 def check_tensors(**tensors: object) -> None:
     """Check that these are tensors of real floating-point numbers.
 

@@ -20,6 +20,7 @@ from solvers.operators.base import (
     check_metric,
     check_tensors,
     column,
+    is_finite,
     own_step,
     singular,
     step_key,
@@ -162,7 +163,7 @@ class DenseOperator(LinearOperator):
 
     def _factor(self, step: Step) -> DenseResolvent:
         factor, info = self.unchecked_resolvent(step)
-        if int(info) != 0 or not bool(torch.isfinite(factor.inverse).all()):
+        if int(info) != 0 or not is_finite(factor.inverse):
             raise singular(step)
         return factor
 
@@ -205,7 +206,7 @@ class DenseOperator(LinearOperator):
         W, metric = (cast(t.detach(), torch.float64) for t in (self.W, self.metric))
         root, H = metric.sqrt(), torch.eye(self.n, dtype=torch.float64, device=W.device) - W
         H = root[:, None] * H / root[None, :]
-        if not bool(torch.isfinite(H).all()):
+        if not is_finite(H):
             return Constants(m=-math.inf, L=math.inf)
         slack = 8 * self.n * torch.finfo(torch.float64).eps * float(torch.linalg.matrix_norm(H))
         m = float(torch.linalg.eigvalsh(0.5 * (H + H.T))[0]) - slack

@@ -162,6 +162,7 @@ def test_ctrl_c_ends_a_solve_and_leaves_a_sane_state(where, n, samples):
 import os, signal, threading, time, warnings
 import torch
 from solvers import *
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs
 torch.manual_seed(0)
 N = torch.randn({n}, {n}, dtype=torch.float64)
 W = torch.eye({n}, dtype=torch.float64) * (1 - 1e-9) - 1e3 * (N - N.T)

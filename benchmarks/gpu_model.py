@@ -404,9 +404,7 @@ def _increments(n: int, batch: int, chip: Chip, counts: Counts) -> Cost:
     if n <= 256:
         narrow = n <= 128
         units = _blocks(n) if narrow else 64 * math.ceil(n / 64)
-        instructions = (
-            _between(counts.step, units) if narrow else counts.wide_step * units / 256
-        )
+        instructions = _between(counts.step, units) if narrow else counts.wide_step * units / 256
         warps, kernel = (4, "blocks") if narrow else (8, "wide")
         tensor = 64 * units * units / chip.bf16
         return _on_chip(
@@ -459,7 +457,9 @@ def _unfused(n: int, batch: int, chip: Chip, counts: Counts) -> Cost:
     product = _product(n, batch, chip)
     stream = chip.stream(16 * n * batch)
     seconds = max(product + stream, 3 * _LAUNCH)
-    bound = "launches" if seconds > product + stream else "library" if product > stream else "memory"
+    bound = (
+        "launches" if seconds > product + stream else "library" if product > stream else "memory"
+    )
     return Cost(
         kernel="library", rows=batch, programs=1, per_sm=1, waves=1, clocks={}, instructions=0.0,
         bytes=count, operations=2.0 * n * n * batch, microseconds=seconds, bound=bound,
@@ -555,9 +555,7 @@ def main() -> None:
     options.add_argument("--checks", type=float, default=CHECKS)
     arguments = options.parse_args()
     print(
-        markdown(
-            table(steps=arguments.steps, checks=arguments.checks, chip=chip(arguments.chip))
-        )
+        markdown(table(steps=arguments.steps, checks=arguments.checks, chip=chip(arguments.chip)))
     )
 
 

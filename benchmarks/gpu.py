@@ -31,7 +31,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,8 @@ def main() -> None:
         )  # fmt: skip
         begun = None
     print(record.table())
-    print(json.dumps(summary(record, device)))
+    expected = [cell.name for cell in _check(arguments, record)]
+    print(json.dumps(summary(record, device, expected)))
 
 
 def _arguments() -> argparse.Namespace:
@@ -133,58 +134,56 @@ def _cells(part: str, arguments: argparse.Namespace, record: Record) -> list[Cel
     return make(arguments, record)
 
 
+def _untimed(function: Callable[..., Any], *words: Any) -> Callable[[float], Any]:
+    """Return a cell's call that does not ask how much time is left."""
+    return lambda left: function(*words)
+
+
+def _child(*words: object) -> Callable[[float], Any]:
+    """Return a cell's call of a check in a process of its own."""
+    return lambda left: gpu_correctness.in_a_process(left, *words)
+
+
 def _check(arguments: argparse.Namespace, record: Record) -> list[Cell]:
     device, quick = arguments.device, arguments.quick
     cell = partial(Cell, part="check")
-    model = cell(name="model", seconds=1, call=lambda left: _model(device))
+    cells = [cell(name="model", seconds=1, call=_untimed(_model, device))]
     if device == "cpu":
-        return [
-            model,
-            *(
-                cell(name=f"n = {n}, {name}", seconds=5,
-                     call=lambda left, n=n, name=name: gpu_correctness.kernel(
-                         n, getattr(torch, name), "cpu"))
-                for n in (5, 130) for name in ("float32", "float64")
-            ),
-            cell(name="compiled", seconds=20, call=partial(compiled, quick=quick)),
-        ]  # fmt: skip
-    apart = partial(cell, apart=True)
+        for n in (5, 130):
+            for dtype in (torch.float32, torch.float64):
+                call = _untimed(gpu_correctness.kernel, n, dtype, device)
+                cells.append(cell(name=f"n = {n}, {str(dtype)[6:]}", seconds=5, call=call))
+        return [*cells, cell(name="compiled", seconds=20, call=partial(compiled, quick=quick))]
+    cell = partial(cell, apart=True)
     sizes = gpu_correctness.SIZES[:4] if quick else gpu_correctness.SIZES
-    speeds = gpu_speed.CELLS[:2] if quick else gpu_speed.CELLS
 
-    def child(*words: object) -> Any:
-        return lambda left: gpu_correctness.in_a_process(left, *words)
+    def kernels(dtype: str) -> list[Cell]:
+        return [
+            cell(name=f"n = {n}, {dtype}", seconds=20, call=_child("kernel", n, dtype))
+            for n in sizes
+        ]
 
-    return [
-        model,
-        *(
-            apart(name=f"n = {n}, float32", seconds=20, call=child("kernel", n, "float32"))
-            for n in sizes
-        ),
-        *(
-            apart(name=f"first call, n = {n}, batch = {batch}", seconds=15,
-                  call=child("first", n, batch))
-            for n, batch in speeds
-        ),
-        apart(name="capture", seconds=15, call=child("capture")),
-        apart(name="memcheck", seconds=20, call=lambda left: gpu_correctness.memcheck(
-            80, "float32", min(left, 90.0))),
-        *(
-            apart(name=f"n = {n}, float64", seconds=20, call=child("kernel", n, "float64"))
-            for n in sizes
-        ),
-    ]  # fmt: skip
+    firsts = [
+        cell(name=f"first call, n = {n}, batch = {b}", seconds=15, call=_child("first", n, b))
+        for n, b in (gpu_speed.CELLS[:2] if quick else gpu_speed.CELLS)
+    ]
+    capture = cell(name="capture", seconds=15, call=_child("capture"))
+    memory = cell(name="memcheck", seconds=20, call=_memcheck)
+    return [*cells, *kernels("float32"), *firsts, capture, memory, *kernels("float64")]
+
+
+def _memcheck(left: float) -> dict[str, Any]:
+    return gpu_correctness.memcheck(80, "float32", min(left, 90.0))
 
 
 def _speed(arguments: argparse.Namespace, record: Record) -> list[Cell]:
-    device, quick = arguments.device, arguments.quick
+    device = arguments.device
     cell = partial(Cell, part="speed")
-    edge, sizes, peers = 8192, gpu_speed.CELLS, gpu_speed.PEERS
+    edge, sizes, peers, graph = 8192, list(gpu_speed.CELLS), list(gpu_speed.PEERS), (80, 128)
     if device == "cpu":
-        edge, sizes, peers = 64, ((16, 8),), ((16, 8),)
-    elif quick:
-        sizes, peers = sizes[:2], ()
-    seconds = {(1024, 65536): 45.0, (4096, 8192): 45.0} if device == "cuda" else {}
+        edge, sizes, peers, graph = 64, [(16, 8)], [(16, 8)], (16, 8)
+    elif arguments.quick:
+        sizes, peers = sizes[:2], []
 
     def timed(n: int, batch: int, left: float) -> Any:
         ceiling = record.found("ceilings")
@@ -192,41 +191,41 @@ def _speed(arguments: argparse.Namespace, record: Record) -> list[Cell]:
             raise RuntimeError("the ceilings are not known")
         return gpu_speed.speed(n, batch, ceiling, device)
 
-    cells = [cell(name="ceilings", seconds=15, call=lambda left: gpu_speed.ceilings(device, edge))]
-    cells += [
-        cell(name=f"n = {n}, batch = {batch}", seconds=seconds.get((n, batch), 20.0),
-             call=partial(timed, n, batch))
-        for n, batch in sizes
-    ]  # fmt: skip
-    for n, batch in peers:
-        cells += [
-            cell(name=f"torch.compile, n = {n}, batch = {batch}", seconds=30,
-                 call=lambda left, n=n, b=batch: gpu_speed.compiled_loop(n, b, device)),
-            cell(name=f"torchdeq, n = {n}, batch = {batch}", seconds=15,
-                 call=lambda left, n=n, b=batch: gpu_speed.torchdeq(n, b, device)),
-        ]  # fmt: skip
-    n, batch = (16, 8) if device == "cpu" else (80, 128)
-    graph = cell(name=f"graph, n = {n}, batch = {batch}", seconds=15,
-                 call=lambda left: gpu_speed.graphed(n, batch, device))  # fmt: skip
-    return [*cells, graph]
+    cells = [cell(name="ceilings", seconds=15, call=_untimed(gpu_speed.ceilings, device, edge))]
+    for n, batch in sizes:
+        seconds = 45 if n >= 1024 else 20
+        cells.append(
+            cell(name=f"n = {n}, batch = {batch}", seconds=seconds, call=partial(timed, n, batch))
+        )
+    others = [(name, *peer) for peer in peers for name in ("torch.compile", "torchdeq")]
+    for name, n, batch in [*others, ("graph", *graph)]:
+        call = _untimed(_OTHERS[name], n, batch, device)
+        seconds = 30 if name == "torch.compile" else 15
+        cells.append(cell(name=f"{name}, n = {n}, batch = {batch}", seconds=seconds, call=call))
+    return cells
+
+
+_OTHERS = {
+    "torch.compile": gpu_speed.compiled_loop,
+    "torchdeq": gpu_speed.torchdeq,
+    "graph": gpu_speed.graphed,
+}
 
 
 def _rest(arguments: argparse.Namespace, record: Record) -> list[Cell]:
     device = arguments.device
     cell = partial(Cell, part="rest")
     batch = gpu_images.BATCH if device == "cuda" else 2
-    cells = [
-        cell(name=name, seconds=20,
-             call=lambda left, name=name: gpu_images.convolutions(name, device, batch))
+    networks = [
+        cell(name=name, seconds=20, call=_untimed(gpu_images.convolutions, name, device, batch))
         for name in gpu_images.NETWORKS
-    ]  # fmt: skip
-    if device == "cuda":
-        cells.insert(0, cell(name="tests", seconds=45, call=tests, apart=True))
-        if not arguments.quick:
-            cells.append(
-                cell(name="MNIST", seconds=20,
-                     call=lambda left: gpu_images.mnist(arguments.root, device))
-            )  # fmt: skip
+    ]
+    if device == "cpu":
+        return networks
+    cells = [cell(name="tests", seconds=45, call=tests, apart=True), *networks]
+    if not arguments.quick:
+        call = _untimed(gpu_images.mnist, arguments.root, device)
+        cells.append(cell(name="MNIST", seconds=20, call=call))
     return cells
 
 
@@ -293,14 +292,21 @@ def failures(record: Record) -> list[str]:
     return found
 
 
-def summary(record: Record, device: str) -> dict[str, Any]:
-    """Return the figures of the last line; `correct` is about what has run, the tests included."""
-    checks = [cell.get("found") for cell in record.of("check").values()]
-    judged = [found for found in checks if isinstance(found, dict) and "correct" in found]
-    figures: dict[str, Any] = {
-        "device": device,
-        "correct": bool(judged) and not failures(record),
-    }
+def summary(record: Record, device: str, expected: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the figures of the last line.
+
+    `correct`: every check has run, and neither they nor the tests, if they have run, failed.
+
+    Args:
+        record: of what has run.
+        device: where.
+        expected: names of the checks.
+    """
+    missing = [name for name in expected if name not in record.cells]
+    correct = bool(record.of("check")) and not missing and not failures(record)
+    figures: dict[str, Any] = {"device": device, "correct": correct}
+    if missing:
+        figures["unchecked"] = missing
     chip = gpu_model.chip(torch.cuda.get_device_name() if device == "cuda" else "")
     built = record.found("compiled")
     if device == "cpu":

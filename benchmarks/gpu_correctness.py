@@ -98,10 +98,10 @@ def capture(device: str) -> dict[str, Any]:
         v = problem.bias.clone().requires_grad_()
         pairs = []
         for call in (graph, function):
-            z, residual = call(W, v)
-            pairs.append((z, residual, *torch.autograd.grad(z.sin().sum(), (W, v))))
+            z, _ = call(W, v)
+            pairs.append((z.detach(), *torch.autograd.grad(z.sin().sum(), (W, v))))
         for a, b in zip(*pairs, strict=True):
-            far = max(far, float((a - b).abs().amax() / b.abs().amax().clamp_min(1e-6)))
+            far = max(far, float((a - b).abs().amax() / b.abs().amax()))
     return {"correct": far < 1e-3, "status": graph.status, "difference": far}
 
 

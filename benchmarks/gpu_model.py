@@ -481,10 +481,8 @@ def ratio_unfused(
     counts: Counts = COUNTS, host: float = HOST,
 ) -> float:  # fmt: skip
     """Return how many times the unfused loop takes as long as a design, each with its host."""
-    own, other = (
-        predict(d, n, batch, chip=chip, counts=counts).microseconds
-        for d in (design, "unfused")  # type: ignore[attr-defined]
-    )
+    own = predict(design, n, batch, chip=chip, counts=counts).microseconds
+    other = predict("unfused", n, batch, chip=chip, counts=counts).microseconds
     return (other + host) / (own + host)
 
 
@@ -498,7 +496,7 @@ def counted(rows: Iterable[Mapping[str, Any]], counts: Counts = COUNTS) -> Count
     loop, shared, registers = dict(counts.loop), dict(counts.shared), dict(counts.registers)
     for row in rows:
         name = row["kernel"]
-        loops = [found for found in row.get("loops") or () if found["tensor"] or found["ffma"]]
+        loops = [found for found in row.get("loops") or () if found["product"]]
         if row.get("error") or row["target"] != "sm_90" or not loops:
             continue
         if name in loop:

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -106,9 +107,8 @@ class Counts:
         check: instructions of a warp in its check, the base of the next block included.
         wide_step, wide_check: the same for 256 units, 64 rows and 8 warps.
         wide_chunk: instructions per 32 × 256 chunk of a product of six in that kernel.
-        tiled: instructions per tile and depth of `tiled` and `advance` in float32.
-        resident: the same of `resident`, by units.
-        loop: instructions per depth of the tile kernels, by name.
+        loop: instructions of the hot loop of the other kernels, by name; of `resident` per step,
+            of kernels in tiles per tile and depth.
         shared: bytes of shared memory of a program, by kernel.
         registers: of a thread, by kernel.
     """
@@ -489,21 +489,33 @@ def ratio_unfused(
 def counted(rows: Iterable[Mapping[str, Any]], counts: Counts = COUNTS) -> Counts:
     """Return the counts with those of compiled kernels in place of the ones for their kernel.
 
+    Read are the float32 solves with ReLU for sm_90. A kernel of a launch per step is known by its
+    name; what else has a product loop on tensor cores is the step of the kernel for its n.
+
     Args:
-        rows: of `benchmarks.gpu_compiled.compiled`; what they do not name stays.
+        rows: of `benchmarks.gpu_compiled.rows`; what they do not name stays.
         counts: what else is known.
     """
     loop, shared, registers = dict(counts.loop), dict(counts.shared), dict(counts.registers)
+    step, wide_step = dict(counts.step), counts.wide_step
     for row in rows:
-        name = row["kernel"]
+        name, case = row["kernel"], row["case"]
+        units = re.match(r"n=(\d+) float32 PeacemanRachford ReLU", case)
         loops = [found for found in row.get("loops") or () if found["product"]]
-        if row.get("error") or row["target"] != "sm_90" or not loops:
+        if row.get("error") or row["target"] != "sm_90" or units is None or not loops:
             continue
+        n, shortest = int(units[1]), min(loops, key=lambda found: found["instructions"])
         if name in loop:
-            loop[name] = min(found["instructions"] for found in loops)
+            loop[name] = shortest["instructions"]
+        elif shortest["tensor_core"] and n <= 128:
+            step[_blocks(n)] = shortest["instructions"]
+        elif shortest["tensor_core"] and n <= 256:
+            wide_step = shortest["instructions"] * 256 / (64 * math.ceil(n / 64))
         if name in shared:
             shared[name], registers[name] = row["shared"], row["registers"]
-    return replace(counts, loop=loop, shared=shared, registers=registers)
+    return replace(
+        counts, loop=loop, shared=shared, registers=registers, step=step, wide_step=wide_step
+    )
 
 
 def table(

@@ -86,20 +86,31 @@ def test_time_grows_with_batch_steps_and_checks_and_not_with_memory(design):
 
 
 def test_counts_of_a_compilation_replace_those_of_the_model():
-    row = {
-        "kernel": "increment", "case": "n=600", "target": "sm_90", "error": None, "shared": 131_072,
-        "registers": 224, "loops": [
-            {"instructions": 4000, "product": True}, {"instructions": 50, "product": False},
-        ],
-    }  # fmt: skip
-    counts = counted([row, {**row, "target": "sm_80", "loops": []}, {**row, "kernel": "other"}])
+    def row(kernel, n, instructions, words="float32 PeacemanRachford ReLU", **other):
+        loops = [
+            {"instructions": instructions, "product": True, "tensor_core": 8},
+            {"instructions": 50, "product": False, "tensor_core": 0},
+        ]
+        return {
+            "kernel": kernel, "case": f"n={n} {words} samples=64", "target": "sm_90",
+            "error": None, "shared": 131_072, "registers": 224, "loops": loops, **other,
+        }  # fmt: skip
+
+    counts = counted(
+        [
+            row("increment", 600, 4000), row("increment", 600, 9, target="sm_80"),
+            row("increment", 600, 9, "float64 PeacemanRachford ReLU"), row("resident", 80, 242),
+            row("moved", 150, 300), row("increment", 600, 9, error="no"),
+        ]
+    )  # fmt: skip
     assert counts.loop["increment"] == 4000
     assert counts.registers["increment"] == 224
-    slow = predict("increments", 1024, 65536, counts=counts).step
-    assert slow.bound == "issue"
-    assert slow.instructions == 4000
-    assert slow.microseconds > predict("increments", 1024, 65536).step.microseconds
-    assert counted([{**row, "error": "no"}]) == counted([])
+    assert counts.step[80] == 242
+    assert counts.wide_step == 400
+    for n, bound in ((1024, "issue"), (80, "issue")):
+        slow = predict("increments", n, 65536, counts=counts).step
+        assert slow.bound == bound
+        assert slow.microseconds > predict("increments", n, 65536).step.microseconds
 
 
 def test_the_table_is_printed():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import os
 import statistics
 import subprocess
 import sys
@@ -53,7 +55,11 @@ def trained(name: str) -> EquilibriumClassifier:
 
 
 def _commit() -> str:
-    """Return the commit of the tree that runs, marked when it has uncommitted changes."""
+    """Return the commit of the tree that runs, marked when it has uncommitted changes.
+
+    Where there is no repository: what the environment variable COMMIT says, or else a digest of
+    the sources.
+    """
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -65,7 +71,16 @@ def _commit() -> str:
         changed = git("status", "--porcelain", "--", "../solvers", "../lben", ".", ":!results")
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("COMMIT", "").strip()[:12] or _digest(here.parent)
+
+
+def _digest(root: Path) -> str:
+    """Return a name of the sources as they are."""
+    digest = hashlib.sha256()
+    for package in ("benchmarks", "lben", "solvers"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return "sources-" + digest.hexdigest()[:12]
 
 
 COMMIT = _commit()  # of the code that is now loaded, whatever happens to the tree meanwhile
@@ -88,9 +103,11 @@ def finish(figures: Mapping[str, Any], out: Path | None, **details: Any) -> None
 
 
 def write(out: Path, record: Mapping[str, Any]) -> None:
-    """Write a record as JSON."""
+    """Write a record as JSON; whoever reads meanwhile finds the old one or the new one."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(to_json(record, indent=1) + "\n", encoding="utf-8")
+    unfinished = out.with_name(out.name + ".unfinished")
+    unfinished.write_text(to_json(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, out)
 
 
 _SHORT = 0.02

@@ -1,17 +1,38 @@
-"""Are solves on a device within their proven error of float64 on the CPU, for fresh problems?"""
+"""Are solves on a device within their proven error of float64 on the CPU, for fresh problems?
+
+    python -m benchmarks.gpu_correctness kernel N DTYPE [--device cpu]
+    python -m benchmarks.gpu_correctness first N BATCH [--device cpu]
+    python -m benchmarks.gpu_correctness capture
+    python -m benchmarks.gpu_correctness small N DTYPE
+
+each end with a line in JSON. Kernels compile, and crash, in a process of their own, and several
+processes compile at a time.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_speed import TOL, device_problem
 from solvers import (
     DenseOperator,
     DouglasRachford,
     ForwardBackward,
+    Graphed,
     Inclusion,
     LeakyReLU,
     LinearSlope,
@@ -19,30 +40,131 @@ from solvers import (
     PeacemanRachford,
     ProximalActivation,
     ReLU,
+    budgeted_equilibrium,
     equilibrium,
     solve,
 )
 from solvers.fused import device as loop
 from solvers.method import Request
 
+SIZES = (80, 512, 256, 700, 128, 300, 7, 129)
+"""Units, in the order of their value: each kernel, with full tiles and with ragged ones."""
+SAMPLES = 304
+"""A multiple of 16, for which kernels are specialised, and of no number of rows per program."""
+ROOT = Path(__file__).parent.parent
+Iterated = PeacemanRachford | DouglasRachford | ForwardBackward
+METHODS: tuple[Iterated, ...] = (PeacemanRachford(), DouglasRachford(), ForwardBackward())
 
-def correctness(device: str, quick: bool) -> dict[str, Any]:
-    """Solve problems that no one has seen before, forward and backward, in both precisions."""
-    seed, failed, count = secrets.randbits(32), [], 0
+
+def kernel(n: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Solve problems that no one has seen before, forward and backward."""
+    seed = secrets.randbits(32)
     generator = torch.Generator().manual_seed(seed)
-    # On a CPU the kernels are interpreted: only a size for each of them.
-    sizes = [7, 80, 129, 700] if quick else [7, 80, 128, 129, 300, 512, 700]
-    sizes = sizes if device == "cuda" else [5, 130]
-    for n in sizes:
-        for dtype in (torch.float32, torch.float64):
-            problem = random_inclusion(n, 300 if device == "cuda" else 5, dtype, generator)
-            checks = {
-                **{f"forward, {a!r}": forward(problem, a, device) for a in _activations(problem)},
-                "backward": backward(problem, device),
-            }
-            count += len(checks)
-            failed += [f"n = {n}, {dtype}: {name}" for name, holds in checks.items() if not holds]
-    return {"correct": not failed, "checks": count, "failed": failed, "seed": seed}
+    problem = random_inclusion(n, SAMPLES if device == "cuda" else 5, dtype, generator)
+    methods, activations = METHODS, _activations(problem)
+    if device == "cpu" and n > 64:  # minutes in the interpreter
+        methods, activations = methods[:1], activations[::2]
+    checks = {
+        f"forward, {type(a).__name__}": forward(problem, a, device, methods) for a in activations
+    }
+    checks["backward"] = backward(problem, device)
+    failed = [name for name, holds in checks.items() if not holds]
+    return {"correct": not failed, "checks": len(checks), "failed": failed, "seed": seed}
+
+
+def first(n: int, batch: int, device: str) -> dict[str, Any]:
+    """Compile what `benchmarks.gpu_speed.speed` will time, forward and backward."""
+    problem = device_problem(n, batch, device)
+    v, method = problem.bias.clone().requires_grad_(), PeacemanRachford(compiled=True)
+    start = time.perf_counter()
+    own = Inclusion(problem.operator, v, ReLU())
+    solution = equilibrium(own, method, tol=TOL, on_failure="raise")
+    torch.autograd.grad(solution.value.sum(), v)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return {
+        "n": n, "batch": batch, "loop": solution.stats.loop, "steps": solution.stats.max_steps,
+        "checks": solution.stats.checks, "first call, s": time.perf_counter() - start,
+    }  # fmt: skip
+
+
+def capture(device: str) -> dict[str, Any]:
+    """Compare a replayed graph of a solve, its weights factored within, with the same eagerly."""
+    problem = device_problem(80, 128, device)
+    function = partial(budgeted_equilibrium, activation=ReLU(), step_size=1.0, steps=40)
+    graph, far = Graphed(function), 0.0
+    for scale in (1.0, 0.9):
+        W = (scale * problem.operator.tensors[0]).requires_grad_()
+        v = problem.bias.clone().requires_grad_()
+        pairs = []
+        for call in (graph, function):
+            z, _ = call(W, v)
+            pairs.append((z.detach(), *torch.autograd.grad(z.sin().sum(), (W, v))))
+        for a, b in zip(*pairs, strict=True):
+            far = max(far, float((a - b).abs().amax() / b.abs().amax()))
+    return {"correct": far < 1e-3, "status": graph.status, "difference": far}
+
+
+def small(n: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Solve one small problem on the device, for a checker of memory."""
+    problem = _moved(random_inclusion(n, 37, dtype, torch.Generator().manual_seed(0)), device)
+    found = solve(problem, PeacemanRachford(compiled=True), tol=1e-4)
+    return {"correct": found.converged, "loop": found.stats.loop}
+
+
+def memcheck(n: int, dtype: str, limit: float) -> dict[str, Any]:
+    """Run `small` under compute-sanitizer's memcheck, where it is and can use the device."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return {"correct": None, "not run": "compute-sanitizer is not installed"}
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", *_command("small", n, dtype)]
+    environment = {**_environment(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        ended = subprocess.run(
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
+            timeout=limit, errors="replace",
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"correct": None, "not run": f"not ended after {limit:.0f} s"}
+    text = ended.stdout + ended.stderr
+    if "not supported" in text or "ERROR SUMMARY" not in text:
+        return {"correct": None, "not run": _last(text)}
+    lines = [line for line in text.splitlines() if "ERROR SUMMARY" in line]
+    wrong = [line for line in text.splitlines() if "Invalid" in line][:5]
+    return {"correct": ended.returncode == 0, "summary": lines[-1].strip("= "), "errors": wrong}
+
+
+def in_a_process(limit: float, *words: object) -> dict[str, Any]:
+    """Run a command of this file in a process of its own, and return its line.
+
+    Raises:
+        RuntimeError: if it ends without one.
+        TimeoutError: if it has not ended after so many seconds.
+    """
+    try:
+        ended = subprocess.run(
+            _command(*words), env=_environment(), cwd=ROOT, capture_output=True, text=True,
+            check=False, timeout=limit, errors="replace",
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(f"not ended after {limit:.0f} s") from error
+    if ended.returncode != 0:
+        raise RuntimeError(f"ended with status {ended.returncode}: {_last(ended.stderr)}")
+    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return found
+
+
+def _command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.gpu_correctness", *map(str, words)]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "2"}
+
+
+def _last(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return (lines or ["no output"])[-1][:500]
 
 
 def random_inclusion(
@@ -67,7 +189,12 @@ def _activations(problem: Inclusion) -> tuple[ProximalActivation, ...]:
     return ReLU(), LeakyReLU(0.1), LinearSlope(slopes)
 
 
-def forward(problem: Inclusion, activation: ProximalActivation, device: str) -> bool:
+def forward(
+    problem: Inclusion,
+    activation: ProximalActivation,
+    device: str,
+    methods: Sequence[Iterated] = METHODS,
+) -> bool:
     """Compare every splitting's loop on the device with a reference in float64."""
     problem = Inclusion(problem.operator, problem.bias, activation)
     exact = problem.to(torch.float64)
@@ -75,7 +202,7 @@ def forward(problem: Inclusion, activation: ProximalActivation, device: str) -> 
     there = _moved(problem, device)
     request = Request(tol=1e-3, max_steps=3000)
     holds = True
-    for method in (PeacemanRachford(), DouglasRachford(), ForwardBackward()):
+    for method in methods:
         found = loop.run(there, method.iteration(there), request)
         error = exact.operator.norm(found.value.cpu().double() - reference.value)
         bound = exact.error_bound(found.value.cpu()) + reference.error_bound
@@ -106,3 +233,28 @@ def _moved(problem: Inclusion, device: str) -> Inclusion:
         activation = LinearSlope(activation.d.to(device))
     W = DenseOperator(operator.tensors[0].to(device), operator.metric.to(device))
     return Inclusion(W, problem.bias.to(device), activation)
+
+
+def main() -> None:
+    """Run one check and print its line."""
+    options = argparse.ArgumentParser(description="one check of the kernels")
+    options.add_argument("what", choices=("kernel", "first", "capture", "small"))
+    options.add_argument("words", nargs="*")
+    options.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+    arguments = options.parse_args()
+    device, words = arguments.device, arguments.words
+    if device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+    found: dict[str, Any]
+    if arguments.what == "capture":
+        found = capture(device)
+    elif arguments.what == "first":
+        found = first(int(words[0]), int(words[1]), device)
+    else:
+        call = kernel if arguments.what == "kernel" else small
+        found = call(int(words[0]), getattr(torch, words[1]), device)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar
-
-import tyro
 
 from lben.augmentation import Augmentation
 from lben.data import Dataset, DatasetName
@@ -28,6 +27,15 @@ from lben.optimization import AdamW, OptimizerConfig, Schedule, WarmupCosine
 from lben.records import by_name, decode
 from lben.values import check_positive, conform
 from lben.weights import check_gamma
+
+
+def _without_prefix() -> object:
+    """Return tyro's mark of a field whose options have no prefix; None where tyro is not loaded.
+
+    Annotations are evaluated when they are asked for, so recipes serve without the command line.
+    """
+    tyro = sys.modules.get("tyro")
+    return None if tyro is None else tyro.conf.arg(name="")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +77,7 @@ class TrainingConfig(ABC):
     accumulate: int = 1
     lr: float = 4e-3
     loss: Loss = field(default_factory=CrossEntropy)
-    augmentation: Annotated[Augmentation, tyro.conf.arg(name="")] = field(
-        default_factory=Augmentation
-    )
+    augmentation: Annotated[Augmentation, _without_prefix()] = field(default_factory=Augmentation)
     optimizer: OptimizerConfig = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=WarmupCosine)
     ema: float | None = None

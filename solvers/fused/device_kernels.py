@@ -1,17 +1,27 @@
 """The loop of a splitting on a CUDA device, in Triton: from v to z without the host.
 
-    x ← (1 − θ)x + θ(s + ρ(x)M),     z = prox(x),
+    x ← T(x) = (1 − θ)x + θ(s + ρ(x)M),     z = prox(x),
 
-as `solvers.fused.iteration.Iteration` says. A program has a few samples of the batch to itself. It
-iterates, measures the residual where the rate that it sees predicts the end (the rules of
-`solvers.loop`), keeps z of every sample at the check at which it passes, and leaves when all of its
-samples have: no host synchronisation, and one launch per solve.
+as `solvers.fused.iteration.Iteration` says.
 
-- `resident`: few units. M stays on the chip.
-- `tiled`: more units. x of the samples moves through memory that its program alone uses; M and W
-  come from the second cache, tile by tile.
-- `advance`: one step of all samples, for matrices too large for the cache: a matrix product with ρ
-  on its way in, and the relaxation and the shift on its way out.
+- `resident`: up to 256 units. A program has a few samples of the batch to itself, and M and x stay
+  on the chip: one launch per solve, no host synchronisation in it.
+- `advance`, `increment`: one step of all samples, for matrices too large for a multiprocessor: a
+  matrix product with ρ on its way in and the relaxation and the shift on its way out.
+
+Note [Increments]
+A product in full precision takes six of bfloat16 on the tensor cores. So few are made: a block of
+steps begins at a base x₀ with one of them, p = s + ρ(x₀)M, which is its first step, and goes on by
+p ← p + bf16(ρ(x) − ρ(x'))·bf16(M), where x' is the iterate before x. Roundings are relative to how
+far the block has come, 2⁻⁸ of it, and a block may gain a factor of e^4.5 = 90 before they matter.
+The next base tells what the block has gained: ‖T(x) − x‖ is the displacement there. Where the rate
+is worse than before, the next block is half as long, else twice; blocks of one step are exact. The
+idea is iterative refinement's: Higham and Mary (2022), as in `solvers.mixed`.
+
+Note [When the device looks]
+A check takes a product with W. None is made before the displacement, by its rate, has fallen to the
+tolerance; how the residual relates to it is known from the check before, and 1 at first. A
+displacement that has come to rest (`solvers.loop`) asks for a check too.
 """
 
 from __future__ import annotations
@@ -21,30 +31,31 @@ import triton.language as tl
 
 # Numbers come in a tensor of the problem's dtype, in this order: arguments would be float32.
 NUMBERS = (
-    "negative", "theta", "tol", "noise", "limit", "one", "infinity", "least", "most", "size", "own",
+    "negative", "theta", "tol", "noise", "limit", "one", "infinity", "least", "most", "own",
 )  # fmt: skip
 
 
 @triton.jit
-def _prox(x, factor, SLOPES: tl.constexpr):
-    """The prox of σ(v) = max(v, av) or dv: linear on either side of zero, or everywhere."""
-    return x * factor if SLOPES else tl.where(x > 0, x, x * factor)
-
-
-@triton.jit
-def _rho(x, factor, REFLECTED: tl.constexpr, SLOPES: tl.constexpr):
-    z = _prox(x, factor, SLOPES)
-    return 2 * z - x if REFLECTED else z
-
-
-@triton.jit
-def _factor(slope_ptr, negative, alpha, at, inside, SLOPES: tl.constexpr):
-    """d and d / (d + α(1 − d)): the slope of σ and that of its prox, of negatives or of all."""
-    if SLOPES:
-        d = tl.load(slope_ptr + at, mask=inside, other=0.0)
+def _rho(x, c, KIND: tl.constexpr):
+    """|x|; or x for positive and cx for other x ("sides"); or cx ("linear")."""
+    if KIND == "abs":
+        return tl.abs(x)
+    elif KIND == "linear":
+        return c * x
     else:
-        d = tl.zeros_like(alpha) + negative
-    return d, d / (d + alpha * (1 - d))
+        return tl.where(x > 0, x, c * x)
+
+
+@triton.jit
+def _sigma(v, d, SLOPES: tl.constexpr):
+    """σ(v) = dv, or max(v, dv)."""
+    return v * d if SLOPES else tl.where(v > 0, v, v * d)
+
+
+@triton.jit
+def _shrunk(d, alpha):
+    """The slope of the prox of a σ of slope d."""
+    return d / (d + alpha * (1 - d))
 
 
 @triton.jit
@@ -64,345 +75,348 @@ def _unit(largest, least, most):
 
 
 @triton.jit
-def _residual(change, size_image, size_z):
-    """‖z̃ − z‖, relative, from sums of squares; 0 where nothing is left."""
-    size = tl.maximum(tl.sqrt(size_image), tl.sqrt(size_z))
-    left = tl.sqrt(change)
-    return left / tl.where(left == 0.0, 1.0, size)
+def _relative(square, size_square):
+    """The root of a sum of squares, relative to another; 0 where nothing is left."""
+    length = tl.sqrt(square)
+    return length / tl.where(length == 0.0, 1.0, tl.sqrt(size_square))
 
 
 @triton.jit
-def _left(residual, before, size_image, size_z, active, own, tol):
+def _left(residual, before, size, active, own, tol):
     """A float32 residual less 16 roundoffs of v where those matter: float64 goes on from there."""
-    size = tl.maximum(tl.sqrt(size_image), tl.sqrt(size_z))
     floor = own * tl.sqrt(active) / tl.where(size == 0.0, 1.0, size)
     return tl.where((floor > tol) & (residual > 0.5 * before), residual - floor, residual)
 
 
 @triton.jit
-def _rests(change, size_image, size_z, v, x, size_W, noise, tol):
+def _rests(change, size, v, x, size_W, noise, tol):
     """Whether rounding of v, x and Wz may be what is left of ‖z̃ − z‖ above the tolerance."""
-    size = tl.maximum(tl.sqrt(size_image), tl.sqrt(size_z))
     return tl.sqrt(change) - noise * (tl.sqrt(v) + tl.sqrt(x) + size_W * size) <= tol * size
 
 
 @triton.jit
-def _worst(residual, finished):
-    """The largest residual of those that are not finished; infinite where one is not a number."""
-    known = tl.where(residual == residual, residual, float("inf"))
+def _worst(number, finished):
+    """The largest number of those that are not finished; infinite where one is not a number."""
+    known = tl.where(number == number, number, float("inf"))
     return tl.max(tl.where(finished != 0, 0.0, known), 0)
 
 
 @triton.jit
-def _next(step, worst, step_before, worst_before, tol, max_steps):
-    """Where the slowest sample will pass if the rate stays, at most twice as far as now."""
-    ahead = step.to(worst.dtype)
-    if (worst > 0) & (worst < worst_before):
-        rate = tl.log(worst / worst_before) / (step - step_before)
-        ahead = tl.minimum(ahead, tl.maximum(tl.ceil(tl.log(tol / worst) / rate), 1.0))
-    return tl.minimum(step + ahead.to(tl.int32), max_steps)
+def _dot(x, A, total, PRECISION: tl.constexpr):
+    """total + xA; in bfloat16 where A is, or, in the interpreter, holds such numbers ("bf16").
+
+    The interpreter multiplies the bits of bfloat16 as integers, and its casts truncate.
+    """
+    if PRECISION != "bf16":
+        return tl.dot(x, A, total, input_precision=PRECISION)
+    elif A.dtype == tl.bfloat16:
+        return tl.dot(x.to(tl.bfloat16), A, total)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        return tl.dot(bits.to(tl.float32, bitcast=True), A, total, input_precision="ieee")
+
+
+# Note [Blocks of units]
+# Tiles have powers of two as sides, and 80 units would fill 31 % of 128². So units come in blocks,
+# 80 = 64 + 16, and what is samples × units is a tuple of one tile for each; M is padded with zeros.
+@triton.jit
+def _columns(BLOCKS: tl.constexpr, first):
+    """The units of each block."""
+    columns = ()
+    for i in tl.static_range(len(BLOCKS)):
+        columns += (first + tl.arange(0, BLOCKS[i]),)
+        first += BLOCKS[i]
+    return columns
 
 
 @triton.jit
-def _judge(residual, rests, finished, step, mark, mark_step, tol, limit, max_steps):
-    """Which samples pass at this check, and whether it is the last one of this program."""
-    worst = _worst(residual, finished)
-    last = (worst <= tol) | (step >= max_steps) | (worst == float("inf"))
-    due = step >= mark_step * 5 // 4 + 64
-    slow = due & (worst > 0.5 * mark)
-    mark = tl.where(due, worst, mark)
-    mark_step = tl.where(due, step, mark_step)
-    open_ = tl.max(tl.where((finished != 0) | rests | (residual <= tol), 0, 1), 0)
-    last = last | (slow & ((open_ == 0) | (worst <= limit)))
-    passes = (finished == 0) & (tl.where(last, tol, residual) <= tol)
-    return passes, last, worst, mark, mark_step
+def _read(ptr, row, samples, n, columns):
+    """Samples × units."""
+    tiles = ()
+    for i in tl.static_range(len(columns)):
+        inside = (row < samples)[:, None] & (columns[i] < n)[None, :]
+        at = row[:, None].to(tl.int64) * n + columns[i][None, :]
+        tiles += (tl.load(ptr + at, mask=inside, other=0.0),)
+    return tiles
 
 
 @triton.jit
-def resident(
-    v_ptr, start_ptr, m_ptr, w_ptr, alpha_ptr, root_ptr, slope_ptr,
-    z_ptr, residual_ptr, steps_ptr, checks_ptr,
-    samples, n, m_row, m_column, w_row, w_column,
-    numbers_ptr, max_steps, first_check,
-    DONE: tl.constexpr, REFLECTED: tl.constexpr, SLOPES: tl.constexpr, WARM: tl.constexpr,
-    ROWS: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr,
+def _matrix(ptr, columns, WIDTH: tl.constexpr):
+    """A padded matrix, row of blocks by row of blocks."""
+    tiles = ()
+    for k in tl.static_range(len(columns)):
+        for i in tl.static_range(len(columns)):
+            tiles += (tl.load(ptr + columns[k][:, None] * WIDTH + columns[i][None, :]),)
+    return tiles
+
+
+@triton.jit
+def _product(x, A, total, PRECISION: tl.constexpr):
+    """total + xA for a matrix on the chip."""
+    tiles = ()
+    for i in tl.static_range(len(x)):
+        tile = total[i]
+        for k in tl.static_range(len(x)):
+            tile = _dot(x[k], A[k * len(x) + i], tile, PRECISION)
+        tiles += (tile,)
+    return tiles
+
+
+@triton.jit
+def _streamed(
+    x, ptr, own_ptr, row, columns, total, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Solve for ROWS samples of at most UNITS units."""
-    negative, theta, tol = tl.load(numbers_ptr), tl.load(numbers_ptr + 1), tl.load(numbers_ptr + 2)
-    noise, limit = tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 4)
-    size_W, own_noise = tl.load(numbers_ptr + 9), tl.load(numbers_ptr + 10)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    unit = tl.arange(0, UNITS)
-    inside = (row < samples)[:, None] & (unit < n)[None, :]
-    at = row[:, None].to(tl.int64) * n + unit[None, :]
-    square = (unit < n)[:, None] & (unit < n)[None, :]
-    M = tl.load(m_ptr + unit[:, None] * m_row + unit[None, :] * m_column, mask=square, other=0.0)
-    weights = w_ptr + unit[None, :] * w_row + unit[:, None] * w_column  # of Wᵀ, read at checks
-    alpha = tl.load(alpha_ptr + unit, mask=unit < n, other=1.0)[None, :]
-    root = tl.load(root_ptr + unit, mask=unit < n, other=0.0)[None, :]
-    d, factor = _factor(slope_ptr, negative, alpha, at, inside, SLOPES)
-    v = tl.load(v_ptr + at, mask=inside, other=0.0)
-    unit_of = _unit(
-        tl.max(tl.abs(v), 1), tl.load(numbers_ptr + 7), tl.load(numbers_ptr + 8)
-    )[:, None]  # fmt: skip
-    v = v / unit_of
-    shift = alpha * v
-    x = shift
-    if WARM:
-        z = tl.load(start_ptr + at, mask=inside, other=0.0) / unit_of
-        if REFLECTED:
-            WT = tl.load(weights, mask=square, other=0.0)
-            x = z + alpha * (tl.dot(z, WT, input_precision=PRECISION) + v - z)
-        else:
-            x = shift + tl.dot(z, M, input_precision=PRECISION)
-    if REFLECTED:
-        shift += tl.dot(shift, M, input_precision=PRECISION)
-    whole = tl.sum(root * v * root * v, 1)
-
-    finished = (row >= samples).to(tl.int32)
-    step, step_before, mark_step, checks = DONE, 0, 0, 0
-    worst_before, mark = tl.load(numbers_ptr + 5), tl.load(numbers_ptr + 6)
-    ahead = tl.minimum(first_check, max_steps)
-    before = tl.zeros_like(whole) + mark
-    running = True
-    while running:
-        for _ in range(ahead - step):
-            image = tl.dot(_rho(x, factor, REFLECTED, SLOPES), M, input_precision=PRECISION)
-            x = (1 - theta) * x + theta * (shift + image)
-        step = ahead
-        checks += 1
-        whole_z = _prox(x, factor, SLOPES) * unit_of  # as it will be returned
-        z = whole_z / unit_of
-        WT = tl.load(weights, mask=square, other=0.0)
-        image = _prox(tl.dot(z, WT, input_precision=PRECISION) + v, d, SLOPES)
-        change, moved = root * (image - z), root * x / alpha
-        shown = root * tl.where((image != 0) | (z != 0), v, 0.0)
-        squares = tl.sum(change * change, 1)
-        size_image, size_z = tl.sum(root * image * root * image, 1), tl.sum(root * z * root * z, 1)
-        residual = _residual(squares, size_image, size_z)
-        left = _left(residual, before, size_image, size_z, tl.sum(shown * shown, 1), own_noise, tol)
-        before = residual
-        rests = _rests(
-            squares, size_image, size_z, whole, tl.sum(moved * moved, 1), size_W, noise, tol
-        )
-        passes, last, worst, mark, mark_step = _judge(
-            left, rests, finished, step, mark, mark_step, tol, limit, max_steps
-        )
-        tl.store(z_ptr + at, whole_z, mask=inside & passes[:, None])
-        tl.store(residual_ptr + row, residual, mask=passes)
-        tl.store(steps_ptr + row, tl.zeros_like(row) + step, mask=passes)
-        finished = finished | passes.to(tl.int32)
-        ahead = _next(step, worst, step_before, worst_before, tol, max_steps)
-        worst_before, step_before = worst, step
-        running = last == 0
-    tl.store(checks_ptr + tl.program_id(0), checks)
-
-
-@triton.jit
-def _product(
-    x_ptr, x_row, slope_ptr, alpha_ptr, negative, a_ptr, a_row, a_column, row, unit, samples, n,
-    SUM: tl.constexpr, REFLECTED: tl.constexpr, SLOPES: tl.constexpr,
-    ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """ρ(x)A, prox(x)A or xA (SUM "map", "weights" or "plain"), for some rows and columns."""
-    total = tl.zeros((ROWS, UNITS), dtype=x_ptr.dtype.element_ty)
-    for first in range(0, n, DEPTH):
+    """total + xA for a padded matrix in memory; x goes through memory of the program's own."""
+    own = own_ptr + row[:, None].to(tl.int64) * WIDTH
+    for i in tl.static_range(len(x)):
+        tl.store(own + columns[i][None, :], x[i])
+    tl.debug_barrier()
+    for first in range(0, WIDTH, DEPTH):
         k = first + tl.arange(0, DEPTH)
-        inside = (row < samples)[:, None] & (k < n)[None, :]
-        x = tl.load(x_ptr + row[:, None].to(tl.int64) * x_row + k[None, :], mask=inside, other=0.0)
-        if SUM != "plain":
-            alpha = tl.load(alpha_ptr + k, mask=k < n, other=1.0)[None, :]
-            at = row[:, None].to(tl.int64) * n + k[None, :]
-            _, factor = _factor(slope_ptr, negative, alpha, at, inside, SLOPES)
-            x = _rho(x, factor, REFLECTED and SUM == "map", SLOPES)
-        mask = (k < n)[:, None] & (unit < n)[None, :]
-        A = tl.load(a_ptr + k[:, None] * a_row + unit[None, :] * a_column, mask=mask, other=0.0)
-        total += tl.dot(x, A, input_precision=PRECISION)
+        part = tl.load(own + k[None, :])
+        tiles = ()
+        for i in tl.static_range(len(columns)):
+            A = tl.load(ptr + k[:, None] * WIDTH + columns[i][None, :])
+            tiles += (_dot(part, A, total[i], PRECISION),)
+        total = tiles
+    tl.debug_barrier()
     return total
 
 
 @triton.jit
-def advance(
-    x_ptr, shift_ptr, out_ptr, m_ptr, alpha_ptr, slope_ptr, samples, n, m_row, m_column,
-    numbers_ptr,
-    REFLECTED: tl.constexpr, SLOPES: tl.constexpr,
-    ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One step of ROWS samples and UNITS units, into other memory."""
-    negative, theta = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
-    inside = (row < samples)[:, None] & (unit < n)[None, :]
-    at = row[:, None].to(tl.int64) * n + unit[None, :]
-    image = _product(
-        x_ptr, n, slope_ptr, alpha_ptr, negative, m_ptr, m_row, m_column, row, unit, samples, n,
-        "map", REFLECTED, SLOPES, ROWS, UNITS, DEPTH, PRECISION,
-    )  # fmt: skip
-    x = tl.load(x_ptr + at, mask=inside, other=0.0)
-    shift = tl.load(shift_ptr + at, mask=inside, other=0.0)
-    tl.store(out_ptr + at, (1 - theta) * x + theta * (shift + image), mask=inside)
+def _slopes(slope_ptr, negative, row, samples, n, columns, SLOPES: tl.constexpr):
+    """d of σ(v) = dv, or of max(v, dv)."""
+    if SLOPES:
+        return _read(slope_ptr, row, samples, n, columns)
+    else:
+        tiles = ()
+        for i in tl.static_range(len(columns)):
+            tiles += (tl.zeros_like(columns[i]).to(negative.dtype)[None, :] + negative,)
+        return tiles
 
 
 @triton.jit
-def tiled(
-    v_ptr, start_ptr, m_ptr, w_ptr, alpha_ptr, root_ptr, slope_ptr,
-    z_ptr, residual_ptr, steps_ptr, checks_ptr, own_ptr, shift_ptr,
-    samples, n, m_row, m_column, w_row, w_column,
-    numbers_ptr, max_steps, first_check,
-    DONE: tl.constexpr, REFLECTED: tl.constexpr, SLOPES: tl.constexpr, WARM: tl.constexpr,
-    ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+def _bends(
+    slope_ptr, alpha_ptr, negative, row, samples, n, columns,
+    REFLECTED: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Solve for ROWS samples of any number of units; `own` is samples × 2 × n, `shift` as v."""
+    """The c of ρ; that of |x| is −1."""
+    tiles = ()
+    if KIND == "abs":
+        for i in tl.static_range(len(columns)):
+            tiles += (-1.0,)
+    else:
+        d = _slopes(slope_ptr, negative, row, samples, n, columns, KIND == "linear")
+        for i in tl.static_range(len(columns)):
+            factor = _shrunk(d[i], tl.load(alpha_ptr + columns[i])[None, :])
+            tiles += (2 * factor - 1 if REFLECTED else factor,)
+    return tiles
+
+
+@triton.jit
+def _drives(v_ptr, alpha_ptr, inverse, row, samples, n, columns):
+    """αv, in the unit of each sample."""
+    v = _read(v_ptr, row, samples, n, columns)
+    tiles = ()
+    for i in tl.static_range(len(columns)):
+        tiles += (v[i] * inverse * tl.load(alpha_ptr + columns[i])[None, :],)
+    return tiles
+
+
+@triton.jit(do_not_specialize=["samples", "max_steps", "first"])
+def resident(
+    v_ptr, start_ptr, m_ptr, low_ptr, w_ptr, alpha_ptr, root_ptr, slope_ptr, size_ptr,
+    z_ptr, residual_ptr, steps_ptr, summary_ptr, own_ptr,
+    samples, n, numbers_ptr, max_steps, first,
+    DONE: tl.constexpr, REFLECTED: tl.constexpr, RELAXED: tl.constexpr, KIND: tl.constexpr,
+    WARM: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr, INCREMENTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Solve for ROWS samples. M and Wᵀ are WIDTH², `low` is bf16(M), α, Λ^½ have WIDTH entries.
+
+    `summary` takes the bits of the largest residual and the most checks.
+    """
+    SLOPES: tl.constexpr = KIND == "linear"
     negative, theta, tol = tl.load(numbers_ptr), tl.load(numbers_ptr + 1), tl.load(numbers_ptr + 2)
     noise, limit = tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 4)
-    size_W, own_noise = tl.load(numbers_ptr + 9), tl.load(numbers_ptr + 10)
+    infinity, own = tl.load(numbers_ptr + 6), tl.load(numbers_ptr + 9)
+    size_W = tl.load(size_ptr)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    start = row[:, None].to(tl.int64) * n
-    own = row[:, None].to(tl.int64) * (2 * n)
-    whole = tl.zeros((ROWS,), dtype=v_ptr.dtype.element_ty)
-    largest = tl.zeros_like(whole)
-    for first in range(0, n, UNITS):
-        unit = first + tl.arange(0, UNITS)
-        inside = (row < samples)[:, None] & (unit < n)[None, :]
-        v = tl.load(v_ptr + start + unit[None, :], mask=inside, other=0.0)
-        largest = tl.maximum(largest, tl.max(tl.abs(v), 1))
+    columns = _columns(BLOCKS, 0)
+
+    v = _read(v_ptr, row, samples, n, columns)
+    largest = tl.max(tl.abs(v[0]), 1)
+    for i in tl.static_range(1, len(columns)):
+        largest = tl.maximum(largest, tl.max(tl.abs(v[i]), 1))
     unit_of = _unit(largest, tl.load(numbers_ptr + 7), tl.load(numbers_ptr + 8))[:, None]
-    for first in range(0, n, UNITS):
-        unit = first + tl.arange(0, UNITS)
-        inside = (row < samples)[:, None] & (unit < n)[None, :]
-        alpha = tl.load(alpha_ptr + unit, mask=unit < n, other=1.0)[None, :]
-        root = tl.load(root_ptr + unit, mask=unit < n, other=0.0)[None, :]
-        v = tl.load(v_ptr + start + unit[None, :], mask=inside, other=0.0) / unit_of
-        whole += tl.sum(root * v * root * v, 1)
-        x = alpha * v
-        if WARM:
-            z = tl.load(start_ptr + start + unit[None, :], mask=inside, other=0.0) / unit_of
-            if REFLECTED:
-                image = _product(
-                    start_ptr, n, slope_ptr, alpha_ptr, negative, w_ptr, w_column, w_row,
-                    row, unit, samples, n, "plain", REFLECTED, SLOPES,
-                    ROWS, UNITS, DEPTH, PRECISION,
-                )  # fmt: skip
-                x = z + alpha * (image / unit_of + v - z)
-            else:
-                image = _product(
-                    start_ptr, n, slope_ptr, alpha_ptr, negative, m_ptr, m_row, m_column,
-                    row, unit, samples, n, "plain", REFLECTED, SLOPES,
-                    ROWS, UNITS, DEPTH, PRECISION,
-                )  # fmt: skip
-                x += image / unit_of
-        # The other half holds αv for the moment, of which the shift is made.
-        tl.store(own_ptr + own + unit[None, :], x, mask=inside)
-        tl.store(own_ptr + own + n + unit[None, :], alpha * v, mask=inside)
-    tl.debug_barrier()
-    for first in range(0, n, UNITS):
-        unit = first + tl.arange(0, UNITS)
-        inside = (row < samples)[:, None] & (unit < n)[None, :]
-        shift = tl.load(own_ptr + own + n + unit[None, :], mask=inside, other=0.0)
-        if REFLECTED:
-            shift += _product(
-                own_ptr + n, 2 * n, slope_ptr, alpha_ptr, negative, m_ptr, m_row, m_column,
-                row, unit, samples, n, "plain", REFLECTED, SLOPES, ROWS, UNITS, DEPTH, PRECISION,
+    inverse = 1.0 / unit_of  # a power of two
+    x = _drives(v_ptr, alpha_ptr, inverse, row, samples, n, columns)
+    if WARM:
+        z = ()
+        start = _read(start_ptr, row, samples, n, columns)
+        for i in tl.static_range(len(columns)):
+            z += (start[i] * inverse,)
+        if REFLECTED:  # x = z + α(Wz + v − z)
+            total = ()
+            for i in tl.static_range(len(columns)):
+                total += (v[i] * inverse - z[i],)
+            image = _streamed(
+                z, w_ptr, own_ptr, row, columns, total, WIDTH, DEPTH, PRECISION
             )  # fmt: skip
-        tl.store(shift_ptr + start + unit[None, :], shift, mask=inside)
-    tl.debug_barrier()
+            x = ()
+            for i in tl.static_range(len(columns)):
+                x += (z[i] + tl.load(alpha_ptr + columns[i])[None, :] * image[i],)
+        else:
+            x = _streamed(z, m_ptr, own_ptr, row, columns, x, WIDTH, DEPTH, PRECISION)
+
+    # What is multiplied in every step: bf16(M), or M where there are no increments.
+    if INCREMENTS:
+        M = _matrix(low_ptr, columns, WIDTH)
+    else:
+        M = _matrix(m_ptr, columns, WIDTH)
+    c = _bends(slope_ptr, alpha_ptr, negative, row, samples, n, columns, REFLECTED, KIND)
 
     finished = (row >= samples).to(tl.int32)
-    step, step_before, mark_step, checks, here = DONE, 0, 0, 0, 0
-    worst_before, mark = tl.load(numbers_ptr + 5), tl.load(numbers_ptr + 6)
-    ahead = tl.minimum(first_check, max_steps)
-    before = tl.zeros_like(whole) + mark
+    step, mark_step, checks, ahead = DONE, 0, 0, 0
+    due, stalled = False, False
+    length = first
+    ratio, rate = tl.load(numbers_ptr + 5), tl.zeros_like(tol)
+    worst, mark, looked = infinity, infinity, tl.zeros_like(tol)
+    before = tl.zeros_like(largest) + infinity
+    largest_residual = tl.zeros_like(largest)
     running = True
     while running:
-        for _ in range(ahead - step):
-            for first in range(0, n, UNITS):
-                unit = first + tl.arange(0, UNITS)
-                inside = (row < samples)[:, None] & (unit < n)[None, :]
-                image = _product(
-                    own_ptr + here, 2 * n, slope_ptr, alpha_ptr, negative, m_ptr, m_row, m_column,
-                    row, unit, samples, n, "map", REFLECTED, SLOPES, ROWS, UNITS, DEPTH, PRECISION,
-                )  # fmt: skip
-                x = tl.load(own_ptr + own + here + unit[None, :], mask=inside, other=0.0)
-                shift = tl.load(shift_ptr + start + unit[None, :], mask=inside, other=0.0)
-                x = (1 - theta) * x + theta * (shift + image)
-                tl.store(own_ptr + own + (n - here) + unit[None, :], x, mask=inside)
-            tl.debug_barrier()
-            here = n - here
-        step = ahead
-        checks += 1
-        squares, moved, active = tl.zeros_like(whole), tl.zeros_like(whole), tl.zeros_like(whole)
-        size_image, size_z = tl.zeros_like(whole), tl.zeros_like(whole)
-        for first in range(0, n, UNITS):
-            unit = first + tl.arange(0, UNITS)
-            inside = (row < samples)[:, None] & (unit < n)[None, :]
-            alpha = tl.load(alpha_ptr + unit, mask=unit < n, other=1.0)[None, :]
-            root = tl.load(root_ptr + unit, mask=unit < n, other=0.0)[None, :]
-            at = start + unit[None, :]
-            d, factor = _factor(slope_ptr, negative, alpha, at, inside, SLOPES)
-            v = tl.load(v_ptr + at, mask=inside, other=0.0) / unit_of
-            x = tl.load(own_ptr + own + here + unit[None, :], mask=inside, other=0.0)
-            z = _prox(x, factor, SLOPES) * unit_of / unit_of  # as it will be returned
-            image = v + _product(
-                own_ptr + here, 2 * n, slope_ptr, alpha_ptr, negative, w_ptr, w_column, w_row,
-                row, unit, samples, n, "weights", REFLECTED, SLOPES, ROWS, UNITS, DEPTH, PRECISION,
+        # The same rows and units; as the compiler cannot know that, it keeps no addresses in registers.
+        nothing = tl.multiple_of(tl.minimum(step, 0), 256)
+        here, columns = row + nothing, _columns(BLOCKS, nothing)
+        if due:
+            checks += 1
+            v = _read(v_ptr, here, samples, n, columns)
+            d = _slopes(slope_ptr, negative, here, samples, n, columns, SLOPES)
+            z, total = (), ()
+            for i in tl.static_range(len(columns)):
+                factor = _shrunk(d[i], tl.load(alpha_ptr + columns[i])[None, :])
+                # As it will be returned: its way to the unit of the output and back may round.
+                z += (_sigma(x[i], factor, SLOPES) * unit_of * inverse,)
+                total += (v[i] * inverse,)
+            image = _streamed(
+                z, w_ptr, own_ptr, here, columns, total, WIDTH, DEPTH, PRECISION
             )  # fmt: skip
-            image = _prox(image, d, SLOPES)
-            change = root * (image - z)
-            squares += tl.sum(change * change, 1)
-            shown = root * tl.where((image != 0) | (z != 0), v, 0.0)
-            active += tl.sum(shown * shown, 1)
-            moved += tl.sum(root * x / alpha * root * x / alpha, 1)
-            size_image += tl.sum(root * image * root * image, 1)
-            size_z += tl.sum(root * z * root * z, 1)
-        residual = _residual(squares, size_image, size_z)
-        left = _left(residual, before, size_image, size_z, active, own_noise, tol)
-        before = residual
-        rests = _rests(squares, size_image, size_z, whole, moved, size_W, noise, tol)
-        passes, last, worst, mark, mark_step = _judge(
-            left, rests, finished, step, mark, mark_step, tol, limit, max_steps
-        )
-        for first in range(0, n, UNITS):
-            unit = first + tl.arange(0, UNITS)
-            inside = (row < samples)[:, None] & (unit < n)[None, :]
-            alpha = tl.load(alpha_ptr + unit, mask=unit < n, other=1.0)[None, :]
-            at = start + unit[None, :]
-            _, factor = _factor(slope_ptr, negative, alpha, at, inside, SLOPES)
-            x = tl.load(own_ptr + own + here + unit[None, :], mask=inside, other=0.0)
-            z = _prox(x, factor, SLOPES) * unit_of
-            tl.store(z_ptr + at, z, mask=inside & passes[:, None])
-        tl.store(residual_ptr + row, residual, mask=passes)
-        tl.store(steps_ptr + row, tl.zeros_like(row) + step, mask=passes)
-        finished = finished | passes.to(tl.int32)
-        ahead = _next(step, worst, step_before, worst_before, tol, max_steps)
-        worst_before, step_before = worst, step
-        running = last == 0
-    tl.store(checks_ptr + tl.program_id(0), checks)
-
-
-@triton.jit
-def reflected_sum(
-    x_ptr, shift_ptr, out_ptr, alpha_ptr, slope_ptr, numbers_ptr, total, n,
-    SLOPES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """ρ(x) + s of the reflected prox, in one pass."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < total
-    alpha = tl.load(alpha_ptr + at % n, mask=inside, other=1.0)
-    _, factor = _factor(slope_ptr, tl.load(numbers_ptr), alpha, at, inside, SLOPES)
-    x = tl.load(x_ptr + at, mask=inside, other=0.0)
-    shift = tl.load(shift_ptr + at, mask=inside, other=0.0)
-    tl.store(out_ptr + at, _rho(x, factor, True, SLOPES) + shift, mask=inside)
-
-
-@triton.jit
-def activated(
-    u_ptr, bias_ptr, scale_ptr, numbers_ptr, total, pixels, channels, BLOCK: tl.constexpr
-):  # fmt: skip
-    """σ(u + b)·t in place, b and t by channel; `pixels` numbers of a channel lie side by side."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < total
-    channel = (at // pixels) % channels
-    u = tl.load(u_ptr + at, mask=inside, other=0.0)
-    u += tl.load(bias_ptr + channel, mask=inside, other=0.0)
-    scale = tl.load(scale_ptr + channel, mask=inside, other=0.0)
-    tl.store(u_ptr + at, _prox(u, tl.load(numbers_ptr), False) * scale, mask=inside)
+            squares, size_image = tl.zeros_like(largest), tl.zeros_like(largest)
+            size_z, active = tl.zeros_like(largest), tl.zeros_like(largest)
+            moved, whole = tl.zeros_like(largest), tl.zeros_like(largest)
+            for i in tl.static_range(len(columns)):
+                root = tl.load(root_ptr + columns[i])[None, :]
+                alpha = tl.load(alpha_ptr + columns[i])[None, :]
+                y, drive = _sigma(image[i], d[i], SLOPES), root * (v[i] * inverse)
+                change, reach = root * (y - z[i]), root / alpha * x[i]
+                shown = tl.where((y != 0) | (z[i] != 0), drive, 0.0)
+                squares += tl.sum(change * change, 1)
+                size_image += tl.sum(root * y * root * y, 1)
+                size_z += tl.sum(root * z[i] * root * z[i], 1)
+                active += tl.sum(shown * shown, 1)
+                moved += tl.sum(reach * reach, 1)
+                whole += tl.sum(drive * drive, 1)
+            size = tl.sqrt(tl.maximum(size_image, size_z))
+            residual = _relative(squares, tl.maximum(size_image, size_z))
+            left = _left(residual, before, size, active, own, tol)
+            before = residual
+            rests = _rests(squares, size, whole, moved, size_W, noise, tol)
+            most = _worst(left, finished)
+            last = (most <= tol) | (step >= max_steps) | (most == infinity)
+            open_ = tl.max(tl.where((finished != 0) | rests | (left <= tol), 0, 1), 0)
+            last = last | (stalled & ((open_ == 0) | (most <= limit)))
+            passes = (finished == 0) & (tl.where(last, tol, left) <= tol)
+            for i in tl.static_range(len(columns)):
+                inside = passes[:, None] & (columns[i] < n)[None, :]
+                at = here[:, None].to(tl.int64) * n + columns[i][None, :]
+                tl.store(z_ptr + at, z[i] * unit_of, mask=inside)
+            tl.store(residual_ptr + here, residual, mask=passes)
+            tl.store(steps_ptr + here, tl.zeros_like(here).to(tl.int64) + step, mask=passes)
+            largest_residual = tl.where(passes, residual, largest_residual)
+            finished = finished | passes.to(tl.int32)
+            looked = _worst(residual, finished)
+            running = last == 0
+        if running:
+            # The base: one exact step, and the displacement that it makes.
+            drives = _drives(v_ptr, alpha_ptr, inverse, here, samples, n, columns)
+            base, argument = (), ()
+            for i in tl.static_range(len(columns)):
+                base += (_rho(x[i], c[i], KIND),)
+                argument += (base[i] + drives[i] if REFLECTED else base[i],)
+            if INCREMENTS:
+                image = _streamed(
+                    argument, m_ptr, own_ptr, here, columns, drives, WIDTH, DEPTH, PRECISION
+                )  # fmt: skip
+            else:
+                image = _product(argument, M, drives, PRECISION)
+            moved, size = tl.zeros_like(largest), tl.zeros_like(largest)
+            y = ()
+            for i in tl.static_range(len(columns)):
+                y += ((1 - theta) * x[i] + theta * image[i] if RELAXED else image[i],)
+                root = tl.load(root_ptr + columns[i])[None, :]
+                gauge = root / (2 * tl.load(alpha_ptr + columns[i])[None, :])
+                change = gauge * (y[i] - x[i])
+                factor = 0.5 * (c[i] + 1) if REFLECTED else c[i]
+                z_i = root * _sigma(x[i], factor, SLOPES)
+                moved += tl.sum(change * change, 1)
+                size += tl.sum(z_i * z_i, 1)
+            x = y
+            worst_before = worst
+            worst = _worst(_relative(moved, size), finished)
+            if due & (worst > 0) & (looked > 0):
+                ratio = 1.05 * looked / worst
+            # How the next block is long: by the gain of the last one, by the rounding of
+            # increments, and to where the tolerance may be met.
+            slower = rate
+            if (worst > 0) & (worst < worst_before) & (worst_before < infinity):
+                rate = tl.log(worst / worst_before) / ahead
+                good = rate <= 0.7 * slower
+            else:
+                rate = tl.zeros_like(rate)
+                good = worst_before == infinity
+            if worst_before < infinity:
+                length = tl.where(good, tl.minimum(2 * length, 64), tl.maximum(length // 2, 1))
+            ahead = tl.minimum(length, max_steps - step)
+            goal = tol / ratio
+            due = (worst * ratio <= tol) | (worst == infinity)
+            if due:
+                ahead = 1
+            elif rate < 0:
+                needed = tl.ceil(tl.log(goal / worst) / rate)
+                most_gain = tl.maximum(-4.5 / rate, 1.0)
+                due = needed <= tl.minimum(most_gain, ahead.to(needed.dtype))
+                ahead = tl.minimum(tl.minimum(needed, most_gain), ahead.to(needed.dtype)).to(tl.int32)
+            aged = step >= mark_step * 5 // 4 + 64
+            stalled = (aged & (worst > 0.5 * mark)) | (worst == 0.0)
+            if aged:
+                mark, mark_step = worst, step
+            if stalled:
+                ahead = 1
+            step += ahead
+            due = due | stalled | (step >= max_steps)
+            for k in range(1, ahead):
+                rho, argument = (), ()
+                for i in tl.static_range(len(columns)):
+                    rho += (_rho(x[i], c[i], KIND),)
+                    if INCREMENTS:
+                        argument += (rho[i] - base[i],)
+                    else:
+                        argument += (rho[i] + drives[i] if REFLECTED else rho[i],)
+                if INCREMENTS:
+                    image = _product(argument, M, image, "bf16")
+                    base = rho
+                else:
+                    image = _product(argument, M, drives, PRECISION)
+                if RELAXED:
+                    y = ()
+                    for i in tl.static_range(len(columns)):
+                        y += ((1 - theta) * x[i] + theta * image[i],)
+                    x = y
+                else:
+                    x = image
+    most = _worst(largest_residual, row >= samples).to(tl.float64)
+    tl.atomic_max(summary_ptr, most.to(tl.int64, bitcast=True))
+    tl.atomic_max(summary_ptr + 1, checks.to(tl.int64))

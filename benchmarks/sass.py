@@ -1,0 +1,222 @@
+"""What does each loop of a compiled CUDA kernel consist of?
+
+The machine code of a cubin is read with the disassembler that Triton brings along, cut into basic
+blocks, and counted loop by loop.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+_LINE = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(.*?)\s*;")
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
+_TENSOR_CORE = re.compile(r"^(?:[HDIQBO]G?MMA|UTC\w*MMA)\b")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of machine code: where it lies, what it does, whether always, and where it jumps."""
+
+    address: int
+    name: str
+    conditional: bool
+    target: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """The instructions of one loop, those of the loops inside it included.
+
+    Attributes:
+        start: address of its first instruction.
+        instructions: how many there are.
+        tensor_core: those of the tensor cores (HMMA, HGMMA, DMMA, IMMA, UTC…MMA).
+        tensor_core_names: their distinct names.
+        ffma: multiply-adds of float32 and of pairs of it.
+        dfma: multiply-adds of float64.
+        local_loads: loads of spilled registers.
+        local_stores: stores of spilled registers.
+        shared_loads: loads from shared memory, of matrices included.
+        shared_stores: stores to shared memory, of matrices included.
+        innermost: whether no other loop lies in it.
+        product: whether it is the innermost loop that multiplies and accumulates.
+    """
+
+    start: int
+    instructions: int
+    tensor_core: int
+    tensor_core_names: tuple[str, ...]
+    ffma: int
+    dfma: int
+    local_loads: int
+    local_stores: int
+    shared_loads: int
+    shared_stores: int
+    innermost: bool
+    product: bool
+
+
+def resources(cubin: bytes, tools: Path) -> dict[str, Any]:
+    """Return registers and bytes of stack per thread, and the loops, of a cubin with one kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage = _output(tools / "cuobjdump", "--dump-resource-usage", file)
+        code = _output(tools / "cuobjdump", "-sass", file)
+    found = _USAGE.search(usage)
+    assert found is not None, f"cuobjdump names no registers: {usage}"
+    instructions = parse(code)
+    return {
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "instructions": len(instructions),
+        "tensor_core_names": sorted({i.name for i in instructions if _TENSOR_CORE.match(i.name)}),
+        "loops": [asdict(loop) for loop in loops(instructions)],
+    }
+
+
+def parse(code: str) -> list[Instruction]:
+    """Return the instructions in a listing of `cuobjdump -sass`."""
+    found = []
+    for line in code.splitlines():
+        match = _LINE.match(line)
+        if match is None:
+            continue
+        words = match[2].split()
+        predicate = words.pop(0) if words[0].startswith("@") else None
+        target = None
+        if words[0].split(".")[0] == "BRA":
+            target = int(re.findall(r"0x[0-9a-f]+", match[2])[-1], 16)
+        # A branch may also be taken by a predicate among its operands: BRA.U !UP0, 0x10.
+        conditional = predicate is not None or (target is not None and len(words) > 2)
+        found.append(Instruction(int(match[1], 16), words[0], conditional, target))
+    return found
+
+
+def loops(instructions: Sequence[Instruction]) -> list[Loop]:
+    """Return the natural loops: what lies between a jump back and the block that dominates it."""
+    blocks, follow = _blocks(instructions)
+    dominators = _dominators(follow, len(blocks))
+    before: dict[int, list[int]] = {index: [] for index in range(len(blocks))}
+    for index, targets in follow.items():
+        for target in targets:
+            before[target].append(index)
+    bodies: dict[int, set[int]] = {}
+    for index, targets in follow.items():
+        for head in targets:
+            if head in dominators.get(index, ()) and not _is_padding(blocks[index]):
+                body = bodies.setdefault(head, {head})
+                left = [index]
+                while left:
+                    block = left.pop()
+                    if block not in body:
+                        body.add(block)
+                        left += before[block]
+    counts = {head: _count([i for b in body for i in blocks[b]]) for head, body in bodies.items()}
+    # In a kernel with tensor cores the other multiply-adds are of vectors.
+    key = "tensor_core" if any(count["tensor_core"] for count in counts.values()) else "ffma+dfma"
+    multiplies = {
+        head: count["tensor_core"] if key == "tensor_core" else count["ffma"] + count["dfma"]
+        for head, count in counts.items()
+    }
+    found = []
+    for head, body in sorted(bodies.items()):
+        inside = [other for other in bodies if other != head and bodies[other] < body]
+        found.append(
+            Loop(
+                start=blocks[head][0].address,
+                innermost=not inside,
+                product=multiplies[head] > 0 and not any(multiplies[other] for other in inside),
+                **counts[head],
+            )
+        )
+    return found
+
+
+def _blocks(
+    instructions: Sequence[Instruction],
+) -> tuple[list[list[Instruction]], dict[int, list[int]]]:
+    """Cut code into blocks without jumps, and say which blocks follow which."""
+    starts = {instructions[0].address} if instructions else set()
+    for one, after in pairwise(instructions):
+        if one.target is not None:
+            starts |= {one.target, after.address}
+        elif _ends(one):
+            starts.add(after.address)
+    blocks: list[list[Instruction]] = []
+    for instruction in instructions:
+        if instruction.address in starts:
+            blocks.append([])
+        blocks[-1].append(instruction)
+    index = {block[0].address: number for number, block in enumerate(blocks)}
+    follow: dict[int, list[int]] = {}
+    for number, block in enumerate(blocks):
+        last = block[-1]
+        follow[number] = [index[last.target]] if last.target in index else []
+        falls = last.conditional or (last.target is None and not _ends(last))
+        if falls and number + 1 < len(blocks):
+            follow[number].append(number + 1)
+    return blocks, follow
+
+
+def _ends(instruction: Instruction) -> bool:
+    return instruction.name.split(".")[0] in ("EXIT", "RET", "BRX", "JMP", "KILL")
+
+
+def _is_padding(block: Sequence[Instruction]) -> bool:
+    """Whether a block is the jump to itself that stands behind the code."""
+    return len(block) == 1 and block[0].target == block[0].address
+
+
+def _dominators(follow: Mapping[int, Sequence[int]], count: int) -> dict[int, set[int]]:
+    """Return through which blocks every path to a block leads, for blocks that are reached."""
+    reached, left = set(), [0] if count else []
+    while left:
+        block = left.pop()
+        if block not in reached:
+            reached.add(block)
+            left += follow[block]
+    before: dict[int, list[int]] = {block: [] for block in reached}
+    for block in reached:
+        for target in follow[block]:
+            before[target].append(block)
+    found = {block: set(reached) for block in reached}
+    if count:
+        found[0] = {0}
+    changed = True
+    while changed:
+        changed = False
+        for block in sorted(reached - {0}):
+            now = set.intersection(*(found[other] for other in before[block])) | {block}
+            changed, found[block] = changed or now != found[block], now
+    return found
+
+
+def _count(body: Sequence[Instruction]) -> dict[str, Any]:
+    names = [instruction.name for instruction in body]
+    stems = [name.split(".")[0] for name in names]
+    tensor_core = [name for name in names if _TENSOR_CORE.match(name)]
+    return {
+        "instructions": len(body),
+        "tensor_core": len(tensor_core),
+        "tensor_core_names": tuple(sorted(set(tensor_core))),
+        "ffma": sum(stem in ("FFMA", "FFMA2") for stem in stems),
+        "dfma": stems.count("DFMA"),
+        "local_loads": stems.count("LDL"),
+        "local_stores": stems.count("STL"),
+        "shared_loads": sum(stem in ("LDS", "LDSM") for stem in stems),
+        "shared_stores": sum(stem in ("STS", "STSM") for stem in stems),
+    }
+
+
+def _output(*command: object) -> str:
+    return subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, check=True
+    ).stdout

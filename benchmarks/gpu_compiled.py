@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 TARGETS = ("sm_80", "sm_90", "sm_100")
 PATIENCE = 900
 """Seconds that a process may take for its share of the cases."""
-_SHARE = 4
+_PARTS = 6
 
 Row = dict[str, Any]
 
@@ -63,20 +63,17 @@ def rows(
     """
     full_cases = full if full_cases is None else full_cases
     environment = _environment(triton)
-    if labels is None:
-        labels = _labels(cases, full_cases, environment)
-    labels = list(labels)
-    size = _SHARE if full else -(-len(labels) // workers)
+    parts = _PARTS if full else workers
     orders = [
         {"cases": cases, "full_cases": full_cases, "full": full, "target": target,
-         "labels": labels[start : start + size]}
+         "labels": None if labels is None else list(labels), "part": part, "parts": parts}
         for target in targets
-        for start in range(0, len(labels), size)
+        for part in range(parts)
     ]  # fmt: skip
     with ThreadPoolExecutor(workers) as pool:
-        parts = list(pool.map(lambda order: _compiled(order, environment), orders))
+        found = list(pool.map(lambda order: _compiled(order, environment), orders))
     once: dict[tuple[str, str], Row] = {}
-    for row in chain.from_iterable(parts):  # two shares may have met the same specialisation
+    for row in chain.from_iterable(found):  # two parts may have met the same specialisation
         once.setdefault((row["target"], row.get("key") or row["case"]), row)
     return list(once.values())
 
@@ -88,37 +85,28 @@ def _environment(triton: Path | None) -> dict[str, str]:
     return {**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def _labels(cases: str, full_cases: bool, environment: dict[str, str]) -> list[str]:
-    """Return the names of the cases, without importing kernels here, where they may be others."""
-    code = f"import json, {cases} as m; print(json.dumps(list(m.cases({full_cases}))))"
-    ended = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    if ended.returncode != 0:
-        raise RuntimeError(f"{cases} has no cases: {_tail(ended.stderr)}")
-    return list(json.loads(ended.stdout.splitlines()[-1]))
-
-
 def _compiled(order: dict[str, Any], environment: dict[str, str]) -> list[Row]:
-    """Run one share of the cases, again without what has ended its process."""
+    """Run one part of the cases, again without what has ended its process."""
     found: list[Row] = []
     known: set[str] = set()
-    labels = list(order["labels"])
+    labels: list[str] | None = None
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder) / "order.json", Path(folder) / "rows.jsonl"
-        while labels:
-            asked.write_text(json.dumps({**order, "labels": labels, "known": sorted(known)}))
+        while labels is None or labels:
+            rest = {} if labels is None else {"labels": labels, "part": 0, "parts": 1}
+            asked.write_text(json.dumps({**order, **rest, "known": sorted(known)}))
             answer.write_text("")
             how, errors = _process(asked, answer, environment)
             lines = [json.loads(line) for line in answer.read_text().splitlines()]
             open_: Row | None = None
             for line in lines:
-                if "begun" in line:
+                if "labels" in line:
+                    labels = line["labels"]
+                elif "begun" in line:
                     open_ = line["begun"]
                     known.add(open_["key"])
                 elif "done" in line:
-                    labels.remove(line["done"])
+                    labels = [label for label in labels or () if label != line["done"]]
                 else:
                     open_ = None
                     found.append({"target": order["target"], **line})
@@ -129,10 +117,13 @@ def _compiled(order: dict[str, Any], environment: dict[str, str]) -> list[Row]:
             if open_ is not None:
                 found.append({**open_, "error": error})
             else:
+                begun = bool(labels)
                 found.append(
                     {"target": order["target"], "kernel": "", "refused": False, "error": error,
-                     "case": labels.pop(0) if labels else "after the last case"}
+                     "case": labels.pop(0) if labels else f"all of {order['cases']}"}
                 )  # fmt: skip
+                if not begun:  # kernels or cases could not be imported: again would be the same
+                    break
     return found
 
 

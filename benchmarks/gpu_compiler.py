@@ -52,13 +52,16 @@ class _Compiler:
         self.known = set(order["known"])
         self.target_name: str = order["target"]
         self.target = target(order["target"])
-        self.labels: list[str] = order["labels"]
         self.cases = importlib.import_module(order["cases"]).cases(order["full_cases"])
+        labels: list[str] = order["labels"] or list(self.cases)
+        size = -(-len(labels) // order["parts"])
+        self.labels = labels[order["part"] * size : (order["part"] + 1) * size]
         self.tell = tell
         self.label = ""
 
     def run(self) -> None:
         """Run the cases one by one."""
+        self.tell(labels=self.labels)
         with ExitStack() as stack:
             stack.enter_context(pretended(self.target, self.compile))
             # Whoever asks which device this is hears of the target.

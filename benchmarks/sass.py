@@ -64,21 +64,22 @@ class Loop:
 
 
 def resources(cubin: bytes, tools: Path) -> dict[str, Any]:
-    """Return registers and bytes of stack per thread, and the loops, of a cubin with one kernel."""
+    """Return registers and bytes of stack per thread, and the loops, of a kernel's cubin."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
         usage = _output(tools / "cuobjdump", "--dump-resource-usage", file)
         code = _output(tools / "cuobjdump", "-sass", file)
-    found = _USAGE.search(usage)
-    assert found is not None, f"cuobjdump names no registers: {usage}"
-    instructions = parse(code)
+    found = _USAGE.findall(usage)
+    assert found, f"cuobjdump names no registers: {usage}"
+    functions = [parse(part) for part in code.split("Function :")[1:]]
+    names = {one.name for function in functions for one in function}
     return {
-        "registers": int(found[1]),
-        "stack": int(found[2]),
-        "instructions": len(instructions),
-        "tensor_core_names": sorted({i.name for i in instructions if _TENSOR_CORE.match(i.name)}),
-        "loops": [asdict(loop) for loop in loops(instructions)],
+        "registers": max(int(registers) for registers, _ in found),
+        "stack": max(int(stack) for _, stack in found),
+        "instructions": sum(map(len, functions)),
+        "tensor_core_names": sorted(filter(_TENSOR_CORE.match, names)),
+        "loops": [asdict(loop) for function in functions for loop in loops(function)],
     }
 
 

@@ -150,7 +150,9 @@ def _pointwise() -> dict[str, Callable[[], None]]:
 def cases(full: bool) -> Mapping[str, Callable[[], None]]:
     """Return the cases: about forty for the front end, fewer sizes in all depth."""
     float32, float64 = torch.float32, torch.float64
-    sizes = (16, 80, 128, 144, 256, 512, 600) if full else (1, 7, 16, 80, 128, 129, 256, 512, 600)
+    sizes = (16, 64, 80, 81, 128, 129, 144, 256, 512, 600, 1024) if full else (
+        1, 7, 16, 33, 64, 80, 128, 129, 256, 512, 600,
+    )  # fmt: skip
     solves = [Solve(n=n, dtype=dtype) for n in sizes for dtype in (float32, float64)]
     for n in (80, 256, 600):
         for dtype in (float32, float64):

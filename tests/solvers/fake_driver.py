@@ -79,13 +79,17 @@ def forgotten() -> Iterator[None]:
         (value, value.copy()) for value in values if type(value) in (dict, set, list)
     ]
     caches: list[Callable[[], None]] = [
-        value.cache_clear for value in values if hasattr(value, "cache_clear")
+        value.cache_clear
+        for value in values
+        if hasattr(value, "cache_clear") and value.__module__.startswith("solvers.fused")
     ]
     for clear in caches:
         clear()
-    yield
-    for clear in caches:
-        clear()
-    for value, before in kept:
-        value.clear()
-        value.extend(before) if isinstance(value, list) else value.update(before)
+    try:
+        yield
+    finally:
+        for clear in caches:
+            clear()
+        for value, before in kept:
+            value.clear()
+            value.extend(before) if isinstance(value, list) else value.update(before)

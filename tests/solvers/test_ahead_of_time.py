@@ -58,7 +58,7 @@ def test_the_machine_code_is_what_is_meant(triton, target):
     assert not wrong, "\n".join(wrong)
     for row in found:
         assert row["shared"] <= row["shared_limit"], f"{row['kernel']} ({row['case']})"
-        if row["dots"]:
+        if row["dots"] and row["loops"]:
             assert product_loops(row), f"{row['kernel']} ({row['case']}): no product loop was found"
 
 

@@ -80,7 +80,8 @@ def rows(
 
 def _environment(triton: Path | None) -> dict[str, str]:
     folders = [str(triton)] if triton else []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*folders, str(ROOT)])}
+    folders += [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     environment.pop("TRITON_INTERPRET", None)
     return {**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -219,7 +220,8 @@ def main() -> None:
     )  # fmt: skip
     wrong = faults(found)
     print(table(found))
-    print(*wrong, sep="\n")
+    for line in wrong:
+        print(line)
     figures = {
         "full": arguments.full, "targets": arguments.targets, "specialisations": len(found),
         "faults": len(wrong),

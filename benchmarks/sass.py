@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -102,42 +102,21 @@ def parse(code: str) -> list[Instruction]:
 
 
 def loops(instructions: Sequence[Instruction]) -> list[Loop]:
-    """Return the natural loops: what lies between a jump back and the block that dominates it."""
+    """Return the loops, outer ones before those inside them."""
     blocks, follow = _blocks(instructions)
-    dominators = _dominators(follow, len(blocks))
-    before: dict[int, list[int]] = {index: [] for index in range(len(blocks))}
-    for index, targets in follow.items():
-        for target in targets:
-            before[target].append(index)
-    bodies: dict[int, set[int]] = {}
-    for index, targets in follow.items():
-        for head in targets:
-            if head in dominators.get(index, ()) and not _is_padding(blocks[index]):
-                body = bodies.setdefault(head, {head})
-                left = [index]
-                while left:
-                    block = left.pop()
-                    if block not in body:
-                        body.add(block)
-                        left += before[block]
-    counts = {head: _count([i for b in body for i in blocks[b]]) for head, body in bodies.items()}
+    bodies = list(_nest(_reached(follow), follow))
+    counts = [_count([one for block in sorted(body) for one in blocks[block]]) for body in bodies]
     # In a kernel with tensor cores the other multiply-adds are of vectors.
-    key = "tensor_core" if any(count["tensor_core"] for count in counts.values()) else "ffma+dfma"
-    multiplies = {
-        head: count["tensor_core"] if key == "tensor_core" else count["ffma"] + count["dfma"]
-        for head, count in counts.items()
-    }
+    has_products = any(count["tensor_core"] for count in counts)
+    multiplies = [
+        count["tensor_core"] if has_products else count["ffma"] + count["dfma"] for count in counts
+    ]
     found = []
-    for head, body in sorted(bodies.items()):
-        inside = [other for other in bodies if other != head and bodies[other] < body]
-        found.append(
-            Loop(
-                start=blocks[head][0].address,
-                innermost=not inside,
-                product=multiplies[head] > 0 and not any(multiplies[other] for other in inside),
-                **counts[head],
-            )
-        )
+    for body, count, own in zip(bodies, counts, multiplies, strict=True):
+        inside = [n for other, n in zip(bodies, multiplies, strict=True) if other < body]
+        start = min(blocks[block][0].address for block in body)
+        innermost, product = not inside, own > 0 and not any(inside)
+        found.append(Loop(start=start, innermost=innermost, product=product, **count))
     return found
 
 
@@ -171,33 +150,67 @@ def _ends(instruction: Instruction) -> bool:
     return instruction.name.split(".")[0] in ("EXIT", "RET", "BRX", "JMP", "KILL")
 
 
-def _is_padding(block: Sequence[Instruction]) -> bool:
-    """Whether a block is the jump to itself that stands behind the code."""
-    return len(block) == 1 and block[0].target == block[0].address
-
-
-def _dominators(follow: Mapping[int, Sequence[int]], count: int) -> dict[int, set[int]]:
-    """Return through which blocks every path to a block leads, for blocks that are reached."""
-    reached, left = set(), [0] if count else []
+def _reached(follow: Mapping[int, Sequence[int]]) -> set[int]:
+    """Return the blocks that are run: not the jumps to themselves that stand behind the code."""
+    found: set[int] = set()
+    left = [0] if follow else []
     while left:
         block = left.pop()
-        if block not in reached:
-            reached.add(block)
+        if block not in found:
+            found.add(block)
             left += follow[block]
-    before: dict[int, list[int]] = {block: [] for block in reached}
-    for block in reached:
-        for target in follow[block]:
-            before[target].append(block)
-    found = {block: set(reached) for block in reached}
-    if count:
-        found[0] = {0}
-    changed = True
-    while changed:
-        changed = False
-        for block in sorted(reached - {0}):
-            now = set.intersection(*(found[other] for other in before[block])) | {block}
-            changed, found[block] = changed or now != found[block], now
     return found
+
+
+def _nest(nodes: Collection[int], follow: Mapping[int, Sequence[int]]) -> Iterator[frozenset[int]]:
+    """Yield loops as sets of blocks: what can reach itself, and again without the way in.
+
+    A loop may be entered at several places (Steensgaard 1993): one that solves and checks in turn
+    is also entered at its check where there is nothing to solve.
+    Two loops that begin with the same block are one here.
+    """
+    for body in _components(nodes, follow):
+        yield body
+        outside = {target for node in set(follow) - body for target in follow[node]} | {0}
+        inner = {
+            node: [target for target in targets if node not in body or target not in outside]
+            for node, targets in follow.items()
+        }
+        yield from _nest(body, inner)
+
+
+def _components(
+    nodes: Collection[int], follow: Mapping[int, Sequence[int]]
+) -> list[frozenset[int]]:
+    """Return the strongly connected components that hold a loop, in order (Kosaraju)."""
+    order: list[int] = []
+    seen: set[int] = set()
+    for root in sorted(nodes):
+        left = [(root, False)]
+        while left:
+            node, is_done = left.pop()
+            if is_done:
+                order.append(node)
+            elif node in nodes and node not in seen:
+                seen.add(node)
+                left += [(node, True), *((target, False) for target in follow[node])]
+    before: dict[int, list[int]] = {node: [] for node in nodes}
+    for node in nodes:
+        for target in follow[node]:
+            if target in before:
+                before[target].append(node)
+    found, taken = [], set()
+    for root in reversed(order):
+        body, rest = set(), [root]
+        while rest:
+            node = rest.pop()
+            if node not in taken:
+                taken.add(node)
+                body.add(node)
+                rest += before[node]
+        if len(body) > 1 or (body and root in follow[root]):
+            found.append(frozenset(body))
+    return sorted(found, key=min)
 
 
 def _count(body: Sequence[Instruction]) -> dict[str, Any]:

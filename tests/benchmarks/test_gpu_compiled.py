@@ -47,6 +47,24 @@ def test_without_tensor_cores_loops_of_multiply_adds_are_products():
     assert loops[1].dfma == 1
 
 
+def test_a_loop_that_is_also_entered_at_its_second_half_is_one_loop():
+    """Steps, then a check that may follow on a check: that is no product loop of its own."""
+    code = """
+        /*0000*/               @P0 BRA 0x40 ;
+        /*0010*/                   MOV R8, RZ ;
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R8, gdesc[UR4], R8 ;
+        /*0030*/               @P1 BRA 0x20 ;
+        /*0040*/                   LDL R2, [R1] ;
+        /*0050*/                   HGMMA.64x64x16.F32.BF16 R8, gdesc[UR4], R8 ;
+        /*0060*/               @P2 BRA 0x40 ;
+        /*0070*/               @P3 BRA 0x10 ;
+        /*0080*/                   EXIT ;
+    """
+    whole, steps = sass.loops(sass.parse(code))
+    assert (whole.start, whole.instructions, whole.product) == (0x10, 7, False)
+    assert (steps.start, steps.instructions, steps.product) == (0x20, 2, True)
+
+
 def test_straight_code_has_no_loops():
     assert sass.loops(sass.parse("/*0000*/ EXIT ;\n/*0010*/ BRA 0x10;")) == []
     assert sass.loops([]) == []

@@ -6,8 +6,9 @@ the processor and the launches do not take place (`benchmarks.fake_driver`).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from unittest import mock
@@ -101,11 +102,15 @@ def on_the_device() -> Iterator[None]:
     def serves(tensor: torch.Tensor) -> bool:
         return tensor.dtype in (torch.float32, torch.float64)
 
-    with (
-        mock.patch.object(fused, "_backend", return_value=device),
-        mock.patch.object(device, "supports", here),
-        mock.patch.object(device, "_serves", serves),
-    ):
+    # Whether a pointwise kernel serves a tensor is asked where such kernels are launched.
+    modules = [module for name, module in sys.modules.items() if name.startswith("solvers.fused")]
+    asked = [(m, name) for m in modules for name in ("serves", "_serves") if hasattr(m, name)]
+    assert asked, "nobody asks whether kernels serve a tensor"
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(fused, "_backend", return_value=device))
+        stack.enter_context(mock.patch.object(device, "supports", here))
+        for module, name in asked:
+            stack.enter_context(mock.patch.object(module, name, serves))
         yield
 
 
@@ -122,11 +127,14 @@ def _reflected_sum(dtype: torch.dtype, linear: bool) -> None:
         apply(v)
 
 
-def _activated(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> None:
+def _activated(shape: tuple[int, ...], dtype: torch.dtype, last: bool, gradient: bool) -> None:
     u = torch.ones(shape, dtype=dtype)
     u = u.to(memory_format=torch.channels_last) if last else u
+    bias, scale = (torch.ones(shape[1], dtype=dtype, requires_grad=gradient) for _ in range(2))
     with on_the_device():
-        fused.activated(u, u.new_ones(shape[1]), u.new_ones(shape[1]), ReLU())
+        y = fused.activated(u.requires_grad_(gradient), bias, scale, ReLU())
+        if gradient:
+            y.sum().backward()
 
 
 def _pointwise() -> dict[str, Callable[[], None]]:
@@ -143,7 +151,9 @@ def _pointwise() -> dict[str, Callable[[], None]]:
     }
     for words, shape in shapes.items():
         last = words.endswith("last")
-        cases[f"activated float32 {words}"] = partial(_activated, shape, torch.float32, last)
+        for gradient in (False, True):
+            name = f"activated float32 {words}" + gradient * " with gradient"
+            cases[name] = partial(_activated, shape, torch.float32, last, gradient)
     return cases
 
 

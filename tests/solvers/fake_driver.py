@@ -7,7 +7,7 @@ and records its launches in place of running them. Nothing is compiled.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -67,29 +67,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
 
 @contextmanager
 def forgotten() -> Iterator[None]:
-    """Undo what modules of fused loops have noted of launches meanwhile."""
+    """Keep failures of these launches from other tests, and those of others from these."""
     modules = [module for name, module in sys.modules.items() if name.startswith("solvers.fused")]
-    values = [
-        value
-        for module in modules
-        for name, value in vars(module).items()
-        if not name.startswith("__")  # __builtins__ above all
-    ]
-    kept: list[tuple[dict | set | list, dict | set | list]] = [
-        (value, value.copy()) for value in values if type(value) in (dict, set, list)
-    ]
-    caches: list[Callable[[], None]] = [
-        value.cache_clear
-        for value in values
-        if hasattr(value, "cache_clear") and value.__module__.startswith("solvers.fused")
-    ]
-    for clear in caches:
-        clear()
+    forget = [module.forget_failures for module in modules if hasattr(module, "forget_failures")]
+    for call in forget:
+        call()
     try:
         yield
     finally:
-        for clear in caches:
-            clear()
-        for value, before in kept:
-            value.clear()
-            value.extend(before) if isinstance(value, list) else value.update(before)
+        for call in forget:
+            call()

@@ -100,6 +100,7 @@ def test_what_is_no_fault():
     fine = [
         row(dots=["f32 ieee"], tensor_core_names=[]),
         row(target="sm_80", loop={"local_loads": 3}),
+        row(target="sm_100", dots=["f64 ieee"], tensor_core_names=[]),
         {"kernel": "", "case": "n=80", "target": "sm_90", "error": "small", "refused": True},
     ]
     assert gpu_compiled.faults(fine) == []

@@ -161,8 +161,8 @@ def product_loops(row: Row) -> list[Row]:
 def faults(found: Iterable[Row]) -> list[str]:
     """Return what must not be, one line each that names kernel, case, target and Triton.
 
-    Errors anywhere; on sm_90 spilled registers in product loops; on sm_80 and sm_90 float64 products
-    without DMMA; on CUDA devices products that ask for the tensor cores and do without them.
+    Errors anywhere; on sm_90 spilled registers in product loops; on sm_80 and sm_90 products of
+    float64 without DMMA; on CUDA devices products that ask for tensor cores and do without them.
     """
     wrong = []
     for row in found:

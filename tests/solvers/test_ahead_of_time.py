@@ -41,7 +41,9 @@ def test_the_launcher_refuses_no_case_and_none_is_lost(front_end):
         assert word in words, f"no specialisation for {word}"
 
 
-@REWRITTEN
+@pytest.mark.xfail(
+    strict=False, reason="as above; `resident` in float64 is too large; loops of products spill"
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("triton", ["installed", "other"])

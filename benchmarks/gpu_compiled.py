@@ -64,7 +64,7 @@ def rows(
     """
     full_cases = full if full_cases is None else full_cases
     environment = _environment(triton)
-    parts = _PARTS if full else workers
+    parts = _PARTS if full and workers > 1 else workers
     orders = [
         {"cases": cases, "full_cases": full_cases, "full": full, "target": target,
          "labels": None if labels is None else list(labels), "part": part, "parts": parts}

@@ -119,8 +119,10 @@ def all_same(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
             return False
         if found is None:
             waiting.setdefault(a.device, []).append((_bits(a) != _bits(b)).any())
+    if not waiting:
+        return True
     flags = [fs[0] if len(fs) == 1 else torch.stack(fs).any() for fs in waiting.values()]
-    return not any(bool(flag) for flag in flags)
+    return not any(map(bool, flags))
 
 
 def _told_by_host(a: Tensor, b: Tensor) -> bool | None:

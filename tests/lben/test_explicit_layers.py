@@ -648,6 +648,7 @@ LAYERS = {
     "contraction": lambda: AOLLinear(7, 5),
     "contraction images": lambda: AOLConv2d(3, 4, 3, padding=1),
     "sandwich": lambda: SandwichLinear(7, 6),
+    "sandwich images": lambda: SandwichConv2d(3, 4, 3, padding=1),
 }
 
 

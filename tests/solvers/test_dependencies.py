@@ -22,6 +22,7 @@ from solvers import (
     solve,
 )
 from solvers.dependencies import Snapshot, all_same, nothing_may_be_kept, read, same
+from solvers.operators import base
 from tests.problems import (
     block_triangular_operator,
     convolution_operator,
@@ -124,7 +125,7 @@ def test_a_solve_reports_the_residual_of_the_weights_as_they_are():
 
 def test_a_lookup_within_a_solve_compares_nothing(monkeypatch):
     looks = []
-    monkeypatch.setattr(Snapshot, "fits", lambda *_: looks.append(1) or True)
+    monkeypatch.setattr(base, "all_same", lambda *_: looks.append(1) or True)
     W = monotone_operator(5)
     W.constants()
     looks.clear()
@@ -293,6 +294,22 @@ def test_bits_decide_and_not_numbers(place, dtype):
     other.view(torch.uint8)[0] ^= 1  # a NaN of another payload
     assert other.isnan().all()
     assert not same(nan, other)
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_an_operator_on_a_device_is_waited_for_once_a_solve(monkeypatch, kind):
+    """Weights, metric and those of its parts together; and once more where something changed."""
+    W = OPERATORS[kind]()
+    with W.settled():
+        pass
+    monkeypatch.setattr(dependencies, "_is_on_host", lambda t: False)
+    with Looks() as looks, W.settled():
+        pass
+    assert looks.count == 1
+    memo = W._memo
+    W.metric.mul_(2) if kind in ("dense", "zero") else W.tensors[0].mul_(2)
+    with W.settled():
+        assert W._memo is not memo or any(p._memo for p in W._parts())
 
 
 def test_pending_negations_and_conjugates_are_done(place):

@@ -75,6 +75,15 @@ def test_a_failure_is_told_once_and_stays(error):
     assert launched(kernel, (2,), X, 5, SIZE=16) is None
 
 
+def test_the_reason_is_the_causes_and_no_caret():
+    error = CompilationError("at 3:4:\n  x = y\n      ^")
+    with pytest.warns(KernelWarning, match="CompilationError: x = y"):
+        launched(Kernel(error), (1,), X)
+    error.__cause__ = ValueError("y is no tensor")
+    with pytest.warns(KernelWarning, match="CompilationError: y is no tensor"):
+        launched(Kernel(error), (1,), X)
+
+
 def test_launches_are_what_was_asked_for_with_fused_multiplications():
     kernel = Kernel()
     assert launched(kernel, (2, 3), X, 5, SIZE=16, num_warps=4) is None

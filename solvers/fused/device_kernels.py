@@ -377,32 +377,3 @@ def tiled(
         worst_before, step_before = worst, step
         running = last == 0
     tl.store(checks_ptr + tl.program_id(0), checks)
-
-
-@triton.jit
-def reflected_sum(
-    x_ptr, shift_ptr, out_ptr, alpha_ptr, slope_ptr, numbers_ptr, total, n,
-    SLOPES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """ρ(x) + s of the reflected prox, in one pass."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < total
-    alpha = tl.load(alpha_ptr + at % n, mask=inside, other=1.0)
-    _, factor = _factor(slope_ptr, tl.load(numbers_ptr), alpha, at, inside, SLOPES)
-    x = tl.load(x_ptr + at, mask=inside, other=0.0)
-    shift = tl.load(shift_ptr + at, mask=inside, other=0.0)
-    tl.store(out_ptr + at, _rho(x, factor, True, SLOPES) + shift, mask=inside)
-
-
-@triton.jit
-def activated(
-    u_ptr, bias_ptr, scale_ptr, numbers_ptr, total, pixels, channels, BLOCK: tl.constexpr
-):  # fmt: skip
-    """σ(u + b)·t in place, b and t by channel; `pixels` numbers of a channel lie side by side."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < total
-    channel = (at // pixels) % channels
-    u = tl.load(u_ptr + at, mask=inside, other=0.0)
-    u += tl.load(bias_ptr + channel, mask=inside, other=0.0)
-    scale = tl.load(scale_ptr + channel, mask=inside, other=0.0)
-    tl.store(u_ptr + at, _prox(u, tl.load(numbers_ptr), False) * scale, mask=inside)

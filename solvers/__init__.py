@@ -13,7 +13,7 @@ from solvers.activations import (
     Tanh,
 )
 from solvers.auto import Auto
-from solvers.budget import budgeted_equilibrium
+from solvers.budget import budgeted_equilibrium, refined_inverse, resolvent_inverse
 from solvers.flow import NeuralODE
 from solvers.gradient import (
     Gradient,
@@ -110,5 +110,7 @@ __all__ = [
     "acceptance",
     "budgeted_equilibrium",
     "equilibrium",
+    "refined_inverse",
+    "resolvent_inverse",
     "solve",
 ]

@@ -35,6 +35,7 @@ def budgeted_equilibrium(
     backward_steps: int | None = None,
     metric: Float[Tensor, " n"] | None = None,
     adjoint_residual: Float[Tensor, " *batch"] | None = None,
+    inverse: Float[Tensor, "n n"] | None = None,
 ) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, " *batch"]]:
     """Iterate towards z = σ(Wz + v) a given number of times, differentiably in W and v, once.
 
@@ -42,6 +43,11 @@ def budgeted_equilibrium(
     so weights may change at will, and its factor serves the backward pass, which is that of
     `equilibrium`. The host never waits for the device, so the numbers in tensors are not checked:
     a bad one shows in the residual.
+
+    Where a factorization cannot be captured in a graph, the inverse is given: by
+    `resolvent_inverse` from outside of the graph, or by `refined_inverse`, which has products
+    alone, from that of nearby weights. The residuals are evaluated with W, so they tell of an
+    inverse that is none.
 
     Args:
         W: the weights, float32 or float64.
@@ -55,6 +61,7 @@ def budgeted_equilibrium(
         metric: Λ of the norm of the residuals; ones when omitted.
         adjoint_residual: where the backward pass writes the relative residual of the adjoint per
             sample, in the Λ⁻¹ norm; nobody learns of it when omitted.
+        inverse: of I + α(I − W), a constant to the gradient; computed when omitted.
 
     Returns:
         z and, without a gradient, its `Inclusion.relative_residual` per sample.
@@ -85,9 +92,90 @@ def budgeted_equilibrium(
         backward_steps=backward_steps,
         metric=problem.metric.detach(),
         adjoint_residual=adjoint_residual,
+        inverse=None if inverse is None else _checked_inverse(inverse, W),
     )
     z, residual = _Budgeted.apply(W, v, budget)  # type: ignore[no-untyped-call]
     return z, residual
+
+
+def resolvent_inverse(W: Float[Tensor, "n n"], *, step_size: Step) -> Float[Tensor, "n n"]:
+    """Return (I + α(I − W))⁻¹, without a gradient and without a look at the numbers.
+
+    Args:
+        W: the weights.
+        step_size: α > 0, as for `budgeted_equilibrium`.
+
+    Returns:
+        The inverse by LU factorization; not finite, or wrong, where there is none.
+
+    Raises:
+        ValueError: if W is not square, or the step size is no positive number or does not fit.
+
+    Example:
+        >>> resolvent_inverse(torch.zeros(2, 2), step_size=1.0)
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
+    """
+    operator, step = DenseOperator(W.detach()), _checked_step(step_size, W)
+    with torch.no_grad(), full_precision(W):
+        return operator.unchecked_resolvent(step)[0].inverse
+
+
+def refined_inverse(
+    W: Float[Tensor, "n n"],
+    inverse: Float[Tensor, "n n"],
+    *,
+    step_size: Step,
+    steps: int,
+) -> tuple[Float[Tensor, "n n"], Float[Tensor, ""]]:
+    """Improve an approximate inverse X of A = I + α(I − W) by X ← X(2I − AX), products alone.
+
+    The error I − AX is squared by every step, so X must have ‖I − AX‖ < 1: that of the weights
+    before a step of an optimizer, not any. Newton's iteration of Schulz (1933); Higham (2008),
+    Functions of Matrices, section 7.3, eq. (7.17).
+
+    Args:
+        W: the weights.
+        inverse: X, of nearby weights or of a nearby step size.
+        step_size: α > 0, as for `budgeted_equilibrium`.
+        steps: how often.
+
+    Returns:
+        The last X, and ‖I − AX‖ of it in Frobenius' norm: 1 or more, or NaN, where it did not
+        converge, and roundoff times the condition number of A where nothing is left to improve.
+        Neither has a gradient.
+
+    Raises:
+        ValueError: if the number of steps is below 1, W is not square, the inverse has another
+            shape, dtype or device than W, or the step size is no positive number or does not fit.
+
+    Example:
+        >>> W, near = torch.zeros(2, 2), 0.4 * torch.eye(2)
+        >>> X, error = refined_inverse(W, near, step_size=1.0, steps=4)
+        >>> X
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    operator, step = DenseOperator(W.detach()), _checked_step(step_size, W)
+    X = _checked_inverse(inverse, W)
+    with torch.no_grad(), full_precision(W):
+        A = operator.shifted(step)
+        for _ in range(steps):
+            X = torch.addmm(X, X, A @ X, beta=2, alpha=-1)
+        error = A @ X
+        error.diagonal().sub_(1)
+        return X, torch.linalg.matrix_norm(error)
+
+
+def _checked_inverse(inverse: Tensor, W: Tensor) -> Tensor:
+    if inverse.shape != W.shape or inverse.dtype != W.dtype or inverse.device != W.device:
+        raise ValueError(
+            f"inverse must be shaped as W, {tuple(W.shape)}, of {W.dtype} on {W.device}, got "
+            f"{tuple(inverse.shape)} of {inverse.dtype} on {inverse.device}"
+        )
+    return inverse.detach()
 
 
 def _checked_step(step: Step, W: Tensor) -> Step:
@@ -111,6 +199,7 @@ class _Budget:
     backward_steps: int
     metric: Tensor
     adjoint_residual: Tensor | None
+    inverse: Tensor | None
 
 
 class _Budgeted(torch.autograd.Function):
@@ -120,7 +209,10 @@ class _Budgeted(torch.autograd.Function):
     def forward(ctx: Any, W: Tensor, v: Tensor, budget: _Budget) -> tuple[Tensor, Tensor]:
         with full_precision(v):
             operator = DenseOperator(W, budget.metric)
-            factor, _ = operator.unchecked_resolvent(budget.step)
+            if budget.inverse is None:
+                factor, _ = operator.unchecked_resolvent(budget.step)
+            else:
+                factor = DenseResolvent(budget.inverse, budget.step)
             problem = Inclusion(operator, v, budget.activation).flatten()
             z = _iterate(problem, factor, budget.steps)
             residual = problem.relative_residual(z).reshape(v.shape[:-1])

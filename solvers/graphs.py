@@ -6,6 +6,7 @@ them together, from and to memory that stays where it is.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -32,8 +33,9 @@ class Graphed:
     gradients of a call stay what they are, and forward passes may be followed by their backward
     passes in any order: one whose graph has been replayed since is computed forward again. A
     function that factors its weights does so at every replay: pass them as arguments, like
-    everything that changes. Whatever else the function uses is taken from where it lay in memory
-    when it was captured, and must stay there.
+    everything that changes. Where a device does not let a factorization be captured, the inverse
+    can be an argument (`budgeted_equilibrium`). Whatever else the function uses is taken from where
+    it lay in memory when it was captured, and must stay there.
 
     Args:
         function: from tensors to a tuple of tensors, which decides nothing by their numbers, such
@@ -223,6 +225,8 @@ def _checked(results: Any) -> tuple[Tensor, ...]:
 def _record(function: Function, arguments: tuple[Tensor, ...]) -> Recording | str:
     """Capture the function forward and backward, or say why that cannot be.
 
+    See Note [The stream of a capture].
+
     Errors of the function itself are raised as they are: it runs a few times before the capture.
     """
     device, grad = arguments[0].device, torch.is_grad_enabled()
@@ -246,23 +250,30 @@ def _record(function: Function, arguments: tuple[Tensor, ...]) -> Recording | st
         # A capture that fails leaves its own stream as the current one; this block does not.
         with torch.cuda.stream(current):
             try:
-                return _captured(function, own)
+                return _captured(function, own, side)
             except Exception as error:  # the function ran before, so it is the capture's
                 first: BaseException = error
                 while first.__context__ is not None:
                     first = first.__context__
-                return f"the capture failed with {type(first).__name__}: {_line(first)}"
+        with contextlib.suppress(RuntimeError):  # the capture's own error, told once more
+            torch.cuda.synchronize(device)
+        return f"the capture failed with {type(first).__name__}: {_line(first)}"
 
 
-def _captured(function: Function, own: tuple[Tensor, ...]) -> Recording:
+# Note [The stream of a capture]
+# Libraries have a handle and a workspace per stream, made at their first use on it, and that is not
+# allowed while the stream is captured: cuSOLVER's LU, cuBLASLt's products. So the calls that warm
+# up and both captures run on one stream. After a capture that failed the device comes to rest
+# before anything else is captured: what the failure left behind would fail the next one.
+def _captured(function: Function, own: tuple[Tensor, ...], side: torch.cuda.Stream) -> Recording:
     forward, backward = torch.cuda.CUDAGraph(), None
-    with torch.cuda.graph(forward):
+    with torch.cuda.graph(forward, stream=side):
         results = _checked(function(*own))
     cotangents = tuple(torch.zeros_like(t) if t.requires_grad else None for t in results)
     gradients: tuple[Tensor | None, ...] = (None,) * len(own)
     if any(t.requires_grad for t in results):
         backward = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(backward, pool=forward.pool()):
+        with torch.cuda.graph(backward, pool=forward.pool(), stream=side):
             gradients = _pull(results, cotangents, own)
     return Recording(
         arguments=tuple(t.detach() for t in own),

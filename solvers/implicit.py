@@ -120,6 +120,7 @@ class _Call:
     Attributes:
         problem: with the tensors that it had when it was given.
         others: those of its tensors that have no gradient; none outside of a transform.
+        is_plain: whether it was given outside of transforms, traces and captures.
         found: what solves of it returned.
     """
 
@@ -127,6 +128,7 @@ class _Call:
     options: _Options
     name: str
     others: tuple[Tensor, ...] = ()
+    is_plain: bool = False
     found: list[Solution] = field(default_factory=list)
 
     @classmethod
@@ -138,7 +140,7 @@ class _Call:
         slope = activation.d if isinstance(activation, LinearSlope) else None
         main = (problem.bias, slope, *problem.operator.tensors)
         if not nothing_may_be_kept():
-            return cls(problem=problem.detach(), options=options, name=name), main
+            return cls(problem=problem.detach(), options=options, name=name, is_plain=True), main
         known = {id(t) for t in main}
         others = tuple({id(t): t for t in _tensors(problem) if id(t) not in known}.values())
         call = cls(problem=problem, options=options, name=name, others=others)
@@ -190,8 +192,10 @@ class _Equilibrium(torch.autograd.Function):
     @staticmethod
     def forward(call: _Call, z0: Tensor | None, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
         o = call.options
+        # Where the call is plain these tensors are those of its problem, less their graph.
+        problem = call.problem if call.is_plain else call.on(*tensors)
         solution = solve(
-            call.on(*tensors), o.method, tol=o.tol, max_steps=o.max_steps, z0=z0,
+            problem, o.method, tol=o.tol, max_steps=o.max_steps, z0=z0,
             on_failure=o.on_failure, require_monotone=o.require_monotone, name=call.name,
         )  # fmt: skip
         call.found.append(solution)

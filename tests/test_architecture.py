@@ -65,6 +65,14 @@ def test_every_file_says_what_it_answers(path):
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_precision_has_one_setting(path):
+    """torch refuses to read its older settings where the newer one was written."""
+    code = path.read_text()
+    for older in ("allow_tf32", "set_float32_matmul_precision", "get_float32_matmul_precision"):
+        assert older not in code, f"{older}: take fp32_precision"
+
+
 def python(code: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": ""}
     return subprocess.run(

@@ -103,6 +103,34 @@ class ExplicitLayer(KeepingLayer, Owner, ABC):
             with full_precision(self._reference()):
                 return self.evaluate(x, run, self._tensors(run))
 
+    def _has_one_pass(
+        self, x: Tensor, run: torch.dtype, activation: ProximalActivation | None
+    ) -> bool:
+        """Say whether `_in_one_pass` runs on products of x: on a GPU, outside of graphs."""
+        return not self._is_composed(x, run) and fused.activates(x, activation)
+
+    def _is_composed(self, x: Tensor, run: torch.dtype) -> bool:
+        """Say whether PyTorch's operations are asked for: by a graph, a transform or autocast."""
+        return graph_is_made() or nothing_may_be_kept() or run != x.dtype
+
+    def _in_one_pass(
+        self,
+        u: Tensor,
+        bias: Tensor | None,
+        scale: Tensor,
+        activation: ProximalActivation | None,
+        inner: Tensor | None = None,
+    ) -> Tensor:
+        """Return σ(su + b)t with s, b and t by unit or channel; b and σ may be left out.
+
+        Without a gradient it may lie in the memory of u where there is a σ: u is a product then.
+        """
+        rows = u if isinstance(self.map, Convolution) else u.reshape(-1, u.shape[-1])
+        h = fused.activated(
+            rows, bias, scale, activation, inner=inner, overwrite=activation is not None
+        )
+        return h.view_as(u) if h.shape != u.shape else h
+
     def _precision(self, x: Tensor) -> torch.dtype:
         own, reference = self._own(), self._reference()
         if x.device != reference.device:
@@ -294,19 +322,16 @@ class ResidualLayer(ExplicitLayer):
     def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
         U, b, scale = tensors
         U = U.to(run)
-        if torch.is_grad_enabled() or graph_is_made() or nothing_may_be_kept() or run != x.dtype:
+        lasting = torch.is_grad_enabled() or self._is_composed(x, run)
+        if self._has_one_pass(x, run, self.activation):
+            h = self._in_one_pass(self.map.apply(x, U), b, scale, self.activation)
+        elif lasting:
             h = self.activation(self.map.apply(x.to(run), U, b.to(run)))
-            return x - self.map.adjoint((h * self.map.spread(scale)).to(run), U).to(x.dtype)
-        y = self.map.adjoint(self._hidden(x, U, b, scale), U)  # nobody else holds y
-        return torch.sub(x, y, out=y)
-
-    def _hidden(self, x: Tensor, U: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-        """Return 2T⁻¹σ(Ux + b), in memory that nobody else holds; on a GPU in one pass."""
-        if not fused.activates(x, self.activation):
-            return self.activation(self.map.apply(x, U, b)).mul_(self.map.spread(scale))
-        u = self.map.apply(x, U)
-        rows = u if isinstance(self.map, Convolution) else u.view(-1, u.shape[-1])
-        return fused.activated(rows, b, scale, self.activation).view_as(u)
+            h = (h * self.map.spread(scale)).to(run)
+        else:
+            h = self.activation(self.map.apply(x, U, b)).mul_(self.map.spread(scale))
+        y = self.map.adjoint(h, U).to(x.dtype)
+        return x - y if lasting else torch.sub(x, y, out=y)  # else nobody else holds y
 
     def _roundoff(self, x: Signal, tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> Growth:
         U, b, scale = tensors
@@ -329,6 +354,8 @@ class ContractionLayer(ExplicitLayer):
 
     def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
         V, b, scale = tensors
+        if torch.is_grad_enabled() and self._has_one_pass(x, run, None):
+            return self.map.apply(self._in_one_pass(x, None, scale, None), V, b)
         return self.map.apply((x * self.map.spread(scale)).to(run), V.to(run), b.to(run))
 
     def _roundoff(self, x: Signal, tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> Growth:
@@ -358,6 +385,9 @@ class SandwichLayer(ExplicitLayer):
 
     def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
         A, B, b, b_y, inner, outer = tensors
+        if self._has_one_pass(x, run, self.activation):
+            u = self.map.apply(x, B)
+            return self.map.adjoint(self._in_one_pass(u, b, outer, self.activation, inner), A, b_y)
         v = self.map.apply(x.to(run), B.to(run)) * self.map.spread(inner)
         h = self.activation(v + self.map.spread(b)) * self.map.spread(outer)
         return self.map.adjoint(h.to(run), A.to(run), b_y.to(run))

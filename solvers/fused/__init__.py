@@ -3,12 +3,21 @@
 from types import ModuleType
 
 from solvers.fused import device, loop
-from solvers.fused.device import activated, activates, reflected_sum
 from solvers.fused.iteration import Iteration
+from solvers.fused.launch import KernelWarning
+from solvers.fused.pointwise import activated, activates, reflected_sum
 from solvers.inclusion import Inclusion
 from solvers.method import Outcome, Request
 
-__all__ = ["Iteration", "activated", "activates", "reflected_sum", "run", "supports"]
+__all__ = [
+    "Iteration",
+    "KernelWarning",
+    "activated",
+    "activates",
+    "reflected_sum",
+    "run",
+    "supports",
+]
 
 
 def supports(problem: Inclusion) -> str | None:

@@ -12,15 +12,13 @@ import importlib
 import importlib.util
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from solvers.activations import PIECEWISE_LINEAR, LeakyReLU, ProximalActivation, ReLU, Step
+from solvers.activations import PIECEWISE_LINEAR
 from solvers.fused.iteration import Iteration, coefficients, plain
 from solvers.inclusion import Inclusion
 from solvers.loop import FIRST_CHECK, STALL, Splitting, State, drive
@@ -30,7 +28,6 @@ from solvers.operators.dense import DenseMap
 
 RESIDENT, TILED = 128, 512
 """The most units that `resident` and `tiled` are given."""
-_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -101,55 +98,6 @@ def run(problem: Inclusion, iteration: Iteration, request: Request) -> Outcome:
         value=z, residual=residual, steps=steps, loop="device",
         checks=int(checks.max()) if samples else 0,
     )  # fmt: skip
-
-
-def reflected_sum(
-    problem: Inclusion, alpha: Step, shift: Tensor
-) -> Callable[[Tensor], Tensor] | None:
-    """Return x ↦ ρ(x) + s in one pass, ρ the reflected prox; None where PyTorch has to do it."""
-    if not _serves(shift) or type(problem.activation) not in PIECEWISE_LINEAR:
-        return None
-    v = plain(shift)
-    slope, negative = coefficients(problem.activation)
-    numbers, n = v.new_tensor([negative]), problem.operator.n
-    alphas = torch.as_tensor(alpha, dtype=v.dtype, device=v.device).expand(n).contiguous()
-
-    def apply(x: Tensor) -> Tensor:
-        out = torch.empty_like(v)
-        _kernels().reflected_sum[(-(-v.numel() // _BLOCK),)](
-            plain(x), v, out, alphas, v if slope is None else slope, numbers, v.numel(), n,
-            SLOPES=slope is not None, BLOCK=_BLOCK,
-        )  # fmt: skip
-        return out
-
-    return apply
-
-
-def activates(x: Tensor, activation: ProximalActivation) -> bool:
-    """Whether `activated` runs on what is made of this: ReLU and LeakyReLU on a CUDA device."""
-    return _serves(x) and isinstance(activation, (ReLU, LeakyReLU)) and x.numel() > 0
-
-
-def activated(
-    u: Float[Tensor, "batch c *pixels"], bias: Tensor, scale: Tensor, activation: ProximalActivation
-) -> Tensor:
-    """Return σ(u + b)·t with b and t by channel, without a gradient; u may be overwritten."""
-    last = u.ndim == 4 and u.is_contiguous(memory_format=torch.channels_last)
-    u = u if last else u.contiguous()
-    _, negative = coefficients(activation)
-    pixels = 1 if last else math.prod(u.shape[2:])
-    _kernels().activated[(-(-u.numel() // _BLOCK),)](
-        u, plain(bias), plain(scale), u.new_tensor([negative]), u.numel(), pixels, u.shape[1],
-        BLOCK=_BLOCK,
-    )  # fmt: skip
-    return u
-
-
-def _serves(tensor: Tensor) -> bool:
-    """Whether kernels run on this tensor."""
-    if tensor.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
-        return False
-    return tensor.device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

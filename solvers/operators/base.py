@@ -20,7 +20,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from solvers.activations import Step
-from solvers.dependencies import Sendable, Snapshot, nothing_may_be_kept, undisturbed
+from solvers.dependencies import (
+    Sendable,
+    Snapshot,
+    all_same,
+    nothing_may_be_kept,
+    undisturbed,
+)
 from solvers.precision import cast
 
 T_ = TypeVar("T_")
@@ -123,17 +129,38 @@ class LinearOperator(Sendable, ABC):
         return self._memo
 
     def _settle(self) -> None:
+        """Compare all values at once; where some changed, find out which memos end."""
+        values = self._values()
+        tensors: list[Tensor] = []
+        copies: list[Tensor] = []
+        for memo, key, own in values:
+            if key in memo:
+                tensors += own
+                copies += memo[key].copies
+        if len(tensors) != len(copies) or not all_same(tensors, copies):
+            return self._settle_apart()
+        for memo, key, own in values:
+            if key not in memo:
+                memo[key] = Snapshot.of(own)
+        return None
+
+    def _values(self) -> list[tuple[dict[Hashable, Any], Hashable, tuple[Tensor, ...]]]:
+        """Return the tensors of which memos hold snapshots: memo, key and tensors, of all parts."""
+        found: list[tuple[dict[Hashable, Any], Hashable, tuple[Tensor, ...]]] = [
+            (self._memo, "values of W", self._given()),
+            (self._memo, ("values of Λ", self.transposed), (self._own_metric(),)),
+        ]
+        for part in self._parts():
+            found += part._values()
+        return found
+
+    def _settle_apart(self) -> None:
         for part in self._parts():
             part._settle()
-        memo = self._memo
-        for key, tensors in (
-            ("values of W", self._given()),
-            (("values of Λ", self.transposed), (self._own_metric(),)),
-        ):
+        for memo, key, tensors in self._values()[:2]:
             snapshot = memo.get(key)
             if snapshot is not None and not snapshot.fits(tensors):
-                memo = {}
-                object.__setattr__(self, "_memo", memo)
+                object.__setattr__(self, "_memo", {})
                 return self._settle()
             if snapshot is None:
                 memo[key] = Snapshot.of(tensors)

@@ -172,11 +172,15 @@ class DenseOperator(LinearOperator):
 
         The factor is that of the operator whose transpose this may be.
         """
+        inverse, info = torch.linalg.inv_ex(self.shifted(step))
+        return DenseResolvent(inverse, step), info
+
+    def shifted(self, step: Step) -> Tensor:
+        """Return I + α(I − W), what a resolvent inverts, of the operator as it was given."""
         A = self._I_minus_W()
         A = (A.T if self.transposed else A) * column(step)
         A.diagonal().add_(1)
-        inverse, info = torch.linalg.inv_ex(A)
-        return DenseResolvent(inverse, step), info
+        return A
 
     def relaxed(self, step: Step) -> DenseMap:
         matrix = self.W.detach().T * step  # column j of the transpose belongs to unit j

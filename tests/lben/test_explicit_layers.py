@@ -36,7 +36,7 @@ from lben import (
 )
 from lben.layers.maps import Convolution, Dense
 from lben.parameterizations.explicit import UNIT_BOUND
-from solvers import Sigmoid, Softplus, Tanh, fused
+from solvers import LeakyReLU, Sigmoid, Softplus, Tanh, fused
 
 DENSE = {
     "SLL": lambda **o: SLLLinear(6, 4, **o),
@@ -641,23 +641,57 @@ def test_layers_are_modules_that_repeat_themselves():
     assert "Convolution(kernel_size=3" in repr(layer)
 
 
-@pytest.mark.parametrize("kind", ["linear", "images", "channels last"])
-def test_one_pass_in_place_of_three_changes_nothing(kind, monkeypatch):
-    """As on a CUDA device; without one the kernel is interpreted."""
+LAYERS = {
+    "residual": lambda: SLLLinear(7, 5),
+    "residual images": lambda: SLLConv2d(3, 4, 3, padding=1),
+    "leaky": lambda: SLLConv2d(3, 4, 3, padding=1, activation=LeakyReLU(0.1)),
+    "contraction": lambda: AOLLinear(7, 5),
+    "contraction images": lambda: AOLConv2d(3, 4, 3, padding=1),
+    "sandwich": lambda: SandwichLinear(7, 6),
+    "sandwich images": lambda: SandwichConv2d(3, 4, 3, padding=1),
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_one_pass_in_place_of_three_changes_nothing(kind, channels_last, monkeypatch):
+    """As on a CUDA device; without one the kernels are interpreted."""
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    layer = SLLLinear(7, 5) if kind == "linear" else SLLConv2d(3, 4, 3, padding=1)
-    layer = layer.double().eval().to(device)
-    x = torch.randn((2, 3, 7) if kind == "linear" else (2, 3, 6, 5)).double().to(device)
-    x = x.to(memory_format=torch.channels_last) if kind == "channels last" else x
-    with torch.no_grad():
-        monkeypatch.setattr(fused.device, "_serves", lambda tensor: False)
-        expected = layer(x)
-        monkeypatch.setattr(fused.device, "_serves", lambda tensor: True)
-        original, calls = fused.activated, []
-        monkeypatch.setattr(fused, "activated", lambda *a: calls.append(1) or original(*a))
-        torch.testing.assert_close(layer(x), expected)
-    assert calls == [1]
+    layer = LAYERS[kind]().double().to(device)
+    images = isinstance(layer.map, Convolution)
+    x = torch.randn((2, 3, 6, 5) if images else (2, 3, 7)).double().to(device)
+    if channels_last:
+        if not images:
+            pytest.skip("of images")
+        x = x.to(memory_format=torch.channels_last)
+    original, calls = fused.activated, []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(fused, "activated", counted)
+    x.requires_grad_()
+
+    def results():
+        layer.train()
+        y = layer(x)
+        inputs = (x, *layer.parameters())
+        first = torch.autograd.grad(y.sin().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum(), inputs, allow_unused=True)
+        plain = torch.autograd.grad(layer(x).sin().sum(), inputs)
+        with torch.no_grad():
+            return y, first, second, plain, layer.eval()(x)
+
+    monkeypatch.setattr(fused.pointwise, "serves", lambda tensor: False)
+    expected, before = results(), x.detach().clone()
+    assert not calls
+    monkeypatch.setattr(fused.pointwise, "serves", lambda tensor: True)
+    for found, wanted in zip(results(), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert len(calls) == (2 if "contraction" in kind else 3)
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize(

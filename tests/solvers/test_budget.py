@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +17,8 @@ from solvers import (
     Tanh,
     budgeted_equilibrium,
     equilibrium,
+    refined_inverse,
+    resolvent_inverse,
     solve,
 )
 from tests.problems import random_inclusion
@@ -141,6 +145,71 @@ def test_changed_weights_are_noticed():
     assert (moved - z).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("step_size", [0.5, torch.linspace(0.3, 0.9, 12, dtype=torch.float64)])
+def test_an_inverse_that_is_given_gives_what_one_that_is_computed_does(step_size):
+    W, v, σ, metric = pieces(random_inclusion(activation=Tanh()))
+    W, v = W.requires_grad_(), v.requires_grad_()
+    options = {"step_size": step_size, "steps": 40, "metric": metric}
+    inverse = resolvent_inverse(W, step_size=step_size)
+    assert not inverse.requires_grad
+    A = torch.eye(12) + torch.as_tensor(step_size).reshape(-1, 1) * (torch.eye(12) - W)
+    torch.testing.assert_close(A @ inverse, torch.eye(12, dtype=W.dtype))
+    z, residual = budgeted_equilibrium(W, v, σ, inverse=inverse, **options)
+    expected, own = budgeted_equilibrium(W, v, σ, **options)
+    assert torch.equal(z, expected)
+    assert torch.equal(residual, own)
+    g = torch.randn_like(z)
+    for found, wanted in zip(
+        torch.autograd.grad(z, (W, v), g), torch.autograd.grad(expected, (W, v), g), strict=True
+    ):
+        assert torch.equal(found, wanted)
+
+
+def test_the_residual_tells_of_an_inverse_that_is_none():
+    W, v, σ, _ = pieces(random_inclusion())
+    near = 1.05 * resolvent_inverse(W, step_size=0.5)
+    options = {"step_size": 0.5, "steps": 200}
+    _, residual = budgeted_equilibrium(W, v, σ, inverse=near, **options)
+    assert (residual > 1e-3).all()
+    r = torch.zeros_like(residual)
+    z, _ = budgeted_equilibrium(
+        W.requires_grad_(), v, σ, inverse=near, adjoint_residual=r, **options
+    )
+    z.sum().backward()
+    assert (r > 1e-3).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_inverse_is_refined_by_squares(dtype):
+    W = pieces(random_inclusion(dtype=dtype))[0]
+    exact, eps = resolvent_inverse(W, step_size=0.5), torch.finfo(dtype).eps
+    near = exact + 0.02 * torch.randn_like(exact)
+    errors = [float(refined_inverse(W, near, step_size=0.5, steps=k)[1]) for k in (1, 2, 3, 6)]
+    for before, after in pairwise(errors):
+        assert after <= 1.01 * before**2 + 100 * eps
+    assert errors[-1] < 100 * eps
+    X, _ = refined_inverse(W, near, step_size=0.5, steps=6)
+    torch.testing.assert_close(X, exact, rtol=0, atol=100 * eps)
+    _, error = refined_inverse(W, -exact, step_size=0.5, steps=3)
+    assert not error < 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda W: refined_inverse(W, W, step_size=0.5, steps=0), "at least 1, got 0"),
+        (lambda W: refined_inverse(W, W[:2], step_size=0.5, steps=1), r"\(3, 3\).*\(2, 3\)"),
+        (lambda W: refined_inverse(W, W.double(), step_size=0.5, steps=1), "float64"),
+        (lambda W: refined_inverse(W, W, step_size=0.0, steps=1), "positive and finite, got 0"),
+        (lambda W: resolvent_inverse(W[:2], step_size=0.5), "square"),
+        (lambda W: resolvent_inverse(W, step_size=-1.0), "positive and finite, got -1"),
+    ],
+)
+def test_bad_inverses_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.zeros(3, 3))
+
+
 class NoLook(TorchDispatchMode):
     """Refuses to tell a number, and to bring one from the host: either waits for the device."""
 
@@ -168,6 +237,8 @@ def test_nothing_waits_for_the_device(activation, step_size):
             W, v, activation, step_size=step_size, steps=3, adjoint_residual=r
         )
         z.sum().backward()
+        X, _ = refined_inverse(W, W, step_size=step_size, steps=2)
+        budgeted_equilibrium(W, v, activation, step_size=step_size, steps=3, inverse=X)
 
 
 def test_autocast_does_not_reach_the_products():
@@ -191,6 +262,7 @@ def test_autocast_does_not_reach_the_products():
         ({"step_size": torch.ones(3)}, r"one per unit, shape \(4,\)"),
         ({"step_size": torch.ones(4, dtype=torch.float64)}, "got .* of torch.float64"),
         ({"metric": torch.ones(3)}, "metric"),
+        ({"inverse": torch.ones(3, 3)}, r"shaped as W, \(4, 4\).*got \(3, 3\)"),
         ({"adjoint_residual": torch.ones(3)}, r"shape \(2,\), got \(3,\)"),
         ({"activation": LinearSlope(torch.ones(2, 4).requires_grad_())}, "slopes get no gradient"),
     ],

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from solvers import (
     DenseOperator,
@@ -16,10 +17,12 @@ from solvers import (
     ReLU,
     Tanh,
     ZeroOperator,
+    dependencies,
     equilibrium,
     solve,
 )
-from solvers.dependencies import Snapshot, nothing_may_be_kept, read, same
+from solvers.dependencies import Snapshot, all_same, nothing_may_be_kept, read, same
+from solvers.operators import base
 from tests.problems import (
     block_triangular_operator,
     convolution_operator,
@@ -122,7 +125,7 @@ def test_a_solve_reports_the_residual_of_the_weights_as_they_are():
 
 def test_a_lookup_within_a_solve_compares_nothing(monkeypatch):
     looks = []
-    monkeypatch.setattr(Snapshot, "fits", lambda *_: looks.append(1) or True)
+    monkeypatch.setattr(base, "all_same", lambda *_: looks.append(1) or True)
     W = monotone_operator(5)
     W.constants()
     looks.clear()
@@ -240,3 +243,101 @@ def test_problems_and_solutions_can_be_sent_with_a_graph(kind, send):
     again = solve(send(problem), tol=1e-10)
     torch.testing.assert_close(again.value, solution.value.detach())
     send(LinearSlope(0.5 * problem.bias))
+
+
+@pytest.fixture(params=["host", "device"])
+def place(request, monkeypatch):
+    """Where values are compared: in the host's memory, or as on a device, whose memory it hides."""
+    if request.param == "device":
+        monkeypatch.setattr(dependencies, "_is_on_host", lambda t: False)
+
+
+class Looks(TorchDispatchMode):
+    """Counts how often the host waits for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        self.count += name in ("_local_scalar_dense", "equal", "nonzero", "_to_copy")
+        return operation(*args, **kwargs or {})
+
+
+KINDS = [
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128,
+    torch.int8, torch.int64, torch.bool,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_every_bit_counts(place, dtype):
+    a = torch.tensor([0, 1, 1, 0, 1, 1]).reshape(2, 3).to(dtype)
+    for t in (a, a.T, a[:, ::2], a[:0], a[0, 0], a[:, None]):
+        assert same(t, t.clone())
+        if t.numel():
+            other = t.clone()
+            last = (-1,) * t.ndim
+            other[last] = 1 - int(t[last].real)
+            assert not same(t, other)
+    assert not same(a, a.reshape(3, 2))
+    assert not same(a, torch.zeros(2, 3, dtype=torch.int16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_bits_decide_and_not_numbers(place, dtype):
+    zero, nan = torch.zeros(3, dtype=dtype), torch.full((3,), torch.nan, dtype=dtype)
+    assert not same(zero, -zero)
+    assert same(nan, nan.clone())
+    other = nan.clone()
+    other.view(torch.uint8)[0] ^= 1  # a NaN of another payload
+    assert other.isnan().all()
+    assert not same(nan, other)
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_an_operator_on_a_device_is_waited_for_once_a_solve(monkeypatch, kind):
+    """Weights, metric and those of its parts together; and once more where something changed."""
+    W = OPERATORS[kind]()
+    with W.settled():
+        pass
+    monkeypatch.setattr(dependencies, "_is_on_host", lambda t: False)
+    with Looks() as looks, W.settled():
+        pass
+    assert looks.count == 1
+    memo = W._memo
+    W.metric.mul_(2) if kind in ("dense", "zero") else W.tensors[0].mul_(2)
+    with W.settled():
+        assert W._memo is not memo or any(p._memo for p in W._parts())
+
+
+def test_pending_negations_and_conjugates_are_done(place):
+    z = torch.randn(4, dtype=torch.complex128)
+    for t in (z.conj(), z.conj().imag, z.real):
+        kept = t.clone()
+        assert same(t, kept)
+        z.mul_(-1)
+        assert not same(t, kept)
+        z.mul_(-1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_a_snapshot_on_a_device_is_waited_for_once(monkeypatch, count):
+    monkeypatch.setattr(dependencies, "_is_on_host", lambda t: False)
+    tensors = tuple(torch.randn(3, i + 1) for i in range(count))
+    snapshot = Snapshot.of(tensors)
+    with Looks() as looks:
+        assert snapshot.fits(tensors)
+    assert looks.count == 1
+    for t in tensors:
+        t[0, 0] += 1
+        with Looks() as looks:
+            assert not snapshot.fits(tensors)
+        assert looks.count == 1
+        t[0, 0] -= 1
+        t.copy_(snapshot.copies[[id(s) for s in tensors].index(id(t))])
+    with Looks() as looks:
+        assert not snapshot.fits((*tensors[1:], torch.zeros(9)))  # shapes are the host's to tell
+    assert looks.count == 0
+    assert all_same((), ())

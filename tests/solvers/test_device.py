@@ -21,7 +21,7 @@ from solvers import (
     solve,
 )
 from solvers.fused import device
-from tests.problems import convolution_operator, random_inclusion
+from tests.problems import random_inclusion
 
 pytest.importorskip("triton")
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -174,45 +174,3 @@ def test_full_tiles_on_the_device(n, dtype, monkeypatch):
     other = solve(problem.to(torch.float64), tol=1e-10, on_failure="raise")
     distance = other.value.sub(one.value.double().cpu())
     assert (problem.to(torch.float64).operator.norm(distance) <= 1.01 * one.error_bound.cpu()).all()
-
-
-@pytest.fixture
-def everywhere(monkeypatch):
-    """Pointwise kernels take tensors of the CPU too."""
-    monkeypatch.setattr(device, "_serves", lambda tensor: True)
-    monkeypatch.setattr(device, "_BLOCK", 16)
-
-
-@pytest.mark.parametrize("kind", ["relu", "leaky", "linear"])
-def test_convolutions_reflect_and_add_in_one_pass(everywhere, monkeypatch, kind):
-    operator = convolution_operator(4, 3, (6, 5))
-    bias = torch.randn(3, operator.n, dtype=torch.float64)
-    problem = Inclusion(operator, bias, ReLU())
-    problem = dataclasses.replace(problem, activation=activation(kind, problem))
-    one = solve(problem, PeacemanRachford(), tol=1e-9, on_failure="raise")
-    monkeypatch.setattr(device, "_serves", lambda tensor: False)
-    other = solve(problem, PeacemanRachford(), tol=1e-9, on_failure="raise")
-    torch.testing.assert_close(one.value, other.value, rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize("sigma", [ReLU(), LeakyReLU(0.3)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_bias_activation_and_scale_in_one_pass(everywhere, sigma, dtype):
-    for u in (torch.randn(5, 7, dtype=dtype), torch.randn(2, 7, 3, 5, dtype=dtype)):
-        b, t = torch.randn(2, 7, dtype=dtype)
-        shape = (-1, *[1] * (u.ndim - 2))
-        expected = sigma(u + b.view(shape)) * t.view(shape)
-        layouts = [u, u.to(memory_format=torch.channels_last)] if u.ndim == 4 else [u]
-        for own in layouts:
-            own = own.clone()
-            found = device.activated(own, b, t, sigma)
-            torch.testing.assert_close(found, expected)
-    assert device.activates(u, sigma)
-    assert not device.activates(u, Tanh())
-    assert not device.activates(u[:0], sigma)
-
-
-def test_pointwise_kernels_leave_the_cpu_to_pytorch():
-    assert not device.activates(torch.randn(5, 7), ReLU())
-    problem = random_inclusion(5, (3,))
-    assert device.reflected_sum(problem, 0.5, problem.bias) is None

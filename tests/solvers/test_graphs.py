@@ -1,5 +1,4 @@
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +14,8 @@ from solvers import (
     Tanh,
     budgeted_equilibrium,
     graphs,
+    refined_inverse,
+    resolvent_inverse,
     solve,
 )
 from tests.problems import random_inclusion
@@ -35,7 +36,9 @@ def arguments(batch=(7,), seed=0, device="cpu", grad=True):
 # What a capture does is done here on the CPU: every operation is recorded with the memory that it
 # read and wrote, a look at a number is refused, a replay runs the operations again from and to the
 # same memory, and a backward graph leaves rubbish in the memory of the forward graph's results,
-# whose pool it shares.
+# whose pool it shares. Libraries have a handle per stream: an inverse on a stream that is captured
+# is refused unless there was one on this stream before, and where the machine says so always. After
+# a capture that failed others fail until the device has come to rest.
 class FakeGraph:
     def __init__(self):
         self.operations, self.pooled, self.replays = [], None, 0
@@ -70,38 +73,100 @@ def storage(t):
     return t.untyped_storage().data_ptr()
 
 
-class Recorder(TorchDispatchMode):
-    def __init__(self, graph):
+INVERSES = (torch.ops.aten.linalg_inv_ex, torch.ops.aten.linalg_lu_factor_ex)
+
+
+class Machine(list):
+    """The captures in their order.
+
+    Attributes:
+        streams: the current one last.
+        handles: streams on which there was a factorization.
+        invalid: whether a capture failed and the device has not come to rest since.
+        factors: whether factorizations may be captured at all.
+    """
+
+    def __init__(self):
         super().__init__()
-        self.graph = graph
+        self.streams, self.handles, self.invalid, self.factors = [object()], set(), False, True
+
+    def capture_inverse(self):
+        if not self.factors or self.streams[-1] not in self.handles:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+
+class Handles(TorchDispatchMode):
+    """Notes on which streams there was a factorization."""
+
+    def __init__(self, machine):
+        super().__init__()
+        self.machine = machine
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.overloadpacket in INVERSES:
+            self.machine.handles.add(self.machine.streams[-1])
+        return operation(*args, **kwargs or {})
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self, graph, machine):
+        super().__init__()
+        self.graph, self.machine = graph, machine
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if operation.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.equal):
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        if operation.overloadpacket in INVERSES:
+            self.machine.capture_inverse()
         results = operation(*args, **kwargs)
         self.graph.operations.append((operation, args, kwargs, tree_leaves(results)))
         return results
 
 
+class Stream:
+    def wait_stream(self, other):
+        pass
+
+
 @pytest.fixture
 def machine(monkeypatch):
     """A CPU on which functions can be captured; holds the captures in their order."""
-    captured = []
+    captured = Machine()
 
     @contextmanager
-    def capture(graph, pool=None):
+    def on(stream):
+        captured.streams.append(stream)
+        with nullcontext() if stream is captured.streams[0] else Handles(captured):
+            yield
+        captured.streams.pop()
+
+    @contextmanager
+    def capture(graph, pool=None, stream=None):
+        if captured.invalid:
+            raise RuntimeError("the device has not come to rest since a capture failed")
         captured.append(graph)
         graph.pooled = pool
-        with Recorder(graph):
-            yield
+        captured.streams.append(stream)
+        try:
+            with Recorder(graph, captured):
+                yield
+        except RuntimeError:
+            captured.invalid = True
+            raise
+        finally:
+            captured.streams.pop()
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    def synchronize(device=None):
+        captured.invalid = False
+
+    current = captured.streams[0] = Stream()
     fakes = {
         "device": lambda device: nullcontext(),
-        "stream": lambda stream: nullcontext(),
-        "Stream": lambda device: stream,
-        "current_stream": lambda device: stream,
+        "stream": on,
+        "Stream": lambda device: Stream(),
+        "current_stream": lambda device: current,
+        "synchronize": synchronize,
         "get_rng_state": lambda device: torch.get_rng_state(),
         "set_rng_state": lambda state, device: torch.set_rng_state(state),
         "is_current_stream_capturing": lambda: False,
@@ -266,6 +331,67 @@ def test_a_look_at_a_number_prevents_a_graph_and_is_tried_once(machine):
     assert len(machine) == 1
 
 
+def test_a_device_comes_to_rest_after_a_capture_that_failed(machine):
+    function = budgeted()
+    refused = Graphed(lambda W, v: (v * float(v.sum()),))
+    refused(*arguments(grad=False))
+    assert "the capture failed" in refused.status
+    graphed = Graphed(function)
+    check_equal(graphed, function, arguments())
+    assert graphed.status == "replayed"
+
+
+def test_a_device_at_rest_tells_its_error_no_second_time(machine, monkeypatch):
+    def synchronize(device=None):
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    graphed = Graphed(lambda x: (x * float(x.sum()),))
+    torch.testing.assert_close(graphed(torch.ones(3))[0], 3 * torch.ones(3))
+    assert "not permitted when stream is capturing" in graphed.status
+
+
+def test_the_inverse_may_be_an_argument_where_it_cannot_be_captured(machine):
+    machine.factors = False
+    inside = Graphed(budgeted(ReLU(), 0.5))
+    inside(*arguments())
+    assert "previous error during capture" in inside.status
+
+    def given(W, v, inverse):
+        return budgeted_equilibrium(W, v, ReLU(), step_size=0.5, steps=60, inverse=inverse)
+
+    graphed, function = Graphed(given), budgeted(ReLU(), 0.5)
+    for seed in range(3):
+        W, v = arguments(seed=seed)
+        inverse = resolvent_inverse(W, step_size=0.5)
+        check_equal(lambda W, v, X=inverse: graphed(W, v, X), function, (W, v))
+        assert graphed.status == "replayed"
+    assert graphed.replays == 3
+
+
+def test_the_inverse_may_follow_the_weights_within_the_graph(machine):
+    machine.factors = False
+
+    def step(W, v, inverse):
+        X, error = refined_inverse(W, inverse, step_size=0.5, steps=3)
+        return *budgeted_equilibrium(W, v, ReLU(), step_size=0.5, steps=90, inverse=X), X, error
+
+    graphed, (W, v) = Graphed(step), arguments()
+    X = resolvent_inverse(W, step_size=0.5)
+    for _ in range(4):
+        with torch.no_grad():
+            W -= 0.02 * torch.randn_like(W)
+        z, residual, X, error = graphed(W, v, X)
+        assert graphed.status == "replayed"
+        assert float(error) < 1e-12 > float(residual.max())
+        expected, _ = budgeted(ReLU(), 0.5, steps=90)(W, v)
+        g = torch.randn_like(z)
+        torch.testing.assert_close(z, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(z, (W, v), g), torch.autograd.grad(expected, (W, v), g)
+        )
+
+
 def test_forgotten_gradients_prevent_a_graph(machine):
     reason = "a tensor that is no argument requires a gradient"
     inside = torch.ones(3, requires_grad=True)
@@ -352,6 +478,19 @@ def test_cuda_changed_weights_are_noticed():
     W.mul_(0.5)
     torch.testing.assert_close(graphed(W, v), function(W, v))
     assert (graphed.status, graphed.replays) == ("replayed", 2)
+
+
+@pytest.mark.gpu
+def test_cuda_inverses_may_be_arguments():
+    def step(W, v, inverse):
+        X, error = refined_inverse(W, inverse, step_size=0.5, steps=3)
+        return *budgeted_equilibrium(W, v, ReLU(), step_size=0.5, steps=60, inverse=X), error
+
+    graphed, (W, v) = Graphed(step), arguments(device="cuda")
+    z, residual, error = graphed(W, v, 0.999 * resolvent_inverse(W, step_size=0.5))
+    assert graphed.status == "replayed"
+    assert float(error) < 1e-12 > float(residual.max())
+    torch.testing.assert_close(z, budgeted(ReLU(), 0.5)(W, v)[0])
 
 
 @pytest.mark.gpu

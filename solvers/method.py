@@ -46,6 +46,8 @@ class Outcome:
         checks: how often the residual was evaluated.
         loop: where the iterations ran: in PyTorch, compiled on a CPU, or in Triton on the device.
         resting: of which samples rounding is what is left above the tolerance; `solve` finds out.
+        worst: the largest residual, where it came with the rest; not finite if one is not.
+        fallback: why PyTorch ran the iterations in the place of a kernel that failed.
     """
 
     value: Float[Tensor, "batch n"]
@@ -54,12 +56,15 @@ class Outcome:
     checks: int
     loop: Loop = "torch"
     resting: Bool[Tensor, " batch"] | None = None
+    worst: float | None = None
+    fallback: str | None = None
 
     def status(self, request: Request) -> Status:
         """Say how the solve ended, the worst sample speaking for all."""
         if self.residual.numel() == 0:
             return Status.CONVERGED
-        worst = float(self.residual.max())  # NaN propagates
+        # The maximum propagates NaN.
+        worst = float(self.residual.max()) if self.worst is None else self.worst
         if worst <= request.tol:
             return Status.CONVERGED
         if not math.isfinite(worst):
@@ -81,7 +86,7 @@ class Outcome:
         """Return what was found for the samples of `index`."""
         return dataclasses.replace(
             self, value=self.value[index], residual=self.residual[index], steps=self.steps[index],
-            resting=None if self.resting is None else self.resting[index],
+            resting=None if self.resting is None else self.resting[index], worst=None,
         )  # fmt: skip
 
     def replaced(self, index: Tensor, other: Outcome) -> Outcome:
@@ -97,7 +102,7 @@ class Outcome:
             resting[index] = other.resting
         return dataclasses.replace(
             self, value=value, residual=residual, steps=steps, resting=resting,
-            checks=self.checks + other.checks,
+            checks=self.checks + other.checks, worst=None,
         )  # fmt: skip
 
     def better_than(self, other: Outcome) -> Outcome:
@@ -107,6 +112,7 @@ class Outcome:
             self,
             value=torch.where(nearer[:, None], self.value, other.value),
             residual=torch.where(nearer, self.residual, other.residual.to(self.residual.dtype)),
+            worst=None,
         )
         if self.resting is None or other.resting is None:
             return kept

@@ -71,11 +71,13 @@ class Stats:
         steps: iterations taken until each sample passed its check.
         checks: how often the residual was evaluated; each costs one product with W.
         loop: where the iterations ran: in PyTorch, compiled on a CPU, or in Triton on the device.
+        fallback: why that was PyTorch, where a kernel for the device could not be compiled or run.
     """
 
     steps: Int[Tensor, " *batch"]
     checks: int
     loop: Loop = "torch"
+    fallback: str | None = None
 
     @property
     def max_steps(self) -> int:

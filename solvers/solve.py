@@ -97,7 +97,10 @@ def solve(
             value=_shaped(value, shape),
             status=status,
             stats=Stats(
-                steps=_shaped(outcome.steps, shape[:-1]), checks=outcome.checks, loop=outcome.loop
+                steps=_shaped(outcome.steps, shape[:-1]),
+                checks=outcome.checks,
+                loop=outcome.loop,
+                fallback=outcome.fallback,
             ),
             residual=_shaped(outcome.residual, shape[:-1]).to(value.dtype),
             tol=tol,
@@ -196,6 +199,7 @@ def _continued(problem: Inclusion, method: Method, request: Request, outcome: Ou
         outcome,
         value=torch.where(zero[:, None], 0.0, outcome.value),
         residual=torch.where(zero, 0.0, outcome.residual),
+        worst=None,
     )
     unfinished = outcome.unfinished(request)
     if not bool(unfinished.any()) or not bool(outcome.residual.isfinite().all()):

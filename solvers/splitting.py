@@ -54,7 +54,7 @@ class SteppedSplitting(Splitting):
         """Iterate until every sample is done, in the compiled loop where there is one."""
         if self.compiled is False:
             return super().run(problem, request)
-        reason = fused.supports(problem)
+        reason, failure = fused.supports(problem), None
         if reason is None:
             iteration = self.iteration(problem)
             if iteration is None:
@@ -62,10 +62,14 @@ class SteppedSplitting(Splitting):
             elif request.max_steps <= iteration.done:
                 reason = "it enters with the first step done"
             else:
-                return fused.run(problem, iteration, request)
+                found = fused.run(problem, iteration, request)
+                if isinstance(found, Outcome):
+                    return found
+                reason = failure = found
         if self.compiled:
             raise ValueError(f"the compiled loop was demanded, but {reason}")
-        return super().run(problem, request)
+        outcome = super().run(problem, request)
+        return outcome if failure is None else replace(outcome, fallback=failure)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

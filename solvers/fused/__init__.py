@@ -25,8 +25,8 @@ def supports(problem: Inclusion) -> str | None:
     return _backend(problem).supports(problem)
 
 
-def run(problem: Inclusion, iteration: Iteration, request: Request) -> Outcome:
-    """Solve a flat problem that `supports` accepts."""
+def run(problem: Inclusion, iteration: Iteration, request: Request) -> Outcome | str:
+    """Solve a flat problem that `supports` accepts, or say why its kernels cannot run here."""
     return _backend(problem).run(problem, iteration, request)
 
 

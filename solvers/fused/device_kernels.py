@@ -37,13 +37,16 @@ NUMBERS = (
 
 @triton.jit
 def _rho(x, c, KIND: tl.constexpr):
-    """|x|; or x for positive and cx for other x ("sides"); or cx ("linear")."""
+    """|x|; or x for positive and cx for other x ("sides"); or cx ("linear"); or x ("plain")."""
     if KIND == "abs":
-        return tl.abs(x)
+        y = tl.abs(x)
     elif KIND == "linear":
-        return c * x
+        y = c * x
+    elif KIND == "sides":
+        y = tl.where(x > 0, x, c * x)
     else:
-        return tl.where(x > 0, x, c * x)
+        y = x
+    return y
 
 
 @triton.jit
@@ -108,13 +111,14 @@ def _dot(x, A, total, PRECISION: tl.constexpr):
     The interpreter multiplies the bits of bfloat16 as integers, and its casts truncate.
     """
     if PRECISION != "bf16":
-        return tl.dot(x, A, total, input_precision=PRECISION)
+        product = tl.dot(x, A, total, input_precision=PRECISION, out_dtype=total.dtype)
     elif A.dtype == tl.bfloat16:
-        return tl.dot(x.to(tl.bfloat16), A, total)
+        product = tl.dot(x.to(tl.bfloat16), A, total)
     else:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        return tl.dot(bits.to(tl.float32, bitcast=True), A, total, input_precision="ieee")
+        product = tl.dot(bits.to(tl.float32, bitcast=True), A, total, input_precision="ieee")
+    return product
 
 
 # Note [Blocks of units]
@@ -189,12 +193,12 @@ def _streamed(
 def _slopes(slope_ptr, negative, row, samples, n, columns, SLOPES: tl.constexpr):
     """d of σ(v) = dv, or of max(v, dv)."""
     if SLOPES:
-        return _read(slope_ptr, row, samples, n, columns)
+        tiles = _read(slope_ptr, row, samples, n, columns)
     else:
         tiles = ()
         for i in tl.static_range(len(columns)):
             tiles += (tl.zeros_like(columns[i]).to(negative.dtype)[None, :] + negative,)
-        return tiles
+    return tiles
 
 
 @triton.jit
@@ -205,8 +209,8 @@ def _bends(
     """The c of ρ; that of |x| is −1."""
     tiles = ()
     if KIND == "abs":
-        for i in tl.static_range(len(columns)):
-            tiles += (-1.0,)
+        for _i in tl.static_range(len(columns)):
+            tiles += (negative - 1.0,)
     else:
         d = _slopes(slope_ptr, negative, row, samples, n, columns, KIND == "linear")
         for i in tl.static_range(len(columns)):
@@ -272,14 +276,11 @@ def resident(
             x = _streamed(z, m_ptr, own_ptr, row, columns, x, WIDTH, DEPTH, PRECISION)
 
     # What is multiplied in every step: bf16(M), or M where there are no increments.
-    if INCREMENTS:
-        M = _matrix(low_ptr, columns, WIDTH)
-    else:
-        M = _matrix(m_ptr, columns, WIDTH)
+    M = _matrix(low_ptr if INCREMENTS else m_ptr, columns, WIDTH)
     c = _bends(slope_ptr, alpha_ptr, negative, row, samples, n, columns, REFLECTED, KIND)
 
     finished = (row >= samples).to(tl.int32)
-    step, mark_step, checks, ahead = DONE, 0, 0, 0
+    step, mark_step, checks, ahead = 0 * first + DONE, 0 * first, 0 * first, 0 * first
     due, stalled = False, False
     length = first
     ratio, rate = tl.load(numbers_ptr + 5), tl.zeros_like(tol)
@@ -288,7 +289,8 @@ def resident(
     largest_residual = tl.zeros_like(largest)
     running = True
     while running:
-        # The same rows and units; as the compiler cannot know that, it keeps no addresses in registers.
+        # The same rows and units. The compiler cannot know that, and keeps no addresses in
+        # registers.
         nothing = tl.multiple_of(tl.minimum(step, 0), 256)
         here, columns = row + nothing, _columns(BLOCKS, nothing)
         if due:
@@ -388,7 +390,8 @@ def resident(
                 needed = tl.ceil(tl.log(goal / worst) / rate)
                 most_gain = tl.maximum(-4.5 / rate, 1.0)
                 due = needed <= tl.minimum(most_gain, ahead.to(needed.dtype))
-                ahead = tl.minimum(tl.minimum(needed, most_gain), ahead.to(needed.dtype)).to(tl.int32)
+                ahead = tl.minimum(ahead.to(needed.dtype), tl.minimum(needed, most_gain))
+                ahead = ahead.to(tl.int32)
             aged = step >= mark_step * 5 // 4 + 64
             stalled = (aged & (worst > 0.5 * mark)) | (worst == 0.0)
             if aged:
@@ -397,7 +400,7 @@ def resident(
                 ahead = 1
             step += ahead
             due = due | stalled | (step >= max_steps)
-            for k in range(1, ahead):
+            for _k in range(1, ahead):
                 rho, argument = (), ()
                 for i in tl.static_range(len(columns)):
                     rho += (_rho(x[i], c[i], KIND),)
@@ -420,3 +423,97 @@ def resident(
     most = _worst(largest_residual, row >= samples).to(tl.float64)
     tl.atomic_max(summary_ptr, most.to(tl.int64, bitcast=True))
     tl.atomic_max(summary_ptr + 1, checks.to(tl.int64))
+
+
+# --- One launch for a step
+
+
+@triton.jit
+def _place(samples, n, ROWS: tl.constexpr, UNITS: tl.constexpr, GROUP: tl.constexpr):
+    """The samples and units of this program: tiles that read the same rows run side by side."""
+    down, across = tl.cdiv(samples, ROWS), tl.cdiv(n, UNITS)
+    program, whole = tl.program_id(0), GROUP * across
+    first = program // whole * GROUP
+    height = tl.minimum(down - first, GROUP)
+    row = (first + program % whole % height) * ROWS + tl.arange(0, ROWS)
+    return row, program % whole // height * UNITS + tl.arange(0, UNITS)
+
+
+@triton.jit
+def _bend(
+    slope_ptr, alpha_ptr, negative, row, unit, samples, n,
+    REFLECTED: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """The c of ρ for some samples and units."""
+    if KIND == "abs" or KIND == "plain":
+        c = negative
+    else:
+        alpha = tl.load(alpha_ptr + unit)[None, :]
+        if KIND == "linear":
+            inside = (row < samples)[:, None] & (unit < n)[None, :]
+            at = row[:, None].to(tl.int64) * n + unit[None, :]
+            d = tl.load(slope_ptr + at, mask=inside, other=0.0)
+        else:
+            d = tl.zeros_like(alpha) + negative
+        factor = _shrunk(d, alpha)
+        c = 2 * factor - 1 if REFLECTED else factor
+    return c
+
+
+@triton.jit(do_not_specialize=["samples"])
+def advance(
+    x_ptr, shift_ptr, out_ptr, change_ptr, m_ptr, alpha_ptr, slope_ptr, numbers_ptr, samples, n,
+    REFLECTED: tl.constexpr, RELAXED: tl.constexpr, KIND: tl.constexpr, CHANGES: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """T(x) of ROWS samples and UNITS units, and what ρ changes by, for `increment`.
+
+    M is WIDTH², padded; x, shift and both results are samples × n.
+    """
+    negative, theta = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
+    row, unit = _place(samples, n, ROWS, UNITS, GROUP)
+    inside = (row < samples)[:, None] & (unit < n)[None, :]
+    at = row[:, None].to(tl.int64) * n + unit[None, :]
+    image = tl.zeros((ROWS, UNITS), dtype=x_ptr.dtype.element_ty)
+    for first in range(0, WIDTH, DEPTH):
+        k = first + tl.arange(0, DEPTH)
+        here = (row < samples)[:, None] & (k < n)[None, :]
+        x = tl.load(x_ptr + row[:, None].to(tl.int64) * n + k[None, :], mask=here, other=0.0)
+        c = _bend(slope_ptr, alpha_ptr, negative, row, k, samples, n, REFLECTED, KIND)
+        A = tl.load(m_ptr + k[:, None] * WIDTH + unit[None, :])
+        image = _dot(_rho(x, c, KIND), A, image, PRECISION)
+    image += tl.load(shift_ptr + at, mask=inside, other=0.0)
+    if RELAXED or CHANGES:
+        x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    if RELAXED:
+        image = (1 - theta) * x + theta * image
+    tl.store(out_ptr + at, image, mask=inside)
+    if CHANGES:
+        c = _bend(slope_ptr, alpha_ptr, negative, row, unit, samples, n, REFLECTED, KIND)
+        change = _rho(image, c, KIND) - _rho(x, c, KIND)
+        tl.store(change_ptr + at, change.to(change_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["samples"])
+def increment(
+    x_ptr, change_ptr, next_ptr, low_ptr, alpha_ptr, slope_ptr, numbers_ptr, samples, n,
+    REFLECTED: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """x ← x + change · bf16(M) in place, and the change of ρ that this makes, for the next step."""
+    negative = tl.load(numbers_ptr)
+    row, unit = _place(samples, n, ROWS, UNITS, GROUP)
+    inside = (row < samples)[:, None] & (unit < n)[None, :]
+    at = row[:, None].to(tl.int64) * n + unit[None, :]
+    moved = tl.zeros((ROWS, UNITS), dtype=tl.float32)
+    for first in range(0, WIDTH, DEPTH):
+        k = first + tl.arange(0, DEPTH)
+        here = (row < samples)[:, None] & (k < n)[None, :]
+        d = tl.load(change_ptr + row[:, None].to(tl.int64) * n + k[None, :], mask=here, other=0.0)
+        moved = _dot(d, tl.load(low_ptr + k[:, None] * WIDTH + unit[None, :]), moved, "bf16")
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    c = _bend(slope_ptr, alpha_ptr, negative, row, unit, samples, n, REFLECTED, KIND)
+    change = _rho(x + moved, c, KIND) - _rho(x, c, KIND)
+    tl.store(x_ptr + at, x + moved, mask=inside)
+    tl.store(next_ptr + at, change.to(next_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,278 @@
+"""How is a large problem solved on a CUDA device, one launch per step?
+
+The rules are those of the kernel `resident` (Note [Increments] and Note [When the device looks] of
+`device_kernels`), evaluated on the host, which waits for the device at bases and checks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solvers.fused.iteration import plain
+from solvers.fused.launch import launched
+from solvers.fused.tiles import Loop, kernels
+from solvers.inclusion import Inclusion
+from solvers.loop import FIRST_CHECK, STALL
+from solvers.method import Outcome, Request
+from solvers.operators import DenseOperator
+
+_GROUP = 8
+"""Tiles of samples that run side by side, for all units: they read the same columns of M."""
+_LONGEST = 64
+_GAIN = 4.5
+"""Logarithm of what a block may gain before the rounding of its increments matters."""
+_LEAVE_SHARE = 0.5
+
+
+class _Failed(Exception):
+    """A kernel cannot run here."""
+
+
+def launch_by_launch(problem: Inclusion, loop: Loop, request: Request) -> Outcome | str:
+    """Solve a flat problem, or say why its kernels cannot run here."""
+    try:
+        return _solve(problem, _Steps(loop), request)
+    except _Failed as failure:
+        return str(failure)
+
+
+@dataclass(eq=False)
+class _Steps:
+    """Launches of one solve, for the samples that are in it still."""
+
+    loop: Loop
+
+    @property
+    def _precise(self) -> dict[str, Any]:
+        cut = self.loop.cut
+        return {
+            "WIDTH": cut.width, "ROWS": cut.rows, "UNITS": cut.blocks[0], "DEPTH": cut.depth,
+            "GROUP": _GROUP, "PRECISION": self.loop.precision("tf32x3"), "num_warps": cut.warps,
+        }  # fmt: skip
+
+    @property
+    def has_increments(self) -> bool:
+        """Whether steps may be increments: in float32, without relaxation."""
+        return self.loop.prepared.low is not None and self.loop.iteration.relaxation == 1.0
+
+    def affine(self, z: Tensor, v: Tensor) -> Tensor:
+        """Return Wz + v."""
+        return self._product(z, v, self.loop.prepared.weights, KIND="plain", RELAXED=False)
+
+    def times(self, x: Tensor, shift: Tensor) -> Tensor:
+        """Return s + xM."""
+        return self._product(x, shift, self.loop.prepared.map, KIND="plain", RELAXED=False)
+
+    def step(self, x: Tensor, shift: Tensor, change: Tensor | None) -> Tensor:
+        """Return T(x), and write what ρ changes by into `change`."""
+        return self._product(x, shift, self.loop.prepared.map, change)
+
+    def _product(
+        self, x: Tensor, shift: Tensor, matrix: Tensor, change: Tensor | None = None, **flags: Any
+    ) -> Tensor:
+        loop, out = self.loop, torch.empty_like(x)
+        self._launch(
+            kernels().advance, plain(x), plain(shift), out, x if change is None else change, matrix,
+            loop.prepared.alpha, x if loop.slope is None else loop.slope, loop.numbers(1.0),
+            *x.shape, CHANGES=change is not None, **self._precise, **{**loop.flags, **flags},
+        )  # fmt: skip
+        return out
+
+    def increment(self, x: Tensor, change: Tensor, spare: Tensor) -> None:
+        """Make one step of bfloat16 in place, and write the next change of ρ into `spare`."""
+        loop = self.loop
+        flags = {name: value for name, value in loop.flags.items() if name != "RELAXED"}
+        precise = {**self._precise, "DEPTH": 2 * self.loop.cut.depth}
+        del precise["PRECISION"]
+        self._launch(
+            kernels().increment, x, change, spare, loop.prepared.low, loop.prepared.alpha,
+            x if loop.slope is None else loop.slope, loop.numbers(1.0), *x.shape,
+            **precise, **flags,
+        )  # fmt: skip
+
+    def _launch(self, kernel: Any, x: Tensor, *arguments: Any, **options: Any) -> None:
+        cut, (samples, n) = self.loop.cut, x.shape
+        programs = -(-samples // cut.rows) * -(-n // cut.blocks[0])
+        reason = launched(kernel, (programs,), x, *arguments, **options)
+        if reason is not None:
+            raise _Failed(reason)
+
+
+class _OnTensorCores(DenseOperator):
+    """W with the product of the kernels: residuals cost as much as steps."""
+
+    _steps: _Steps
+
+    def affine(self, z: Tensor, v: Tensor) -> Tensor:
+        """Return Wz + v."""
+        return self._steps.affine(z, v)
+
+
+@dataclass
+class _Plan:
+    """When to look, and how long blocks are.
+
+    Attributes:
+        limit: of steps.
+        tol: of the solve.
+        step: how many have been made.
+        due: whether to look at the residual now, before the next step.
+    """
+
+    limit: int
+    tol: float
+    step: int
+    due: bool = False
+    stalled: bool = False
+    length: int = FIRST_CHECK
+    ahead: int = 0
+    rate: float = 0.0
+    ratio: float = 1.0
+    worst: float = math.inf
+    looked: float = 0.0
+    mark: float = math.inf
+    mark_step: int = 0
+
+    def block(self, worst: float) -> int:
+        """Return how many steps to make from a base, given the displacement there."""
+        before, self.worst = self.worst, worst
+        if self.due and worst > 0 and self.looked > 0:
+            self.ratio = 1.05 * self.looked / worst
+        good, slower = before == math.inf, self.rate
+        self.rate = 0.0
+        if 0 < worst < before < math.inf:
+            self.rate = math.log(worst / before) / self.ahead
+            good = self.rate <= 0.7 * slower
+        if before < math.inf:
+            self.length = min(2 * self.length, _LONGEST) if good else max(self.length // 2, 1)
+        ahead = min(self.length, self.limit - self.step)
+        self.due = worst * self.ratio <= self.tol or not math.isfinite(worst)
+        if self.due:
+            ahead = 1
+        elif self.rate < 0:
+            needed = math.ceil(math.log(self.tol / self.ratio / worst) / self.rate)
+            most = max(-_GAIN / self.rate, 1.0)
+            self.due = needed <= min(most, ahead)
+            ahead = int(min(needed, most, ahead))
+        aged = self.step >= self.mark_step * 5 // 4 + 64
+        self.stalled = (aged and worst > 0.5 * self.mark) or worst == 0
+        if aged:
+            self.mark, self.mark_step = worst, self.step
+        self.ahead = 1 if self.stalled else ahead
+        self.step += self.ahead
+        self.due = self.due or self.stalled or self.step >= self.limit
+        return self.ahead
+
+
+@dataclass
+class _Open:
+    """The samples that are in the batch: the whole of it at first."""
+
+    value: Tensor
+    residual: Tensor
+    steps: Tensor
+    finished: Tensor
+    before: Tensor
+    index: Tensor | None = None
+    checks: int = field(default=0)
+
+
+def _solve(problem: Inclusion, steps: _Steps, request: Request) -> Outcome:
+    loop, tol = steps.loop, request.tol
+    iteration, v = loop.iteration, loop.v
+    samples = v.shape[0]
+    plan = _Plan(limit=request.max_steps, tol=tol, step=iteration.done)
+    drive, alpha = v * iteration.alpha, iteration.alpha
+    shift = steps.times(drive, drive) if iteration.reflected else drive
+    x = drive
+    if request.z0 is not None:
+        z = plain(request.z0)
+        x = z + alpha * (steps.affine(z, v) - z) if iteration.reflected else steps.times(z, shift)
+    gauge = problem.operator.root_metric / (2 * torch.as_tensor(alpha))
+    own = _with_products(problem, steps)
+    state = _Open(
+        value=torch.empty_like(v), residual=v.new_empty(samples),
+        steps=v.new_empty(samples, dtype=torch.int64),
+        finished=torch.zeros(samples, dtype=torch.bool, device=v.device),
+        before=v.new_full((samples,), math.inf),
+    )  # fmt: skip
+    while True:
+        if plan.due:
+            if _looks(own, state, plan, x):
+                return Outcome(
+                    value=state.value, residual=state.residual, steps=state.steps,
+                    checks=state.checks, loop="device",
+                )  # fmt: skip
+            if float(state.finished.double().mean()) >= _LEAVE_SHARE:
+                keep = (~state.finished).nonzero().squeeze(-1)
+                problem, x, shift = problem.select(keep), x[keep], shift[keep]
+                state.index = keep if state.index is None else state.index[keep]
+                state.finished, state.before = state.finished[keep], state.before[keep]
+                slope = None if loop.slope is None else loop.slope[keep]
+                loop = replace(loop, v=plain(problem.bias), slope=slope)
+                steps = _Steps(loop)
+                own = _with_products(problem, steps)
+        z = problem.activation.prox(x, alpha)
+        change = torch.empty_like(x, dtype=_low(loop)) if steps.has_increments else None
+        image = steps.step(x, shift, change)
+        moved = torch.linalg.vector_norm((image - x).mul_(gauge), dim=1)
+        size = problem.operator.norm(z)
+        share = torch.where(moved == 0, moved, moved / size)
+        share = torch.where(state.finished, 0.0, share).nan_to_num(math.inf, math.inf)
+        ahead = plan.block(float(share.max()))
+        x = image
+        if change is None:
+            for _ in range(1, ahead):
+                x = steps.step(x, shift, None)
+        elif ahead > 1:
+            spare = torch.empty_like(change)
+            for _ in range(1, ahead):
+                steps.increment(x, change, spare)
+                change, spare = spare, change
+
+
+def _low(loop: Loop) -> torch.dtype:
+    assert loop.prepared.low is not None
+    return loop.prepared.low.dtype
+
+
+def _with_products(problem: Inclusion, steps: _Steps) -> Inclusion:
+    """Return the problem with the products of the kernels."""
+    operator = problem.operator
+    assert isinstance(operator, DenseOperator)
+    own = _OnTensorCores(operator.W, operator.metric, operator.transposed, operator._memo)
+    object.__setattr__(own, "_steps", steps)
+    return Inclusion(own, problem.bias, problem.activation)
+
+
+def _looks(problem: Inclusion, state: _Open, plan: _Plan, x: Tensor) -> bool:
+    """Evaluate the residual, keep what has passed, and say whether the solve ends."""
+    steps = problem.operator._steps  # type: ignore[attr-defined]
+    z, tol = problem.activation.prox(x, steps.loop.iteration.alpha), plan.tol
+    residual, left = problem.relative_residual(z), None
+    if z.dtype == torch.float32:
+        residual, floor = problem.measure(z)
+        left = torch.where(
+            (floor > tol) & (residual > 0.5 * state.before), residual - floor, residual
+        )
+    left = residual if left is None else left
+    state.before = residual
+    state.checks += 1
+    worst = float(torch.where(state.finished, 0.0, left).max())  # NaN propagates
+    last = worst <= tol or plan.step >= plan.limit or not math.isfinite(worst)
+    if not last and plan.stalled:
+        limit = STALL * torch.finfo(z.dtype).eps
+        last = worst <= limit or bool((state.finished | problem.rests(z, tol)).all())
+    newly = (torch.ones_like(state.finished) if last else left <= tol) & ~state.finished
+    rows = newly.nonzero().squeeze(-1)
+    target = rows if state.index is None else state.index[rows]
+    state.value[target], state.residual[target] = z[rows], residual[rows]
+    state.steps[target] = plan.step
+    state.finished |= newly
+    plan.looked = float(torch.where(state.finished, 0.0, residual).max())
+    return last

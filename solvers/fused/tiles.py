@@ -1,0 +1,183 @@
+"""What is a solve on a CUDA device given: tiles, padded matrices, numbers?"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import os
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from solvers.fused.iteration import Iteration, coefficients, plain
+from solvers.inclusion import Inclusion
+from solvers.loop import STALL
+from solvers.operators import DenseOperator
+from solvers.operators.dense import DenseMap
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a problem is cut for a kernel.
+
+    Attributes:
+        blocks: units of each tile; their sum is the width to which matrices are padded.
+        rows: samples of a program.
+        depth: of a product that is streamed.
+        warps: of a program.
+        resident: whether x and M stay on the chip, else one launch makes one step.
+    """
+
+    blocks: tuple[int, ...]
+    rows: int
+    depth: int
+    warps: int
+    resident: bool = True
+
+    @property
+    def width(self) -> int:
+        """Units with padding."""
+        return sum(self.blocks)
+
+
+def cut(n: int, dtype: torch.dtype) -> Cut:
+    """Return how n units are cut: what fits the registers and the memory of a multiprocessor.
+
+    Measured in instructions and bytes of the compiled kernels (`benchmarks.gpu_compiled`).
+    """
+    if dtype == torch.float64:
+        for blocks in ((16,), (32,), (32, 16), (64,), (64, 16), (64, 32), (64, 64)):
+            if n <= sum(blocks):
+                return Cut(blocks, rows=32, depth=16, warps=8)
+        return Cut(_tiles(n, 64), rows=64, depth=16, warps=4, resident=False)
+    for blocks in ((16,), (32,), (32, 16), (64,), (64, 16)):
+        if n <= sum(blocks):
+            return Cut(blocks, rows=64, depth=16, warps=4)
+    if n <= 128:
+        return Cut((128,), rows=64, depth=32, warps=8)
+    if n <= 256:
+        return Cut((256,), rows=64, depth=16, warps=8)
+    return Cut(_tiles(n, 128), rows=128, depth=32, warps=8, resident=False)
+
+
+def _tiles(n: int, units: int) -> tuple[int, ...]:
+    return (units,) * -(-n // units)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prepared:
+    """What is made of W once: matrices padded with zeros to the width of their tiles, in order.
+
+    Attributes:
+        map, low: M, and M rounded to bfloat16; no `low` in float64.
+        weights: Wᵀ.
+        alpha, root: step sizes and Λ^½, padded with 1 and 0.
+        size: Frobenius' norm of Λ^½WΛ^(−½), one number.
+    """
+
+    map: Tensor
+    low: Tensor | None
+    weights: Tensor
+    alpha: Tensor
+    root: Tensor
+    size: Tensor
+
+    @staticmethod
+    def of(operator: DenseOperator, iteration: Iteration, width: int) -> Prepared:
+        W, root, n = operator.W.detach(), operator.root_metric, operator.n
+        assert isinstance(iteration.map, DenseMap)
+        line = (0, width - n)
+
+        def padded(matrix: Tensor) -> Tensor:
+            return nn.functional.pad(matrix.resolve_neg(), 2 * line).contiguous()
+
+        alpha = torch.as_tensor(iteration.alpha, dtype=W.dtype, device=W.device).expand(n)
+        M = padded(iteration.map.matrix.detach())
+        low = None
+        if W.dtype == torch.float32:
+            low = M.bfloat16()
+            low = low.float() if interpreted() else low
+        return Prepared(
+            map=M, low=low, weights=padded(W.T),
+            alpha=nn.functional.pad(alpha, line, value=1.0), root=nn.functional.pad(root, line),
+            size=torch.linalg.matrix_norm(W * root[:, None] / root).reshape(1),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Loop:
+    """The tensors of one solve."""
+
+    v: Tensor
+    slope: Tensor | None
+    negative: float
+    iteration: Iteration
+    prepared: Prepared
+    cut: Cut
+
+    @staticmethod
+    def of(problem: Inclusion, iteration: Iteration) -> Loop:
+        operator = problem.operator
+        assert isinstance(operator, DenseOperator)
+        slope, negative = coefficients(problem.activation)
+        size = cut(operator.n, operator.dtype)
+        return Loop(
+            v=plain(problem.bias), slope=slope, negative=negative, iteration=iteration, cut=size,
+            prepared=operator.memo(
+                ("device", iteration.map, size),
+                lambda: Prepared.of(operator, iteration, size.width),
+            ),
+        )  # fmt: skip
+
+    def precision(self, parts: str) -> str:
+        """Return how Triton multiplies as in float32: by these parts on the tensor cores of CUDA.
+
+        Its interpreter, and AMD's devices, multiply in full.
+        """
+        whole = self.v.dtype == torch.float64 or interpreted() or torch.version.hip is not None
+        return "ieee" if whole else parts
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """What kernels are compiled for."""
+        kind = "linear" if self.slope is not None else "sides"
+        if self.iteration.reflected and self.slope is None and self.negative == 0:
+            kind = "abs"
+        return {
+            "REFLECTED": self.iteration.reflected, "RELAXED": self.iteration.relaxation != 1.0,
+            "KIND": kind,
+        }  # fmt: skip
+
+    def numbers(self, tol: float) -> Tensor:
+        """Return `NUMBERS` of the kernels."""
+        return _numbers(self.negative, self.iteration.relaxation, tol, self.v.dtype, self.v.device)
+
+
+@functools.lru_cache(maxsize=256)
+def _numbers(
+    negative: float, theta: float, tol: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return numbers on the device, kept by value: a copy from the host waits for the device."""
+    finfo = torch.finfo(dtype)
+    values = {
+        "negative": negative, "theta": theta, "tol": tol, "noise": 16 * finfo.eps,
+        "limit": STALL * finfo.eps, "one": 1.0, "infinity": math.inf,
+        "own": 16 * finfo.eps if dtype == torch.float32 else 0.0,
+        "least": 4 * finfo.tiny, "most": 0.25 / finfo.tiny,
+    }  # fmt: skip
+    return torch.tensor([values[name] for name in kernels().NUMBERS], dtype=dtype, device=device)
+
+
+@functools.cache
+def kernels() -> ModuleType:
+    """Return the kernels, which need Triton."""
+    return importlib.import_module("solvers.fused.device_kernels")

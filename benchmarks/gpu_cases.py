@@ -27,6 +27,8 @@ from solvers import (
     fused,
 )
 from solvers.fused import device
+from solvers.fused.launches import Steps
+from solvers.fused.tiles import Loop
 from solvers.method import Request
 
 METHODS = {
@@ -81,7 +83,7 @@ class Solve:
         }[self.activation]  # fmt: skip
         problem = Inclusion(operator.T if self.adjoint else operator, v, sigma)
         # One launch per step where W is large: a few show them all.
-        steps = self.max_steps if self.n <= 512 else min(self.max_steps, 3)
+        steps = self.max_steps if self.n <= 256 else min(self.max_steps, 3)
         z0 = torch.zeros_like(v) if self.warm else None
         with on_the_device():
             reason = fused.supports(problem)
@@ -114,6 +116,19 @@ def on_the_device() -> Iterator[None]:
         yield
 
 
+def _increment(activation: str) -> None:
+    n, v = 600, torch.zeros(64, 600)
+    sigma = LinearSlope(torch.ones_like(v)) if activation == "LinearSlope" else ReLU()
+    problem = Inclusion(DenseOperator(torch.zeros(n, n)), v, sigma)
+    with on_the_device():
+        iteration = PeacemanRachford(step_size=1.0).iteration(problem)
+        steps = Steps(Loop.of(problem, iteration))
+        low = steps.loop.prepared.low
+        assert low is not None
+        change = torch.empty_like(v, dtype=low.dtype)
+        steps.increment(v.clone(), change, torch.empty_like(change))
+
+
 def _reflected_sum(dtype: torch.dtype, linear: bool) -> None:
     v = torch.ones(48, 80, dtype=dtype)
     problem = Inclusion(
@@ -144,6 +159,8 @@ def _pointwise() -> dict[str, Callable[[], None]]:
         for linear in (False, True):
             sigma = "LinearSlope" if linear else "LeakyReLU"
             cases[f"reflected_sum {name} {sigma}"] = partial(_reflected_sum, dtype, linear)
+    for sigma in ("ReLU", "LinearSlope"):
+        cases[f"increment n=600 float32 {sigma}"] = partial(_increment, sigma)
     shapes: dict[str, tuple[int, ...]] = {
         "rows": (33, 80),
         "images": (3, 5, 7, 7),

@@ -45,7 +45,7 @@ from solvers import (
     solve,
 )
 from solvers.fused import device as loop
-from solvers.method import Request
+from solvers.method import Outcome, Request
 
 SIZES = (80, 512, 256, 700, 128, 300, 7, 129)
 """Units, in the order of their value: each kernel, with full tiles and with ragged ones."""
@@ -204,6 +204,7 @@ def forward(
     holds = True
     for method in methods:
         found = loop.run(there, method.iteration(there), request)
+        assert isinstance(found, Outcome), found
         error = exact.operator.norm(found.value.cpu().double() - reference.value)
         bound = exact.error_bound(found.value.cpu()) + reference.error_bound
         holds &= bool((found.residual <= request.tol).all()) and bool((error <= bound).all())

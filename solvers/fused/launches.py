@@ -36,13 +36,13 @@ class _Failed(Exception):
 def launch_by_launch(problem: Inclusion, loop: Loop, request: Request) -> Outcome | str:
     """Solve a flat problem, or say why its kernels cannot run here."""
     try:
-        return _solve(problem, _Steps(loop), request)
+        return _solve(problem, Steps(loop), request)
     except _Failed as failure:
         return str(failure)
 
 
 @dataclass(eq=False)
-class _Steps:
+class Steps:
     """Launches of one solve, for the samples that are in it still."""
 
     loop: Loop
@@ -87,7 +87,7 @@ class _Steps:
         """Make one step of bfloat16 in place, and write the next change of ρ into `spare`."""
         loop = self.loop
         flags = {name: value for name, value in loop.flags.items() if name != "RELAXED"}
-        precise = {**self._precise, "DEPTH": 2 * self.loop.cut.depth}
+        precise = {**self._precise, "DEPTH": math.gcd(2 * loop.cut.depth, loop.cut.width)}
         del precise["PRECISION"]
         self._launch(
             kernels().increment, x, change, spare, loop.prepared.low, loop.prepared.alpha,
@@ -106,7 +106,7 @@ class _Steps:
 class _OnTensorCores(DenseOperator):
     """W with the product of the kernels: residuals cost as much as steps."""
 
-    _steps: _Steps
+    _steps: Steps
 
     def affine(self, z: Tensor, v: Tensor) -> Tensor:
         """Return Wz + v."""
@@ -182,7 +182,7 @@ class _Open:
     checks: int = field(default=0)
 
 
-def _solve(problem: Inclusion, steps: _Steps, request: Request) -> Outcome:
+def _solve(problem: Inclusion, steps: Steps, request: Request) -> Outcome:
     loop, tol = steps.loop, request.tol
     iteration, v = loop.iteration, loop.v
     samples = v.shape[0]
@@ -215,7 +215,7 @@ def _solve(problem: Inclusion, steps: _Steps, request: Request) -> Outcome:
                 state.finished, state.before = state.finished[keep], state.before[keep]
                 slope = None if loop.slope is None else loop.slope[keep]
                 loop = replace(loop, v=plain(problem.bias), slope=slope)
-                steps = _Steps(loop)
+                steps = Steps(loop)
                 own = _with_products(problem, steps)
         z = problem.activation.prox(x, alpha)
         change = torch.empty_like(x, dtype=_low(loop)) if steps.has_increments else None
@@ -241,7 +241,7 @@ def _low(loop: Loop) -> torch.dtype:
     return loop.prepared.low.dtype
 
 
-def _with_products(problem: Inclusion, steps: _Steps) -> Inclusion:
+def _with_products(problem: Inclusion, steps: Steps) -> Inclusion:
     """Return the problem with the products of the kernels."""
     operator = problem.operator
     assert isinstance(operator, DenseOperator)

@@ -16,9 +16,6 @@ from benchmarks.gpu_compiled import faults, product_loops, rows
 pytest.importorskip("triton")
 OTHER = "LBEN_OTHER_TRITON"
 TARGETS = ["sm_80", "sm_90", "sm_100"]
-REWRITTEN = pytest.mark.xfail(
-    strict=False, reason="`tiled` reuses a loop's `_`; limits of steps from 2**31 are int64"
-)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +23,6 @@ def front_end():
     return rows(["sm_90"])
 
 
-@REWRITTEN
 def test_the_front_end_takes_everything_that_the_launcher_asks_for(front_end):
     wrong = faults(front_end)
     assert not wrong, "\n".join(wrong)
@@ -41,9 +37,6 @@ def test_the_launcher_refuses_no_case_and_none_is_lost(front_end):
         assert word in words, f"no specialisation for {word}"
 
 
-@pytest.mark.xfail(
-    strict=False, reason="as above; `resident` in float64 is too large; loops of products spill"
-)
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("triton", ["installed", "other"])

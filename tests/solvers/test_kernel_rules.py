@@ -7,8 +7,6 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 # Whose names begin so may multiply matrices with `tl.dot` and round to bfloat16: Triton's
 # interpreter multiplies the bits of bfloat16 as integers and truncates where the device rounds, and
@@ -65,12 +63,10 @@ def test_there_are_kernels():
     assert sum(len(list(kernels(path.read_text()))) for path in FILES) >= 5
 
 
-@pytest.mark.xfail(strict=False, reason="`tiled` counts steps in `_` and drops a slope into it")
 def test_no_kernel_uses_an_underscore_as_a_variable():
     assert broken(underscores) == []
 
 
-@pytest.mark.xfail(strict=False, reason="products are written out where they are needed")
 def test_products_and_bfloat16_stay_in_their_helpers():
     assert broken(bare_products) == []
 

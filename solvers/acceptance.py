@@ -38,6 +38,10 @@ class Acceptance:
         return math.inf if math.isnan(rho) else rho * (1 + 2.0**-48)
 
 
+_PARTS = 24
+"""Eps of float32 that products in parts leave out, relative to |W||z|."""
+
+
 # Note [What rounding adds]
 # A loop has ẑ for z̃, and norms N̂ for norms. With u half an eps:
 # - Wz + v errs by at most γ_{s+1}(|W||z| + |v|), s the longest chain of summands, wherever v enters
@@ -46,6 +50,9 @@ class Acceptance:
 #   ‖ẑ‖ ≤ ‖σ(0)‖ + ‖Wz‖ + ‖v‖ up to rounding, for σ is 1-Lipschitz. Call the sum e ≥ ‖ẑ − z̃‖_Λ.
 # - Each norm, with its subtraction and its root of Λ, has a relative error below η = (n + 10) eps.
 #   N̂(ẑ − z) ≤ tol·max(N̂(ẑ), N̂(z)) in floating point gives ‖ẑ − z‖ ≤ tol(1 + 4η) max(‖ẑ‖, ‖z‖).
+# - The kernels for CUDA multiply float32 numbers in parts, three products of TF32 or six of
+#   bfloat16: what they leave out is below 3·2⁻²⁰ of |W||z|, 24 eps, where parts are truncated. The
+#   tensor cores add them with truncation, so each addition errs by eps in place of u: twice γ.
 # Together ‖z̃ − z‖ ≤ tol·max(‖z̃‖, ‖z‖) + (1 + tol) e + 4η tol·max(‖ẑ‖, ‖z‖). What underflows is
 # bounded as in `LinearOperator.rounding`; fused loops solve in a unit of each sample, at most the
 # largest |v|, in which what they lose counts.
@@ -73,6 +80,9 @@ def acceptance(operator: LinearOperator, activation: ProximalActivation, tol: fl
     gain = 1 + exact.constants().L  # ‖W‖ in Λ
     ulps, eta = activation.ulps + 1, (operator.n + 10) * finfo.eps
     unit, unit_v = operator.rounding_gain(operator.dtype), terms * finfo.eps
+    if operator.device.type == "cuda" and operator.dtype == torch.float32:
+        unit = 2 * unit + _PARTS * finfo.eps * operator.absolute_gain()
+        unit_v = 2 * unit_v
     # e = e_z ‖z‖ + e_v ‖v‖ + e_0, and the second order in a factor.
     zero = float(exact.norm(activation(exact.metric.new_zeros(1, exact.n)))[0])
     once = 1 + ulps * finfo.eps

@@ -156,13 +156,13 @@ def _matrix(ptr, columns, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _product(x, A, total, PRECISION: tl.constexpr):
-    """total + xA for a matrix on the chip."""
+def _product(x, A, total):
+    """total + xA in bfloat16, for a matrix on the chip."""
     tiles = ()
     for i in tl.static_range(len(x)):
         tile = total[i]
         for k in tl.static_range(len(x)):
-            tile = _dot(x[k], A[k * len(x) + i], tile, PRECISION)
+            tile = _dot(x[k], A[k * len(x) + i], tile, "bf16")
         tiles += (tile,)
     return tiles
 
@@ -275,8 +275,8 @@ def resident(
         else:
             x = _streamed(z, m_ptr, own_ptr, row, columns, x, WIDTH, DEPTH, PRECISION)
 
-    # What is multiplied in every step: bf16(M), or M where there are no increments.
-    M = _matrix(low_ptr if INCREMENTS else m_ptr, columns, WIDTH)
+    if INCREMENTS:
+        low = _matrix(low_ptr, columns, WIDTH)
     c = _bends(slope_ptr, alpha_ptr, negative, row, samples, n, columns, REFLECTED, KIND)
 
     finished = (row >= samples).to(tl.int32)
@@ -348,12 +348,9 @@ def resident(
             for i in tl.static_range(len(columns)):
                 base += (_rho(x[i], c[i], KIND),)
                 argument += (base[i] + drives[i] if REFLECTED else base[i],)
-            if INCREMENTS:
-                image = _streamed(
-                    argument, m_ptr, own_ptr, here, columns, drives, WIDTH, DEPTH, PRECISION
-                )  # fmt: skip
-            else:
-                image = _product(argument, M, drives, PRECISION)
+            image = _streamed(
+                argument, m_ptr, own_ptr, here, columns, drives, WIDTH, DEPTH, PRECISION
+            )  # fmt: skip
             moved, size = tl.zeros_like(largest), tl.zeros_like(largest)
             y = ()
             for i in tl.static_range(len(columns)):
@@ -409,10 +406,12 @@ def resident(
                     else:
                         argument += (rho[i] + drives[i] if REFLECTED else rho[i],)
                 if INCREMENTS:
-                    image = _product(argument, M, image, "bf16")
+                    image = _product(argument, low, image)
                     base = rho
                 else:
-                    image = _product(argument, M, drives, PRECISION)
+                    image = _streamed(
+                        argument, m_ptr, own_ptr, here, columns, drives, WIDTH, DEPTH, PRECISION
+                    )  # fmt: skip
                 if RELAXED:
                     y = ()
                     for i in tl.static_range(len(columns)):

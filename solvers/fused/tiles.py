@@ -55,7 +55,7 @@ def cut(n: int, dtype: torch.dtype) -> Cut:
     Measured in instructions and bytes of the compiled kernels (`benchmarks.gpu_compiled`).
     """
     if dtype == torch.float64:
-        for blocks in ((16,), (32,), (32, 16), (64,), (64, 16), (64, 32), (64, 64)):
+        for blocks in ((16,), (32,), (64,), (64, 64)):
             if n <= sum(blocks):
                 return Cut(blocks, rows=32, depth=16, warps=8)
         return Cut(_tiles(n, 64), rows=64, depth=16, warps=4, resident=False)

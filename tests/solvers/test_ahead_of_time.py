@@ -15,8 +15,8 @@ from benchmarks.gpu_compiled import faults, product_loops, rows
 
 pytest.importorskip("triton")
 OTHER = "LBEN_OTHER_TRITON"
-# x, ρ(x) and p of 64 samples and 256 units are more than a multiprocessor's registers hold beside
-# the addresses: their products wait for local memory for about half of their time, all others never.
+# x and ρ(x) of 64 samples and 256 units are more than a multiprocessor holds in registers beside the
+# addresses: their loops go through local memory too, no others do.
 SPILLS = re.compile(r"resident \(n=(129|144|256) float32 .* LDL and")
 TARGETS = ["sm_80", "sm_90", "sm_100"]
 

@@ -158,7 +158,7 @@ def product_loops(row: Row) -> list[Row]:
     return [loop for loop in row.get("loops", ()) if loop["product"]]
 
 
-_ADDRESSES = 1 / 20
+_ADDRESSES = 1 / 16
 """Share of a loop's instructions that may fetch addresses and descriptors from local memory."""
 
 

@@ -500,7 +500,7 @@ def counted(rows: Iterable[Mapping[str, Any]], counts: Counts = COUNTS) -> Count
     step, wide_step = dict(counts.step), counts.wide_step
     for row in rows:
         name, case = row["kernel"], row["case"]
-        units = re.match(r"n=(\d+) float32 PeacemanRachford ReLU", case)
+        units = re.match(r"(?:increment )?n=(\d+) float32 (?:PeacemanRachford )?ReLU", case)
         loops = [found for found in row.get("loops") or () if found["product"]]
         if row.get("error") or row["target"] != "sm_90" or units is None or not loops:
             continue

@@ -15,7 +15,7 @@ from benchmarks.gpu_compiled import faults, product_loops, rows
 
 pytest.importorskip("triton")
 OTHER = "LBEN_OTHER_TRITON"
-# x and ρ(x) of 64 samples and 256 units are more than a multiprocessor holds in registers beside the
+# x and ρ(x) of 64 samples and 256 units are more than a multiprocessor's registers hold beside
 # addresses: their loops go through local memory too, no others do.
 SPILLS = re.compile(r"resident \(n=(129|144|256) float32 .* LDL and")
 TARGETS = ["sm_80", "sm_90", "sm_100"]

@@ -25,6 +25,7 @@ from tests.problems import random_inclusion
 
 pytest.importorskip("triton")
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
+CUT = tiles.cut
 METHODS = [PeacemanRachford, DouglasRachford, ForwardBackward]
 # Units: of a program that has all in its registers, of one that has tiles, of one launch a step.
 SIZES = [(3, 5), (16, 18), (21, 17), (27, 18)]
@@ -78,6 +79,21 @@ def test_the_loop_of_the_device_agrees_with_the_plain_one(method, kind, dtype, n
     assert (problem.relative_residual(one.value, problem.noise) <= 1.01 * one.tol).all()
     distance = problem.operator.norm(one.value - other.value)
     assert (distance <= one.error_bound + other.error_bound).all()
+
+
+@pytest.mark.parametrize("tol", [1e-3, 1e-5, 1e-6])
+@pytest.mark.parametrize(("n", "m"), [(7, 0.1), (80, 0.1), (80, 0.001), (150, 0.1)])
+def test_increments_cost_no_steps_and_say_the_residual(monkeypatch, n, m, tol):
+    """With the tiles of the device: 80 units are 64 and 16, 150 are padded to 256."""
+    monkeypatch.setattr(tiles, "cut", CUT)
+    problem = on_device(random_inclusion(n, (19,), dtype=torch.float32, m=m, seed=n))
+    one = solve(problem, PeacemanRachford(compiled=True), tol=tol, on_failure="raise")
+    other = solve(problem, PeacemanRachford(compiled=False), tol=tol, on_failure="raise")
+    assert one.stats.loop == "device"
+    assert one.stats.max_steps <= other.stats.max_steps + 2
+    assert one.stats.checks <= 3 < other.stats.checks + 1
+    exact = problem.to(torch.float64).relative_residual(one.value.double())
+    assert ((one.residual - exact).abs() <= 0.05 * tol + 2e-7).all()
 
 
 @pytest.mark.parametrize("method", METHODS)

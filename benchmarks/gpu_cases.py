@@ -123,10 +123,7 @@ def _increment(activation: str) -> None:
     with on_the_device():
         iteration = PeacemanRachford(step_size=1.0).iteration(problem)
         steps = Steps(Loop.of(problem, iteration))
-        low = steps.loop.prepared.low
-        assert low is not None
-        change = torch.empty_like(v, dtype=low.dtype)
-        steps.increment(v.clone(), change, torch.empty_like(change))
+        steps.increment(v.clone(), steps.new_change(v), steps.new_change(v))
 
 
 def _reflected_sum(dtype: torch.dtype, linear: bool) -> None:

@@ -459,6 +459,13 @@ def _bend(
     return c
 
 
+@triton.jit
+def _keep(ptr, change, row, unit, samples, WIDTH: tl.constexpr):
+    """Store what ρ changes by, in the type of the increments."""
+    at = row[:, None].to(tl.int64) * WIDTH + unit[None, :]
+    tl.store(ptr + at, change.to(ptr.dtype.element_ty), mask=(row < samples)[:, None])
+
+
 @triton.jit(do_not_specialize=["samples"])
 def advance(
     x_ptr, shift_ptr, out_ptr, change_ptr, m_ptr, alpha_ptr, slope_ptr, numbers_ptr, samples, n,
@@ -468,7 +475,7 @@ def advance(
 ):  # fmt: skip
     """T(x) of ROWS samples and UNITS units, and what ρ changes by, for `increment`.
 
-    M is WIDTH², padded; x, shift and both results are samples × n.
+    M is WIDTH², padded with zeros, and `change` samples × WIDTH; x, shift and T(x) samples × n.
     """
     negative, theta = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
     row, unit = _place(samples, n, ROWS, UNITS, GROUP)
@@ -490,8 +497,8 @@ def advance(
     tl.store(out_ptr + at, image, mask=inside)
     if CHANGES:
         c = _bend(slope_ptr, alpha_ptr, negative, row, unit, samples, n, REFLECTED, KIND)
-        change = _rho(image, c, KIND) - _rho(x, c, KIND)
-        tl.store(change_ptr + at, change.to(change_ptr.dtype.element_ty), mask=inside)
+        change = tl.where(unit < n, _rho(image, c, KIND) - _rho(x, c, KIND), 0.0)
+        _keep(change_ptr, change, row, unit, samples, WIDTH)
 
 
 @triton.jit(do_not_specialize=["samples"])
@@ -506,13 +513,14 @@ def increment(
     inside = (row < samples)[:, None] & (unit < n)[None, :]
     at = row[:, None].to(tl.int64) * n + unit[None, :]
     moved = tl.zeros((ROWS, UNITS), dtype=tl.float32)
+    # Rows that are not there repeat the last one, and nothing is kept of them.
+    own = change_ptr + tl.minimum(row, samples - 1)[:, None].to(tl.int64) * WIDTH
     for first in range(0, WIDTH, DEPTH):
         k = first + tl.arange(0, DEPTH)
-        here = (row < samples)[:, None] & (k < n)[None, :]
-        d = tl.load(change_ptr + row[:, None].to(tl.int64) * n + k[None, :], mask=here, other=0.0)
+        d = tl.load(own + k[None, :])
         moved = _dot(d, tl.load(low_ptr + k[:, None] * WIDTH + unit[None, :]), moved, "bf16")
     x = tl.load(x_ptr + at, mask=inside, other=0.0)
     c = _bend(slope_ptr, alpha_ptr, negative, row, unit, samples, n, REFLECTED, KIND)
-    change = _rho(x + moved, c, KIND) - _rho(x, c, KIND)
+    change = tl.where(unit < n, _rho(x + moved, c, KIND) - _rho(x, c, KIND), 0.0)
     tl.store(x_ptr + at, x + moved, mask=inside)
-    tl.store(next_ptr + at, change.to(next_ptr.dtype.element_ty), mask=inside)
+    _keep(next_ptr, change, row, unit, samples, WIDTH)

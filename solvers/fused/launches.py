@@ -64,6 +64,12 @@ class Steps:
         """Return Wz + v."""
         return self._product(z, v, self.loop.prepared.weights, KIND="plain", RELAXED=False)
 
+    def new_change(self, x: Tensor) -> Tensor:
+        """Return memory for what ρ changes by, padded as matrices are."""
+        low = self.loop.prepared.low
+        assert low is not None
+        return x.new_empty(x.shape[0], self.loop.cut.width, dtype=low.dtype)
+
     def times(self, x: Tensor, shift: Tensor) -> Tensor:
         """Return s + xM."""
         return self._product(x, shift, self.loop.prepared.map, KIND="plain", RELAXED=False)
@@ -218,7 +224,7 @@ def _solve(problem: Inclusion, steps: Steps, request: Request) -> Outcome:
                 steps = Steps(loop)
                 own = _with_products(problem, steps)
         z = problem.activation.prox(x, alpha)
-        change = torch.empty_like(x, dtype=_low(loop)) if steps.has_increments else None
+        change = steps.new_change(x) if steps.has_increments else None
         image = steps.step(x, shift, change)
         moved = torch.linalg.vector_norm((image - x).mul_(gauge), dim=1)
         size = problem.operator.norm(z)
@@ -234,11 +240,6 @@ def _solve(problem: Inclusion, steps: Steps, request: Request) -> Outcome:
             for _ in range(1, ahead):
                 steps.increment(x, change, spare)
                 change, spare = spare, change
-
-
-def _low(loop: Loop) -> torch.dtype:
-    assert loop.prepared.low is not None
-    return loop.prepared.low.dtype
 
 
 def _with_products(problem: Inclusion, steps: Steps) -> Inclusion:

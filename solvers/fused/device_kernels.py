@@ -460,34 +460,35 @@ def _bend(
 
 
 @triton.jit
-def _keep(ptr, change, row, unit, samples, WIDTH: tl.constexpr):
+def _keep(ptr, change, row, unit, samples, width):
     """Store what ρ changes by, in the type of the increments."""
-    at = row[:, None].to(tl.int64) * WIDTH + unit[None, :]
+    at = row[:, None].to(tl.int64) * width + unit[None, :]
     tl.store(ptr + at, change.to(ptr.dtype.element_ty), mask=(row < samples)[:, None])
 
 
 @triton.jit(do_not_specialize=["samples"])
 def advance(
     x_ptr, shift_ptr, out_ptr, change_ptr, m_ptr, alpha_ptr, slope_ptr, numbers_ptr, samples, n,
+    width,
     REFLECTED: tl.constexpr, RELAXED: tl.constexpr, KIND: tl.constexpr, CHANGES: tl.constexpr,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """T(x) of ROWS samples and UNITS units, and what ρ changes by, for `increment`.
 
-    M is WIDTH², padded with zeros, and `change` samples × WIDTH; x, shift and T(x) samples × n.
+    M is width², padded with zeros, and `change` samples × width; x, shift and T(x) samples × n.
     """
     negative, theta = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
     row, unit = _place(samples, n, ROWS, UNITS, GROUP)
     inside = (row < samples)[:, None] & (unit < n)[None, :]
     at = row[:, None].to(tl.int64) * n + unit[None, :]
     image = tl.zeros((ROWS, UNITS), dtype=x_ptr.dtype.element_ty)
-    for first in range(0, WIDTH, DEPTH):
+    for first in range(0, width, DEPTH):
         k = first + tl.arange(0, DEPTH)
         here = (row < samples)[:, None] & (k < n)[None, :]
         x = tl.load(x_ptr + row[:, None].to(tl.int64) * n + k[None, :], mask=here, other=0.0)
         c = _bend(slope_ptr, alpha_ptr, negative, row, k, samples, n, REFLECTED, KIND)
-        A = tl.load(m_ptr + k[:, None] * WIDTH + unit[None, :])
+        A = tl.load(m_ptr + k[:, None] * width + unit[None, :])
         image = _dot(_rho(x, c, KIND), A, image, PRECISION)
     image += tl.load(shift_ptr + at, mask=inside, other=0.0)
     if RELAXED or CHANGES:
@@ -498,13 +499,14 @@ def advance(
     if CHANGES:
         c = _bend(slope_ptr, alpha_ptr, negative, row, unit, samples, n, REFLECTED, KIND)
         change = tl.where(unit < n, _rho(image, c, KIND) - _rho(x, c, KIND), 0.0)
-        _keep(change_ptr, change, row, unit, samples, WIDTH)
+        _keep(change_ptr, change, row, unit, samples, width)
 
 
 @triton.jit(do_not_specialize=["samples"])
 def increment(
     x_ptr, change_ptr, next_ptr, low_ptr, alpha_ptr, slope_ptr, numbers_ptr, samples, n,
-    REFLECTED: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr,
+    width,
+    REFLECTED: tl.constexpr, KIND: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """x ← x + change · bf16(M) in place, and the change of ρ that this makes, for the next step."""
@@ -514,13 +516,13 @@ def increment(
     at = row[:, None].to(tl.int64) * n + unit[None, :]
     moved = tl.zeros((ROWS, UNITS), dtype=tl.float32)
     # Rows that are not there repeat the last one, and nothing is kept of them.
-    own = change_ptr + tl.minimum(row, samples - 1)[:, None].to(tl.int64) * WIDTH
-    for first in range(0, WIDTH, DEPTH):
+    own = change_ptr + tl.minimum(row, samples - 1)[:, None].to(tl.int64) * width
+    for first in range(0, width, DEPTH):
         k = first + tl.arange(0, DEPTH)
         d = tl.load(own + k[None, :])
-        moved = _dot(d, tl.load(low_ptr + k[:, None] * WIDTH + unit[None, :]), moved, "bf16")
+        moved = _dot(d, tl.load(low_ptr + k[:, None] * width + unit[None, :]), moved, "bf16")
     x = tl.load(x_ptr + at, mask=inside, other=0.0)
     c = _bend(slope_ptr, alpha_ptr, negative, row, unit, samples, n, REFLECTED, KIND)
     change = tl.where(unit < n, _rho(x + moved, c, KIND) - _rho(x, c, KIND), 0.0)
     tl.store(x_ptr + at, x + moved, mask=inside)
-    _keep(next_ptr, change, row, unit, samples, WIDTH)
+    _keep(next_ptr, change, row, unit, samples, width)

@@ -51,7 +51,7 @@ class Steps:
     def _precise(self) -> dict[str, Any]:
         cut = self.loop.cut
         return {
-            "WIDTH": cut.width, "ROWS": cut.rows, "UNITS": cut.blocks[0], "DEPTH": cut.depth,
+            "ROWS": cut.rows, "UNITS": cut.blocks[0], "DEPTH": cut.depth,
             "GROUP": _GROUP, "PRECISION": self.loop.precision("tf32x3"), "num_warps": cut.warps,
         }  # fmt: skip
 
@@ -85,7 +85,8 @@ class Steps:
         self._launch(
             kernels().advance, plain(x), plain(shift), out, x if change is None else change, matrix,
             loop.prepared.alpha, x if loop.slope is None else loop.slope, loop.numbers(1.0),
-            *x.shape, CHANGES=change is not None, **self._precise, **{**loop.flags, **flags},
+            *x.shape, loop.cut.width, CHANGES=change is not None,
+            **self._precise, **{**loop.flags, **flags},
         )  # fmt: skip
         return out
 
@@ -98,6 +99,7 @@ class Steps:
         self._launch(
             kernels().increment, x, change, spare, loop.prepared.low, loop.prepared.alpha,
             x if loop.slope is None else loop.slope, loop.numbers(1.0), *x.shape,
+            loop.cut.width,
             **precise, **flags,
         )  # fmt: skip
 

@@ -49,10 +49,15 @@ class Cut:
         return sum(self.blocks)
 
 
-def cut(n: int, dtype: torch.dtype) -> Cut:
+def cut(n: int, dtype: torch.dtype, most: int = 256) -> Cut:
     """Return how n units are cut: what fits the registers and the memory of a multiprocessor.
 
-    Measured in instructions and bytes of the compiled kernels (`benchmarks.gpu_compiled`).
+    Counted in instructions and bytes of the compiled kernels (`benchmarks.gpu_compiled`).
+
+    Args:
+        n: units.
+        dtype: of the problem.
+        most: units that may stay on the chip in float32, as `most_resident` says.
     """
     if dtype == torch.float64:
         for blocks in ((16,), (32,), (64,), (64, 64)):
@@ -62,11 +67,25 @@ def cut(n: int, dtype: torch.dtype) -> Cut:
     for blocks in ((16,), (32,), (32, 16), (64,), (64, 16)):
         if n <= sum(blocks):
             return Cut(blocks, rows=64, depth=16, warps=4)
-    if n <= 128:
-        return Cut((128,), rows=64, depth=32, warps=8)
-    if n <= 256:
-        return Cut((256,), rows=64, depth=16, warps=8)
+    for width, depth in ((128, 32), (256, 16)):
+        if n <= width <= most:
+            return Cut((width,), rows=64, depth=depth, warps=8)
     return Cut(_tiles(n, 128), rows=128, depth=32, warps=8, resident=False)
+
+
+def most_resident(capability: tuple[int, int]) -> int:
+    """Return how many units of float32 stay on the chip, given a device's compute capability.
+
+    A block has 227 KiB of shared memory on 9.0, 163 on 8.0 and 99 on 8.6 and 8.9; from 10.0 on
+    products take tensor memory, of which more than 80 units would need too much.
+    """
+    return {(9, 0): 256, (8, 0): 128}.get(capability, 80)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    if interpreted():
+        return 9, 0
+    return torch.cuda.get_device_capability(device if device.type == "cuda" else None)
 
 
 def _tiles(n: int, units: int) -> tuple[int, ...]:
@@ -129,7 +148,7 @@ class Loop:
         operator = problem.operator
         assert isinstance(operator, DenseOperator)
         slope, negative = coefficients(problem.activation)
-        size = cut(operator.n, operator.dtype)
+        size = cut(operator.n, operator.dtype, most_resident(_capability(operator.device)))
         return Loop(
             v=plain(problem.bias), slope=slope, negative=negative, iteration=iteration, cut=size,
             prepared=operator.memo(

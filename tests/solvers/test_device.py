@@ -31,12 +31,23 @@ METHODS = [PeacemanRachford, DouglasRachford, ForwardBackward]
 SIZES = [(3, 5), (16, 18), (21, 17), (27, 18)]
 
 
+@pytest.mark.parametrize(("n", "capability", "resident"), [
+    (80, (8, 9), True), (80, (10, 0), True), (81, (8, 9), False), (81, (10, 0), False),
+    (128, (8, 0), True), (129, (8, 0), False), (256, (9, 0), True), (257, (9, 0), False),
+])  # fmt: skip
+def test_what_stays_on_the_chip_depends_on_the_chip(n, capability, resident):
+    found = CUT(n, torch.float32, tiles.most_resident(capability))
+    assert found.resident == resident
+    assert found.width >= n
+    assert CUT(n, torch.float64).resident == (n <= 128)
+
+
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Odd sizes meet every boundary of a tile, and the interpreter stays quick."""
     monkeypatch.setattr(fused, "_backend", lambda problem: device)
 
-    def cut(n, dtype):
+    def cut(n, dtype, most):
         blocks = (16,) * -(-n // 16)
         return tiles.Cut(blocks, rows=16, depth=16, warps=4, resident=n <= 24)
 

@@ -64,7 +64,7 @@ def cut(n: int, dtype: torch.dtype, most: int = 256) -> Cut:
             if n <= sum(blocks):
                 return Cut(blocks, rows=32, depth=16, warps=8)
         return Cut(_tiles(n, 64), rows=64, depth=16, warps=4, resident=False)
-    for blocks in ((16,), (32,), (32, 16), (64,), (64, 16)):
+    for blocks in ((32,), (64,), (64, 16)):
         if n <= sum(blocks):
             return Cut(blocks, rows=64, depth=16, warps=4)
     for width, depth in ((128, 32), (256, 16)):

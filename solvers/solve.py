@@ -229,5 +229,9 @@ def _continue_in_double(problem: Inclusion, method: Method, request: Request, z:
     # Where float64 got there, or to its own rounding, it is float32 that keeps z away.
     there = (better.residual <= left.tol) | double.rests(better.value, left.tol)
     return dataclasses.replace(
-        better, value=value, residual=residual, resting=there & (residual > request.tol)
+        better,
+        value=value,
+        residual=residual,
+        resting=there & (residual > request.tol),
+        worst=None,
     )

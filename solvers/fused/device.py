@@ -3,7 +3,7 @@
 Dense W on a CUDA device, an activation that is linear on either side of zero or linear per sample,
 float32 or float64. Products of float32 run on the tensor cores in three TF32 or six bfloat16
 products, whose error is that of float32, and most steps of a solve in one of bfloat16
-(Note [Increments] of `devicekernels`). Where the environment asks for Triton's interpreter
+(Note [Increments] of `device_kernels`). Where the environment asks for Triton's interpreter
 (TRITON_INTERPRET=1), problems in the memory of the processor run there, slowly.
 """
 

@@ -48,14 +48,6 @@ class Steps:
     loop: Loop
 
     @property
-    def _precise(self) -> dict[str, Any]:
-        cut = self.loop.cut
-        return {
-            "ROWS": cut.rows, "UNITS": cut.blocks[0], "DEPTH": cut.depth,
-            "GROUP": _GROUP, "PRECISION": self.loop.precision("tf32x3"), "num_warps": cut.warps,
-        }  # fmt: skip
-
-    @property
     def has_increments(self) -> bool:
         """Whether steps may be increments: in float32, without relaxation."""
         return self.loop.prepared.low is not None and self.loop.iteration.relaxation == 1.0
@@ -85,28 +77,28 @@ class Steps:
         self._launch(
             kernels().advance, plain(x), plain(shift), out, x if change is None else change, matrix,
             loop.prepared.alpha, x if loop.slope is None else loop.slope, loop.numbers(1.0),
-            *x.shape, loop.cut.width, CHANGES=change is not None,
-            **self._precise, **{**loop.flags, **flags},
+            *x.shape, loop.cut.width, CHANGES=change is not None, DEPTH=loop.cut.depth,
+            PRECISION=loop.precision("tf32x3"), **{**loop.flags, **flags},
         )  # fmt: skip
         return out
 
     def increment(self, x: Tensor, change: Tensor, spare: Tensor) -> None:
         """Make one step of bfloat16 in place, and write the next change of ρ into `spare`."""
         loop = self.loop
-        flags = {name: value for name, value in loop.flags.items() if name != "RELAXED"}
-        precise = {**self._precise, "DEPTH": math.gcd(2 * loop.cut.depth, loop.cut.width)}
-        del precise["PRECISION"]
+        flags = {name: loop.flags[name] for name in ("REFLECTED", "KIND")}
         self._launch(
             kernels().increment, x, change, spare, loop.prepared.low, loop.prepared.alpha,
-            x if loop.slope is None else loop.slope, loop.numbers(1.0), *x.shape,
-            loop.cut.width,
-            **precise, **flags,
+            x if loop.slope is None else loop.slope, loop.numbers(1.0), *x.shape, loop.cut.width,
+            DEPTH=math.gcd(2 * loop.cut.depth, loop.cut.width), **flags,
         )  # fmt: skip
 
     def _launch(self, kernel: Any, x: Tensor, *arguments: Any, **options: Any) -> None:
         cut, (samples, n) = self.loop.cut, x.shape
         programs = -(-samples // cut.rows) * -(-n // cut.blocks[0])
-        reason = launched(kernel, (programs,), x, *arguments, **options)
+        reason = launched(
+            kernel, (programs,), x, *arguments, ROWS=cut.rows, UNITS=cut.blocks[0], GROUP=_GROUP,
+            num_warps=cut.warps, **options,
+        )  # fmt: skip
         if reason is not None:
             raise _Failed(reason)
 
@@ -130,6 +122,12 @@ class _Plan:
         tol: of the solve.
         step: how many have been made.
         due: whether to look at the residual now, before the next step.
+        stalled: whether the displacement has come to rest.
+        length: of blocks, at most; ahead: of this one.
+        rate: logarithm of the factor of the displacement per step; 0 while unknown.
+        ratio: of the residual to the displacement.
+        worst, looked: the largest displacement at the last base, and residual at the last check.
+        mark, mark_step: where stalling was last excluded, and the displacement there.
     """
 
     limit: int
@@ -211,12 +209,13 @@ def _solve(problem: Inclusion, steps: Steps, request: Request) -> Outcome:
     )  # fmt: skip
     while True:
         if plan.due:
-            if _looks(own, state, plan, x):
+            ends, share = _looks(own, state, plan, problem.activation.prox(x, alpha))
+            if ends:
                 return Outcome(
                     value=state.value, residual=state.residual, steps=state.steps,
                     checks=state.checks, loop="device",
                 )  # fmt: skip
-            if float(state.finished.double().mean()) >= _LEAVE_SHARE:
+            if share >= _LEAVE_SHARE:
                 keep = (~state.finished).nonzero().squeeze(-1)
                 problem, x, shift = problem.select(keep), x[keep], shift[keep]
                 state.index = keep if state.index is None else state.index[keep]
@@ -230,9 +229,8 @@ def _solve(problem: Inclusion, steps: Steps, request: Request) -> Outcome:
         image = steps.step(x, shift, change)
         moved = torch.linalg.vector_norm((image - x).mul_(gauge), dim=1)
         size = problem.operator.norm(z)
-        share = torch.where(moved == 0, moved, moved / size)
-        share = torch.where(state.finished, 0.0, share).nan_to_num(math.inf, math.inf)
-        ahead = plan.block(float(share.max()))
+        moved = torch.where((moved == 0) | state.finished, 0.0, moved / size)
+        ahead = plan.block(float(moved.nan_to_num(math.inf, math.inf).max()))
         x = image
         if change is None:
             for _ in range(1, ahead):
@@ -253,29 +251,35 @@ def _with_products(problem: Inclusion, steps: Steps) -> Inclusion:
     return Inclusion(own, problem.bias, problem.activation)
 
 
-def _looks(problem: Inclusion, state: _Open, plan: _Plan, x: Tensor) -> bool:
-    """Evaluate the residual, keep what has passed, and say whether the solve ends."""
-    steps = problem.operator._steps  # type: ignore[attr-defined]
-    z, tol = problem.activation.prox(x, steps.loop.iteration.alpha), plan.tol
-    residual, left = problem.relative_residual(z), None
+def _looks(problem: Inclusion, state: _Open, plan: _Plan, z: Tensor) -> tuple[bool, float]:
+    """Evaluate the residual of z and keep what has passed; say whether the solve ends, and which
+    share of the batch has finished."""
+    tol = plan.tol
     if z.dtype == torch.float32:
         residual, floor = problem.measure(z)
-        left = torch.where(
-            (floor > tol) & (residual > 0.5 * state.before), residual - floor, residual
-        )
-    left = residual if left is None else left
+        noisy = (floor > tol) & (residual > 0.5 * state.before)
+        left = torch.where(noisy, residual - floor, residual)
+    else:
+        residual = left = problem.relative_residual(z)
     state.before = residual
     state.checks += 1
-    worst = float(torch.where(state.finished, 0.0, left).max())  # NaN propagates
+    passed = state.finished | (left <= tol)
+    # The one wait; the maximum propagates NaN.
+    worst, plan.looked, share = torch.stack(
+        [
+            torch.where(state.finished, 0.0, left).max(),
+            torch.where(passed, 0.0, residual).max(),
+            passed.to(z.dtype).mean(),
+        ]
+    ).tolist()
     last = worst <= tol or plan.step >= plan.limit or not math.isfinite(worst)
     if not last and plan.stalled:
         limit = STALL * torch.finfo(z.dtype).eps
         last = worst <= limit or bool((state.finished | problem.rests(z, tol)).all())
-    newly = (torch.ones_like(state.finished) if last else left <= tol) & ~state.finished
+    newly = ~state.finished if last else passed & ~state.finished
     rows = newly.nonzero().squeeze(-1)
     target = rows if state.index is None else state.index[rows]
     state.value[target], state.residual[target] = z[rows], residual[rows]
     state.steps[target] = plan.step
-    state.finished |= newly
-    plan.looked = float(torch.where(state.finished, 0.0, residual).max())
-    return last
+    state.finished = passed
+    return last, share

@@ -35,18 +35,23 @@ def _per_unit(pointer, row, column, rows, columns, channels, BY_COLUMN: tl.const
     return numbers
 
 
+@triton.jit
+def _tile(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The rows and columns of this program, which of them there are, and where they lie."""
+    tile, across = tl.program_id(0), tl.cdiv(columns, COLUMNS)
+    row = (tile // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    return row, column, inside, row[:, None] * columns + column[None, :]
+
+
 @triton.jit(do_not_specialize=["rows"])
 def reflected_sum(
     x_ptr, shift_ptr, out_ptr, alpha_ptr, slope_ptr, negative_ptr, rows, columns, alpha_step,
     SLOPES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ρ(x) + s, ρ the reflected prox of max(v, av) or of dv; one sample per row."""
-    tile = tl.program_id(0)
-    across = tl.cdiv(columns, COLUMNS)
-    row = (tile // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    at = row[:, None] * columns + column[None, :]
+    _row, column, inside, at = _tile(rows, columns, ROWS, COLUMNS)
     alpha = tl.load(alpha_ptr + column * alpha_step, mask=column < columns, other=1.0)[None, :]
     x = tl.load(x_ptr + at, mask=inside, other=0.0)
     shift = tl.load(shift_ptr + at, mask=inside, other=0.0)
@@ -66,12 +71,7 @@ def activate(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """σ(su + b)t with s, b and t by unit or channel."""
-    tile = tl.program_id(0)
-    across = tl.cdiv(columns, COLUMNS)
-    row = (tile // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    at = row[:, None] * columns + column[None, :]
+    row, column, inside, at = _tile(rows, columns, ROWS, COLUMNS)
     v = tl.load(u_ptr + at, mask=inside, other=0.0)
     if INNER:
         v = v * _per_unit(inner_ptr, row, column, rows, columns, channels, BY_COLUMN)

@@ -1,5 +1,7 @@
 """Products are full where it matters, and the settings come back."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ from lben import (
     precision,
 )
 from solvers import ReLU
+from solvers.precision import full_precision
 
 
 @pytest.fixture
@@ -35,6 +38,17 @@ def test_reduced_products_are_seen_and_switched_off(reduced):
         assert torch.backends.cudnn.conv.fp32_precision in ("none", "ieee")
     assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def test_what_one_has_set_does_not_end_under_another(reduced):
+    matmul = torch.backends.mkldnn.matmul
+    first, second = contextlib.ExitStack(), contextlib.ExitStack()
+    first.enter_context(precision.full())
+    second.enter_context(full_precision(torch.ones(1)))  # finds full products, and not its own
+    first.close()
+    assert matmul.fp32_precision in ("none", "ieee")
+    second.close()
+    assert matmul.fp32_precision == "bf16"
 
 
 def test_settings_come_back_after_an_error(reduced):

@@ -175,3 +175,18 @@ def test_the_allowance_covers_products_that_cancel(dtype):
     worst = (n - 1) * 0.5 * eps * n * size * math.sqrt(n)
     rho = acceptance(operator, ReLU(), 1e-4).rounding(z, 0.0)
     assert worst <= rho < 100 * worst
+
+
+def test_products_in_parts_are_granted_their_rounding(monkeypatch):
+    """Tensor cores truncate where they add: twice, and what three products of TF32 leave out."""
+    operator = monotone_operator(5, dtype=torch.float32)
+    here = acceptance(operator, ReLU(), 1e-4)
+    monkeypatch.setattr(DenseOperator, "device", torch.device("cuda"))
+    there = acceptance(operator, ReLU(), 1e-4)
+    assert there.state > 1.5 * here.state
+    assert there.state > 24 * torch.finfo(torch.float32).eps * operator.absolute_gain()
+    assert there.bias > 1.5 * here.bias
+    double = operator.to(torch.float64)
+    there = acceptance(double, ReLU(), 1e-4)
+    monkeypatch.undo()
+    assert there == acceptance(double, ReLU(), 1e-4)

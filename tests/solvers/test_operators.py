@@ -11,6 +11,7 @@ from solvers import (
     LowRankOperator,
 )
 from solvers.operators import LowRankUpdate
+from solvers.operators.base import is_finite
 from solvers.step_size import ForwardStep, resolve
 from tests.problems import monotone_operator
 from tests.solvers import exactly
@@ -43,6 +44,14 @@ def test_constants_bound_the_operator_and_are_attained(seed, transposed):
     assert gain.max() <= c.L
     assert gain.max() > 0.8 * c.L
     assert c.m >= 0.3 - 1e-9
+
+
+@pytest.mark.parametrize(("numbers", "finite"), [
+    ([1.0, -2.0], True), ([3e38, 3e38], True), ([torch.inf, -torch.inf], False),
+    ([torch.nan, 1.0], False), ([-torch.inf, 3e38], False),
+])  # fmt: skip
+def test_sums_that_overflow_are_no_evidence(numbers, finite):
+    assert is_finite(torch.tensor(numbers)) == finite
 
 
 def test_norm_survives_extreme_scales():

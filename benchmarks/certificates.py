@@ -28,12 +28,13 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import claims
-from benchmarks.common import circumstances, finish, mnist_of, parser, trained, write
+from benchmarks.common import COMMIT, circumstances, finish, mnist_of, parser, trained, write
 from benchmarks.faults import Bench, faults, honest
 from benchmarks.networks import (
     Network,
@@ -68,6 +69,7 @@ def main() -> None:
     arguments = options.parse_args()
     root, mnist = mnist_of(arguments.root, "certificates")
     quick = arguments.quick
+    record = Record(arguments.out, quick)
     warnings.simplefilter("ignore")  # solves of images far outside [0, 1] may miss the tolerance
     parts: dict[str, Callable[[], Any]] = {
         "cost": lambda: cost(80 if quick else None),
@@ -76,22 +78,53 @@ def main() -> None:
             500 if quick else 2300,
         ),
         "faults": lambda: planted(Bench(mnist)),
-        "running": lambda: running(mnist, quick),
+        "running": lambda: running(
+            mnist, quick, record.rows("running"), partial(record.put, "running")
+        ),
         "promise": lambda: promise(mnist, quick),
         "boundary": lambda: boundary(mnist, (1e-2, 1e-5) if quick else TOLERANCES),
         "tightness": lambda: tightness(mnist, quick),
         "certified": lambda: certified(mnist, plain_model(root), quick),
     }
-    record: dict[str, Any] = {}
     for name in arguments.parts:
-        part = {"found": parts[name](), "seed": SEED, "quick": quick, **circumstances()}
-        if arguments.out is not None and arguments.out.exists():
-            record = json.loads(arguments.out.read_text())  # now: others may have added to it
-        record[name] = part
-        if arguments.out is not None:
-            write(arguments.out, record)
-    figures = summary({name: part["found"] for name, part in record.items() if name in PARTS})
-    finish(figures, arguments.out, **{name: record[name] for name in PARTS if name in record})
+        record.put(name, parts[name]())
+    found = {name: record.parts[name] for name in PARTS if name in record.parts}
+    figures = summary({name: part["found"] for name, part in found.items()})
+    finish(figures, arguments.out, **found)
+
+
+class Record:
+    """The parts that are finished, kept in a file where one is given.
+
+    Attributes:
+        parts: per name what was found, with its circumstances.
+    """
+
+    def __init__(self, out: Path | None, quick: bool) -> None:
+        self._out, self._quick = out, quick
+        self.parts: dict[str, Any] = {}
+        self._read()
+
+    def put(self, name: str, found: Any) -> None:
+        """Add a part, or put it in the place of an older one."""
+        self._read()  # now: others may have added to it
+        self.parts[name] = {"found": found, **self._run}
+        if self._out is not None:
+            write(self._out, self.parts)
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Return the rows of a part that this version has run, with these options, and stopped."""
+        part = self.parts.get(name, {})
+        same = all(part.get(key) == value for key, value in self._run.items() if key != "date")
+        return list(part["found"]) if same and not COMMIT.endswith("+changes") else []
+
+    @property
+    def _run(self) -> dict[str, Any]:
+        return {"seed": SEED, "quick": self._quick, **circumstances()}
+
+    def _read(self) -> None:
+        if self._out is not None and self._out.exists():
+            self.parts = json.loads(self._out.read_text())
 
 
 def summary(found: dict[str, Any]) -> dict[str, Any]:

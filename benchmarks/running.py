@@ -9,7 +9,7 @@ radii that take off the error at x alone, which promise nothing about the networ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -54,25 +54,51 @@ class Case:
     directions: Tensor
 
 
-def running(mnist: Dataset, quick: bool) -> list[dict[str, Any]]:
-    """Count images inside radii where the network as it runs gives another label."""
-    rows = []
-    tolerances = (1e-2, 1e-4, 1e-8) if quick else (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-8)
-    for dtype in (torch.float32, torch.float64):
-        for tol in tolerances:
-            if tol < 1e-5 and dtype == torch.float32:
-                continue  # float32 does not hold it
-            totals: dict[str, dict[str, int]] = {}
-            for case in _cases(mnist, dtype, tol, quick):
-                total = totals.setdefault(case.name, {"images": 0, "wrong": 0, "at x alone": 0})
-                for key, promise in (("wrong", "running"), ("at x alone", "exact")):
-                    images, wrong = _wrong(case, promise)  # type: ignore[arg-type]
-                    total[key] += wrong
-                    total["images"] += images if key == "wrong" else 0
-            for name, total in totals.items():
-                rows.append({"network": name, "dtype": str(dtype)[6:], "tol": tol, **total})
-                print(rows[-1], flush=True)
+def running(
+    mnist: Dataset,
+    quick: bool,
+    earlier: Sequence[dict[str, Any]],
+    save: Callable[[list[dict[str, Any]]], None],
+) -> list[dict[str, Any]]:
+    """Count images inside radii where the network as it runs gives another label.
+
+    Args:
+        mnist: whose test images are certified.
+        quick: fewer networks, tolerances and images.
+        earlier: rows of a run that was stopped; their precisions and tolerances are not run again.
+        save: is given all rows so far, each time that a precision and tolerance is finished.
+
+    Returns:
+        One row per network, precision and tolerance.
+    """
+    rows = list(earlier)
+    finished = {(row["dtype"], row["tol"]) for row in rows}
+    boundaries = Boundaries(mnist, quick)
+    for dtype, tol in _settings(quick):
+        if (str(dtype)[6:], tol) in finished:
+            continue
+        totals: dict[str, dict[str, int]] = {}
+        for case in _cases(boundaries, dtype, tol, quick):
+            total = totals.setdefault(case.name, {"images": 0, "wrong": 0, "at x alone": 0})
+            images, wrong = _wrong(case, "running")
+            total["images"] += images
+            total["wrong"] += wrong
+            total["at x alone"] += _wrong(case, "exact")[1]
+        for name, total in totals.items():
+            rows.append({"network": name, "dtype": str(dtype)[6:], "tol": tol, **total})
+            print(rows[-1], flush=True)
+        save(rows)
     return rows
+
+
+def _settings(quick: bool) -> list[tuple[torch.dtype, float]]:
+    tolerances = (1e-2, 1e-4, 1e-8) if quick else (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-8)
+    return [
+        (dtype, tol)
+        for dtype in (torch.float32, torch.float64)
+        for tol in tolerances
+        if tol >= 1e-5 or dtype == torch.float64  # float32 does not hold a smaller one
+    ]
 
 
 def promise(mnist: Dataset, quick: bool) -> list[dict[str, Any]]:
@@ -139,22 +165,61 @@ def _ways(model: Classifier, x: Tensor, share: float) -> Iterator[Tensor]:
             yield torch.cat([model(one).argmax(1) for one in x[:100].split(1)])
 
 
-def _cases(mnist: Dataset, dtype: torch.dtype, tol: float, quick: bool) -> Iterator[Case]:
-    for name in ("1",) if quick else ("0.2", "0.5", "1", "5"):
-        yield from _of(f"MNIST, γ = {name}", trained(name), mnist, dtype, tol, quick)
-    digits = load("digits")
-    kinds = ("2.0, tanh",) if quick else ("2.0, tanh", "1.0, leaky_relu", "10.0, relu")
-    names = [f"γ = {float(k.split(',')[0]):g},{k.split(',')[1]}" for k in kinds]
-    others = () if quick else ("feed-through", "convolution, γ = 1", "sll", "sll, equilibrium core")
-    for name in (*names, *others):
-        if (name, "digits") not in _TRAINED:
-            _TRAINED[name, "digits"] = trained_on_digits(name)
-        yield from _of(f"digits, {name}", _TRAINED[name, "digits"], digits, dtype, tol, quick)
+class Boundaries:
+    """Trained networks, with test images and images next to the boundary of each.
+
+    They are found once per network: none of it depends on the precision and tolerance of a case.
+    """
+
+    def __init__(self, mnist: Dataset, quick: bool) -> None:
+        self._mnist, self._quick = mnist, quick
+        self._found: dict[str, tuple[Classifier, Tensor, Tensor]] = {}
+
+    def of(self, name: str) -> tuple[Classifier, Tensor, Tensor]:
+        """Return a network, images and unit directions towards another class, in float64."""
+        if name not in self._found:
+            data, _, kind = name.partition(", ")
+            if data == "MNIST":
+                model: Classifier = trained(kind.removeprefix("γ = "))
+                images = self._mnist.test_images
+            else:
+                model, images = trained_on_digits(kind), load("digits").test_images
+            exact = model.exact(1e-10)
+            count = 100 if self._quick else 400
+            x = pixels(images[: 2 * count], torch.float64)
+            first, second = x[: len(x) // 2], x[len(x) // 2 :]
+            sides = [across_the_boundary(exact, first, second, distance=d)[0] for d in (2e-2, 2e-3)]
+            near = torch.cat([first, *sides])
+            self._found[name] = model, near, _towards_another_class(exact, near)
+        return self._found[name]
+
+
+def _cases(boundaries: Boundaries, dtype: torch.dtype, tol: float, quick: bool) -> Iterator[Case]:
+    """Yield every network in one precision, solved to one tolerance."""
+    for name in _QUICK if quick else _NETWORKS:
+        model, x, directions = boundaries.of(name)
+        own = model.frozen(tol if model.tol is not None else None).to(dtype)
+        proof = own.certificate("scaled" if "scaled" in own.bounds else "promised")
+        if math.isfinite(proof.bound):
+            yield Case(name=name, model=own, proof=proof, x=x.to(dtype), directions=directions)
     for rho in (0.9, 0.99) if quick else _RHOS:
         yield from slow(dtype, tol, rho)
 
 
-_TRAINED: dict[tuple[str, str], Classifier] = {}
+_NETWORKS = (
+    "MNIST, γ = 0.2",
+    "MNIST, γ = 0.5",
+    "MNIST, γ = 1",
+    "MNIST, γ = 5",
+    "digits, γ = 2, tanh",
+    "digits, γ = 1, leaky_relu",
+    "digits, γ = 10, relu",
+    "digits, feed-through",
+    "digits, convolution, γ = 1",
+    "digits, sll",
+    "digits, sll, equilibrium core",
+)
+_QUICK = ("MNIST, γ = 1", "digits, γ = 2, tanh")
 _RHOS = (
     0.7,
     0.8,
@@ -172,24 +237,6 @@ _RHOS = (
     0.998,
     0.999,
 )
-
-
-def _of(
-    name: str, model: Classifier, data: Dataset, dtype: torch.dtype, tol: float, quick: bool
-) -> Iterator[Case]:
-    """Yield a trained network with test images, and with images next to its boundary."""
-    exact = model.exact(1e-10)
-    own = model.frozen(tol if model.tol is not None else None).to(dtype)
-    count = 100 if quick else 400
-    x = pixels(data.test_images[: 2 * count], torch.float64)
-    proof = own.certificate("scaled" if "scaled" in own.bounds else "promised")
-    if not math.isfinite(proof.bound):
-        return
-    first, second = x[: len(x) // 2], x[len(x) // 2 :]
-    sides = [across_the_boundary(exact, first, second, distance=d)[0] for d in (2e-2, 2e-3)]
-    near = torch.cat([first, *sides]).to(dtype)
-    near, directions = near, _towards_another_class(exact, near.double())
-    yield Case(name=name, model=own, proof=proof, x=near, directions=directions)
 
 
 def _towards_another_class(model: Classifier, x: Tensor) -> Tensor:

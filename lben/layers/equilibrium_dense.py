@@ -60,10 +60,11 @@ class DenseEquilibriumLayer(EquilibriumLayer):
         w, size = weights, x.abs()
         u_n, u_p = gamma_k(w.hidden_features + 4), gamma_k(w.in_features + 4)
         # A bias that an accumulator starts with is one more summand.
-        v = u_p * (size @ w.U.abs().T + w.b.abs()) + underflow(w.in_features)
-        y = u_n * (z.abs() @ w.C.abs().T + w.b_y.abs()) + underflow(w.hidden_features)
+        v = u_p * (size @ w.U.abs().T + w.b.abs()) + underflow(w.in_features, x, w.U)
+        y = u_n * (z.abs() @ w.C.abs().T + w.b_y.abs())
+        y = y + underflow(w.hidden_features, z, w.C)
         if w.D is not None:
-            y = y + u_p * (size @ w.D.abs().T) + underflow(w.in_features)
+            y = y + u_p * (size @ w.D.abs().T) + underflow(w.in_features, x, w.D)
         return norms_up(v * w.Lambda.sqrt(), 1), norms_up(y, 1)
 
     def _rates(self, weights: ExplicitWeights, unit: float) -> Rates:
@@ -95,7 +96,8 @@ class DenseEquilibriumLayer(EquilibriumLayer):
         moved = torch.linalg.vector_norm(w.W / w.Lambda.sqrt(), dim=1)
         unit = gamma_k(w.hidden_features + w.in_features + 8)
         size = z.abs() @ w.W.abs().T + x.abs() @ w.U.abs().T + w.b.abs()
-        lost = underflow(w.hidden_features + w.in_features)
+        lost = underflow(w.hidden_features, z, w.W)
+        lost = lost + underflow(w.in_features, x, w.U)
         state = exact.state_error[:, None]
         return Anchors(
             v=exact.problem.operator.affine(z, exact.problem.bias),

@@ -136,7 +136,8 @@ class ImageEquilibriumLayer(EquilibriumLayer):
     def _bias_rounding(self, state: ConvolutionalWeights, x: Tensor) -> Tensor:
         size = self._map.apply(self._unshuffled(x).abs(), state.U.abs(), state.b.abs())
         terms = state.U[0].numel()
-        v = (size * gamma_k(terms + 4) + underflow(terms)) * taps(state.Lambda.sqrt())
+        lost = underflow(terms, x, state.U, dims=3)
+        v = (size * gamma_k(terms + 4) + lost) * taps(state.Lambda.sqrt())
         return norms_up(v.flatten(1), 1)
 
     def _drive(self, state: ConvolutionalWeights, unit: float) -> tuple[float, float]:
@@ -286,10 +287,10 @@ class EquilibriumConv2d(ImageEquilibriumLayer):
         if not self._identity:
             terms = weights.C[0].numel()
             y = gamma_k(terms + 4) * self._map.apply(size, weights.C.abs(), weights.b_y.abs())
-            y = y + underflow(terms)
+            y = y + underflow(terms, size, weights.C, dims=3)
         if isinstance(weights.D, float):
             y = y + 4 * UNIT * (self._readout(weights, x, z).abs() + weights.D * x.abs())
-            y = y + underflow(1)
+            y = y + underflow(1, x, x.new_tensor(weights.D), dims=3)
         return self._bias_rounding(weights, x), norms_up(y.flatten(1), 1)
 
     def extra_repr(self) -> str:
@@ -393,8 +394,9 @@ class PooledEquilibriumConv2d(ImageEquilibriumLayer):
 
     def _rounding(self, weights: PooledWeights, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         C = weights.C.flatten(1)
-        size = self.images(z).flatten(1).abs() @ C.abs().T + weights.b_y.abs()
-        y = gamma_k(C.shape[1] + 4) * size + underflow(C.shape[1])
+        state = self.images(z).flatten(1)
+        size = state.abs() @ C.abs().T + weights.b_y.abs()
+        y = gamma_k(C.shape[1] + 4) * size + underflow(C.shape[1], state, C)
         return self._bias_rounding(weights.state, x), norms_up(y, 1)
 
     def extra_repr(self) -> str:

@@ -7,7 +7,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, Self, get_args
+from typing import Any, ClassVar, Literal, Protocol, Self, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -97,6 +97,8 @@ class Classifier(nn.Module, ABC):
     """
 
     config: Any
+    _fixed: ClassVar[dict[str, type[nn.Module]]] = {"normalize": Normalize}
+    """Maps without a certificate of their own, whose norm a proof takes from their class."""
 
     def __init__(
         self, shape: tuple[int, int, int], mean: tuple[float, ...], std: tuple[float, ...]
@@ -152,10 +154,12 @@ class Classifier(nn.Module, ABC):
 
         Raises:
             ValueError: if the model does not have this bound.
-            CertificateError: if the proof fails.
+            CertificateError: if the proof fails, or `normalize` (or a stem) is of another class
+                than the model was built with.
         """
         if bound not in self.bounds:
             raise ValueError(f"this model has the bounds {', '.join(self.bounds)}, not {bound!r}")
+        self._refuse_foreign()
         with torch.no_grad():
             return replace(self._certificate(bound), network=self.fingerprint)
 
@@ -174,6 +178,7 @@ class Classifier(nn.Module, ABC):
         and its input gain against the normalisation.
         """
         refuse_hooks(self)
+        self._refuse_foreign()
         if certificate.network is not None:
             certificate.check(self.fingerprint)
         elif not certificate.input_gain >= self.normalize.gain:
@@ -181,6 +186,15 @@ class Classifier(nn.Module, ABC):
                 f"this certificate is for inputs that grow by at most {certificate.input_gain:.6g} "
                 f"before the first layer, the normalisation has {self.normalize.gain:.6g}"
             )
+
+    def _refuse_foreign(self) -> None:
+        """Refuse a model in which another module stands for a map that no proof looks at."""
+        for name, kind in self._fixed.items():
+            if type(getattr(self, name)) is not kind:
+                raise CertificateError(
+                    f"{name} is a {type(getattr(self, name)).__name__}, and a proof of this model "
+                    f"knows {kind.__name__} alone: build another model for another map"
+                )
 
     @abstractmethod
     def _certificate(self, bound: Bound) -> NetworkCertificate:

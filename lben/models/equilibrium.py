@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -264,6 +264,8 @@ class EquilibriumClassifier(SingleLayerClassifier):
 
 class ConvolutionalEquilibriumClassifier(SingleLayerClassifier):
     """Normalisation and one `PooledEquilibriumConv2d`: images in [0, 1] to logits."""
+
+    _fixed: ClassVar = {**Classifier._fixed, "stem": InvertibleDownsampling}
 
     def __init__(self, config: ConvolutionalEquilibriumClassifierConfig) -> None:
         super().__init__(config.shape, config.mean, config.std)

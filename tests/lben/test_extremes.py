@@ -11,6 +11,8 @@ from lben import (
     AOLLinear,
     CPLConv2d,
     CPLLinear,
+    EquilibriumConv2d,
+    EquilibriumLinear,
     NormalizedLinear,
     OrthogonalConv2d,
     OrthogonalLinear,
@@ -21,10 +23,12 @@ from lben import (
     SpectralConv2d,
     SpectralLinear,
 )
+from lben.convolutional import ConvolutionalWeights
 from lben.layers.maps import Dense
-from lben.parameterizations import Gershgorin, Spectral
+from lben.parameterizations import FixedWeights, Gershgorin, Spectral
 from lben.parameterizations.explicit import UNIT_BOUND
 from lben.parameterizations.multipliers import FLOOR, power_of_two
+from lben.weights import ExplicitWeights
 
 DTYPES = [torch.float32, torch.float64]
 LAYERS = {
@@ -152,6 +156,47 @@ def test_denormal_numbers_taken_for_zeros_break_no_bound(kind):
     stored = layer.parameterization(torch.float32)
     assert (tensors[-1] <= stored[-1] * (1 + 2.0**-19)).all()
     assert layer.certificate(image).bound == UNIT_BOUND
+
+
+@pytest.mark.parametrize("share", [0.0, 0.8, 0.9])
+@pytest.mark.parametrize("lost", ["U", "C"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("images", [False, True])
+def test_denormal_weights_of_equilibria_taken_for_zeros(images, dtype, lost, share):
+    """W = −½I: z = ⅔ max(Ux, 0) and y = Cz, by inputs that make something of what is lost."""
+    finfo = torch.finfo(dtype)
+    n, p, q = 3, 4, 2
+    U, C = (torch.rand(s, dtype=torch.float64) for s in ((n, p), (q, n)))
+    U, C = (0.4 * finfo.tiny * t if name == lost else t for name, t in (("U", U), ("C", C)))
+    U, C = U.to(dtype), C.to(dtype)
+    x = (torch.rand(5, p, dtype=torch.float64) * finfo.max**share).to(dtype)
+    W, Lambda = -0.5 * torch.eye(n, dtype=dtype), torch.ones(n, dtype=dtype)
+    b, b_y = torch.zeros(n, dtype=dtype), torch.zeros(q, dtype=dtype)
+    if images:
+        layer = EquilibriumConv2d(p, n, q, 1, image=(1, 1), gamma=None, dtype=dtype)
+        kernels = {name: t[..., None, None] for name, t in (("W", W), ("U", U), ("C", C))}
+        weights = ConvolutionalWeights(
+            **kernels, b=b, D=None, b_y=b_y, Lambda=Lambda, gamma=None, circular=False
+        )
+    else:
+        layer = EquilibriumLinear(p, n, q, gamma=None, dtype=dtype)
+        weights = ExplicitWeights(W=W, U=U, b=b, C=C, D=None, b_y=b_y, Lambda=Lambda, gamma=None)
+    layer.parameterization = FixedWeights(weights)
+    rows = [[[Fraction(a) for a in r] for r in t.double().tolist()] for t in (U, C, x)]
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor flushes no denormal numbers")
+    try:
+        inputs = x[..., None, None] if images else x
+        y, bound, _ = layer.with_error(inputs, layer.certificate())
+    finally:
+        torch.set_flush_denormal(False)
+    U, C, x = rows
+    for row, got, e in zip(x, y.double().flatten(1).tolist(), bound.tolist(), strict=True):
+        v = [sum(a * c for a, c in zip(r, row, strict=True)) for r in U]
+        z = [max(t, Fraction(0)) * Fraction(2, 3) for t in v]
+        exact = [sum(a * c for a, c in zip(r, z, strict=True)) for r in C]
+        away = sum((Fraction(a) - c) ** 2 for a, c in zip(got, exact, strict=True))
+        assert e == math.inf or away <= Fraction(e) ** 2
 
 
 @pytest.mark.parametrize(("dtype", "size"), [

@@ -8,12 +8,16 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
 from lben import (
+    ConvolutionalEquilibriumClassifierConfig,
     EquilibriumClassifierConfig,
     EquilibriumConv2d,
     EquilibriumLinear,
+    InvertibleDownsampling,
     LipschitzSequential,
+    Normalize,
     PooledEquilibriumConv2d,
     SLLLinear,
 )
@@ -410,6 +414,35 @@ def test_hooks_are_no_part_of_a_proof(config, change):
     for proof in (before, model.certificate()):
         with pytest.raises(CertificateError, match="forward hook, or a forward of its own"):
             model.certified_radius(x, labels, proof)
+
+
+class _Louder(InvertibleDownsampling):
+    def forward(self, x):
+        return 10 * super().forward(x)
+
+
+class _Wider(Normalize):
+    def forward(self, x):
+        return 10 * super().forward(x)
+
+
+@pytest.mark.parametrize(("name", "other"), [
+    ("stem", _Louder(1)), ("stem", nn.Identity()), ("normalize", _Wider((0.5,), (0.5,))),
+])  # fmt: skip
+def test_maps_without_a_certificate_are_those_that_were_built(name, other):
+    model = ConvolutionalEquilibriumClassifierConfig(
+        shape=(1, 4, 4), classes=3, mean=(0.5,), std=(0.5,), channels=(2,), pool=2
+    ).build().eval()  # fmt: skip
+    x, labels = torch.rand(3, 1, 4, 4), torch.tensor([0, 1, 2])
+    named, by_hand = model.certificate(), compose([model.layer.certificate()], model.normalize.gain)
+    setattr(model, name, other)
+    for call in (
+        model.certificate,
+        lambda: model.certified_radius(x, labels, named),
+        lambda: model.certified_radius(x, labels, by_hand),
+    ):
+        with pytest.raises(CertificateError, match=f"{name} is a "):
+            call()
 
 
 def test_a_hooked_layer_is_not_certified():

@@ -76,7 +76,7 @@ def certified_radius(
     radius = torch.where(radius > _LEAST, 8 * radius, 0.0)  # NaN, an infinite quotient, is 0
     radius = radius.scatter(1, index[:, None], math.inf).amin(1)
     if elsewhere is not None:
-        limit = converted(torch.as_tensor(elsewhere.limit, dtype=torch.float64), torch.float64)
+        limit = torch.as_tensor(elsewhere.limit, dtype=torch.float64, device="cpu")
         radius = torch.minimum(radius, limit * (1 - 2.0**-48)).clamp_min(0.0)
     return radius.clamp_max(torch.finfo(torch.float64).max).to(logits.device)
 

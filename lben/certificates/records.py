@@ -219,7 +219,9 @@ class NetworkCertificate:
 
     def radius_bound(self) -> float | Tensor:
         """Return what `certified_radius` divides by: the pairs' bounds, else that of all of y."""
-        return self.bound if self.pairs is None else torch.tensor(self.pairs, dtype=torch.float64)
+        if self.pairs is None:
+            return self.bound
+        return torch.tensor(self.pairs, dtype=torch.float64, device="cpu")
 
     def to_json(self) -> str:
         """Return the certificate as JSON; null for an infinite bound."""

@@ -8,6 +8,8 @@
   in what claims cover (`benchmarks.claims`): every one must be caught, and nothing without one;
 - the network as it runs at images x' inside certified radii (`benchmarks.running`), and what that
   promise costs in certified points at tolerances 1e-4, 1e-6 and 1e-8;
+- bounds of rounding and of solver error, at x and around it, against whole networks evaluated in
+  integer arithmetic, and sums in orders chosen by hand (`benchmarks.rounding`);
 - radii at images placed next to the boundary of the exact network, at tolerances from 1e-1 to 1e-7
   in both precisions, beside the textbook rule;
 - tightness: joint bound ÷ largest quotient found, and certified accuracy by method on the MNIST
@@ -42,6 +44,7 @@ from benchmarks.networks import (
     trained_networks,
     trained_on_digits,
 )
+from benchmarks.rounding import rounding
 from benchmarks.running import promise, running
 from lben import EquilibriumLinear, certify, tighten_jointly
 from lben.attacks import across_the_boundary, ascend_quotient, corner_pairs, random_pairs
@@ -56,7 +59,8 @@ from lben.training import train
 SEED = 0
 PLAIN = "MNIST, γ = 1, plainly trained"
 PARTS = (
-    "cost", "soundness", "faults", "running", "promise", "boundary", "tightness", "certified",
+    "cost", "soundness", "faults", "running", "rounding", "promise", "boundary", "tightness",
+    "certified",
 )  # fmt: skip
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 
@@ -81,6 +85,7 @@ def main() -> None:
         "running": lambda: running(
             mnist, quick, record.rows("running"), partial(record.put, "running")
         ),
+        "rounding": lambda: rounding(quick),
         "promise": lambda: promise(mnist, quick),
         "boundary": lambda: boundary(mnist, (1e-2, 1e-5) if quick else TOLERANCES),
         "tightness": lambda: tightness(mnist, quick),
@@ -136,6 +141,9 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
         figures["violations"] += sum(row["wrong"] for row in found["running"])
         figures["images_inside"] = sum(row["images"] for row in found["running"])
         figures["wrong_at_x_alone"] = sum(row["at x alone"] for row in found["running"])
+    if "rounding" in found:
+        figures["violations"] += sum(row["wrong"] for row in found["rounding"])
+        figures["errors_in_exact_arithmetic"] = sum(row["errors"] for row in found["rounding"])
     if "promise" in found:
         figures["certified_at_1"] = {
             f"γ = {row['γ']}, {row['dtype']}, {row['tol']:g}": [

@@ -34,7 +34,7 @@ from lben.models import (
     ResidualClassifier,
 )
 from lben.weights import ExplicitWeights
-from solvers import Tanh
+from solvers import DenseOperator, Inclusion, Tanh, solve
 
 DISTANCES = (1e-3, 1.0, 30.0)
 """At which other images of the ball are put, in l2."""
@@ -215,38 +215,35 @@ def _equilibrium(
     assert not isinstance(layer.activation, Tanh)
     slope = getattr(layer.activation, "negative_slope", 0.0)
 
+    operator = DenseOperator(torch.from_numpy(W.nearest()), w.Lambda.double())
+
     def map(x: Dyadic) -> Dyadic:
-        y = C @ _at_rest(W, (U @ x + b).rounded(), slope) + b_y
+        v = (U @ x + b).rounded()
+        problem = Inclusion(operator, torch.from_numpy(v.nearest()), layer.activation)
+        near = solve(problem, tol=1e-13, max_steps=20_000, on_failure="ignore").value
+        y = C @ _at_rest(W, v, near, slope) + b_y
         return y if D is None else y + D @ x
 
     return map
 
 
-def _at_rest(W: Dyadic, v: Dyadic, slope: float) -> Dyadic:
-    """Solve z = σ(Wz + v) by Newton's method: steps in float64, residuals exact."""
+def _at_rest(W: Dyadic, v: Dyadic, near: Tensor, slope: float) -> Dyadic:
+    """Solve z = σ(Wz + v) from nearby by Newton's method: steps in float64, residuals exact."""
     below = Dyadic.of(torch.tensor(slope, dtype=torch.float64))
-    dense = W.nearest()
-    z = Dyadic(np.zeros(len(v.m), dtype=object), 0)
+    dense, z = W.nearest(), Dyadic.of(near)
     scale = max(float(np.abs(v.nearest()).max()), 1e-300)
-    share = 1.0
-    last = math.inf
-    for _ in range(200):
+    for _ in range(40):
         p = W @ z + v
         residual = p.positive() - (-p).positive() * below - z
         size = float(np.abs(residual.nearest()).max())
         if size <= scale * 1e-120:
             return z
-        if size > 0.9 * last:  # Newton's steps may turn in a circle, damped ones do not
-            share = max(share / 2, 0.05)
-        last = size
         slopes = np.where(p.m > 0, 1.0, slope)
         step = np.linalg.solve(
             np.eye(len(dense)) - slopes[:, None] * dense, residual.nearest() / size
         )
-        if size < 1e-9 * scale:
-            share = 1.0
-        z = (z + Dyadic.of(torch.from_numpy(step * (share * size)))).rounded()
-    raise RuntimeError(f"no equilibrium: the residual is {last} of {scale}")
+        z = (z + Dyadic.of(torch.from_numpy(step * size))).rounded()
+    raise RuntimeError(f"no equilibrium: the residual is {size} of {scale}")
 
 
 def _as_built(model: Classifier) -> None:

@@ -220,7 +220,7 @@ def _equilibrium(
     def map(x: Dyadic) -> Dyadic:
         v = (U @ x + b).rounded()
         problem = Inclusion(operator, torch.from_numpy(v.nearest()), layer.activation)
-        near = solve(problem, tol=1e-13, max_steps=20_000, on_failure="ignore").value
+        near = solve(problem, tol=1e-12, max_steps=20_000).value
         y = C @ _at_rest(W, v, near, slope) + b_y
         return y if D is None else y + D @ x
 

@@ -72,13 +72,14 @@ def _run_resident(loop: Loop, request: Request) -> Outcome | str:
     start = None if request.z0 is None else plain(request.z0)
     reason = launched(
         kernels().resident, (programs,),
-        v, v if start is None else start, own.map, own.map if own.low is None else own.low,
-        own.weights, own.alpha, own.root, v if loop.slope is None else loop.slope, own.size,
-        z, residual, steps, summary, v.new_empty(programs * cut.rows, cut.width),
+        v, v if start is None else start, own.map, own.weights, own.alpha, own.root, own.reach,
+        v if loop.slope is None else loop.slope, own.size, z, residual, steps, summary,
+        own.map.new_empty(programs * cut.rows, own.parts, cut.width),
+        v.new_empty(programs * cut.rows, cut.width),
         samples, n, loop.numbers(request.tol), request.max_steps, FIRST_CHECK,
         DONE=loop.iteration.done, WARM=start is not None, ROWS=cut.rows, BLOCKS=cut.blocks,
-        WIDTH=cut.width, DEPTH=cut.depth, INCREMENTS=own.low is not None,
-        PRECISION=loop.precision("bf16x6"), num_warps=cut.warps, **loop.flags,
+        WIDTH=cut.width, DEPTH=cut.depth, PARTS=own.parts, HELD=cut.held,
+        num_warps=cut.warps, **loop.flags,
     )  # fmt: skip
     if reason is not None:
         return reason

@@ -50,15 +50,21 @@ def _rho(x, c, KIND: tl.constexpr):
 
 
 @triton.jit
-def _sigma(v, d, SLOPES: tl.constexpr):
-    """σ(v) = dv, or max(v, dv)."""
-    return v * d if SLOPES else tl.where(v > 0, v, v * d)
+def _sigma(v, d, KIND: tl.constexpr):
+    """σ(v) = max(v, 0) ("abs"), dv ("linear") or max(v, dv)."""
+    if KIND == "abs":
+        y = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif KIND == "linear":
+        y = v * d
+    else:
+        y = tl.where(v > 0, v, v * d)
+    return y
 
 
 @triton.jit
-def _shrunk(d, alpha):
-    """The slope of the prox of a σ of slope d."""
-    return d / (d + alpha * (1 - d))
+def _shrunk(d, alpha, KIND: tl.constexpr):
+    """The slope of the prox of a σ of slope d, which is 0 for |x|."""
+    return d if KIND == "abs" else d / (d + alpha * (1 - d))
 
 
 @triton.jit
@@ -115,10 +121,20 @@ def _dot(x, A, total, PRECISION: tl.constexpr):
     elif A.dtype == tl.bfloat16:
         product = tl.dot(x.to(tl.bfloat16), A, total)
     else:
+        product = tl.dot(_bf16(x, A.dtype), A, total, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def _bf16(x, element: tl.constexpr):
+    """x to the nearest bfloat16, held as this type."""
+    if element == tl.bfloat16:
+        rounded = x.to(tl.bfloat16)
+    else:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        product = tl.dot(bits.to(tl.float32, bitcast=True), A, total, input_precision="ieee")
-    return product
+        rounded = bits.to(tl.float32, bitcast=True)
+    return rounded
 
 
 # Note [Blocks of units]
@@ -146,12 +162,14 @@ def _read(ptr, row, samples, n, columns):
 
 
 @triton.jit
-def _matrix(ptr, columns, WIDTH: tl.constexpr):
-    """A padded matrix, row of blocks by row of blocks."""
+def _matrix(ptr, columns, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """The first parts of a padded matrix, each row of blocks by row of blocks."""
     tiles = ()
-    for k in tl.static_range(len(columns)):
-        for i in tl.static_range(len(columns)):
-            tiles += (tl.load(ptr + columns[k][:, None] * WIDTH + columns[i][None, :]),)
+    for part in tl.static_range(PARTS):
+        for k in tl.static_range(len(columns)):
+            for i in tl.static_range(len(columns)):
+                at = (part * WIDTH + columns[k][:, None]) * WIDTH + columns[i][None, :]
+                tiles += (tl.load(ptr + at),)
     return tiles
 
 
@@ -168,22 +186,116 @@ def _product(x, A, total):
 
 
 @triton.jit
+def _rhos(x, c, KIND: tl.constexpr):
+    """ρ(x)."""
+    tiles = ()
+    for i in tl.static_range(len(x)):
+        tiles += (_rho(x[i], c[i], KIND),)
+    return tiles
+
+
+@triton.jit
+def _arguments(
+    x, c, base, drives, INCREMENTS: tl.constexpr, REFLECTED: tl.constexpr, KIND: tl.constexpr
+):
+    """What M multiplies in a step: ρ(x) less the base, or ρ(x) and for a reflection αv."""
+    tiles = ()
+    for i in tl.static_range(len(x)):
+        rho = _rho(x[i], c[i], KIND)
+        if INCREMENTS:
+            tiles += (rho - base[i],)
+        else:
+            tiles += (rho + drives[i] if REFLECTED else rho,)
+    return tiles
+
+
+# Note [Six products]
+# A float32 number is the sum of three of bfloat16, of which each is the rest of those before it. Of
+# the nine products of two such sums six matter, those of the least size first. M and W are split
+# once, x once per product: Triton's own bf16x6 splits both again in every part of a product, and
+# looks for infinities, which took six times the instructions of the products. The largest product
+# of a sum is added last, to what the others have come to.
+@triton.jit
+def _six(a, A, total):
+    """total + (a₀ + a₁ + a₂)(A₀ + A₁ + A₂)."""
+    tile = _dot(a[1], A[1], tl.zeros_like(total), "bf16")
+    tile = _dot(a[2], A[0], _dot(a[0], A[2], tile, "bf16"), "bf16")
+    tile = _dot(a[1], A[0], _dot(a[0], A[1], tile, "bf16"), "bf16")
+    return total + _dot(a[0], A[0], tile, "bf16")
+
+
+@triton.jit
+def _parts(x, PARTS: tl.constexpr, element: tl.constexpr):
+    """x, or three numbers of bfloat16 with the sum x."""
+    parts = ()
+    for _i in tl.static_range(PARTS):
+        part = _bf16(x, element) if PARTS == 3 else x
+        x -= part
+        parts += (part,)
+    return parts
+
+
+@triton.jit
+def _exactly(
+    x, A, ptr, own_ptr, row, columns, total, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+    PARTS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """total + xA: A in three parts on the chip (WHOLE), or a padded matrix in memory."""
+    if WHOLE:
+        product = _of_parts(x, A, total)
+    else:
+        product = _streamed(x, ptr, own_ptr, row, columns, total, WIDTH, DEPTH, PARTS)
+    return product
+
+
+@triton.jit
+def _of_parts(x, A, total):
+    """total + xA for a matrix in three parts on the chip, part by part."""
+    tiles = ()
+    parts = ()
+    for k in tl.static_range(len(x)):
+        parts += (_parts(x[k], 3, A[0].dtype),)
+    for i in tl.static_range(len(x)):
+        tile = total[i]
+        for k in tl.static_range(len(x)):
+            A_ki = (
+                A[k * len(x) + i],
+                A[(len(x) + k) * len(x) + i],
+                A[(2 * len(x) + k) * len(x) + i],
+            )
+            tile = _six(parts[k], A_ki, tile)
+        tiles += (tile,)
+    return tiles
+
+
+@triton.jit
 def _streamed(
     x, ptr, own_ptr, row, columns, total, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    """total + xA for a padded matrix in memory; x goes through memory of the program's own."""
-    own = own_ptr + row[:, None].to(tl.int64) * WIDTH
+    """total + xA for a padded matrix in memory; x goes through memory of the program's own.
+
+    With PARTS = 3 both are held as sums of three numbers of bfloat16, part by part.
+    """
+    own = own_ptr + row[:, None].to(tl.int64) * (PARTS * WIDTH)
     for i in tl.static_range(len(x)):
-        tl.store(own + columns[i][None, :], x[i])
+        parts = _parts(x[i], PARTS, own_ptr.dtype.element_ty)
+        for part in tl.static_range(PARTS):
+            tl.store(own + part * WIDTH + columns[i][None, :], parts[part])
     tl.debug_barrier()
     for first in range(0, WIDTH, DEPTH):
         k = first + tl.arange(0, DEPTH)
-        part = tl.load(own + k[None, :])
-        tiles = ()
+        a, tiles = (), ()
+        for part in tl.static_range(PARTS):
+            a += (tl.load(own + part * WIDTH + k[None, :]),)
         for i in tl.static_range(len(columns)):
-            A = tl.load(ptr + k[:, None] * WIDTH + columns[i][None, :])
-            tiles += (_dot(part, A, total[i], PRECISION),)
+            A = ()
+            for part in tl.static_range(PARTS):
+                A += (tl.load(ptr + (part * WIDTH + k[:, None]) * WIDTH + columns[i][None, :]),)
+            if PARTS == 3:
+                tiles += (_six(a, A, total[i]),)
+            else:
+                tiles += (_dot(a[0], A[0], total[i], "ieee"),)
         total = tiles
     tl.debug_barrier()
     return total
@@ -214,7 +326,7 @@ def _bends(
     else:
         d = _slopes(slope_ptr, negative, row, samples, n, columns, KIND == "linear")
         for i in tl.static_range(len(columns)):
-            factor = _shrunk(d[i], tl.load(alpha_ptr + columns[i])[None, :])
+            factor = _shrunk(d[i], tl.load(alpha_ptr + columns[i])[None, :], KIND)
             tiles += (2 * factor - 1 if REFLECTED else factor,)
     return tiles
 
@@ -229,20 +341,50 @@ def _drives(v_ptr, alpha_ptr, inverse, row, samples, n, columns):
     return tiles
 
 
+@triton.jit
+def _outputs(x, d, alpha_ptr, unit_of, inverse, columns, KIND: tl.constexpr):
+    """z = prox(x) as it will be returned: its way to the unit of the output and back may round."""
+    tiles = ()
+    for i in tl.static_range(len(columns)):
+        factor = _shrunk(d[i], tl.load(alpha_ptr + columns[i])[None, :], KIND)
+        tiles += (_sigma(x[i], factor, KIND) * unit_of * inverse,)
+    return tiles
+
+
+@triton.jit
+def _put(ptr, row, columns, x, WIDTH: tl.constexpr):
+    """Store x in memory of the program's own: a long product leaves no registers for it."""
+    own = ptr + row[:, None].to(tl.int64) * WIDTH
+    for i in tl.static_range(len(columns)):
+        tl.store(own + columns[i][None, :], x[i])
+
+
+@triton.jit
+def _take(ptr, row, columns, WIDTH: tl.constexpr):
+    """What `_put` has stored."""
+    own = ptr + row[:, None].to(tl.int64) * WIDTH
+    tiles = ()
+    for i in tl.static_range(len(columns)):
+        tiles += (tl.load(own + columns[i][None, :]),)
+    return tiles
+
+
 @triton.jit(do_not_specialize=["samples", "max_steps", "first"])
 def resident(
-    v_ptr, start_ptr, m_ptr, low_ptr, w_ptr, alpha_ptr, root_ptr, slope_ptr, size_ptr,
-    z_ptr, residual_ptr, steps_ptr, summary_ptr, own_ptr,
+    v_ptr, start_ptr, m_ptr, w_ptr, alpha_ptr, root_ptr, reach_ptr, slope_ptr,
+    size_ptr, z_ptr, residual_ptr, steps_ptr, summary_ptr, own_ptr, aside_ptr,
     samples, n, numbers_ptr, max_steps, first,
     DONE: tl.constexpr, REFLECTED: tl.constexpr, RELAXED: tl.constexpr, KIND: tl.constexpr,
     WARM: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
-    DEPTH: tl.constexpr, INCREMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    DEPTH: tl.constexpr, PARTS: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """Solve for ROWS samples. M and Wᵀ are WIDTH², `low` is bf16(M), α, Λ^½ have WIDTH entries.
+    """Solve for ROWS samples. M and Wᵀ are PARTS · WIDTH², α and Λ^½ have WIDTH entries.
 
     `summary` takes the bits of the largest residual and the most checks.
     """
     SLOPES: tl.constexpr = KIND == "linear"
+    INCREMENTS: tl.constexpr = PARTS == 3
+    ASIDE: tl.constexpr = INCREMENTS and HELD == 0
     negative, theta, tol = tl.load(numbers_ptr), tl.load(numbers_ptr + 1), tl.load(numbers_ptr + 2)
     noise, limit = tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 4)
     infinity, own = tl.load(numbers_ptr + 6), tl.load(numbers_ptr + 9)
@@ -257,6 +399,11 @@ def resident(
     unit_of = _unit(largest, tl.load(numbers_ptr + 7), tl.load(numbers_ptr + 8))[:, None]
     inverse = 1.0 / unit_of  # a power of two
     x = _drives(v_ptr, alpha_ptr, inverse, row, samples, n, columns)
+    M, W = (), ()
+    if INCREMENTS:
+        M = _matrix(m_ptr, columns, WIDTH, 3 if HELD > 0 else 1)
+    if HELD > 1:
+        W = _matrix(w_ptr, columns, WIDTH, 3)
     if WARM:
         z = ()
         start = _read(start_ptr, row, samples, n, columns)
@@ -266,17 +413,15 @@ def resident(
             total = ()
             for i in tl.static_range(len(columns)):
                 total += (v[i] * inverse - z[i],)
-            image = _streamed(
-                z, w_ptr, own_ptr, row, columns, total, WIDTH, DEPTH, PRECISION
+            image = _exactly(
+                z, W, w_ptr, own_ptr, row, columns, total, WIDTH, DEPTH, PARTS, HELD > 1
             )  # fmt: skip
             x = ()
             for i in tl.static_range(len(columns)):
                 x += (z[i] + tl.load(alpha_ptr + columns[i])[None, :] * image[i],)
         else:
-            x = _streamed(z, m_ptr, own_ptr, row, columns, x, WIDTH, DEPTH, PRECISION)
+            x = _exactly(z, M, m_ptr, own_ptr, row, columns, x, WIDTH, DEPTH, PARTS, HELD > 0)
 
-    if INCREMENTS:
-        low = _matrix(low_ptr, columns, WIDTH)
     c = _bends(slope_ptr, alpha_ptr, negative, row, samples, n, columns, REFLECTED, KIND)
 
     finished = (row >= samples).to(tl.int32)
@@ -297,23 +442,26 @@ def resident(
             checks += 1
             v = _read(v_ptr, here, samples, n, columns)
             d = _slopes(slope_ptr, negative, here, samples, n, columns, SLOPES)
-            z, total = (), ()
+            z = _outputs(x, d, alpha_ptr, unit_of, inverse, columns, KIND)
+            total = ()
             for i in tl.static_range(len(columns)):
-                factor = _shrunk(d[i], tl.load(alpha_ptr + columns[i])[None, :])
-                # As it will be returned: its way to the unit of the output and back may round.
-                z += (_sigma(x[i], factor, SLOPES) * unit_of * inverse,)
                 total += (v[i] * inverse,)
-            image = _streamed(
-                z, w_ptr, own_ptr, here, columns, total, WIDTH, DEPTH, PRECISION
+            if ASIDE:
+                _put(aside_ptr, here, columns, x, WIDTH)
+            image = _exactly(
+                z, W, w_ptr, own_ptr, here, columns, total, WIDTH, DEPTH, PARTS, HELD > 1
             )  # fmt: skip
+            if ASIDE:
+                x = _take(aside_ptr, here, columns, WIDTH)
+                z = _outputs(x, d, alpha_ptr, unit_of, inverse, columns, KIND)
+                v = _read(v_ptr, here, samples, n, columns)
             squares, size_image = tl.zeros_like(largest), tl.zeros_like(largest)
             size_z, active = tl.zeros_like(largest), tl.zeros_like(largest)
             moved, whole = tl.zeros_like(largest), tl.zeros_like(largest)
             for i in tl.static_range(len(columns)):
                 root = tl.load(root_ptr + columns[i])[None, :]
-                alpha = tl.load(alpha_ptr + columns[i])[None, :]
-                y, drive = _sigma(image[i], d[i], SLOPES), root * (v[i] * inverse)
-                change, reach = root * (y - z[i]), root / alpha * x[i]
+                y, drive = _sigma(image[i], d[i], KIND), root * (v[i] * inverse)
+                change, reach = root * (y - z[i]), tl.load(reach_ptr + columns[i])[None, :] * x[i]
                 shown = tl.where((y != 0) | (z[i] != 0), drive, 0.0)
                 squares += tl.sum(change * change, 1)
                 size_image += tl.sum(root * y * root * y, 1)
@@ -344,27 +492,29 @@ def resident(
         if running:
             # The base: one exact step, and the displacement that it makes.
             drives = _drives(v_ptr, alpha_ptr, inverse, here, samples, n, columns)
-            base, argument = (), ()
-            for i in tl.static_range(len(columns)):
-                base += (_rho(x[i], c[i], KIND),)
-                argument += (base[i] + drives[i] if REFLECTED else base[i],)
-            image = _streamed(
-                argument, m_ptr, own_ptr, here, columns, drives, WIDTH, DEPTH, PRECISION
+            base = _rhos(x, c, KIND)
+            argument = _arguments(x, c, base, drives, False, REFLECTED, KIND)
+            if ASIDE:
+                _put(aside_ptr, here, columns, x, WIDTH)
+            image = _exactly(
+                argument, M, m_ptr, own_ptr, here, columns, drives, WIDTH, DEPTH, PARTS, HELD > 0
             )  # fmt: skip
+            if ASIDE:
+                x = _take(aside_ptr, here, columns, WIDTH)
+                base = _rhos(x, c, KIND)
             moved, size = tl.zeros_like(largest), tl.zeros_like(largest)
             y = ()
             for i in tl.static_range(len(columns)):
                 y += ((1 - theta) * x[i] + theta * image[i] if RELAXED else image[i],)
                 root = tl.load(root_ptr + columns[i])[None, :]
-                gauge = root / (2 * tl.load(alpha_ptr + columns[i])[None, :])
-                change = gauge * (y[i] - x[i])
+                change = tl.load(reach_ptr + columns[i])[None, :] * (y[i] - x[i])
                 factor = 0.5 * (c[i] + 1) if REFLECTED else c[i]
-                z_i = root * _sigma(x[i], factor, SLOPES)
+                z_i = root * _sigma(x[i], factor, KIND)
                 moved += tl.sum(change * change, 1)
                 size += tl.sum(z_i * z_i, 1)
             x = y
             worst_before = worst
-            worst = _worst(_relative(moved, size), finished)
+            worst = 0.5 * _worst(_relative(moved, size), finished)
             if due & (worst > 0) & (looked > 0):
                 ratio = 1.05 * looked / worst
             # How the next block is long: by the gain of the last one, by the rounding of
@@ -397,20 +547,17 @@ def resident(
                 ahead = 1
             step += ahead
             due = due | stalled | (step >= max_steps)
+            # What the next product takes is made at the end of the step before: the compiler then
+            # holds no second copy of ρ(x).
+            argument = _arguments(x, c, base, drives, INCREMENTS, REFLECTED, KIND)
+            if INCREMENTS:
+                base = _rhos(x, c, KIND)
             for _k in range(1, ahead):
-                rho, argument = (), ()
-                for i in tl.static_range(len(columns)):
-                    rho += (_rho(x[i], c[i], KIND),)
-                    if INCREMENTS:
-                        argument += (rho[i] - base[i],)
-                    else:
-                        argument += (rho[i] + drives[i] if REFLECTED else rho[i],)
                 if INCREMENTS:
-                    image = _product(argument, low, image)
-                    base = rho
+                    image = _product(argument, M, image)
                 else:
-                    image = _streamed(
-                        argument, m_ptr, own_ptr, here, columns, drives, WIDTH, DEPTH, PRECISION
+                    image = _exactly(
+                argument, M, m_ptr, own_ptr, here, columns, drives, WIDTH, DEPTH, PARTS, HELD > 0
                     )  # fmt: skip
                 if RELAXED:
                     y = ()
@@ -419,6 +566,9 @@ def resident(
                     x = y
                 else:
                     x = image
+                argument = _arguments(x, c, base, drives, INCREMENTS, REFLECTED, KIND)
+                if INCREMENTS:
+                    base = _rhos(x, c, KIND)
     most = _worst(largest_residual, row >= samples).to(tl.float64)
     tl.atomic_max(summary_ptr, most.to(tl.int64, bitcast=True))
     tl.atomic_max(summary_ptr + 1, checks.to(tl.int64))
@@ -454,7 +604,7 @@ def _bend(
             d = tl.load(slope_ptr + at, mask=inside, other=0.0)
         else:
             d = tl.zeros_like(alpha) + negative
-        factor = _shrunk(d, alpha)
+        factor = _shrunk(d, alpha, KIND)
         c = 2 * factor - 1 if REFLECTED else factor
     return c
 

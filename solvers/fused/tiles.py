@@ -35,6 +35,7 @@ class Cut:
         depth: of a product that is streamed.
         warps: of a program.
         resident: whether x and M stay on the chip, else one launch makes one step.
+        held: matrices of which all parts do: M and W, M alone, or none.
     """
 
     blocks: tuple[int, ...]
@@ -42,6 +43,7 @@ class Cut:
     depth: int
     warps: int
     resident: bool = True
+    held: int = 0
 
     @property
     def width(self) -> int:
@@ -66,10 +68,12 @@ def cut(n: int, dtype: torch.dtype, most: int = 256) -> Cut:
         return Cut(_tiles(n, 64), rows=64, depth=16, warps=4, resident=False)
     for blocks in ((32,), (64,), (64, 16)):
         if n <= sum(blocks):
-            return Cut(blocks, rows=64, depth=16, warps=4)
+            return Cut(blocks, rows=64, depth=16, warps=4, held=2)
     for width, depth in ((128, 32), (256, 16)):
         if n <= width <= most:
-            return Cut((width,), rows=64, depth=depth, warps=8)
+            return Cut(
+                (width,), rows=64, depth=depth, warps=8, held=int(width == 128 and most > 128)
+            )
     return Cut(_tiles(n, 128), rows=128, depth=32, warps=8, resident=False)
 
 
@@ -97,39 +101,58 @@ class Prepared:
     """What is made of W once: matrices padded with zeros to the width of their tiles, in order.
 
     Attributes:
-        map, low: M, and M rounded to bfloat16; no `low` in float64.
-        weights: Wᵀ.
-        alpha, root: step sizes and Λ^½, padded with 1 and 0.
+        map: M, or where it stays on the chip in float32 its three parts, see Note [Six products] of
+            `device_kernels`.
+        low: M rounded to bfloat16, the first of the parts; None in float64.
+        weights: Wᵀ, as `map`.
+        parts: how many there are, 1 or 3.
+        alpha, root, reach: step sizes α, padded with 1, Λ^½ and Λ^½/α, with 0.
         size: Frobenius' norm of Λ^½WΛ^(−½), one number.
     """
 
     map: Tensor
     low: Tensor | None
     weights: Tensor
+    parts: int
     alpha: Tensor
     root: Tensor
+    reach: Tensor
     size: Tensor
 
     @staticmethod
-    def of(operator: DenseOperator, iteration: Iteration, width: int) -> Prepared:
+    def of(operator: DenseOperator, iteration: Iteration, cut: Cut) -> Prepared:
         W, root, n = operator.W.detach(), operator.root_metric, operator.n
         assert isinstance(iteration.map, DenseMap)
-        line = (0, width - n)
+        line = (0, cut.width - n)
+        parts = 3 if cut.resident and W.dtype == torch.float32 else 1
 
         def padded(matrix: Tensor) -> Tensor:
-            return nn.functional.pad(matrix.resolve_neg(), 2 * line).contiguous()
+            whole = nn.functional.pad(matrix.resolve_neg(), 2 * line).contiguous()
+            return whole if parts == 1 else torch.stack(_parts(whole, parts))
 
         alpha = torch.as_tensor(iteration.alpha, dtype=W.dtype, device=W.device).expand(n)
-        M = padded(iteration.map.matrix.detach())
-        low = None
+        M, low = padded(iteration.map.matrix.detach()), None
         if W.dtype == torch.float32:
-            low = M.bfloat16()
-            low = low.float() if interpreted() else low
+            low = M[0] if parts == 3 else _parts(M, 1)[0]
         return Prepared(
-            map=M, low=low, weights=padded(W.T),
+            map=M, low=low, weights=padded(W.T), parts=parts,
             alpha=nn.functional.pad(alpha, line, value=1.0), root=nn.functional.pad(root, line),
+            reach=nn.functional.pad(root / alpha, line),
             size=torch.linalg.matrix_norm(W * root[:, None] / root).reshape(1),
         )  # fmt: skip
+
+
+def _parts(matrix: Tensor, count: int) -> list[Tensor]:
+    """Return numbers of bfloat16 that sum up to a matrix, largest first.
+
+    Triton's interpreter multiplies the bits of bfloat16 as integers: it is given them as float32.
+    """
+    parts = []
+    for _ in range(count):
+        part = matrix.bfloat16()
+        matrix = matrix - part.float()
+        parts.append(part.float() if interpreted() else part)
+    return parts
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -153,7 +176,7 @@ class Loop:
             v=plain(problem.bias), slope=slope, negative=negative, iteration=iteration, cut=size,
             prepared=operator.memo(
                 ("device", iteration.map, size),
-                lambda: Prepared.of(operator, iteration, size.width),
+                lambda: Prepared.of(operator, iteration, size),
             ),
         )  # fmt: skip
 

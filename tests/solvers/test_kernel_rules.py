@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 # Whose names begin so may multiply matrices with `tl.dot` and round to bfloat16: Triton's
 # interpreter multiplies the bits of bfloat16 as integers and truncates where the device rounds, and
 # these helpers are right in both.
-HELPERS = ("_dot", "_round")
+HELPERS = ("_dot", "_bf16")
 FILES = sorted((ROOT / "solvers").rglob("*.py"))
 
 

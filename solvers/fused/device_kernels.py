@@ -7,7 +7,8 @@ as `solvers.fused.iteration.Iteration` says.
 - `resident`: up to 256 units. A program has a few samples of the batch to itself, and M and x stay
   on the chip: one launch per solve, no host synchronisation in it.
 - `advance`, `increment`: one step of all samples, for matrices too large for a multiprocessor: a
-  matrix product with ρ on its way in and the relaxation and the shift on its way out.
+  matrix product with ρ on its way in and the relaxation and the shift on its way out. `look` is the
+  product of a check, of which only norms come out.
 
 Note [Increments]
 A product in full precision takes six of bfloat16 on the tensor cores. So few are made: a block of
@@ -557,7 +558,8 @@ def resident(
                     image = _product(argument, M, image)
                 else:
                     image = _exactly(
-                argument, M, m_ptr, own_ptr, here, columns, drives, WIDTH, DEPTH, PARTS, HELD > 0
+                        argument, M, m_ptr, own_ptr, here, columns, drives, WIDTH, DEPTH, PARTS,
+                        HELD > 0,
                     )  # fmt: skip
                 if RELAXED:
                     y = ()
@@ -579,13 +581,21 @@ def resident(
 
 @triton.jit
 def _place(samples, n, ROWS: tl.constexpr, UNITS: tl.constexpr, GROUP: tl.constexpr):
-    """The samples and units of this program: tiles that read the same rows run side by side."""
+    """The samples of this program and its tile of units: tiles that read the same rows run side by
+    side."""
     down, across = tl.cdiv(samples, ROWS), tl.cdiv(n, UNITS)
     program, whole = tl.program_id(0), GROUP * across
     first = program // whole * GROUP
     height = tl.minimum(down - first, GROUP)
     row = (first + program % whole % height) * ROWS + tl.arange(0, ROWS)
-    return row, program % whole // height * UNITS + tl.arange(0, UNITS)
+    return row, program % whole // height
+
+
+@triton.jit
+def _add_up(sums_ptr, which: tl.constexpr, x, row, tile, samples):
+    """Store the sum of squares of this tile's units, one of up to four numbers of each sample."""
+    at = (tile * 4 + which).to(tl.int64) * samples + row
+    tl.store(sums_ptr + at, tl.sum(x * x, 1), mask=row < samples)
 
 
 @triton.jit
@@ -618,18 +628,21 @@ def _keep(ptr, change, row, unit, samples, width):
 
 @triton.jit(do_not_specialize=["samples"])
 def advance(
-    x_ptr, shift_ptr, out_ptr, change_ptr, m_ptr, alpha_ptr, slope_ptr, numbers_ptr, samples, n,
-    width,
+    x_ptr, shift_ptr, out_ptr, change_ptr, m_ptr, alpha_ptr, root_ptr, reach_ptr, scale_ptr,
+    sums_ptr, slope_ptr, numbers_ptr, samples, n, width,
     REFLECTED: tl.constexpr, RELAXED: tl.constexpr, KIND: tl.constexpr, CHANGES: tl.constexpr,
-    ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
+    LOOKS: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """T(x) of ROWS samples and UNITS units, and what ρ changes by, for `increment`.
 
     M is width², padded with zeros, and `change` samples × width; x, shift and T(x) samples × n.
+    With LOOKS `sums` takes Σ(Λ^½/α (T(x) − x))² and Σ(Λ^½ prox(x))² over the tile's units, in a
+    unit of each sample.
     """
     negative, theta = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
-    row, unit = _place(samples, n, ROWS, UNITS, GROUP)
+    row, tile = _place(samples, n, ROWS, UNITS, GROUP)
+    unit = tile * UNITS + tl.arange(0, UNITS)
     inside = (row < samples)[:, None] & (unit < n)[None, :]
     at = row[:, None].to(tl.int64) * n + unit[None, :]
     image = tl.zeros((ROWS, UNITS), dtype=x_ptr.dtype.element_ty)
@@ -641,15 +654,59 @@ def advance(
         A = tl.load(m_ptr + k[:, None] * width + unit[None, :])
         image = _dot(_rho(x, c, KIND), A, image, PRECISION)
     image += tl.load(shift_ptr + at, mask=inside, other=0.0)
-    if RELAXED or CHANGES:
+    if RELAXED or CHANGES or LOOKS:
         x = tl.load(x_ptr + at, mask=inside, other=0.0)
     if RELAXED:
         image = (1 - theta) * x + theta * image
     tl.store(out_ptr + at, image, mask=inside)
-    if CHANGES:
+    if CHANGES or LOOKS:
         c = _bend(slope_ptr, alpha_ptr, negative, row, unit, samples, n, REFLECTED, KIND)
+    if CHANGES:
         change = tl.where(unit < n, _rho(image, c, KIND) - _rho(x, c, KIND), 0.0)
         _keep(change_ptr, change, row, unit, samples, width)
+    if LOOKS:
+        scale = tl.load(scale_ptr + row, mask=row < samples, other=0.0)[:, None]
+        root, reach = tl.load(root_ptr + unit)[None, :], tl.load(reach_ptr + unit)[None, :]
+        factor = 0.5 * (c + 1) if REFLECTED else c
+        _add_up(sums_ptr, 0, reach * ((image - x) * scale), row, tile, samples)
+        _add_up(sums_ptr, 1, root * (_sigma(x, factor, KIND) * scale), row, tile, samples)
+
+
+@triton.jit(do_not_specialize=["samples"])
+def look(
+    z_ptr, v_ptr, w_ptr, root_ptr, scale_ptr, sums_ptr, slope_ptr, numbers_ptr, samples, n, width,
+    KIND: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """How far z̃ = σ(Wz + v) is from z, for ROWS samples and UNITS units, in a unit of each sample.
+
+    `sums` takes the squares of z̃ − z, z̃, z and those of v where z̃ or z is not zero, all times Λ^½.
+    Wᵀ is width², padded with zeros; z and v are samples × n.
+    """
+    negative = tl.load(numbers_ptr)
+    row, tile = _place(samples, n, ROWS, UNITS, GROUP)
+    unit = tile * UNITS + tl.arange(0, UNITS)
+    inside = (row < samples)[:, None] & (unit < n)[None, :]
+    at = row[:, None].to(tl.int64) * n + unit[None, :]
+    image = tl.zeros((ROWS, UNITS), dtype=z_ptr.dtype.element_ty)
+    for first in range(0, width, DEPTH):
+        k = first + tl.arange(0, DEPTH)
+        here = (row < samples)[:, None] & (k < n)[None, :]
+        z = tl.load(z_ptr + row[:, None].to(tl.int64) * n + k[None, :], mask=here, other=0.0)
+        A = tl.load(w_ptr + k[:, None] * width + unit[None, :])
+        image = _dot(z, A, image, PRECISION)
+    v = tl.load(v_ptr + at, mask=inside, other=0.0)
+    d = negative
+    if KIND == "linear":
+        d = tl.load(slope_ptr + at, mask=inside, other=0.0)
+    y, z = _sigma(image + v, d, KIND), tl.load(z_ptr + at, mask=inside, other=0.0)
+    scale = tl.load(scale_ptr + row, mask=row < samples, other=0.0)[:, None]
+    root = tl.load(root_ptr + unit)[None, :]
+    _add_up(sums_ptr, 0, root * ((y - z) * scale), row, tile, samples)
+    _add_up(sums_ptr, 1, root * (y * scale), row, tile, samples)
+    _add_up(sums_ptr, 2, root * (z * scale), row, tile, samples)
+    shown = tl.where((y != 0) | (z != 0), root * (v * scale), 0.0)
+    _add_up(sums_ptr, 3, shown, row, tile, samples)
 
 
 @triton.jit(do_not_specialize=["samples"])
@@ -661,7 +718,8 @@ def increment(
 ):  # fmt: skip
     """x ← x + change · bf16(M) in place, and the change of ρ that this makes, for the next step."""
     negative = tl.load(numbers_ptr)
-    row, unit = _place(samples, n, ROWS, UNITS, GROUP)
+    row, tile = _place(samples, n, ROWS, UNITS, GROUP)
+    unit = tile * UNITS + tl.arange(0, UNITS)
     inside = (row < samples)[:, None] & (unit < n)[None, :]
     at = row[:, None].to(tl.int64) * n + unit[None, :]
     moved = tl.zeros((ROWS, UNITS), dtype=tl.float32)

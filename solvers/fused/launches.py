@@ -6,6 +6,7 @@ The rules are those of the kernel `resident` (Note [Increments] and Note [When t
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +20,6 @@ from solvers.fused.tiles import Loop, kernels
 from solvers.inclusion import Inclusion
 from solvers.loop import FIRST_CHECK, STALL
 from solvers.method import Outcome, Request
-from solvers.operators import DenseOperator
 
 _GROUP = 8
 """Tiles of samples that run side by side, for all units: they read the same columns of M."""
@@ -52,35 +52,50 @@ class Steps:
         """Whether steps may be increments: in float32, without relaxation."""
         return self.loop.prepared.low is not None and self.loop.iteration.relaxation == 1.0
 
-    def affine(self, z: Tensor, v: Tensor) -> Tensor:
-        """Return Wz + v."""
-        return self._product(z, v, self.loop.prepared.weights, KIND="plain", RELAXED=False)
-
     def new_change(self, x: Tensor) -> Tensor:
         """Return memory for what ρ changes by, padded as matrices are."""
         low = self.loop.prepared.low
         assert low is not None
         return x.new_empty(x.shape[0], self.loop.cut.width, dtype=low.dtype)
 
+    def affine(self, z: Tensor, v: Tensor) -> Tensor:
+        """Return Wz + v."""
+        return self._product(z, v, self.loop.prepared.weights, KIND="plain", RELAXED=False)
+
     def times(self, x: Tensor, shift: Tensor) -> Tensor:
         """Return s + xM."""
         return self._product(x, shift, self.loop.prepared.map, KIND="plain", RELAXED=False)
 
-    def step(self, x: Tensor, shift: Tensor, change: Tensor | None) -> Tensor:
-        """Return T(x), and write what ρ changes by into `change`."""
-        return self._product(x, shift, self.loop.prepared.map, change)
+    def step(self, x: Tensor, shift: Tensor) -> Tensor:
+        """Return T(x)."""
+        return self._product(x, shift, self.loop.prepared.map)
 
-    def _product(
-        self, x: Tensor, shift: Tensor, matrix: Tensor, change: Tensor | None = None, **flags: Any
-    ) -> Tensor:
-        loop, out = self.loop, torch.empty_like(x)
+    def base(self, x: Tensor, shift: Tensor, change: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return T(x) and ‖T(x) − x‖ ÷ ‖prox(x)‖ per sample, x gauged with Λ^½/(2α).
+
+        What ρ changes by is written into `change`.
+        """
+        sums = self._new_sums(x)
+        image = self._product(x, shift, self.loop.prepared.map, change, sums)
+        moved, size, _, _ = sums.sum(0)
+        return image, torch.where(moved == 0, 0.0, 0.5 * (moved / size).sqrt())
+
+    def residual(self, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the relative residual of z per sample, and the share of 16 roundoffs of v in it.
+
+        As `Inclusion.measure`.
+        """
+        loop, sums = self.loop, self._new_sums(z)
         self._launch(
-            kernels().advance, plain(x), plain(shift), out, x if change is None else change, matrix,
-            loop.prepared.alpha, x if loop.slope is None else loop.slope, loop.numbers(1.0),
-            *x.shape, loop.cut.width, CHANGES=change is not None, DEPTH=loop.cut.depth,
-            PRECISION=loop.precision("tf32x3"), **{**loop.flags, **flags},
+            kernels().look, plain(z), plain(v), loop.prepared.weights, loop.prepared.root,
+            self._scale, sums, z if loop.slope is None else loop.slope, loop.numbers(1.0),
+            *z.shape, loop.cut.width, KIND=loop.flags["KIND"], DEPTH=loop.cut.depth,
+            PRECISION=loop.precision("tf32x3"),
         )  # fmt: skip
-        return out
+        change, image, size, active = sums.sum(0).sqrt()
+        size = torch.maximum(image, size)
+        size = torch.where(size == 0, 1.0, size)
+        return change / size, 16 * torch.finfo(z.dtype).eps * active / size
 
     def increment(self, x: Tensor, change: Tensor, spare: Tensor) -> None:
         """Make one step of bfloat16 in place, and write the next change of ρ into `spare`."""
@@ -92,6 +107,38 @@ class Steps:
             DEPTH=math.gcd(2 * loop.cut.depth, loop.cut.width), **flags,
         )  # fmt: skip
 
+    @functools.cached_property
+    def _scale(self) -> Tensor:
+        """One over the power of two below the largest |v| of each sample, 1 for 0 and NaN.
+
+        In this unit no square overflows, and none that matters vanishes: `_unit` of the kernels.
+        """
+        largest, tiny = self.loop.v.abs().amax(1), torch.finfo(self.loop.v.dtype).tiny
+        kind, mask = (
+            (torch.int32, 0x7F800000) if largest.dtype == torch.float32
+            else (torch.int64, 0x7FF0000000000000)
+        )  # fmt: skip
+        unit = (largest.view(kind) & mask).view(largest.dtype).clamp(4 * tiny, 0.25 / tiny)
+        return 1 / torch.where(largest > 0, unit, 1.0)
+
+    def _new_sums(self, x: Tensor) -> Tensor:
+        return x.new_zeros(len(self.loop.cut.blocks), 4, x.shape[0])
+
+    def _product(
+        self, x: Tensor, shift: Tensor, matrix: Tensor, change: Tensor | None = None,
+        sums: Tensor | None = None, **flags: Any,
+    ) -> Tensor:  # fmt: skip
+        loop, own, out = self.loop, self.loop.prepared, torch.empty_like(x)
+        self._launch(
+            kernels().advance, plain(x), plain(shift), out, x if change is None else change, matrix,
+            own.alpha, own.root, own.reach, x if sums is None else self._scale,
+            x if sums is None else sums, x if loop.slope is None else loop.slope,
+            loop.numbers(1.0), *x.shape, loop.cut.width, CHANGES=change is not None,
+            LOOKS=sums is not None, DEPTH=loop.cut.depth, PRECISION=loop.precision("tf32x3"),
+            **{**loop.flags, **flags},
+        )  # fmt: skip
+        return out
+
     def _launch(self, kernel: Any, x: Tensor, *arguments: Any, **options: Any) -> None:
         cut, (samples, n) = self.loop.cut, x.shape
         programs = -(-samples // cut.rows) * -(-n // cut.blocks[0])
@@ -101,16 +148,6 @@ class Steps:
         )  # fmt: skip
         if reason is not None:
             raise _Failed(reason)
-
-
-class _OnTensorCores(DenseOperator):
-    """W with the product of the kernels: residuals cost as much as steps."""
-
-    _steps: Steps
-
-    def affine(self, z: Tensor, v: Tensor) -> Tensor:
-        """Return Wz + v."""
-        return self._steps.affine(z, v)
 
 
 @dataclass
@@ -199,8 +236,6 @@ def _solve(problem: Inclusion, steps: Steps, request: Request) -> Outcome:
     if request.z0 is not None:
         z = plain(request.z0)
         x = z + alpha * (steps.affine(z, v) - z) if iteration.reflected else steps.times(z, shift)
-    gauge = problem.operator.root_metric / (2 * torch.as_tensor(alpha))
-    own = _with_products(problem, steps)
     state = _Open(
         value=torch.empty_like(v), residual=v.new_empty(samples),
         steps=v.new_empty(samples, dtype=torch.int64),
@@ -209,7 +244,7 @@ def _solve(problem: Inclusion, steps: Steps, request: Request) -> Outcome:
     )  # fmt: skip
     while True:
         if plan.due:
-            ends, share = _looks(own, state, plan, problem.activation.prox(x, alpha))
+            ends, share = _looks(problem, steps, state, plan, problem.activation.prox(x, alpha))
             if ends:
                 return Outcome(
                     value=state.value, residual=state.residual, steps=state.steps,
@@ -223,18 +258,13 @@ def _solve(problem: Inclusion, steps: Steps, request: Request) -> Outcome:
                 slope = None if loop.slope is None else loop.slope[keep]
                 loop = replace(loop, v=plain(problem.bias), slope=slope)
                 steps = Steps(loop)
-                own = _with_products(problem, steps)
-        z = problem.activation.prox(x, alpha)
         change = steps.new_change(x) if steps.has_increments else None
-        image = steps.step(x, shift, change)
-        moved = torch.linalg.vector_norm((image - x).mul_(gauge), dim=1)
-        size = problem.operator.norm(z)
-        moved = torch.where((moved == 0) | state.finished, 0.0, moved / size)
+        x, moved = steps.base(x, shift, change)
+        moved = torch.where(state.finished, 0.0, moved)
         ahead = plan.block(float(moved.nan_to_num(math.inf, math.inf).max()))
-        x = image
         if change is None:
             for _ in range(1, ahead):
-                x = steps.step(x, shift, None)
+                x = steps.step(x, shift)
         elif ahead > 1:
             spare = torch.empty_like(change)
             for _ in range(1, ahead):
@@ -242,25 +272,17 @@ def _solve(problem: Inclusion, steps: Steps, request: Request) -> Outcome:
                 change, spare = spare, change
 
 
-def _with_products(problem: Inclusion, steps: Steps) -> Inclusion:
-    """Return the problem with the products of the kernels."""
-    operator = problem.operator
-    assert isinstance(operator, DenseOperator)
-    own = _OnTensorCores(operator.W, operator.metric, operator.transposed, operator._memo)
-    object.__setattr__(own, "_steps", steps)
-    return Inclusion(own, problem.bias, problem.activation)
-
-
-def _looks(problem: Inclusion, state: _Open, plan: _Plan, z: Tensor) -> tuple[bool, float]:
+def _looks(
+    problem: Inclusion, steps: Steps, state: _Open, plan: _Plan, z: Tensor
+) -> tuple[bool, float]:
     """Evaluate the residual of z and keep what has passed; say whether the solve ends, and which
     share of the batch has finished."""
     tol = plan.tol
+    residual, floor = steps.residual(z, problem.bias)
+    left = residual
     if z.dtype == torch.float32:
-        residual, floor = problem.measure(z)
         noisy = (floor > tol) & (residual > 0.5 * state.before)
         left = torch.where(noisy, residual - floor, residual)
-    else:
-        residual = left = problem.relative_residual(z)
     state.before = residual
     state.checks += 1
     passed = state.finished | (left <= tol)

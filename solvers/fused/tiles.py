@@ -67,22 +67,23 @@ def cut(n: int, dtype: torch.dtype, most: int = 256) -> Cut:
                 return Cut(blocks, rows=32, depth=16, warps=8)
         return Cut(_tiles(n, 64), rows=64, depth=16, warps=4, resident=False)
     for blocks in ((32,), (64,), (64, 16)):
-        if n <= sum(blocks):
+        if n <= sum(blocks) <= most:
             return Cut(blocks, rows=64, depth=16, warps=4, held=2)
     for width, depth in ((128, 32), (256, 16)):
         if n <= width <= most:
-            return Cut(
-                (width,), rows=64, depth=depth, warps=8, held=int(width == 128 and most > 128)
-            )
+            held = int(width == 128 and most == 256)
+            return Cut((width,), rows=64, depth=depth, warps=8, held=held)
     return Cut(_tiles(n, 128), rows=128, depth=32, warps=8, resident=False)
 
 
 def most_resident(capability: tuple[int, int]) -> int:
     """Return how many units of float32 stay on the chip, given a device's compute capability.
 
-    A block has 227 KiB of shared memory on 9.0, 163 on 8.0 and 99 on 8.6 and 8.9; from 10.0 on
-    products take tensor memory, of which more than 80 units would need too much.
+    A block has 227 KiB of shared memory on 9.0, 163 on 8.0 and 99 on 8.6 and 8.9. From 10.0 on
+    products take tensor memory, and Triton 3.6 does not compile the loop with them.
     """
+    if capability >= (10, 0):
+        return 0
     return {(9, 0): 256, (8, 0): 128}.get(capability, 80)
 
 

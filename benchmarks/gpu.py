@@ -256,10 +256,7 @@ def compiled(left: float, *, quick: bool) -> dict[str, Any]:
     rows = module.rows(TARGETS, full=True, **({"labels": _labels()} if quick else {}))
     return {
         "compiled": {t: all(r["error"] is None for r in rows if r["target"] == t) for t in TARGETS},
-        "spills": sum(
-            loop["local_loads"] + loop["local_stores"]
-            for row in rows for loop in module.product_loops(row)
-        ),
+        "spills": sum(len(module.spills(row)) for row in rows),
         "specialisations": len(rows),
         "faults": module.faults(rows),
         "rows": rows,

@@ -162,6 +162,16 @@ _ADDRESSES = 1 / 16
 """Share of a loop's instructions that may fetch addresses and descriptors from local memory."""
 
 
+def spills(row: Row) -> list[Row]:
+    """Return the product loops of a kernel for sm_90 that keep numbers in local memory."""
+    if row["target"] != "sm_90":
+        return []
+    return [
+        loop for loop in product_loops(row)
+        if loop["local_loads"] + loop["local_stores"] > _ADDRESSES * loop["instructions"]
+    ]  # fmt: skip
+
+
 def faults(found: Iterable[Row]) -> list[str]:
     """Return what must not be, one line each that names kernel, case, target and Triton.
 
@@ -176,13 +186,11 @@ def faults(found: Iterable[Row]) -> list[str]:
             wrong.append(f"{where}: {row['error']}")
         if "loops" not in row or not row["target"].startswith("sm_"):
             continue
-        for loop in product_loops(row) if row["target"] == "sm_90" else ():
-            spills = loop["local_loads"] + loop["local_stores"]
-            if spills > _ADDRESSES * loop["instructions"]:
-                wrong.append(
-                    f"{where}: {loop['local_loads']} LDL and {loop['local_stores']} STL among the "
-                    f"{loop['instructions']} instructions of the product loop at {loop['start']:#x}"
-                )
+        for loop in spills(row):
+            wrong.append(
+                f"{where}: {loop['local_loads']} LDL and {loop['local_stores']} STL among the "
+                f"{loop['instructions']} instructions of the product loop at {loop['start']:#x}"
+            )
         names, kinds = row["tensor_core_names"], row["dots"]
         has_double = any(name.startswith("DMMA") for name in names)
         if "f64 ieee" in kinds and row["target"] in _DMMA and not has_double:

@@ -1,31 +1,25 @@
 """How long should a solve take on a GPU, and what holds it back? A roofline with latencies.
 
-    python -m benchmarks.gpu_model [--chip H100|H200] [--steps S] [--checks C]
+    python -m benchmarks.gpu_model [--chip H100|H200] [--steps S] [--bases B] [--checks C]
 
-prints the table. A program is a block of threads that owns `rows` samples of the batch; a
-multiprocessor runs `per_sm` programs at a time, and all programs take `waves` rounds. In one step a
-program occupies each unit of its multiprocessor for a number of clocks: multiply-adds ÷ rate,
-instructions ÷ issue slots, bytes ÷ bandwidth. The largest is the bound. A step takes
+prints the table. A solve consists of increments with one product of bfloat16, of bases with an
+exact product (Note [Increments] of `solvers.fused.device_kernels`), and now and then of a check,
+which is an exact product with W.
 
-    waves · max(together · bound + `GAP`, latency) ÷ clock,
+Up to 256 units one program solves for 64 samples. A phase occupies each unit of its multiprocessor
+for a number of clocks: multiply-adds ÷ rate, instructions ÷ issue slots, bytes from the second
+cache ÷ its bandwidth; the largest is the bound. All programs take `waves` rounds, in which a phase
+takes
 
-together the programs that share a multiprocessor, latency what one program needs alone. A kernel
-that is launched per step takes at least its bytes ÷ the bandwidth of memory, and a launch.
+    max(together · bound + `GAP`, latency) ÷ clock,
 
-The counts of instructions are those of the machine code that Triton 3.6.0 makes for sm_90. All
-predictions assume perfect overlap within the bound: expect 0.6 to 0.8 of the speed.
+together the programs that share a multiprocessor, latency what one needs alone: every product of
+tensor cores is waited for. Above 256 units a phase is a launch of tiles, which takes at least its
+bytes ÷ the bandwidth of memory. The unfused loop is PyTorch's, one library call per operation.
 
-Designs, n units:
-
-- now: float32 multiply-adds outside the tensor cores; M from shared memory (n ≤ 128), in tiles
-  (n ≤ 512), one launch per step above.
-- stage 1: the same kernels with products of bfloat16 or TF32 parts on tensor cores (six bfloat16
-  products, or three of TF32, for one in float32).
-- six: units in two blocks without padding to a power of two, six products; above 256 units one
-  launch per step in tiles.
-- increments: x ← p₀ + (ρ(x) − ρ(x₀))M with one bfloat16 product; exact products only at checks,
-  of which each is the base x₀, p₀ = T(x₀) of the next block.
-- unfused: PyTorch's loop, one library call per operation.
+Instructions are those of the machine code that Triton 3.6.0 makes for sm_90
+(`benchmarks.gpu_compiled`). Overlap within the bound is taken for perfect: expect 0.6 to 0.8 of the
+speed.
 """
 
 from __future__ import annotations
@@ -35,13 +29,16 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
-Design = Literal["now", "stage 1", "six", "increments", "unfused"]
+Who = Literal["lben", "unfused"]
 SIZES = (80, 128, 256, 512, 1024, 4096)
 BATCHES = (128, 1024, 8192, 65536)
-STEPS, CHECKS = 15.0, 3.5
-"""Of a solve at tol 1e-4 with m ≥ 0.1: counted on a CPU, 14 to 16 steps and 3 or 4 checks."""
+STEPS, BASES, CHECKS = 16.0, 4.0, 2.0
+"""Of a solve at tol 1e-4, m = 0.3 and 80 units: `python -m benchmarks.gpu_phases`."""
+UNFUSED_CHECKS = 3.5
+"""Of PyTorch's loop in the same solve."""
 HOST = 150.0
 """Microseconds of Python per solve."""
 
@@ -58,8 +55,6 @@ class Chip:
         ffma: float32 multiply-adds.
         tf32: multiply-adds of tensor cores with TF32 factors.
         bf16: the same with bfloat16 factors.
-        f64: the same in float64.
-        shared: bytes from and to shared memory.
         issue: instructions of a warp.
         second_cache: bytes from the second cache, per clock and multiprocessor.
         achieved: the share of `memory` that streaming kernels reach.
@@ -73,8 +68,6 @@ class Chip:
     ffma: int = 128
     tf32: int = 1024
     bf16: int = 2048
-    f64: int = 128
-    shared: int = 128
     issue: int = 4
     second_cache: float = 24.0
     achieved: float = 0.9
@@ -99,376 +92,246 @@ def chip(name: str) -> Chip:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Resident:
+    """What a program with 64 samples of some width does, counted in its machine code.
+
+    Attributes:
+        step, base, check: instructions of a warp.
+        warps: of the program.
+        per_sm: programs that share a multiprocessor, by registers and shared memory.
+        blocks: tiles that the units are cut into.
+        depth: of products whose matrix comes from the second cache.
+        exact: whence the matrices of bases and of checks come: "held" on the chip, "turns" for the
+            part that is and then the others, or "parts", which Triton gives to all warps alike but
+            for the last of six.
+    """
+
+    step: float
+    base: float
+    check: float
+    warps: int = 4
+    per_sm: int = 2
+    blocks: int = 1
+    depth: int = 16
+    exact: tuple[str, str] = ("held", "held")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Counts:
     """Counts of the compiled loops; `counted` replaces them by those of a compilation.
 
     Attributes:
-        step: instructions of a warp in one step of the kernel for n ≤ 128, by number of units.
-        check: instructions of a warp in its check, the base of the next block included.
-        wide_step, wide_check: the same for 256 units, 64 rows and 8 warps.
-        wide_chunk: instructions per 32 × 256 chunk of a product of six in that kernel.
-        loop: instructions of the hot loop of the other kernels, by name; of `resident` per step,
-            of kernels in tiles per tile and depth.
-        shared: bytes of shared memory of a program, by kernel.
-        registers: of a thread, by kernel.
+        resident: of programs that hold their samples, by width.
+        tile: instructions of a warp per tile and depth of what is launched per step, by kernel.
     """
 
-    step: Mapping[int, float] = field(default_factory=lambda: {64: 99, 80: 121, 128: 242})
-    check: Mapping[int, float] = field(default_factory=lambda: {64: 2722, 80: 3912, 128: 6097})
-    wide_step: float = 388
-    wide_check: float = 2 * 16 * 350 + 2100
-    wide_chunk: float = 350
-    loop: Mapping[str, float] = field(
+    resident: Mapping[int, Resident] = field(
         default_factory=lambda: {
-            "resident 64": 708, "resident 128": 2429, "tiled": 727, "advance": 2443,
-            "resident 64, six": 568, "resident 128, six": 1279, "tiled, six": 649,
-            "advance, six": 651, "increment": 121, "six": 272,
+            32: Resident(step=47, base=804, check=991),
+            64: Resident(step=89, base=1443, check=2007),
+            80: Resident(step=121, base=1952, check=2834, blocks=2),
+            128: Resident(
+                step=129,
+                base=2208,
+                check=3251,
+                warps=8,
+                per_sm=1,
+                depth=32,
+                exact=("held", "parts"),
+            ),
+            256: Resident(
+                step=247, base=4634, check=10533, warps=8, per_sm=1, exact=("turns", "parts")
+            ),
         }
-    )  # fmt: skip
-    shared: Mapping[str, int] = field(
-        default_factory=lambda: {
-            "resident": 147_456, "resident, six": 196_608, "blocks": 49_152, "wide": 196_608,
-            "tiled": 54_272, "tiled, six": 131_328, "advance": 82_944, "advance, six": 131_328,
-            "increment": 131_072, "six": 106_496,
-        }
-    )  # fmt: skip
-    registers: Mapping[str, int] = field(
-        default_factory=lambda: {
-            "resident": 128, "resident, six": 255, "blocks": 255, "wide": 255, "tiled": 255,
-            "tiled, six": 255, "advance": 202, "advance, six": 252, "increment": 220, "six": 186,
-        }
-    )  # fmt: skip
+    )
+    tile: Mapping[str, float] = field(
+        default_factory=lambda: {"increment": 77, "advance": 501, "look": 485}
+    )
 
 
 COUNTS = Counts()
-_SHARED, _REGISTERS, _WARPS = 233_472, 65_536, 64
-"""What a multiprocessor has: bytes of shared memory, registers, warps."""
 GAP = 110.0
-"""Clocks at which no unit is busy in a step, whoever shares the multiprocessor."""
+"""Clocks at which no unit is busy in a phase, whoever shares the multiprocessor."""
 _LATENCY = 135.0
 """Clocks between an instruction of tensor cores and the use of its result, and of a barrier."""
-_SERIAL = 560.0
-"""Clocks of the elementwise part that a product of six parts waits for."""
-_FFMA_LATENCY = 300.0
-"""Clocks of latency and barriers per step of the kernels outside the tensor cores."""
 _TILE_SHARE = 0.8
 """The share of the bound that loops over tiles reach."""
-_FFMA_SHARE = 0.9
-"""The same where the bound is issue slots."""
 _EPILOGUE = 1700.0
 """Clocks before the first and after the last product of a tile."""
 _LAUNCH = 2.8
 """Microseconds from a kernel's end to the next one's first instruction, on the device."""
-_CHECK_PASSES = 8
-"""Passes of four bytes per element over memory at a check of the kernels launched per step."""
+_WAIT = 12.0
+"""Microseconds until the host has read a number and launches again."""
 _UNFUSED_PASSES = 16
+"""Passes of four bytes per element over memory at a check of PyTorch's loop."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a step (or a check) costs.
+    """What a phase costs.
 
     Attributes:
         kernel: its name.
-        rows, programs, per_sm, waves: how the batch is cut, as the file's docstring says.
+        programs, per_sm, waves: how the batch is cut, as the file's docstring says.
         clocks: of each unit of a multiprocessor, for one program.
-        instructions: of a warp.
         bytes: through memory, all programs.
-        operations: useful ones in full precision, all programs.
         microseconds: of all programs.
         bound: the unit that is busy longest.
     """
 
     kernel: str
-    rows: int
     programs: int
     per_sm: int
     waves: int
     clocks: Mapping[str, float]
-    instructions: float
     bytes: float
-    operations: float
     microseconds: float
     bound: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """A solve: `products` of the kind `step` and `checks` of the kind `check`, microseconds."""
+    """A solve: its phases and how often each takes place."""
 
-    design: Design
+    who: Who
     n: int
     batch: int
-    products: float
-    checks: float
-    step: Cost
-    check: Cost
+    phases: Mapping[str, tuple[float, Cost]]
 
     @property
     def microseconds(self) -> float:
         """Time on the device."""
-        return self.products * self.step.microseconds + self.checks * self.check.microseconds
+        return sum(count * cost.microseconds for count, cost in self.phases.values())
 
 
 def predict(
-    design: Design,
+    who: Who,
     n: int,
     batch: int,
     *,
     steps: float = STEPS,
-    checks: float = CHECKS,
+    bases: float = BASES,
+    checks: float | None = None,
     chip: Chip = H100,
     counts: Counts = COUNTS,
 ) -> Prediction:
     """Predict a solve of n units in float32.
 
     Args:
-        design: one of the file's docstring.
+        who: the kernels of this package, or PyTorch's loop.
         n: units.
         batch: samples.
         steps: of the iteration.
-        checks: of the residual.
+        bases: those of the steps that are exact.
+        checks: of the residual; `CHECKS` or `UNFUSED_CHECKS` when omitted.
         chip: where it runs.
         counts: of the compiled loops.
     """
-    step = _COSTS[design](n, batch, chip, counts)
-    if design == "increments":
-        return Prediction(
-            design=design, n=n, batch=batch, products=max(0.0, steps - checks), checks=checks,
-            step=step, check=_exact_check(n, batch, chip, counts),
+    if who == "unfused":
+        step, check = _unfused(n, batch, chip)
+        looks = UNFUSED_CHECKS if checks is None else checks
+        phases = {"step": (steps + 1, step), "check": (looks, check)}  # one more: the shift
+        return Prediction(who=who, n=n, batch=batch, phases=phases)
+    phases_of = _resident if n <= max(counts.resident) else _launched
+    step, base, check = phases_of(n, batch, chip, counts)
+    bases = min(bases, steps)
+    phases = {
+        "step": (steps - bases, step),
+        "base": (bases, base),
+        "check": (CHECKS if checks is None else checks, check),
+    }
+    return Prediction(who=who, n=n, batch=batch, phases=phases)
+
+
+def _resident(n: int, batch: int, chip: Chip, counts: Counts) -> tuple[Cost, Cost, Cost]:
+    """Return step, base and check of the kernel that is launched once per solve."""
+    width = min(w for w in counts.resident if w >= n)
+    own = counts.resident[width]
+    programs = math.ceil(batch / 64)
+    together = min(own.per_sm, math.ceil(programs / chip.multiprocessors))
+    waves = math.ceil(programs / (chip.multiprocessors * own.per_sm))
+    one = 64 * width * width / chip.bf16
+    cache = 6.0 * width * width / chip.second_cache
+
+    def phase(instructions: float, tensor: float, cache: float, products: int) -> Cost:
+        clocks = {
+            "tensor cores": tensor, "issue": instructions * own.warps / chip.issue,
+            "second cache": cache,
+        }  # fmt: skip
+        bound = max(clocks, key=clocks.__getitem__)
+        # Alone, a program's warps issue one instruction per clock and scheduler at most.
+        latency = max(clocks[bound], tensor + instructions + products * _LATENCY)
+        wave = max(together * clocks[bound] + GAP, latency)
+        name = bound if together * clocks[bound] + GAP >= latency else "latency"
+        return Cost(
+            kernel="resident", programs=programs, per_sm=own.per_sm, waves=waves, clocks=clocks,
+            bytes=0.0, microseconds=1e6 * waves * wave / chip.clock, bound=name,
         )  # fmt: skip
-    check = step
-    if design == "unfused":
-        check = replace(
-            step, bytes=step.bytes + 4.0 * _UNFUSED_PASSES * n * batch,
-            microseconds=_product(n, batch, chip) + chip.stream(4 * _UNFUSED_PASSES * n * batch),
-        )  # fmt: skip
-    return Prediction(  # one product more: the shift
-        design=design, n=n, batch=batch, products=steps + 1, checks=checks, step=step, check=check
+
+    chunks = width // own.depth
+    kinds = {
+        "held": (6 * one, 0.0, 6 * own.blocks**2),
+        "turns": (6 * one, cache, 3 * chunks // 2 + 3),
+        "parts": (11 * one, cache, 6 * own.blocks * chunks),
+    }
+    base, check = (
+        phase(count, *kinds[kind])
+        for count, kind in zip((own.base, own.check), own.exact, strict=True)
     )
+    return phase(own.step, one, 0.0, own.blocks**2), base, check
 
 
-def occupancy(kernel: str, warps: int, counts: Counts) -> int:
-    """Return how many programs of a kernel a multiprocessor holds at a time."""
-    shared = counts.shared[kernel] + 1024
-    registers = 32 * warps * 8 * math.ceil(counts.registers[kernel] / 8)
-    return max(1, min(_SHARED // shared, _REGISTERS // registers, _WARPS // warps))
-
-
-def _on_chip(
-    kernel: str, n: int, batch: int, chip: Chip, *, rows: int, per_sm: int,
-    clocks: Mapping[str, float], latency: float, instructions: float, bytes: float = 0.0,
-) -> Cost:  # fmt: skip
-    """Return the cost of a step of a kernel that is launched once per solve."""
-    programs = math.ceil(batch / rows)
-    together = min(per_sm, math.ceil(programs / chip.multiprocessors))
-    waves = math.ceil(programs / (chip.multiprocessors * per_sm))
-    bound = max(clocks, key=clocks.__getitem__)
-    wave = max(together * clocks[bound] + GAP, latency)
-    name = bound if wave > latency or latency < 1.2 * clocks[bound] else "latency"
-    return Cost(
-        kernel=kernel, rows=rows, programs=programs, per_sm=per_sm, waves=waves, clocks=clocks,
-        instructions=instructions, bytes=bytes, operations=2.0 * n * n * batch,
-        microseconds=1e6 * waves * wave / chip.clock, bound=name,
+def _launched(n: int, batch: int, chip: Chip, counts: Counts) -> tuple[Cost, Cost, Cost]:
+    """Return step, base and check of the kernels that are launched per step."""
+    area, tile = n * batch, 128 * 128
+    increment = _in_tiles(
+        "increment", n, batch, chip, counts, depth=64, tensor=tile * 64 / chip.bf16,
+        bytes=12.0 * area + 2 * n * n,
     )  # fmt: skip
+    product = partial(
+        _in_tiles, n=n, batch=batch, chip=chip, counts=counts, depth=32,
+        tensor=3 * tile * 32 / chip.tf32,
+    )  # fmt: skip
+    base = product("advance", bytes=18.0 * area + 4 * n * n)
+    check = product("look", bytes=20.0 * area + 4 * n * n)  # its prox is PyTorch's
+    wait = partial(_later, by=_WAIT)
+    return increment, wait(base), wait(check)
+
+
+def _later(cost: Cost, by: float) -> Cost:
+    return replace(cost, microseconds=cost.microseconds + by)
 
 
 def _in_tiles(
-    kernel: str, n: int, batch: int, chip: Chip, *, counts: Counts, tile: tuple[int, int, int],
-    clocks: Mapping[str, float], share: float, bytes: float,
+    kernel: str, n: int, batch: int, chip: Chip, counts: Counts, *, depth: int, tensor: float,
+    bytes: float,
 ) -> Cost:  # fmt: skip
-    """Return the cost of one launch of a product in tiles of rows × units × depth, 8 warps."""
-    rows, units, depth = tile
-    programs = math.ceil(batch / rows) * math.ceil(n / units)
-    per_sm = occupancy(kernel, 8, counts)
-    waves = math.ceil(programs / (chip.multiprocessors * per_sm))
-    together = min(per_sm, math.ceil(programs / chip.multiprocessors))
+    """Return the cost of one launch of a product in tiles of 128 × 128, 8 warps."""
+    programs = math.ceil(batch / 128) * math.ceil(n / 128)
+    waves = math.ceil(programs / chip.multiprocessors)
+    clocks = {"tensor cores": tensor, "issue": counts.tile[kernel] * 8 / chip.issue}
     bound = max(clocks, key=clocks.__getitem__)
-    wave = math.ceil(n / depth) * together * clocks[bound] / share + _EPILOGUE
-    seconds, stream = 1e6 * waves * wave / chip.clock, chip.stream(bytes)
+    wave = math.ceil(n / depth) * clocks[bound] / _TILE_SHARE + _EPILOGUE
+    busy, stream = 1e6 * waves * wave / chip.clock, chip.stream(bytes)
     return Cost(
-        kernel=kernel, rows=rows, programs=programs, per_sm=per_sm, waves=waves, clocks=clocks,
-        instructions=counts.loop[kernel], bytes=bytes, operations=2.0 * n * n * batch,
-        microseconds=max(seconds, stream) + _LAUNCH, bound="memory" if stream > seconds else bound,
+        kernel=kernel, programs=programs, per_sm=1, waves=waves, clocks=clocks, bytes=bytes,
+        microseconds=max(busy, stream) + _LAUNCH, bound="memory" if stream > busy else bound,
     )  # fmt: skip
 
 
-def _now(n: int, batch: int, chip: Chip, counts: Counts) -> Cost:
-    if n <= 128:
-        units = max(16, 1 << (n - 1).bit_length())
-        instructions = counts.loop["resident 128" if units > 64 else "resident 64"]
-        clocks = {
-            "FFMA": 1.015 * 32 * units * units / chip.ffma,
-            "issue": instructions * 8 / chip.issue,
-            # Every warp reads all of M, 16 bytes a thread, and its rows by broadcast.
-            "shared memory": 32 * units * units * 1.257 / chip.shared,
-        }
-        return _on_chip(
-            "resident", n, batch, chip, rows=32, per_sm=1, clocks=clocks,
-            latency=max(clocks.values()) + _FFMA_LATENCY, instructions=instructions,
-        )  # fmt: skip
-    if n <= 512:
-        tiles = math.ceil(n / 128) * math.ceil(n / 32)
-        clocks = {
-            "FFMA": tiles * 1040 / _FFMA_SHARE,
-            "issue": tiles * counts.loop["tiled"] * 8 / chip.issue / _FFMA_SHARE,
-            "shared memory": tiles * 1360 / _FFMA_SHARE,
-        }
-        return _on_chip(
-            "tiled", n, batch, chip, rows=32, per_sm=1, clocks=clocks,
-            latency=max(clocks.values()) + _FFMA_LATENCY, instructions=counts.loop["tiled"],
-        )  # fmt: skip
-    clocks = {"FFMA": 4136, "issue": counts.loop["advance"] * 8 / chip.issue, "shared memory": 2050}
-    return _in_tiles(
-        "advance", n, batch, chip, counts=counts, tile=(128, 128, 32), clocks=clocks, share=1.0,
-        bytes=12.0 * n * batch + 4 * n * n,
+def _unfused(n: int, batch: int, chip: Chip) -> tuple[Cost, Cost]:
+    """Return step and check of PyTorch's loop."""
+    area = n * batch
+    product = max(2e6 * n * n * batch / chip.sgemm, chip.stream(12 * area + 4 * n * n))
+    passes = chip.stream(16 * area)  # a copy, and |x| in place
+    seconds = max(product + passes, 3 * _LAUNCH)
+    bound = "library" if product > passes else "memory"
+    step = Cost(
+        kernel="library", programs=1, per_sm=1, waves=1, clocks={}, bytes=28.0 * area + 4 * n * n,
+        microseconds=seconds, bound="launches" if seconds > product + passes else bound,
     )  # fmt: skip
-
-
-def _stage_1(n: int, batch: int, chip: Chip, counts: Counts) -> Cost:
-    if n <= 128:
-        units = max(16, 1 << (n - 1).bit_length())
-        instructions = counts.loop[f"resident {128 if units > 64 else 64}, six"]
-        tensor = 6 * 64 * units * units / chip.bf16
-        return _on_chip(
-            "resident, six", n, batch, chip, rows=64, per_sm=1, instructions=instructions,
-            clocks={"tensor cores": tensor, "issue": instructions * 4 / chip.issue},
-            latency=tensor + _SERIAL,
-        )  # fmt: skip
-    tile = {"tensor cores": 3 * 128 * 128 * 32 / chip.tf32}
-    if n <= 512:
-        tiles = math.ceil(n / 128) * math.ceil(n / 32) / _TILE_SHARE
-        issue = counts.loop["tiled, six"] * 8 / chip.issue
-        clocks = {"tensor cores": tiles * tile["tensor cores"], "issue": tiles * issue}
-        return _on_chip(
-            "tiled, six", n, batch, chip, rows=128, per_sm=1, clocks=clocks,
-            latency=max(clocks.values()), instructions=counts.loop["tiled, six"],
-        )  # fmt: skip
-    tile["issue"] = counts.loop["advance, six"] * 8 / chip.issue
-    return _in_tiles(
-        "advance, six", n, batch, chip, counts=counts, tile=(128, 128, 32), clocks=tile,
-        share=_TILE_SHARE, bytes=12.0 * n * batch + 4 * n * n,
-    )  # fmt: skip
-
-
-def _blocks(n: int) -> int:
-    """Return the units of the two blocks that n units are cut into."""
-    return next(a + b for a, b in _PAIRS if a + b >= n)
-
-
-_PAIRS = ((16, 16), (32, 16), (32, 32), (64, 16), (64, 32), (64, 64))
-
-
-def _between(counts: Mapping[int, float], units: int) -> float:
-    """Return the count for this many units, straight between its neighbours and through zero."""
-    known = sorted(counts)
-    above = next((u for u in known if u >= units), known[-1])
-    below = max((u for u in known if u < above), default=0)
-    low, high = counts.get(below, 0.0), counts[above]
-    return low + (high - low) * (units - below) / (above - below)
-
-
-def _six(n: int, batch: int, chip: Chip, counts: Counts) -> Cost:
-    if n <= 128:
-        units = _blocks(n)
-        tensor = 6 * 64 * units * units / chip.bf16
-        instructions = 10.0 * units
-        return _on_chip(
-            "blocks", n, batch, chip, rows=64, per_sm=occupancy("blocks", 4, counts),
-            clocks={"tensor cores": tensor, "issue": instructions * 4 / chip.issue},
-            latency=tensor + _SERIAL, instructions=instructions,
-        )  # fmt: skip
-    if n <= 256:
-        units = 64 * math.ceil(n / 64)
-        instructions = counts.wide_chunk * 16 * (units / 256) ** 2
-        clocks = {
-            "tensor cores": 6 * 64 * units * units / chip.bf16,
-            "issue": instructions * 8 / chip.issue,
-            "second cache": 6.0 * units * units / chip.second_cache,
-        }
-        return _on_chip(
-            "wide", n, batch, chip, rows=64, per_sm=2, clocks=clocks, instructions=instructions,
-            latency=clocks["second cache"] + instructions,
-        )  # fmt: skip
-    return _in_tiles(
-        "six", n, batch, chip, counts=counts,
-        tile=(128, 128, 32), share=_TILE_SHARE, bytes=12.0 * n * batch + 6 * n * n,
-        clocks={
-            "tensor cores": 6 * 128 * 128 * 32 / chip.bf16,
-            "issue": counts.loop["six"] * 8 / chip.issue,
-        },
-    )  # fmt: skip
-
-
-def _increments(n: int, batch: int, chip: Chip, counts: Counts) -> Cost:
-    if n <= 256:
-        narrow = n <= 128
-        units = _blocks(n) if narrow else 64 * math.ceil(n / 64)
-        instructions = _between(counts.step, units) if narrow else counts.wide_step * units / 256
-        warps, kernel = (4, "blocks") if narrow else (8, "wide")
-        tensor = 64 * units * units / chip.bf16
-        return _on_chip(
-            kernel, n, batch, chip, rows=64, per_sm=occupancy(kernel, warps, counts),
-            clocks={"tensor cores": tensor, "issue": instructions * warps / chip.issue},
-            latency=tensor + instructions + _LATENCY, instructions=instructions,
-        )  # fmt: skip
-    return _in_tiles(
-        "increment", n, batch, chip, counts=counts, tile=(128, 128, 64), share=_TILE_SHARE,
-        bytes=12.0 * n * batch + 2 * n * n,
-        clocks={
-            "tensor cores": 128 * 128 * 64 / chip.bf16,
-            "issue": counts.loop["increment"] * 8 / chip.issue,
-        },
-    )  # fmt: skip
-
-
-def _exact_check(n: int, batch: int, chip: Chip, counts: Counts) -> Cost:
-    """Return the cost of a check of `increments`: the residual's product and that of the base."""
-    if n > 256:
-        product = _six(n, batch, chip, counts)
-        passes = 4.0 * _CHECK_PASSES * n * batch
-        return replace(
-            product, bytes=2 * product.bytes + passes, operations=2 * product.operations,
-            microseconds=2 * product.microseconds + chip.stream(passes),
-        )  # fmt: skip
-    narrow = n <= 128
-    units = _blocks(n) if narrow else 64 * math.ceil(n / 64)
-    instructions = (
-        _between(counts.check, units) if narrow else counts.wide_check * (units / 256) ** 2
-    )
-    warps, kernel = (4, "blocks") if narrow else (8, "wide")
-    tensor = 12 * 64 * units * units / chip.bf16
-    clocks = {"tensor cores": tensor, "issue": instructions * warps / chip.issue}
-    cost = _on_chip(
-        kernel, n, batch, chip, rows=64, per_sm=occupancy(kernel, warps, counts), clocks=clocks,
-        latency=max(clocks.values()) + GAP, instructions=instructions,
-    )  # fmt: skip
-    return replace(cost, operations=2 * cost.operations)
-
-
-def _product(n: int, batch: int, chip: Chip) -> float:
-    """Return the microseconds of the library's float32 product with its addition."""
-    count = 12 * n * batch + 4 * n * n
-    return max(2e6 * n * n * batch / chip.sgemm, chip.stream(count))
-
-
-def _unfused(n: int, batch: int, chip: Chip, counts: Counts) -> Cost:
-    count = 28.0 * n * batch + 4 * n * n  # a copy, |x| in place, and the product with its addition
-    product = _product(n, batch, chip)
-    stream = chip.stream(16 * n * batch)
-    seconds = max(product + stream, 3 * _LAUNCH)
-    bound = (
-        "launches" if seconds > product + stream else "library" if product > stream else "memory"
-    )
-    return Cost(
-        kernel="library", rows=batch, programs=1, per_sm=1, waves=1, clocks={}, instructions=0.0,
-        bytes=count, operations=2.0 * n * n * batch, microseconds=seconds, bound=bound,
-    )  # fmt: skip
-
-
-_COSTS = {
-    "now": _now, "stage 1": _stage_1, "six": _six, "increments": _increments, "unfused": _unfused,
-}  # fmt: skip
+    looks = chip.stream(4 * _UNFUSED_PASSES * area)
+    return step, replace(step, microseconds=product + looks, bytes=(12 + 64) * area + 4.0 * n * n)
 
 
 def floor(n: int, batch: int, per_clock: float, chip: Chip = H100) -> float:
@@ -477,81 +340,87 @@ def floor(n: int, batch: int, per_clock: float, chip: Chip = H100) -> float:
 
 
 def ratio_unfused(
-    n: int, batch: int = 65536, design: Design = "increments", chip: Chip = H100,
-    counts: Counts = COUNTS, host: float = HOST,
-) -> float:  # fmt: skip
-    """Return how many times the unfused loop takes as long as a design, each with its host."""
-    own = predict(design, n, batch, chip=chip, counts=counts).microseconds
-    other = predict("unfused", n, batch, chip=chip, counts=counts).microseconds
+    n: int, batch: int = 65536, chip: Chip = H100, counts: Counts = COUNTS, host: float = HOST
+) -> float:
+    """Return how many times the unfused loop takes as long, each with its host."""
+    own = predict("lben", n, batch, chip=chip, counts=counts).microseconds
+    other = predict("unfused", n, batch, chip=chip).microseconds
     return (other + host) / (own + host)
 
 
 def counted(rows: Iterable[Mapping[str, Any]], counts: Counts = COUNTS) -> Counts:
     """Return the counts with those of compiled kernels in place of the ones for their kernel.
 
-    Read are the float32 solves with ReLU for sm_90. A kernel of a launch per step is known by its
-    name; what else has a product loop on tensor cores is the step of the kernel for its n.
+    Read are the float32 solves with ReLU for sm_90. In the loop of `resident` the longest jump
+    passes over the check; a product loop that is not the shortest streams a matrix, `depth` of its
+    width at a time.
 
     Args:
         rows: of `benchmarks.gpu_compiled.rows`; what they do not name stays.
         counts: what else is known.
     """
-    loop, shared, registers = dict(counts.loop), dict(counts.shared), dict(counts.registers)
-    step, wide_step = dict(counts.step), counts.wide_step
+    resident, tile = dict(counts.resident), dict(counts.tile)
     for row in rows:
-        name, case = row["kernel"], row["case"]
-        units = re.match(r"(?:increment )?n=(\d+) float32 (?:PeacemanRachford )?ReLU", case)
+        units = re.match(r"(?:increment )?n=(\d+) float32 (?:PeacemanRachford )?ReLU", row["case"])
         loops = [found for found in row.get("loops") or () if found["product"]]
         if row.get("error") or row["target"] != "sm_90" or units is None or not loops:
             continue
-        n, shortest = int(units[1]), min(loops, key=lambda found: found["instructions"])
-        if name in loop:
-            loop[name] = shortest["instructions"]
-        elif shortest["tensor_core"] and n <= 128:
-            step[_blocks(n)] = shortest["instructions"]
-        elif shortest["tensor_core"] and n <= 256:
-            wide_step = shortest["instructions"] * 256 / (64 * math.ceil(n / 64))
-        if name in shared:
-            shared[name], registers[name] = row["shared"], row["registers"]
-    return replace(
-        counts, loop=loop, shared=shared, registers=registers, step=step, wide_step=wide_step
-    )
+        shortest = min(loops, key=lambda found: found["instructions"])
+        if row["kernel"] in tile:
+            tile[row["kernel"]] = shortest["instructions"]
+        elif row["kernel"] == "resident":
+            width = min(w for w in resident if w >= int(units[1]))
+            resident[width] = _read(row["loops"], loops, shortest, width, resident[width])
+    return Counts(resident=resident, tile=tile)
+
+
+def _read(
+    loops: Sequence[Mapping[str, Any]], products: Sequence[Mapping[str, Any]],
+    step: Mapping[str, Any], width: int, known: Resident,
+) -> Resident:  # fmt: skip
+    """Return the instructions of the phases in the loop of a solve."""
+    whole = max(loops, key=lambda found: found["instructions"])
+    first, last, check = whole["skip"]
+    base = whole["instructions"] - check - step["instructions"]
+    for loop in products:
+        if loop is not step:
+            again = (width // known.depth - 1) * loop["instructions"]
+            in_check = first < loop["start"] < last
+            check, base = check + again * in_check, base + again * (not in_check)
+    return replace(known, step=step["instructions"], base=base, check=check)
 
 
 def table(
     sizes: Sequence[int] = SIZES,
     batches: Sequence[int] = BATCHES,
     *,
-    designs: Sequence[Design] = get_args(Design),
     steps: float = STEPS,
-    checks: float = CHECKS,
+    bases: float = BASES,
+    checks: float | None = None,
     chip: Chip = H100,
     counts: Counts = COUNTS,
 ) -> list[dict[str, Any]]:
-    """Return a row per cell and design; times in microseconds on the device."""
+    """Return a row per cell and loop; times in microseconds on the device."""
     rows = []
     for n in sizes:
         for batch in batches:
-            for design in designs:
+            for who in get_args(Who):
                 found = predict(
-                    design, n, batch, steps=steps, checks=checks, chip=chip, counts=counts
-                )
-                rows.append(
-                    {
-                        "n": n, "batch": batch, "design": design, "kernel": found.step.kernel,
-                        "bytes of a step": found.step.bytes,
-                        "operations": found.step.operations,
-                        "instructions": found.step.instructions,
-                        "programs": found.step.programs, "per SM": found.step.per_sm,
-                        "waves": found.step.waves, "bound": found.step.bound,
-                        "step, µs": found.step.microseconds,
-                        "check, µs": found.check.microseconds,
-                        "solve, µs": found.microseconds,
-                        "of float32": floor(n, batch, chip.ffma, chip) / found.step.microseconds,
-                        "of bfloat16 / 6":
-                            floor(n, batch, chip.bf16 / 6, chip) / found.step.microseconds,
-                    }
+                    who, n, batch, steps=steps, bases=bases, checks=checks, chip=chip,
+                    counts=counts,
                 )  # fmt: skip
+                row: dict[str, Any] = {"n": n, "batch": batch, "who": who}
+                for name, (_, cost) in found.phases.items():
+                    row[f"{name}, µs"] = cost.microseconds
+                    row[f"{name} bound by"] = cost.bound
+                step = found.phases["step"][1]
+                row |= {
+                    "solve, µs": found.microseconds, "bytes of a step": step.bytes,
+                    "programs": step.programs, "per SM": step.per_sm, "waves": step.waves,
+                    "of float32": floor(n, batch, chip.ffma, chip) / step.microseconds,
+                    "of bfloat16": floor(n, batch, chip.bf16, chip) / step.microseconds,
+                }  # fmt: skip
+                rows.append(row)
     return rows
 
 
@@ -562,11 +431,12 @@ def main() -> None:
     options = argparse.ArgumentParser(description="predicted times of solves on a GPU")
     options.add_argument("--chip", choices=("H100", "H200"), default="H100")
     options.add_argument("--steps", type=float, default=STEPS)
-    options.add_argument("--checks", type=float, default=CHECKS)
-    arguments = options.parse_args()
-    print(
-        markdown(table(steps=arguments.steps, checks=arguments.checks, chip=chip(arguments.chip)))
-    )
+    options.add_argument("--bases", type=float, default=BASES)
+    options.add_argument("--checks", type=float)
+    given = options.parse_args()
+    rows = table(steps=given.steps, bases=given.bases, checks=given.checks, chip=chip(given.chip))
+    print(markdown(rows))
+    print({n: round(ratio_unfused(n, chip=chip(given.chip)), 2) for n in SIZES})
 
 
 if __name__ == "__main__":

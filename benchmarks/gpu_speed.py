@@ -105,12 +105,17 @@ def speed(n: int, batch: int, ceiling: dict[str, float], device: str) -> list[Ro
         timing = found[row["who"]]
         row["÷ lben, device"] = timing.device / lben.device
         row["÷ lben, wall"] = timing.wall / lben.wall
-        design = _DESIGNS.get(row["who"])
-        if design is not None:
+        who = _PREDICTED.get(row["who"])
+        if who is not None:
             row["predicted, ms"] = (
                 1e-3
                 * gpu_model.predict(
-                    design, n, batch, steps=stats.max_steps, checks=stats.checks, chip=chip
+                    who,
+                    n,
+                    batch,
+                    steps=stats.max_steps,
+                    checks=stats.checks if who == "lben" else None,
+                    chip=chip,
                 ).microseconds
             )
             row["measured ÷ predicted"] = 1e3 * timing.device / row["predicted, ms"]
@@ -127,7 +132,7 @@ def speed(n: int, batch: int, ceiling: dict[str, float], device: str) -> list[Ro
     return rows
 
 
-_DESIGNS: dict[str, gpu_model.Design] = {"lben": "increments", "unfused": "unfused"}
+_PREDICTED: dict[str, gpu_model.Who] = {"lben": "lben", "unfused": "unfused"}
 
 
 def _candidates(problem: Inclusion, device: str) -> dict[str, Callable[[], object]]:

@@ -45,6 +45,8 @@ class Loop:
         local_stores: stores of spilled registers.
         shared_loads: loads from shared memory, of matrices included.
         shared_stores: stores to shared memory, of matrices included.
+        skip: addresses between which its longest jump forward passes over instructions, and how
+            many they are.
         innermost: whether no other loop lies in it.
         product: whether it is the innermost loop that multiplies and accumulates.
     """
@@ -59,6 +61,7 @@ class Loop:
     local_stores: int
     shared_loads: int
     shared_stores: int
+    skip: tuple[int, int, int]
     innermost: bool
     product: bool
 
@@ -105,19 +108,34 @@ def loops(instructions: Sequence[Instruction]) -> list[Loop]:
     """Return the loops, outer ones before those inside them."""
     blocks, follow = _blocks(instructions)
     bodies = list(_nest(_reached(follow), follow))
-    counts = [_count([one for block in sorted(body) for one in blocks[block]]) for body in bodies]
+    inside = [[one for block in sorted(body) for one in blocks[block]] for body in bodies]
+    counts = [_count(body) for body in inside]
     # In a kernel with tensor cores the other multiply-adds are of vectors.
     has_products = any(count["tensor_core"] for count in counts)
     multiplies = [
         count["tensor_core"] if has_products else count["ffma"] + count["dfma"] for count in counts
     ]
     found = []
-    for body, count, own in zip(bodies, counts, multiplies, strict=True):
-        inside = [n for other, n in zip(bodies, multiplies, strict=True) if other < body]
-        start = min(blocks[block][0].address for block in body)
-        innermost, product = not inside, own > 0 and not any(inside)
-        found.append(Loop(start=start, innermost=innermost, product=product, **count))
+    for body, own, count, multiply in zip(bodies, inside, counts, multiplies, strict=True):
+        inner = [n for other, n in zip(bodies, multiplies, strict=True) if other < body]
+        innermost, product = not inner, multiply > 0 and not any(inner)
+        found.append(
+            Loop(
+                start=own[0].address, skip=_longest_skip(own), innermost=innermost,
+                product=product, **count,
+            )
+        )  # fmt: skip
     return found
+
+
+def _longest_skip(body: Sequence[Instruction]) -> tuple[int, int, int]:
+    addresses = [one.address for one in body]
+    skips = [(0, 0, 0)]
+    for one in body:
+        if one.target is not None and one.target > one.address and one.target in addresses:
+            passed = addresses.index(one.target) - addresses.index(one.address) - 1
+            skips.append((one.address, one.target, passed))
+    return max(skips, key=lambda skip: skip[2])
 
 
 def _blocks(

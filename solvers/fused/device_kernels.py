@@ -241,9 +241,14 @@ def _exactly(
     x, A, ptr, own_ptr, row, columns, total, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
     PARTS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """total + xA: A in three parts on the chip (WHOLE), or a padded matrix in memory."""
+    """total + xA: A in three parts on the chip (WHOLE), or a padded matrix in memory, of which the
+    largest part may be on the chip."""
     if WHOLE:
         product = _of_parts(x, A, total)
+    elif PARTS == 3 and len(A) == 1:
+        own = own_ptr + row[:, None].to(tl.int64) * (3 * WIDTH)
+        depth: tl.constexpr = min(2 * DEPTH, WIDTH)
+        product = (_in_turns(x[0], A[0], ptr, own, columns[0], total[0], WIDTH, depth),)
     else:
         product = _streamed(x, ptr, own_ptr, row, columns, total, WIDTH, DEPTH, PARTS)
     return product
@@ -267,6 +272,32 @@ def _of_parts(x, A, total):
             tile = _six(parts[k], A_ki, tile)
         tiles += (tile,)
     return tiles
+
+
+@triton.jit
+def _in_turns(x, A, ptr, own, column, total, WIDTH: tl.constexpr, DEPTH: tl.constexpr):
+    """total + xA for one block of units, A's largest part on the chip and the others in memory.
+
+    Products of parts take place one after the other, in loops: of products that follow each other
+    in one stretch of code Triton gives all but the last to all warps alike. The sum is truncated
+    once per 16 units, at its own size: well below what a base needs, too much for a check.
+    """
+    parts = _parts(x, 3, A.dtype)
+    for part in tl.static_range(3):
+        tl.store(own + part * WIDTH + column[None, :], parts[part])
+    tl.debug_barrier()
+    tile = tl.zeros_like(total)
+    for first in range(0, 3 * WIDTH, DEPTH):  # a₁A₁, a₀A₂, a₀A₁
+        turn = first // WIDTH
+        k = first - turn * WIDTH + tl.arange(0, DEPTH)
+        a = tl.load(own + tl.where(turn == 0, WIDTH, 0) + k[None, :])
+        other = tl.where(turn == 1, 2, 1)
+        B = tl.load(ptr + (other * WIDTH + k[:, None]) * WIDTH + column[None, :])
+        tile = _dot(a, B, tile, "bf16")
+    for turn in range(3):  # a₂A₀, a₁A₀, a₀A₀
+        tile = _dot(tl.load(own + (2 - turn) * WIDTH + column[None, :]), A, tile, "bf16")
+    tl.debug_barrier()
+    return total + tile
 
 
 @triton.jit

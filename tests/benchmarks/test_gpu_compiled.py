@@ -38,6 +38,7 @@ def test_loops_are_told_apart_and_counted():
     assert product.tensor_core_names == ("HMMA.16816.F32.BF16",)
     assert (product.ffma, product.local_loads, product.local_stores) == (0, 0, 0)
     assert (wide.instructions, wide.ffma, wide.local_loads, wide.local_stores) == (11, 1, 1, 1)
+    assert (wide.skip, product.skip, wait.skip) == ((0x30, 0xB0, 5), (0x30, 0xB0, 2), (0, 0, 0))
 
 
 def test_without_tensor_cores_loops_of_multiply_adds_are_products():

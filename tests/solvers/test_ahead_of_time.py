@@ -15,9 +15,9 @@ from benchmarks.gpu_compiled import faults, product_loops, rows
 
 pytest.importorskip("triton")
 OTHER = "LBEN_OTHER_TRITON"
-# x and ρ(x) of 64 samples and 256 units are more than a multiprocessor's registers hold beside
-# addresses: their loops go through local memory too, no others do.
-SPILLS = re.compile(r"resident \(n=(129|144|256) float32 .* LDL and")
+# x, ρ(x) and the slopes of 64 samples and 256 units are more than a multiprocessor's registers hold
+# beside addresses: the steps of such adjoint solves go through local memory too, no others do.
+SPILLS = re.compile(r"resident \(n=256 float32 \w+ LinearSlope .* LDL and")
 TARGETS = ["sm_80", "sm_90", "sm_100"]
 
 

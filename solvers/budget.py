@@ -17,7 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from solvers import fused
 from solvers.activations import LinearSlope, Masked, ProximalActivation, Step
+from solvers.fused import Iteration
 from solvers.gradient import final
 from solvers.inclusion import Inclusion
 from solvers.operators import DenseOperator
@@ -214,9 +216,8 @@ class _Budgeted(torch.autograd.Function):
             else:
                 factor = DenseResolvent(budget.inverse, budget.step)
             problem = Inclusion(operator, v, budget.activation).flatten()
-            z = _iterate(problem, factor, budget.steps)
-            residual = problem.relative_residual(z).reshape(v.shape[:-1])
-        z = z.reshape(v.shape)
+            z, residual = _iterate(problem, factor, budget.steps)
+        z, residual = z.reshape(v.shape), residual.reshape(v.shape[:-1])
         ctx.budget = budget
         ctx.save_for_backward(W, z, factor.inverse)
         ctx.mark_non_differentiable(residual)
@@ -238,24 +239,34 @@ class _Budgeted(torch.autograd.Function):
         (W, z, inverse), budget = ctx.saved_tensors, ctx.budget
         operator = DenseOperator(W, budget.metric)
         adjoint = Inclusion(operator.T, g, LinearSlope(budget.activation.slope(z))).flatten()
-        u = _iterate(adjoint, DenseResolvent(inverse, budget.step).T, budget.backward_steps)
+        factor = DenseResolvent(inverse, budget.step).T
+        u, residual = _iterate(adjoint, factor, budget.backward_steps)
         if budget.adjoint_residual is not None:
-            budget.adjoint_residual.copy_(adjoint.relative_residual(u).reshape(g.shape[:-1]))
+            budget.adjoint_residual.copy_(residual.reshape(g.shape[:-1]))
         W_grad = operator.pullback(u, z)[0] if ctx.needs_input_grad[0] else None
         return W_grad, u.reshape(g.shape)
 
 
-def _iterate(problem: Inclusion, factor: DenseResolvent, steps: int) -> Tensor:
-    """Return z after Peaceman–Rachford steps from a cold start, as `PeacemanRachford` does them."""
-    alpha, activation = factor.step, _without_looking(problem.activation)
-    reflect, reflection = activation.reflector(alpha), factor.reflection()
+def _iterate(problem: Inclusion, factor: DenseResolvent, steps: int) -> tuple[Tensor, Tensor]:
+    """Return z after Peaceman–Rachford steps from a cold start, and its relative residual.
+
+    The steps are those of `PeacemanRachford`; a kernel that makes them all may end at rest.
+    """
+    alpha, reflection = factor.step, factor.reflection()
+    iteration = Iteration(map=reflection, alpha=alpha, reflected=True)
+    found = fused.within_budget(problem, iteration, steps)
+    if found is not None:
+        return found
+    activation = _without_looking(problem.activation)
+    reflect = activation.reflector(alpha)
     x = problem.bias * alpha
     shift = reflection.add(x, x, None)
     spare = torch.empty_like(x)
     for _ in range(steps):
         u = reflect(x)
         x, spare = reflection.add(u, shift, spare), u
-    return activation.prox(x, alpha)
+    z = activation.prox(x, alpha)
+    return z, problem.relative_residual(z)
 
 
 def _without_looking(activation: ProximalActivation) -> ProximalActivation:

@@ -2,6 +2,8 @@
 
 from types import ModuleType
 
+from torch import Tensor
+
 from solvers.fused import device, loop
 from solvers.fused.iteration import Iteration
 from solvers.fused.launch import KernelWarning
@@ -17,6 +19,7 @@ __all__ = [
     "reflected_sum",
     "run",
     "supports",
+    "within_budget",
 ]
 
 
@@ -28,6 +31,17 @@ def supports(problem: Inclusion) -> str | None:
 def run(problem: Inclusion, iteration: Iteration, request: Request) -> Outcome | str:
     """Solve a flat problem that `supports` accepts, or say why its kernels cannot run here."""
     return _backend(problem).run(problem, iteration, request)
+
+
+def within_budget(
+    problem: Inclusion, iteration: Iteration, steps: int
+) -> tuple[Tensor, Tensor] | None:
+    """Return z and its relative residual after some steps of a flat problem, or at rest.
+
+    The host never waits, so a graph may capture it. None where no kernel does it in one launch.
+    """
+    backend = _backend(problem)
+    return device.within_budget(problem, iteration, steps) if backend is device else None
 
 
 def _backend(problem: Inclusion) -> ModuleType:

@@ -10,9 +10,10 @@ products, whose error is that of float32, and most steps of a solve in one of bf
 from __future__ import annotations
 
 import struct
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from solvers.activations import PIECEWISE_LINEAR
 from solvers.fused.iteration import Iteration, plain
@@ -63,28 +64,64 @@ def run(problem: Inclusion, iteration: Iteration, request: Request) -> Outcome |
     return launch_by_launch(problem, loop, request)
 
 
+def within_budget(
+    problem: Inclusion, iteration: Iteration, steps: int
+) -> tuple[Tensor, Tensor] | None:
+    """Return z and its relative residual after some steps, or at rest, and never wait.
+
+    None where no kernel solves the problem in one launch.
+    """
+    if supports(problem) is not None or len(problem.bias) == 0 or steps > MOST_STEPS:
+        return None
+    loop = Loop.of(problem, iteration)
+    if not loop.cut.resident:
+        return None
+    out_of_reach = 2.0**-20 * torch.finfo(problem.bias.dtype).eps
+    found = _launch(loop, Request(tol=out_of_reach, max_steps=steps))
+    return None if isinstance(found, str) else (found.z, found.residual)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Found:
+    """What the kernel writes."""
+
+    z: Tensor
+    residual: Tensor
+    steps: Tensor
+    summary: Tensor
+
+
 def _run_resident(loop: Loop, request: Request) -> Outcome | str:
+    found = _launch(loop, request)
+    if isinstance(found, str):
+        return found
+    bits, checks = found.summary.tolist()  # the one wait for the device
+    (worst,) = struct.unpack("d", struct.pack("q", bits))
+    return Outcome(
+        value=found.z, residual=found.residual, steps=found.steps, checks=checks, loop="device",
+        worst=worst,
+    )  # fmt: skip
+
+
+def _launch(loop: Loop, request: Request) -> _Found | str:
     v, cut, own = loop.v, loop.cut, loop.prepared
     samples, n = v.shape
-    z, residual = torch.empty_like(v), v.new_empty(samples)
-    steps, summary = v.new_empty(samples, dtype=torch.int64), v.new_zeros(2, dtype=torch.int64)
+    found = _Found(
+        z=torch.empty_like(v), residual=v.new_empty(samples),
+        steps=v.new_empty(samples, dtype=torch.int64),
+        summary=v.new_zeros(2, dtype=torch.int64),
+    )  # fmt: skip
     programs = -(-samples // cut.rows)
     start = None if request.z0 is None else plain(request.z0)
     reason = launched(
         kernels().resident, (programs,),
         v, v if start is None else start, own.map, own.weights, own.alpha, own.root, own.reach,
-        v if loop.slope is None else loop.slope, own.size, z, residual, steps, summary,
-        own.map.new_empty(programs * cut.rows, own.parts, cut.width),
+        v if loop.slope is None else loop.slope, own.size, found.z, found.residual, found.steps,
+        found.summary, own.map.new_empty(programs * cut.rows, own.parts, cut.width),
         v.new_empty(programs * cut.rows, cut.width),
         samples, n, loop.numbers(request.tol), request.max_steps, FIRST_CHECK,
         DONE=loop.iteration.done, WARM=start is not None, ROWS=cut.rows, BLOCKS=cut.blocks,
         WIDTH=cut.width, DEPTH=cut.depth, PARTS=own.parts, HELD=cut.held,
         num_warps=cut.warps, **loop.flags,
     )  # fmt: skip
-    if reason is not None:
-        return reason
-    bits, checks = summary.tolist()  # the one wait for the device
-    (worst,) = struct.unpack("d", struct.pack("q", bits))
-    return Outcome(
-        value=z, residual=residual, steps=steps, checks=checks, loop="device", worst=worst
-    )
+    return found if reason is None else reason

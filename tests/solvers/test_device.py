@@ -16,12 +16,13 @@ from solvers import (
     PeacemanRachford,
     ReLU,
     Tanh,
+    budgeted_equilibrium,
     equilibrium,
     fused,
     solve,
 )
 from solvers.fused import device, tiles
-from tests.problems import random_inclusion
+from tests.problems import monotone_operator, random_inclusion
 
 pytest.importorskip("triton")
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -200,3 +201,39 @@ def test_full_tiles_on_the_device(n, dtype, monkeypatch):
     other = solve(problem.to(torch.float64), tol=1e-10, on_failure="raise")
     distance = other.value.sub(one.value.double().cpu())
     assert (problem.to(torch.float64).operator.norm(distance) <= 1.01 * one.error_bound.cpu()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [3, 16, 21, 27])
+@pytest.mark.parametrize("activation", [ReLU(), LeakyReLU(0.2)], ids=repr)
+def test_a_budget_is_one_launch_where_the_matrix_stays_on_the_chip(
+    n, dtype, activation, monkeypatch
+):
+    operator = monotone_operator(n, m=0.5, dtype=dtype)
+    metric, W = operator.metric.to(HERE), operator.W.to(HERE)
+    v = torch.randn(7, n, dtype=dtype, generator=torch.Generator().manual_seed(0)).to(HERE)
+    found = {}
+    launches = []
+    own = device.within_budget
+
+    def counted(*arguments):
+        launches.append(own(*arguments))
+        return launches[-1]
+
+    for name in ("kernel", "plain"):
+        monkeypatch.setattr(
+            device, "within_budget", counted if name == "kernel" else lambda *a: None
+        )
+        leaves = W.clone().requires_grad_(), v.clone().requires_grad_()
+        adjoint = v.new_empty(7)
+        z, residual = budgeted_equilibrium(
+            *leaves, activation, step_size=0.7, steps=80, metric=metric, adjoint_residual=adjoint
+        )
+        z.square().sum().backward()
+        found[name] = z, leaves[0].grad, leaves[1].grad, residual, adjoint
+    assert [launch is not None for launch in launches] == [n <= 24] * 2
+    tol = 1e-5 if dtype == torch.float32 else 1e-8
+    for one, other in zip(found["kernel"][:3], found["plain"][:3], strict=True):
+        torch.testing.assert_close(one, other, rtol=100 * tol, atol=100 * tol)
+    for residual in found["kernel"][3:]:
+        assert (residual < tol).all()

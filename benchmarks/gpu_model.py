@@ -127,13 +127,13 @@ class Counts:
 
     resident: Mapping[int, Resident] = field(
         default_factory=lambda: {
-            32: Resident(step=47, base=804, check=991),
-            64: Resident(step=89, base=1443, check=2007),
-            80: Resident(step=121, base=1952, check=2834, blocks=2),
+            32: Resident(step=47, base=805, check=990),
+            64: Resident(step=89, base=1444, check=2006),
+            80: Resident(step=121, base=1953, check=2833, blocks=2),
             128: Resident(
                 step=129,
-                base=2208,
-                check=3251,
+                base=2209,
+                check=3250,
                 warps=8,
                 per_sm=1,
                 depth=32,
@@ -145,7 +145,7 @@ class Counts:
         }
     )
     tile: Mapping[str, float] = field(
-        default_factory=lambda: {"increment": 77, "advance": 501, "look": 485}
+        default_factory=lambda: {"increment": 77, "advance": 573, "look": 556}
     )
 
 

@@ -1,5 +1,6 @@
 """The cost model: its limits, what holds phases back, and where its counts come from."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -95,6 +96,11 @@ def test_counts_of_a_compilation_replace_those_of_the_model():
     own = counts.resident[80]
     assert (own.step, own.check, own.base) == (42, 1000 + 4 * 50, 700 + 4 * 50)
     assert {**counts.resident, 80: COUNTS.resident[80]} == COUNTS.resident
+
+
+def test_the_counts_are_those_of_the_compilation_in_results():
+    results = Path(gpu_model.__file__).parent / "results" / "gpu_compiled.json"
+    assert counted(json.loads(results.read_text())["rows"]) == COUNTS
 
 
 def test_more_instructions_take_longer():

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from unittest import mock
 
 import torch
@@ -98,8 +99,15 @@ def on_the_device() -> Iterator[None]:
     supports = device.supports
 
     def here(problem: Inclusion) -> str | None:
-        with mock.patch.object(device, "interpreted", return_value=True):
+        before = vars(device)["interpreted"]
+        vars(device)["interpreted"] = lambda: True
+        try:
             return supports(problem)
+        finally:
+            vars(device)["interpreted"] = before
+
+    def backend(problem: Inclusion) -> ModuleType:
+        return device
 
     def serves(tensor: torch.Tensor) -> bool:
         return tensor.dtype in (torch.float32, torch.float64)
@@ -109,7 +117,7 @@ def on_the_device() -> Iterator[None]:
     asked = [(m, name) for m in modules for name in ("serves", "_serves") if hasattr(m, name)]
     assert asked, "nobody asks whether kernels serve a tensor"
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(fused, "_backend", return_value=device))
+        stack.enter_context(mock.patch.object(fused, "_backend", backend))
         stack.enter_context(mock.patch.object(device, "supports", here))
         for module, name in asked:
             stack.enter_context(mock.patch.object(module, name, serves))

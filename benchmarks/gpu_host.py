@@ -62,6 +62,10 @@ def microseconds(call: Callable[[], Any]) -> float:
     return round(1e6 * statistics.median(times), 1)
 
 
+def _capability(device: object) -> tuple[int, int]:
+    return 9, 0
+
+
 def main() -> None:
     """Measure and print."""
     options = argparse.ArgumentParser(description="host time of solves on a GPU, without one")
@@ -69,10 +73,9 @@ def main() -> None:
     out = options.parse_args().out
     torch.set_num_threads(1)
     figures = {}
-    target, capability = GPUTarget("cuda", 90, 32), mock.Mock(return_value=(9, 0))
     with (
-        pretended(target, lambda asked: None), on_the_device(),
-        mock.patch.object(torch.cuda, "get_device_capability", capability),
+        pretended(GPUTarget("cuda", 90, 32), lambda asked: None), on_the_device(),
+        mock.patch.object(torch.cuda, "get_device_capability", _capability),
     ):  # fmt: skip
         for name, call in calls(80).items():
             figures[name] = microseconds(call)

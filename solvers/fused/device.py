@@ -113,12 +113,16 @@ def _launch(loop: Loop, request: Request) -> _Found | str:
     )  # fmt: skip
     programs = -(-samples // cut.rows)
     start = None if request.z0 is None else plain(request.z0)
+    memory = aside = v  # of the programs' own: not of those that hold all matrices
+    if cut.held < 2:
+        memory = own.map.new_empty(programs * cut.rows, own.parts, cut.width)
+    if cut.held == 0 and own.parts == 3:
+        aside = v.new_empty(programs * cut.rows, cut.width)
     reason = launched(
         kernels().resident, (programs,),
         v, v if start is None else start, own.map, own.weights, own.alpha, own.root, own.reach,
         v if loop.slope is None else loop.slope, own.size, found.z, found.residual, found.steps,
-        found.summary, own.map.new_empty(programs * cut.rows, own.parts, cut.width),
-        v.new_empty(programs * cut.rows, cut.width),
+        found.summary, memory, aside,
         samples, n, loop.numbers(request.tol), request.max_steps, FIRST_CHECK,
         DONE=loop.iteration.done, WARM=start is not None, ROWS=cut.rows, BLOCKS=cut.blocks,
         WIDTH=cut.width, DEPTH=cut.depth, PARTS=own.parts, HELD=cut.held,

@@ -214,8 +214,7 @@ def _arguments(
 # A float32 number is the sum of three of bfloat16, of which each is the rest of those before it. Of
 # the nine products of two such sums six matter, those of the least size first. M and W are split
 # once, x once per product: Triton's own bf16x6 splits both again in every part of a product, and
-# looks for infinities, which took six times the instructions of the products. The largest product
-# of a sum is added last, to what the others have come to.
+# looks for infinities. The largest product of a sum is added last, to what the others have come to.
 @triton.jit
 def _six(a, A, total):
     """total + (a₀ + a₁ + a₂)(A₀ + A₁ + A₂)."""

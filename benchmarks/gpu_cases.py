@@ -134,6 +134,16 @@ def _increment(activation: str) -> None:
         steps.increment(v.clone(), steps.new_change(v), steps.new_change(v))
 
 
+def _budget(n: int, dtype: torch.dtype, linear: bool) -> None:
+    v = torch.ones(64, n, dtype=dtype)
+    sigma = LinearSlope(torch.ones_like(v)) if linear else ReLU()
+    problem = Inclusion(DenseOperator(torch.zeros(n, n, dtype=dtype)), v, sigma)
+    with on_the_device():
+        iteration = PeacemanRachford(step_size=1.0).iteration(problem)
+        if fused.within_budget(problem, iteration, 40) is None:
+            raise Refused("no budget is solved in one launch")
+
+
 def _reflected_sum(dtype: torch.dtype, linear: bool) -> None:
     v = torch.ones(48, 80, dtype=dtype)
     problem = Inclusion(
@@ -164,6 +174,10 @@ def _pointwise() -> dict[str, Callable[[], None]]:
         for linear in (False, True):
             sigma = "LinearSlope" if linear else "LeakyReLU"
             cases[f"reflected_sum {name} {sigma}"] = partial(_reflected_sum, dtype, linear)
+        for n in (80, 128):
+            for linear in (False, True):
+                sigma = "LinearSlope" if linear else "ReLU"
+                cases[f"budget n={n} {name} {sigma}"] = partial(_budget, n, dtype, linear)
     for sigma in ("ReLU", "LinearSlope"):
         cases[f"increment n=600 float32 {sigma}"] = partial(_increment, sigma)
     shapes: dict[str, tuple[int, ...]] = {

@@ -36,7 +36,7 @@ Who = Literal["lben", "unfused"]
 SIZES = (80, 128, 256, 512, 1024, 4096)
 BATCHES = (128, 1024, 8192, 65536)
 STEPS, BASES, CHECKS = 16.0, 4.0, 2.0
-"""Of a solve at tol 1e-4, m = 0.3 and 80 units: `python -m benchmarks.gpu_phases`."""
+"""Of a solve at tol 1e-4 and m = 0.3: `python -m benchmarks.gpu_phases`, 16 to 18 steps."""
 UNFUSED_CHECKS = 3.5
 """Of PyTorch's loop in the same solve."""
 HOST = 150.0

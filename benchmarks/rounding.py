@@ -102,6 +102,7 @@ def _row(network: str, dtype: torch.dtype) -> dict[str, Any]:
 def _count(row: dict[str, Any], square: Fraction, bound: float) -> None:
     """Add one error, given by its square, and its bound."""
     row["errors"] += 1
+    row["wrong"] += math.isnan(bound)
     if math.isfinite(bound):
         limit = Fraction(bound) ** 2
         row["wrong"] += square > limit

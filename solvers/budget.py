@@ -209,8 +209,8 @@ class _Budgeted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, W: Tensor, v: Tensor, budget: _Budget) -> tuple[Tensor, Tensor]:
-        with full_precision(v):
-            operator = DenseOperator(W, budget.metric)
+        operator = DenseOperator(W, budget.metric)
+        with full_precision(v), operator.settled():  # to compare its values would be to wait
             if budget.inverse is None:
                 factor, _ = operator.unchecked_resolvent(budget.step)
             else:
@@ -238,9 +238,10 @@ class _Budgeted(torch.autograd.Function):
     def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor]:
         (W, z, inverse), budget = ctx.saved_tensors, ctx.budget
         operator = DenseOperator(W, budget.metric)
-        adjoint = Inclusion(operator.T, g, LinearSlope(budget.activation.slope(z))).flatten()
         factor = DenseResolvent(inverse, budget.step).T
-        u, residual = _iterate(adjoint, factor, budget.backward_steps)
+        with operator.settled():
+            adjoint = Inclusion(operator.T, g, LinearSlope(budget.activation.slope(z))).flatten()
+            u, residual = _iterate(adjoint, factor, budget.backward_steps)
         if budget.adjoint_residual is not None:
             budget.adjoint_residual.copy_(residual.reshape(g.shape[:-1]))
         W_grad = operator.pullback(u, z)[0] if ctx.needs_input_grad[0] else None

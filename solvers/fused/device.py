@@ -73,11 +73,11 @@ def within_budget(
     """
     if supports(problem) is not None or len(problem.bias) == 0 or steps > MOST_STEPS:
         return None
-    loop = Loop.of(problem, iteration)
-    if not loop.cut.resident:
+    if not Loop.cut_of(problem).resident:
         return None
     out_of_reach = 2.0**-20 * torch.finfo(problem.bias.dtype).eps
-    found = _launch(loop, Request(tol=out_of_reach, max_steps=steps))
+    request = Request(tol=out_of_reach, max_steps=steps)
+    found = _launch(Loop.of(problem, iteration), request, budget=True)
     return None if isinstance(found, str) else (found.z, found.residual)
 
 
@@ -103,7 +103,7 @@ def _run_resident(loop: Loop, request: Request) -> Outcome | str:
     )  # fmt: skip
 
 
-def _launch(loop: Loop, request: Request) -> _Found | str:
+def _launch(loop: Loop, request: Request, *, budget: bool = False) -> _Found | str:
     v, cut, own = loop.v, loop.cut, loop.prepared
     samples, n = v.shape
     found = _Found(
@@ -123,9 +123,9 @@ def _launch(loop: Loop, request: Request) -> _Found | str:
         v, v if start is None else start, own.map, own.weights, own.alpha, own.root, own.reach,
         v if loop.slope is None else loop.slope, own.size, found.z, found.residual, found.steps,
         found.summary, memory, aside,
-        samples, n, loop.numbers(request.tol), request.max_steps, FIRST_CHECK,
+        samples, n, loop.numbers(request.tol, lasting=budget), request.max_steps, FIRST_CHECK,
         DONE=loop.iteration.done, WARM=start is not None, ROWS=cut.rows, BLOCKS=cut.blocks,
         WIDTH=cut.width, DEPTH=cut.depth, PARTS=own.parts, HELD=cut.held,
-        num_warps=cut.warps, **loop.flags,
+        BUDGET=budget, num_warps=cut.warps, **loop.flags,
     )  # fmt: skip
     return found if reason is None else reason

@@ -105,9 +105,14 @@ def _rests(change, size, v, x, size_W, noise, tol):
 
 
 @triton.jit
-def _worst(number, finished):
-    """The largest number of those that are not finished; infinite where one is not a number."""
+def _worst(number, finished, BUDGET: tl.constexpr):
+    """The largest number of those that are not finished; infinite where one is not a number.
+
+    Within a budget of steps such a sample is left out: it has no say in what becomes of others.
+    """
     known = tl.where(number == number, number, float("inf"))
+    if BUDGET:
+        known = tl.where(known < float("inf"), known, 0.0)
     return tl.max(tl.where(finished != 0, 0.0, known), 0)
 
 
@@ -407,11 +412,12 @@ def resident(
     samples, n, numbers_ptr, max_steps, first,
     DONE: tl.constexpr, REFLECTED: tl.constexpr, RELAXED: tl.constexpr, KIND: tl.constexpr,
     WARM: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr,
-    DEPTH: tl.constexpr, PARTS: tl.constexpr, HELD: tl.constexpr,
+    DEPTH: tl.constexpr, PARTS: tl.constexpr, HELD: tl.constexpr, BUDGET: tl.constexpr,
 ):  # fmt: skip
     """Solve for ROWS samples. M and Wᵀ are PARTS · WIDTH², α and Λ^½ have WIDTH entries.
 
-    `summary` takes the bits of the largest residual and the most checks.
+    `summary` takes the bits of the largest residual and the most checks. With a BUDGET all steps
+    are made, but for those of a program whose samples are all at rest.
     """
     SLOPES: tl.constexpr = KIND == "linear"
     INCREMENTS: tl.constexpr = PARTS == 3
@@ -505,10 +511,13 @@ def resident(
             left = _left(residual, before, size, active, own, tol)
             before = residual
             rests = _rests(squares, size, whole, moved, size_W, noise, tol)
-            most = _worst(left, finished)
+            most = _worst(left, finished, BUDGET)
             last = (most <= tol) | (step >= max_steps) | (most == infinity)
             open_ = tl.max(tl.where((finished != 0) | rests | (left <= tol), 0, 1), 0)
-            last = last | (stalled & ((open_ == 0) | (most <= limit)))
+            rest = open_ == 0
+            if not BUDGET:
+                rest = rest | (most <= limit)
+            last = last | (stalled & rest)
             passes = (finished == 0) & (tl.where(last, tol, left) <= tol)
             for i in tl.static_range(len(columns)):
                 inside = passes[:, None] & (columns[i] < n)[None, :]
@@ -518,7 +527,7 @@ def resident(
             tl.store(steps_ptr + here, tl.zeros_like(here).to(tl.int64) + step, mask=passes)
             largest_residual = tl.where(passes, residual, largest_residual)
             finished = finished | passes.to(tl.int32)
-            looked = _worst(residual, finished)
+            looked = _worst(residual, finished, BUDGET)
             running = last == 0
         if running:
             # The base: one exact step, and the displacement that it makes.
@@ -545,7 +554,7 @@ def resident(
                 size += tl.sum(z_i * z_i, 1)
             x = y
             worst_before = worst
-            worst = 0.5 * _worst(_relative(moved, size), finished)
+            worst = 0.5 * _worst(_relative(moved, size), finished, BUDGET)
             if due & (worst > 0) & (looked > 0):
                 ratio = 1.05 * looked / worst
             # How the next block is long: by the gain of the last one, by the rounding of
@@ -576,6 +585,8 @@ def resident(
                 mark, mark_step = worst, step
             if stalled:
                 ahead = 1
+            if BUDGET:  # the last step is a base
+                ahead = tl.where((ahead > 1) & (step + ahead >= max_steps), ahead - 1, ahead)
             step += ahead
             due = due | stalled | (step >= max_steps)
             # What the next product takes is made at the end of the step before: the compiler then
@@ -601,7 +612,7 @@ def resident(
                 argument = _arguments(x, c, base, drives, INCREMENTS, REFLECTED, KIND)
                 if INCREMENTS:
                     base = _rhos(x, c, KIND)
-    most = _worst(largest_residual, row >= samples).to(tl.float64)
+    most = _worst(largest_residual, row >= samples, False).to(tl.float64)
     tl.atomic_max(summary_ptr, most.to(tl.int64, bitcast=True))
     tl.atomic_max(summary_ptr + 1, checks.to(tl.int64))
 

@@ -90,7 +90,7 @@ class Steps:
             kernels().look, plain(z), plain(v), loop.prepared.weights, loop.prepared.root,
             self._scale, sums, z if loop.slope is None else loop.slope, loop.numbers(1.0),
             *z.shape, loop.cut.width, KIND=loop.flags["KIND"], DEPTH=loop.cut.depth,
-            PRECISION=loop.precision("tf32x3"),
+            PRECISION=loop.precision,
         )  # fmt: skip
         change, image, size, active = sums.sum(0).sqrt()
         size = torch.maximum(image, size)
@@ -134,7 +134,7 @@ class Steps:
             own.alpha, own.root, own.reach, x if sums is None else self._scale,
             x if sums is None else sums, x if loop.slope is None else loop.slope,
             loop.numbers(1.0), *x.shape, loop.cut.width, CHANGES=change is not None,
-            LOOKS=sums is not None, DEPTH=loop.cut.depth, PRECISION=loop.precision("tf32x3"),
+            LOOKS=sums is not None, DEPTH=loop.cut.depth, PRECISION=loop.precision,
             **{**loop.flags, **flags},
         )  # fmt: skip
         return out

@@ -131,7 +131,8 @@ class Prepared:
             whole = nn.functional.pad(matrix.resolve_neg(), 2 * line).contiguous()
             return whole if parts == 1 else torch.stack(_parts(whole, parts))
 
-        alpha = torch.as_tensor(iteration.alpha, dtype=W.dtype, device=W.device).expand(n)
+        alpha = iteration.alpha  # a number is not copied from the host: that would wait
+        alpha = (alpha if isinstance(alpha, Tensor) else W.new_full((), alpha)).expand(n)
         M, low = padded(iteration.map.matrix.detach()), None
         if W.dtype == torch.float32:
             low = M[0] if parts == 3 else _parts(M, 1)[0]
@@ -172,7 +173,7 @@ class Loop:
         operator = problem.operator
         assert isinstance(operator, DenseOperator)
         slope, negative = coefficients(problem.activation)
-        size = cut(operator.n, operator.dtype, most_resident(_capability(operator.device)))
+        size = Loop.cut_of(problem)
         return Loop(
             v=plain(problem.bias), slope=slope, negative=negative, iteration=iteration, cut=size,
             prepared=operator.memo(
@@ -181,13 +182,20 @@ class Loop:
             ),
         )  # fmt: skip
 
-    def precision(self, parts: str) -> str:
-        """Return how Triton multiplies as in float32: by these parts on the tensor cores of CUDA.
+    @staticmethod
+    def cut_of(problem: Inclusion) -> Cut:
+        """Return how a problem is cut on its device."""
+        operator = problem.operator
+        return cut(operator.n, operator.dtype, most_resident(_capability(operator.device)))
+
+    @property
+    def precision(self) -> str:
+        """How Triton multiplies as in float32: by three parts of TF32 on the tensor cores of CUDA.
 
         Its interpreter, and AMD's devices, multiply in full.
         """
         whole = self.v.dtype == torch.float64 or interpreted() or torch.version.hip is not None
-        return "ieee" if whole else parts
+        return "ieee" if whole else "tf32x3"
 
     @property
     def flags(self) -> dict[str, Any]:
@@ -200,16 +208,21 @@ class Loop:
             "KIND": kind,
         }  # fmt: skip
 
-    def numbers(self, tol: float) -> Tensor:
-        """Return `NUMBERS` of the kernels."""
-        return _numbers(self.negative, self.iteration.relaxation, tol, self.v.dtype, self.v.device)
+    def numbers(self, tol: float, *, lasting: bool = False) -> Tensor:
+        """Return `NUMBERS` of the kernels, kept by value: to copy them from the host is to wait.
+
+        Args:
+            tol: tolerance.
+            lasting: whether to keep them for ever, for a captured graph reads them where they lie;
+                else the last few hundred are kept.
+        """
+        kept = _lasting_numbers if lasting else _numbers
+        return kept(self.negative, self.iteration.relaxation, tol, self.v.dtype, self.v.device)
 
 
-@functools.lru_cache(maxsize=256)
-def _numbers(
+def _new_numbers(
     negative: float, theta: float, tol: float, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return numbers on the device, kept by value: a copy from the host waits for the device."""
     finfo = torch.finfo(dtype)
     values = {
         "negative": negative, "theta": theta, "tol": tol, "noise": 16 * finfo.eps,
@@ -218,6 +231,10 @@ def _numbers(
         "least": 4 * finfo.tiny, "most": 0.25 / finfo.tiny,
     }  # fmt: skip
     return torch.tensor([values[name] for name in kernels().NUMBERS], dtype=dtype, device=device)
+
+
+_numbers = functools.lru_cache(maxsize=256)(_new_numbers)
+_lasting_numbers = functools.cache(_new_numbers)
 
 
 @functools.cache

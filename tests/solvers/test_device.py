@@ -17,12 +17,15 @@ from solvers import (
     ReLU,
     Tanh,
     budgeted_equilibrium,
+    dependencies,
     equilibrium,
     fused,
     solve,
 )
 from solvers.fused import device, tiles
+from solvers.operators import base
 from tests.problems import monotone_operator, random_inclusion
+from tests.solvers.test_budget import NoLook
 
 pytest.importorskip("triton")
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -237,3 +240,72 @@ def test_a_budget_is_one_launch_where_the_matrix_stays_on_the_chip(
         torch.testing.assert_close(one, other, rtol=100 * tol, atol=100 * tol)
     for residual in found["kernel"][3:]:
         assert (residual < tol).all()
+
+
+@pytest.mark.parametrize("n", [16, 21, 27])
+@pytest.mark.parametrize("step_size", [0.5, torch.tensor(0.5), "per unit"], ids=str)
+@pytest.mark.parametrize("activation", [ReLU(), Tanh()], ids=repr)
+def test_a_budget_never_waits_for_the_device(n, step_size, activation, monkeypatch):
+    step = torch.full((n,), 0.5) if step_size == "per unit" else step_size
+    W, v = torch.zeros(n, n, requires_grad=True), torch.ones(3, n)
+    r = torch.zeros(3)
+
+    def run():
+        z, _ = budgeted_equilibrium(W, v, activation, step_size=step, steps=3, adjoint_residual=r)
+        z.sum().backward()
+
+    run()  # numbers that are kept come from the host once
+    compared = []
+
+    def counted(tensors, others):
+        compared.extend(tensors)
+        return True
+
+    for module in (dependencies, base):
+        monkeypatch.setattr(module, "all_same", counted)
+    with NoLook():
+        run()
+    assert compared == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_budget_is_spent_where_the_state_is_slow(dtype):
+    """Unit 0 has a rate near 1, which no displacement tells from rest, and the others none."""
+    n, W = 16, torch.zeros(16, 16, dtype=dtype)
+    W[0, 0] = 0.997
+    v = torch.full((5, n), 0.7, dtype=dtype)
+    v[:, 0] = 1e-3
+    _, residual = budgeted_equilibrium(W, v, ReLU(), step_size=0.7, steps=4000)
+    assert (residual < 1e-6).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, in the interpreter
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("n", [3, 16, 21])
+def test_a_bad_sample_of_a_budget_spoils_no_other(n, bad):
+    operator = monotone_operator(n, m=0.5, dtype=torch.float32)
+    v = torch.randn(7, n, generator=torch.Generator().manual_seed(0))
+    arguments = {"activation": ReLU(), "step_size": 0.7, "steps": 80, "metric": operator.metric}
+    whole, _ = budgeted_equilibrium(operator.W, v, **arguments)
+    v[3, n - 1] = bad
+    spoilt, told = budgeted_equilibrium(operator.W, v, **arguments)
+    others = [0, 1, 2, 4, 5, 6]
+    assert not told[3] < 1e-3
+    assert (told[others] < 1e-4).all()
+    torch.testing.assert_close(spoilt[others], whole[others], rtol=1e-4, atol=1e-4)
+
+
+def test_few_steps_end_with_an_exact_one():
+    W = 0.1 * torch.randn(16, 16, generator=torch.Generator().manual_seed(0)) / 4
+    v = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+    for steps in (1, 2, 4, 5):
+        found = budgeted_equilibrium(W, v, ReLU(), step_size=1.0, steps=steps)[1]
+        exact = budgeted_equilibrium(W.double(), v.double(), ReLU(), step_size=1.0, steps=steps)[1]
+        assert (found <= 1.1 * exact + 2e-6).all()
+
+
+def test_the_numbers_of_a_captured_graph_stay_where_they_are():
+    own = tiles._lasting_numbers(0.0, 1.0, 1e-9, torch.float32, torch.device(HERE))
+    for tol in range(1, 300):
+        tiles._lasting_numbers(0.0, 1.0, float(tol), torch.float32, torch.device(HERE))
+    assert tiles._lasting_numbers(0.0, 1.0, 1e-9, torch.float32, torch.device(HERE)) is own

@@ -188,6 +188,8 @@ class LeakyReLU(ProximalActivation):
     negative_slope: float = 0.01
 
     def __post_init__(self) -> None:
+        # A tensor could be written to later, and nobody would look again.
+        object.__setattr__(self, "negative_slope", float(self.negative_slope))
         if not 0 <= self.negative_slope <= 1:
             raise ValueError(f"negative_slope must lie in [0, 1], got {self.negative_slope}")
 

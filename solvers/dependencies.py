@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
+import enum
+import functools
 import os
+import types
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -156,9 +159,10 @@ def read(module: nn.Module) -> tuple[tuple[Tensor, ...], Any]:
     """Return all tensors of a module and, to be compared by ==, all else that decides its output.
 
     Parameters, buffers and attributes of the module and of the modules below it, with their types,
-    so that a parametrization counts that is registered later, and its own settings too.
+    so that a parametrization counts that is registered later, and its own settings too, in whatever
+    objects it holds them.
     """
-    reader = _Reader([], set())
+    reader = _Reader([], {})
     settings = reader.read(module)
     return tuple(reader.tensors), settings
 
@@ -168,18 +172,27 @@ _BOOKKEEPING = frozenset(vars(nn.Module())) - {
     "training", "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"
 }  # fmt: skip
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type)
+_FIXED = (
+    types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType,
+    types.ModuleType, types.CodeType, weakref.ReferenceType, torch.layout, torch.memory_format,
+    enum.Enum, np.dtype, np.generic, range, slice,
+)  # fmt: skip
+"""Kinds of objects that do not change, or whose changes decide no output."""
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Collects tensors, and describes everything else by values that compare by ==."""
+    """Collects tensors, and describes everything else by values that compare by ==.
+
+    An object that was read before is described by its turn. One that can be neither read nor known
+    not to change is different from everything, itself included: then nothing is kept.
+    """
 
     tensors: list[Tensor]
-    seen: set[int]
+    seen: dict[int, int]
 
     def read(self, value: Any) -> Any:
-        kind: Any = type(value)
-        if isinstance(value, _PLAIN):
+        if isinstance(value, (*_PLAIN, _Same)):
             return value
         if isinstance(value, Tensor):
             self.tensors.append(value)
@@ -187,26 +200,73 @@ class _Reader:
         if isinstance(value, tuple | list):
             return tuple(map(self.read, value))
         if isinstance(value, Mapping):
-            return tuple((key, self.read(v)) for key, v in value.items())
+            return tuple((self.read(key), self.read(v)) for key, v in value.items())
         if isinstance(value, np.ndarray):
             return value.shape, value.dtype.str, value.tobytes()
         if id(value) in self.seen:
-            return type(value)
-        self.seen.add(id(value))
+            return type(value), self.seen[id(value)]
+        self.seen[id(value)] = len(self.seen)
         if isinstance(value, nn.Module):
             own = ((k, self.read(v)) for k, v in vars(value).items() if k not in _BOOKKEEPING)
             return (type(value), *own)
-        if dataclasses.is_dataclass(value):
-            fields = (f.name for f in dataclasses.fields(value))
-            return (type(value), *((name, self.read(getattr(value, name))) for name in fields))
-        if kind.__hash__ is object.__hash__ and hasattr(value, "__dict__"):
-            return (type(value), *((k, self.read(v)) for k, v in vars(value).items()))
-        return _Same(value)
+        if isinstance(value, _FIXED):
+            return _Same(value)
+        return (type(value), *self._object(value))
+
+    def _object(self, value: Any) -> Iterator[Any]:
+        """Yield what an object holds."""
+        if isinstance(value, set | frozenset):
+            yield frozenset(map(self.read, value))
+        elif isinstance(value, functools.partial):
+            yield from map(self.read, (value.func, value.args, value.keywords))
+        elif isinstance(value, types.MethodType):
+            yield from map(self.read, (value.__func__, value.__self__))
+        elif isinstance(value, types.FunctionType):
+            yield from map(self.read, self._function(value))
+        else:
+            names = [n for k in type(value).__mro__ for n in _slots(k) if hasattr(value, n)]
+            held = {name: getattr(value, name) for name in names} | getattr(value, "__dict__", {})
+            if not held and not hasattr(value, "__dict__") and not names:
+                yield _Unlike()
+            yield from ((name, self.read(v)) for name, v in held.items())
+
+    def _function(self, function: types.FunctionType) -> Iterator[Any]:
+        """Yield what a function computes with: code, defaults, closure, numbers among globals.
+
+        A list that it has from where it was made is what hooks write down their calls in: it is
+        known by identity.
+        """
+        yield function.__code__
+        yield from (function.__defaults__, function.__kwdefaults__, vars(function))
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):  # an empty one
+                held = cell.cell_contents
+                yield _Same(held) if isinstance(held, list) else held
+        for name in function.__code__.co_names:
+            value = function.__globals__.get(name)
+            if isinstance(value, (*_PLAIN, Tensor, np.ndarray, tuple, dict)):
+                yield value
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    names = vars(kind).get("__slots__", ())
+    names = (names,) if isinstance(names, str) else tuple(names)
+    hidden = (f"_{kind.__name__.lstrip('_')}{n}" if n[:2] == "__" else n for n in names)
+    return tuple(name for name in hidden if name not in ("__dict__", "__weakref__"))
+
+
+class _Unlike:
+    """Something that equals nothing."""
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    __hash__ = object.__hash__
 
 
 @dataclass(frozen=True, eq=False)
 class _Same:
-    """An object that is itself alone: a function, a hook, a handle."""
+    """An object that is itself alone."""
 
     value: Any
 

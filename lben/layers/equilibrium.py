@@ -37,7 +37,6 @@ from solvers import (
     equilibrium,
 )
 from solvers.acceptance import check_rounding
-from solvers.activations import check_activation
 from solvers.dependencies import nothing_may_be_kept
 from solvers.gradient import check_gradient
 from solvers.method import check_method
@@ -107,7 +106,6 @@ class EquilibriumLayer(KeepingLayer, ABC):
         self.activation = ReLU() if activation is None else activation
         self.method = Auto() if method is None else method
         self.gradient = ImplicitGradient() if gradient is None else gradient
-        check_activation(self.activation)
         check_method(self.method)
         check_gradient(self.gradient)
         self.tol, self.max_steps = check_options(tol, max_steps, on_failure)

@@ -317,7 +317,7 @@ class ResidualLayer(ExplicitLayer):
         activation: ProximalActivation | None = None,
     ) -> None:
         super().__init__(parameterization, map, parameterization.shape[1])
-        self.activation = _proximal(activation)
+        self.activation = ReLU() if activation is None else activation
 
     def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
         U, b, scale = tensors
@@ -381,7 +381,7 @@ class SandwichLayer(ExplicitLayer):
     ) -> None:
         inputs = parameterization.shape[1] - parameterization.outputs
         super().__init__(parameterization, map, inputs)
-        self.activation = _proximal(activation)
+        self.activation = ReLU() if activation is None else activation
 
     def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
         A, B, b, b_y, inner, outer = tensors
@@ -402,24 +402,6 @@ class SandwichLayer(ExplicitLayer):
         product = Growth(0.0, absolute_norm(B))
         hidden = product.times(largest_up(inner)).plus(units.norm(b))
         return y.below(product, hidden, hidden.times(largest_up(outer)))
-
-
-def _proximal(activation: ProximalActivation | None) -> ProximalActivation:
-    """Return σ, ReLU when omitted; the certificate is for slopes in [0, 1]."""
-    if activation is None:
-        return ReLU()
-    if not isinstance(activation, ProximalActivation):
-        raise TypeError(
-            "the bound is for slopes in [0, 1]: the activation must be a "
-            f"solvers.ProximalActivation, got {_described(activation)}"
-        )
-    return activation
-
-
-def _described(value: object) -> str:
-    if isinstance(value, type):
-        return f"the class {value.__name__}: call it"
-    return f"{type(value).__name__} of {type(value).__module__}"
 
 
 def _refuse_rounded(proof: Certificate) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lben.layers.lasting import Lasting, make_lasting
-from solvers import LinearOperator
+from solvers import LinearOperator, LinearSlope, Masked, ProximalActivation
+from solvers.activations import check_activation
 from solvers.dependencies import Snapshot, read, undisturbed
 from solvers.precision import full_precision
 
@@ -197,6 +198,17 @@ class KeepingLayer(Lasting):
         self._kept: Kept | None = None
         self._last: LinearOperator | None = None  # the last operator, for its factors
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; an activation whose slopes are not known to lie in [0, 1] is refused.
+
+        Raises:
+            TypeError: for an activation that is no `ProximalActivation`.
+            ValueError: for one whose slopes are numbers in a tensor, which may be written to.
+        """
+        if name == "activation":
+            value = _sector(value)
+        super().__setattr__(name, value)
+
     def _is_tracked(self) -> bool:
         """Say whether the weights get a gradient now."""
         return torch.is_grad_enabled() and (
@@ -220,3 +232,15 @@ class KeepingLayer(Lasting):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None, "_last": None}
+
+
+def _sector(activation: ProximalActivation) -> ProximalActivation:
+    """Return σ of slopes in [0, 1], which is what every bound is for."""
+    check_activation(activation)
+    inner = activation.activation if isinstance(activation, Masked) else activation
+    if isinstance(inner, LinearSlope):
+        raise ValueError(
+            "LinearSlope is the σ of adjoint problems, whose slopes may be written to: a layer "
+            "takes an activation of fixed slopes in [0, 1], such as solvers.LeakyReLU(0.1)"
+        )
+    return activation

@@ -17,6 +17,7 @@ from lben.layers.roundoff import not_nan, underflow
 from lben.layers.uniform import Rates
 from lben.local import Anchors, network_fingerprint
 from lben.parameterizations import CompleteParameterization, DirectParameterization
+from lben.parameterizations.sizes import real
 from lben.rigorous import gamma_k
 from lben.weights import ExplicitWeights
 from solvers import DenseOperator, Gradient, Method, ProximalActivation
@@ -171,7 +172,7 @@ class EquilibriumLinear(DenseEquilibriumLayer):
         super().__init__(
             DirectParameterization(
                 in_features, hidden_features, out_features, gamma=gamma, feedthrough=feedthrough,
-                learn_metric=learn_metric, epsilon=epsilon, device=device, dtype=dtype,
+                learn_metric=learn_metric, epsilon=epsilon, device=device, dtype=real(dtype),
             ),
             activation=activation, method=method, gradient=gradient, tol=tol,
             max_steps=max_steps, on_failure=on_failure,

@@ -18,6 +18,7 @@ from lben.layers.roundoff import underflow
 from lben.layers.uniform import Rates
 from lben.parameterizations import ConvolutionalParameterization, PooledParameterization
 from lben.parameterizations.explicit import taps
+from lben.parameterizations.sizes import real
 from lben.rigorous import UNIT, gamma_k
 from solvers import (
     ConvolutionOperator,
@@ -246,7 +247,7 @@ class EquilibriumConv2d(ImageEquilibriumLayer):
             ConvolutionalParameterization(
                 in_channels * stride**2, hidden_channels, out_channels, kernel_size, gamma=gamma,
                 skip=skip, learn_metric=learn_metric, epsilon=epsilon,
-                circular=circular, device=device, dtype=dtype,
+                circular=circular, device=device, dtype=real(dtype),
             ),
             image, stride, activation=activation, method=method, gradient=gradient, tol=tol,
             max_steps=max_steps, on_failure=on_failure,
@@ -357,7 +358,7 @@ class PooledEquilibriumConv2d(ImageEquilibriumLayer):
         parameterization = PooledParameterization(
             in_channels, hidden_channels, out_features, kernel_size, image=image, pool=pool,
             gamma=gamma, learn_metric=learn_metric, epsilon=epsilon,
-            circular=circular, device=device, dtype=dtype,
+            circular=circular, device=device, dtype=real(dtype),
         )  # fmt: skip
         super().__init__(
             parameterization, image, parameterization.layout.factors[0], activation=activation,

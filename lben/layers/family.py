@@ -20,6 +20,7 @@ from lben.parameterizations import (
     Spectral,
 )
 from lben.parameterizations.orthogonal import register_orthogonal
+from lben.parameterizations.sizes import real
 from solvers import ProximalActivation
 
 
@@ -386,7 +387,7 @@ class SandwichConv2d(SandwichLayer):
 
 
 def _factory(device: torch.device | str | None, dtype: torch.dtype | None) -> dict[str, Any]:
-    return {"device": device, "dtype": dtype}
+    return {"device": device, "dtype": real(dtype)}
 
 
 def _convolution(

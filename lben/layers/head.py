@@ -20,7 +20,7 @@ from lben.layers.roundoff import Signal
 from lben.parameterizations.explicit import computed
 from lben.parameterizations.orthogonal import register_orthogonal
 from lben.parameterizations.parametrized import PicklableParametrized
-from lben.parameterizations.sizes import integer
+from lben.parameterizations.sizes import integer, real
 from lben.rigorous import Enclosure, norm_bound, sum_up, up
 from lben.weights import ExplicitWeights
 from solvers.precision import cast, full_precision, in_autocast, leave_autocast
@@ -64,7 +64,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
                 f"{out_features} orthonormal rows do not fit into {in_features} features"
             )
         self.in_features, self.out_features, self.kind = in_features, out_features, kind
-        linear = nn.Linear(in_features, out_features, device=device, dtype=dtype)
+        linear = nn.Linear(in_features, out_features, device=device, dtype=real(dtype))
         self.bias, self.weight = linear.bias, linear.weight
         if kind == "orthonormal":
             register_orthogonal(self, "weight", "cayley")

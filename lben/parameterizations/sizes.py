@@ -1,9 +1,11 @@
-"""Is a size an integer? NumPy's are; truth values, floats and words are not."""
+"""Is a size an integer, and a dtype one of real numbers? NumPy's integers are; words are not."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+
+import torch
 
 
 def integer(name: str, value: object, least: int | None = 1) -> int:
@@ -52,3 +54,16 @@ def image_size(value: object) -> tuple[int, int]:
     if isinstance(value, str) or not isinstance(value, Iterable) or len(pair := [*value]) != 2:
         raise TypeError(f"an image size is a pair (height, width), got {value!r}")
     return integer("the height of an image", pair[0]), integer("the width of an image", pair[1])
+
+
+def real(dtype: torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype of parameters, None for PyTorch's default.
+
+    Raises:
+        TypeError: if it is no dtype of real floating-point numbers.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(
+            f"dtype must be one of real floating-point numbers, such as torch.float32, got {dtype}"
+        )
+    return dtype

@@ -180,6 +180,13 @@ LAYERS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int32, torch.bool, "float32"], ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_dtypes_of_other_numbers_are_refused_at_construction(kind, dtype):
+    with pytest.raises(TypeError, match="real floating-point numbers"):
+        LAYERS[kind](dtype=dtype)
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_activations_of_other_slopes_are_refused_whenever_they_come(kind):
     slopes = LinearSlope(torch.tensor(0.5))

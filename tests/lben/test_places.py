@@ -186,8 +186,8 @@ def test_models_are_certified_and_attacked_whatever_the_default_device(config):
         proof = model.certificate()
         report = evaluate(model, data, options)
         return [
-            torch.tensor([proof.bound, report.largest_quotient], device="cpu"),
-            *(model.certified_radius(x, labels, proof, p) for p in get_args(Promise)),
+            torch.tensor([proof.bound, report.quotient], device="cpu"),
+            *(model.certified_radius(x, labels, proof, promise=p) for p in get_args(Promise)),
             *pgd_l2(model, x, labels, 0.3, steps=3, restarts=2, generator=generator),
             *apgd_l2(model, x, labels, 0.3, steps=3, bounds=None, generator=generator),
             *across_the_boundary(model, x, x.flip(0), distance=0.1),
@@ -204,9 +204,9 @@ def test_models_are_certified_and_attacked_whatever_the_default_device(config):
 def test_layers_are_certified_whatever_the_default_device():
     conv = SLLConv2d(1, 2)
     chain = LipschitzSequential(
-        conv, NormPooling(2), Flatten(), EquilibriumLinear(32, 5, 4), NormalizedLinear(4, 3)
+        conv, NormPooling(2), Flatten(), EquilibriumLinear(16, 5, 4), NormalizedLinear(4, 3)
     )
-    explicit, x = LipschitzSequential(conv, Flatten(), NormalizedLinear(128, 3)), pixels()
+    explicit, x = LipschitzSequential(conv, Flatten(), NormalizedLinear(64, 3)), pixels()
     W = torch.randn(5, 5)
 
     def everything():

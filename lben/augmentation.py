@@ -102,8 +102,8 @@ class Augmentation:
         self.check((channels, height, width))
 
         def draw(low: float, high: float) -> Tensor:
-            factor = low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)
-            return factor.to(images.device)
+            share = torch.rand(n, 1, 1, 1, generator=generator, device="cpu")
+            return (low + (high - low) * share).to(images.device)
 
         images = random_shift(images, self.shift, generator, reflect=self.reflect)
         if self.flip:
@@ -127,7 +127,8 @@ def random_shift(
     if most == 0:
         return images
     n, _, height, width = images.shape
-    offset = torch.randint(0, 2 * most + 1, (2, n), generator=generator).to(images.device)
+    offset = torch.randint(0, 2 * most + 1, (2, n), generator=generator, device="cpu")
+    offset = offset.to(images.device)
     rows = offset[0][:, None] + torch.arange(height, device=images.device)
     columns = offset[1][:, None] + torch.arange(width, device=images.device)
     if reflect:

@@ -37,7 +37,7 @@ class Affine:
     def at(self, radius: Float[Tensor, " batch"] | float) -> Float[Tensor, " batch"]:
         """Return the bound for a radius."""
         bound = (self.constant + self.slope * radius) * _OUTWARDS
-        known = ~bound.isnan() & (torch.as_tensor(radius) <= torch.as_tensor(self.limit))
+        known = ~bound.isnan() & (_number(radius, bound) <= _number(self.limit, bound))
         return torch.where(known, bound, torch.inf)
 
     def select(self, index: Tensor) -> Affine:
@@ -60,7 +60,7 @@ class Affine:
 
     def after(self, inner: Affine) -> Affine:
         """Return the bound in terms of r where the radius here is at most inner(r)."""
-        reach = torch.as_tensor(self.limit) - inner.constant * _OUTWARDS
+        reach = self.limit - inner.constant * _OUTWARDS
         if inner.slope:
             reach = reach / (inner.slope * _OUTWARDS)
         else:
@@ -72,7 +72,13 @@ class Affine:
 def _least(a: Tensor | float, b: Tensor | float) -> Tensor | float:
     if isinstance(a, float) and isinstance(b, float):
         return min(a, b)
-    return torch.minimum(*torch.broadcast_tensors(torch.as_tensor(a), torch.as_tensor(b)))
+    like = a if isinstance(a, Tensor) else b
+    assert isinstance(like, Tensor)
+    return torch.minimum(_number(a, like), _number(b, like))
+
+
+def _number(value: Tensor | float, like: Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else like.new_tensor(value)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -248,7 +248,7 @@ def _all_logits(
             max(f.elsewhere.slope for f in found),
             team.gather(torch.cat([0 * f.error + f.elsewhere.limit for f in found])),
         ),
-        steps=int(team.gather(torch.tensor([max(f.steps for f in found)])).max()),
+        steps=int(team.gather(torch.tensor([max(f.steps for f in found)], device="cpu")).max()),
     )
 
 
@@ -262,7 +262,7 @@ def _attack(
 ) -> tuple[tuple[float, ...], int]:
     """Return PGD accuracy at every radius, and how many images broke inside their certificate."""
     accuracy, broken_within = [], 0
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator("cpu").manual_seed(config.seed)
     for r in track(config.radii, "attack", "radii", team.quiet):
         _, broken = pgd_l2(
             model, team.share(x), team.share(labels), r,
@@ -288,8 +288,9 @@ def _pairs(
     own images.
     """
     certificate = model.certificate(bound)
-    generator, x = torch.Generator().manual_seed(config.seed + 1), team.share(x)
-    chosen = torch.randperm(len(x), generator=generator)[: team.share_of(config.ascent_pairs)]
+    generator, x = torch.Generator("cpu").manual_seed(config.seed + 1), team.share(x)
+    order = torch.randperm(len(x), generator=generator, device="cpu")
+    chosen = order[: team.share_of(config.ascent_pairs)]
     starts = x[chosen]
     found = ascend_quotient(model, starts, steps=config.ascent_steps, generator=generator)
     largest, count, over = 0.0, 0, 0
@@ -304,5 +305,6 @@ def _pairs(
             over += int((change > allowed).sum())
             count += len(a)
             largest = max(largest, float(quotients(model, a, b).max()))
-    counts = team.gather(torch.tensor([[count, over]])).sum(0).tolist()
-    return float(team.gather(torch.tensor([largest], dtype=torch.float64)).max()), *counts
+    counts = team.gather(torch.tensor([[count, over]], device="cpu")).sum(0).tolist()
+    quotient = torch.tensor([largest], dtype=torch.float64, device="cpu")
+    return float(team.gather(quotient).max()), *counts

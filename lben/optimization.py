@@ -208,7 +208,7 @@ class EMA:
     def state_dict(self) -> dict[str, Tensor]:
         """Return average and count of steps, for a checkpoint."""
         average = {f"average.{k}": v for k, v in self._average.items()}
-        return {"steps": torch.tensor(self.steps), **average}
+        return {"steps": torch.tensor(self.steps, device="cpu"), **average}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a `state_dict`.

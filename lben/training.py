@@ -249,8 +249,8 @@ def _batches(
     images: Tensor, labels: Tensor, config: TrainingConfig, epoch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-    order = torch.randperm(len(images), generator=generator).to(images.device)
+    generator = torch.Generator("cpu").manual_seed(config.seed * 1_000_003 + epoch)
+    order = torch.randperm(len(images), generator=generator, device="cpu").to(images.device)
     for index in order.split(config.batch_size):
         batch = config.augmentation(images[index], generator)
         yield batch.contiguous(memory_format=layout), labels[index]

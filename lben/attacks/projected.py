@@ -288,10 +288,8 @@ def _prepared(
         raise ValueError("radius must be finite, got inf")
     check_count("steps", steps)
     check_count("restarts", restarts)
-    if bounds is not None and (
-        len(bounds) != 2
-        or not bool((torch.as_tensor(bounds[0]) < torch.as_tensor(bounds[1])).all())
-    ):
+    ends = [torch.as_tensor(b, device=x.device) for b in ((0.0, 1.0) if bounds is None else bounds)]
+    if len(ends) != 2 or not bool((ends[0] < ends[1]).all()):
         raise ValueError(f"bounds must be (low, high) with low below high, or None, got {bounds}")
     ball, model = _Ball(centre, float(radius), bounds), view(model)
     if not torch.equal(ball._clipped(centre), centre):

@@ -118,7 +118,7 @@ def random_pairs(
 
     kinds: list[Callable[[Tensor], Tensor]] = [
         lambda a: x[_draw(len(x), len(a), generator)],
-        lambda a: torch.rand(a.shape, generator=generator, dtype=a.dtype).to(a),
+        lambda a: torch.rand(a.shape, generator=generator, dtype=a.dtype, device="cpu").to(a),
         *map(near, (1e-3, 1e-1, 10.0)),
     ]
     batch = min(count, 5000)
@@ -138,12 +138,12 @@ def corner_pairs(x: Images, generator: torch.Generator) -> Iterator[tuple[Images
         return
 
     def sign() -> Tensor:
-        return (2 * (torch.rand(x.shape, generator=generator) > 0.5) - 1).to(x)
+        return (2 * (torch.rand(x.shape, generator=generator, device="cpu") > 0.5) - 1).to(x)
 
     zero, tiny = torch.zeros_like(x), torch.finfo(x.dtype).tiny
     one_pixel = torch.zeros_like(x)
     flat = one_pixel.flatten(1)
-    flat[torch.arange(len(x)), _draw(flat.shape[1], len(x), generator)] = 1.0
+    flat[torch.arange(len(x), device="cpu"), _draw(flat.shape[1], len(x), generator)] = 1.0
     one_pixel = flat.reshape(x.shape)
     yield x, (x > 0.5).to(x.dtype)
     yield zero, torch.ones_like(x)
@@ -158,7 +158,7 @@ def corner_pairs(x: Images, generator: torch.Generator) -> Iterator[tuple[Images
 
 
 def _draw(size: int, count: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(size, (count,), generator=generator)
+    return torch.randint(size, (count,), generator=generator, device="cpu")
 
 
 def _log_quotient(model: nn.Module, a: Tensor, b: Tensor) -> Tensor:

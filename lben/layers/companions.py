@@ -16,7 +16,7 @@ from torch.nn import functional
 from lben import precision
 from lben.layers.growth import Growth, norms_up
 from lben.layers.lasting import Lasting, make_lasting
-from lben.layers.opaque import check_kind
+from lben.layers.opaque import check_numbers
 from lben.layers.roundoff import Signal
 from lben.parameterizations.multipliers import power_of_two
 from lben.parameterizations.sizes import integer
@@ -78,7 +78,7 @@ class Flatten(Companion):
 
     def forward(self, x: Float[Tensor, batch * features]) -> Float[Tensor, "batch p"]:
         """Return the features."""
-        check_kind(x)
+        check_numbers(x)
         if x.ndim < 2:
             raise ValueError(f"expected (batch, …), got {tuple(x.shape)}")
         return x.flatten(1)
@@ -104,7 +104,7 @@ class ChannelPadding(ImageCompanion):
         Raises:
             ValueError: if x has more channels than that.
         """
-        check_kind(x)
+        check_numbers(x)
         if x.ndim < 3 or x.shape[-3] > self.channels:
             raise ValueError(
                 f"expected images of at most {self.channels} channels, got {tuple(x.shape)}"
@@ -264,7 +264,7 @@ class Householder(Companion):
 
     def forward(self, x: Float[Tensor, "batch c *grid"]) -> Float[Tensor, "batch c *grid"]:
         """Return the reflected channels."""
-        check_kind(x)
+        check_numbers(x, self.theta.dtype)
         if x.ndim < 2 or x.shape[1] != 2 * len(self.theta):
             raise ValueError(f"expected {2 * len(self.theta)} channels, got {tuple(x.shape)}")
         a, b = _groups(x, 2).unbind(2)
@@ -282,7 +282,7 @@ class Householder(Companion):
 
 
 def _check_divisible(x: Tensor, size: int) -> None:
-    check_kind(x)
+    check_numbers(x)
     if x.ndim < 3 or x.shape[-2] % size or x.shape[-1] % size:
         raise ValueError(
             f"expected images whose height and width are multiples of {size}, got {tuple(x.shape)}"
@@ -290,7 +290,7 @@ def _check_divisible(x: Tensor, size: int) -> None:
 
 
 def _groups(x: Tensor, group: int) -> Tensor:
-    check_kind(x)
+    check_numbers(x)
     if x.ndim < 2 or x.shape[1] % group:
         raise ValueError(
             f"expected a number of channels that is a multiple of {group}, got {tuple(x.shape)}"

@@ -60,5 +60,5 @@ def feedback(W: Float[Tensor, "n n"], sizes: Sequence[int]) -> Float[Tensor, ""]
     """
     if sum(sizes) != len(W):
         raise ValueError(f"sizes {tuple(sizes)} do not add up to the {len(W)} units of W")
-    layer = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(W.device)
+    layer = torch.tensor([i for i, size in enumerate(sizes) for _ in range(size)], device=W.device)
     return (W * (layer[:, None] <= layer)).square().sum()

@@ -135,6 +135,9 @@ class EquilibriumLayer(KeepingLayer, ABC):
             return outside_autocast(self, x)
         with self._outside_autocast():
             weights = self._weights()
+            if x.is_meta:  # without numbers to solve for, but with the shape of their outcome
+                self._check_input(x)
+                return self._readout(weights, x, self._bias(weights, x))
             return self._readout(weights, x, self._solve(weights, x, None).value)
 
     def readout(self, x: Tensor, z: Float[Tensor, "*batch n"], weights: Any = None) -> Tensor:
@@ -367,7 +370,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
         self._check_input(x)
         v = self._bias(weights, x)
         # Within a transform numbers cannot be looked at: the solve says what it finds.
-        if not nothing_may_be_kept() and not is_finite(v):
+        if not v.is_meta and not nothing_may_be_kept() and not is_finite(v):
             raise non_finite(self, x, self._sample_dimensions, self._entry)
         return Inclusion(self._operator(weights), v, self._sigma)
 

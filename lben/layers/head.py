@@ -120,7 +120,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
     def pair_bounds(self) -> Float[Tensor, "q q"]:
         """Return proved upper bounds of ‖qᵢ − qⱼ‖₂ in float64; 1 on the diagonal."""
         Q = Enclosure(self._stored().cpu().numpy())
-        bounds = torch.ones(self.out_features, self.out_features, dtype=torch.float64)
+        bounds = torch.ones([self.out_features] * 2, dtype=torch.float64, device="cpu")
         for i in range(self.out_features):
             row = Enclosure(Q.mid[i : i + 1])
             gap = (Q - row).magnitude

@@ -11,8 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lben import precision
+from lben.certificates import CertificateError
 from lben.layers.growth import Growth, add_up, norm_up, norms_up, times_up
 from lben.layers.lasting import Lasting, make_lasting
+from lben.layers.opaque import check_numbers
 from lben.layers.roundoff import Signal
 from lben.rigorous import up
 
@@ -74,13 +76,33 @@ class Normalize(Lasting):
 
     @property
     def gain(self) -> float:
-        """Lipschitz constant in l2: 1 / smallest std, rounded upwards."""
-        return up(1 / float(self.std.min()))
+        """Lipschitz constant in l2: 1 / smallest std, rounded upwards.
+
+        Raises:
+            CertificateError: if std is no longer real, finite and at least the smallest normal
+                number.
+        """
+        std = self.std.detach()
+        proper = std.is_floating_point() and bool(
+            (std.isfinite() & (std >= torch.finfo(std.dtype).tiny)).all()
+        )
+        if not proper:
+            raise CertificateError(
+                "the std of a normalisation must be real, finite and positive, and no denormal "
+                f"number, got {std.flatten().tolist()}: set it to that of the images again"
+            )
+        return up(1 / float(std.min()))
 
     def forward(
         self, x: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch channels height width"]:
-        """Return the normalised images."""
+        """Return the normalised images.
+
+        Raises:
+            TypeError: if x is no tensor.
+            ValueError: if x is of another dtype.
+        """
+        check_numbers(x, self.mean.dtype)
         return (x - self.mean) / self.std
 
     def rounding_growth(self, shape: tuple[int, ...], dtype: torch.dtype) -> Growth:
@@ -93,6 +115,7 @@ class Normalize(Lasting):
         Raises:
             ValueError: if the shape does not fit or the dtype is neither float32 nor float64; under
                 autocast.
+            CertificateError: as `gain`.
         """
         precision.refuse_autocast()
         if dtype not in (torch.float32, torch.float64) or len(shape) != 3:
@@ -100,14 +123,14 @@ class Normalize(Lasting):
                 "expected the shape (channels, height, width) of an image in float32 or float64, "
                 f"got {tuple(shape)} in {dtype}"
             )
-        run = torch.promote_types(dtype, self.mean.dtype)
+        gain, run = self.gain, torch.promote_types(dtype, self.mean.dtype)
         pixels, entries = math.sqrt(math.prod(shape[1:])), math.sqrt(math.prod(shape))
         offset = times_up(norm_up(self.mean.double() / self.std.double()), pixels)
         # (x − mean)/std rounds twice; the difference loses at most 3 of the smallest normal
         # numbers, which are divided by std, the quotient 3 more.
-        size = Growth(offset, self.gain)
+        size = Growth(offset, gain)
         tiny = torch.finfo(run).tiny
-        lost = times_up(8 * tiny, add_up(self.gain, 1.0), entries)
+        lost = times_up(8 * tiny, add_up(gain, 1.0), entries)
         error = size.times(3 * torch.finfo(run).eps / 2).plus(lost)
         return Signal(run, size, error).below(Growth(times_up(norm_up(self.mean), pixels), 1.0))
 

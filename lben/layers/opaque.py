@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lben import precision
+from solvers.precision import in_autocast
 
 _Key, _guard = torch._C.DispatchKey, torch._C._SetExcludeDispatchKeyGuard
 
@@ -67,6 +68,30 @@ def check_kind(x: object) -> None:
         raise TypeError(
             f"x must be a torch.Tensor, got {type(x).__name__}: torch.from_numpy or "
             "torch.as_tensor makes one"
+        )
+
+
+def check_numbers(x: object, own: torch.dtype | None = None) -> None:
+    """Refuse what is no tensor of floating point, for a layer that would compute with it as it is.
+
+    Args:
+        x: the input.
+        own: the dtype of the layer; none where it runs in that of x.
+
+    Raises:
+        TypeError: as `check_kind`.
+        ValueError: for another dtype; autocast may give x a floating-point one of its own.
+    """
+    check_kind(x)
+    assert isinstance(x, Tensor)
+    if not x.is_floating_point():
+        raise ValueError(
+            f"x must hold floating-point numbers, got {x.dtype}: convert images with "
+            "lben.data.pixels, and other numbers by x.to(torch.get_default_dtype())"
+        )
+    if own not in (None, x.dtype) and not in_autocast(x.device.type):
+        raise ValueError(
+            f"x is {x.dtype}, the layer is {own}: convert one of them, or use torch.autocast"
         )
 
 

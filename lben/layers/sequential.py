@@ -83,7 +83,7 @@ class LipschitzSequential(nn.Sequential):
         """
         precision.refuse_autocast()
         self._check()
-        x = torch.zeros(1, *shape)
+        x = torch.zeros(1, *shape, device="cpu")
         x = x.to(next(self.parameters(), x))
         proofs: list[Certificate] = []
         with torch.no_grad():
@@ -160,7 +160,7 @@ class LipschitzSequential(nn.Sequential):
         """
         precision.refuse_autocast()
         proofs = self.certificates(shape) if proofs is None else proofs
-        x = torch.zeros(1, *shape, dtype=dtype)
+        x = torch.zeros(1, *shape, dtype=dtype, device="cpu")
         x = x.to(next(self.parameters(), x).device)
         size, error = Growth(0.0, 1.0), Growth(0.0, 0.0)
         for layer, own_proofs in self._with_proofs(proofs):

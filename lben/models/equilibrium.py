@@ -271,7 +271,8 @@ class ConvolutionalEquilibriumClassifier(SingleLayerClassifier):
         super().__init__(config.shape, config.mean, config.std)
         self.config = config
         self.stem = InvertibleDownsampling(config.stem)
-        channels, height, width = self.stem(torch.zeros(1, *config.shape)).shape[1:]
+        start = torch.zeros(1, *config.shape, device="meta")  # for its shape
+        channels, height, width = self.stem(start).shape[1:]
         self.layer = PooledEquilibriumConv2d(
             channels,
             config.channels,

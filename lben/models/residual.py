@@ -138,7 +138,8 @@ class ResidualClassifier(Classifier):
         self.config = config
         self.features = LipschitzSequential(*_features(config))
         with torch.no_grad():
-            size = self.features(torch.zeros(1, *config.shape)).shape[1]
+            start = torch.zeros(1, *config.shape, device=self.normalize.mean.device)
+            size = self.features(start).shape[1]
         self.head = NormalizedLinear(size, config.classes, kind=config.head)
 
     def logits(self, x: Float[Tensor, "batch channels height width"]) -> Tensor:

@@ -41,8 +41,26 @@ def register_orthogonal(module: nn.Module, name: str, orthogonal_map: str) -> No
     weight = getattr(module, name)
     parametrizations.orthogonal(module, name, orthogonal_map=orthogonal_map)
     parametrization: Any = module.parametrizations[name][0]  # type: ignore[index]
-    if parametrization.base is None:
-        parametrization.base = weight.detach().new_empty([max(weight.shape)] * 2)
+    base = parametrization.base
+    if base is None:
+        base = weight.detach().new_empty([max(weight.shape)] * 2)
+    if orthogonal_map == "householder":
+        parametrization = _Reflections(weight, parametrization.orthogonal_map)
+        module.parametrizations[name][0] = parametrization  # type: ignore[index]
+    parametrization.base = base
+
+
+class _Reflections(parametrizations._Orthogonal):
+    """torch's Householder map, whose diagonal of X is taken as it starts.
+
+    torch cuts the numbers there, which are −1 and without a gradient, to integers: an optimizer
+    that decays them by a little would make the whole matrix 0.
+    """
+
+    def forward(self, X: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+        """Return the orthogonal matrix of what lies beside the diagonal."""
+        signs = X.new_full((min(X.shape),), -1.0)
+        return super().forward(torch.diagonal_scatter(X, signs))
 
 
 class CayleyRows(nn.Module):

@@ -309,6 +309,24 @@ def test_inputs_of_other_dtypes_are_named(dtype):
             layer(torch.ones(2, 4, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64])
+def test_maps_of_images_take_no_bytes_for_pixels(dtype):
+    maps = [Normalize((0.5,) * 4, (0.3,) * 4), Householder(4), *COMPANIONS[:-2]]
+    for layer in maps:
+        with pytest.raises(ValueError, match=f"got {dtype}: convert images with lben.data.pixels"):
+            layer(torch.ones(2, 4, 4, 4, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_maps_with_numbers_of_their_own_run_in_another_dtype_under_autocast_only(dtype):
+    x = torch.rand(2, 4, 4, 4, dtype=dtype)
+    for layer in (Normalize((0.5,) * 4, (0.3,) * 4), Householder(4)):
+        with pytest.raises(ValueError, match=f"x is {dtype}, the layer is torch.float32"):
+            layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(layer(x), layer(x.float()), check_dtype=False)
+
+
 @pytest.mark.parametrize("image", [(4,), (4, 4, 4), "44", 4, (4.0, 4)], ids=str)
 def test_image_sizes_are_pairs(image):
     with pytest.raises(TypeError, match=r"pair \(height, width\)|must be an integer"):

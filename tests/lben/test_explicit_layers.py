@@ -66,11 +66,8 @@ IMAGE = (5, 6)
 def drawn(layer):
     """Move every parameter away from where it starts, as training does."""
     with torch.no_grad():
-        for name, p in layer.named_parameters():
-            noise = torch.randn_like(p)
-            if "original" in name:  # torch's Householder map keeps signs on the diagonal
-                noise.fill_diagonal_(0)
-            p.add_(noise, alpha=0.7)
+        for p in layer.parameters():
+            p.add_(torch.randn_like(p), alpha=0.7)
     return layer
 
 
@@ -770,3 +767,39 @@ def test_rounding_knows_the_ulps_of_the_activation():
         missed = (coarse(x) - fine(x)).norm(dim=1)
     assert bool((missed <= coarse.rounding(x)).all())
     assert bool((missed > fine.rounding(x)).all())
+
+
+@pytest.mark.parametrize("optimizer", [
+    lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.5),
+    lambda p: torch.optim.Adam(p, lr=0.5, weight_decay=0.5),  # beyond 0
+    lambda p: torch.optim.SGD(p, lr=0.5, weight_decay=1.0),
+], ids=["AdamW", "Adam", "SGD"])  # fmt: skip
+@pytest.mark.parametrize("sizes", [(6, 6), (6, 4), (4, 6)])
+def test_reflections_stay_orthonormal_as_weights_decay(sizes, optimizer):
+    layer, x = OrthogonalLinear(*sizes, orthogonal_map="householder"), torch.randn(8, sizes[0])
+    start, steps = layer.weights().D, optimizer(layer.parameters())
+    for _ in range(20):
+        steps.zero_grad()
+        layer(x).sin().sum().backward()
+        assert all(p.grad is not None and p.grad.any() for p in layer.parameters())
+        steps.step()
+    D = layer.weights().D.detach()
+    gram = D @ D.T if sizes[0] >= sizes[1] else D.T @ D
+    torch.testing.assert_close(gram, torch.eye(min(sizes)).double(), rtol=0, atol=1e-5)
+    assert not torch.allclose(D, start, atol=1e-2)
+    other = OrthogonalLinear(*sizes, orthogonal_map="householder")
+    other.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(other(x), layer(x), rtol=0, atol=0)
+    torch.testing.assert_close(copy.deepcopy(layer)(x), layer(x), rtol=0, atol=0)
+
+
+def test_reflections_start_as_those_of_torch():
+    torch.manual_seed(0)
+    layer = OrthogonalLinear(6, 4, orthogonal_map="householder")
+    torch_map = torch.nn.utils.parametrizations._Orthogonal(
+        layer.parameterization.V, layer.parameterization.parametrizations.V[0].orthogonal_map
+    )
+    torch_map.base = layer.parameterization.parametrizations.V[0].base
+    with torch.no_grad():
+        expected = torch_map(layer.parameterization.parametrizations.V.original)
+    assert torch.equal(layer.parameterization.V, expected)

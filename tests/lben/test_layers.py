@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -8,10 +9,13 @@ import torch
 from torch import nn
 
 from lben import (
+    CertificateError,
+    EquilibriumClassifierConfig,
     EquilibriumConv2d,
     EquilibriumLinear,
     Normalize,
     PooledEquilibriumConv2d,
+    compose,
     stack,
 )
 from solvers import (
@@ -327,6 +331,29 @@ def test_rounding_of_the_normalization_is_covered():
 def test_bad_normalizations(mean, std):
     with pytest.raises(ValueError, match="one positive std per channel"):
         Normalize(mean, std)
+
+
+@pytest.mark.parametrize("wrong", [
+    -0.3, 0.0, math.nan, math.inf, 1e-42, torch.tensor(0.3, dtype=torch.complex64), torch.tensor(1),
+])  # fmt: skip
+def test_a_std_that_was_changed_to_no_positive_number_proves_nothing(wrong):
+    config = EquilibriumClassifierConfig(
+        shape=(2, 4, 4), classes=3, mean=(0.5,) * 2, std=(0.3,) * 2
+    )
+    model, x = config.build(), torch.rand(2, 2, 4, 4)
+    by_hand = compose([model.layer.certificate()], 1 / 0.29)
+    if isinstance(wrong, torch.Tensor):
+        model.normalize.std = wrong.expand(2, 1, 1).clone()
+    else:
+        model.normalize.std.data[0] = wrong
+    for claim in (
+        lambda: model.normalize.gain,
+        lambda: model.normalize.rounding_growth((2, 4, 4), torch.float32),
+        model.certificate,
+        lambda: model.certified_radius(x, torch.tensor([0, 1]), by_hand),
+    ):
+        with pytest.raises(CertificateError, match="std of a normalisation must be real, finite"):
+            claim()
 
 
 # What is claimed of the rounding of a layer, and what it takes.

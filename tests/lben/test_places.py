@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
+from typing import get_args
 
 import pytest
 import torch
@@ -17,10 +19,24 @@ from lben import (
     NormalizedLinear,
     PooledEquilibriumConv2d,
     ResidualClassifierConfig,
+    SLLConv2d,
     SLLLinear,
 )
-from lben.attacks import pgd_l2
-from lben.layers import Householder, LipschitzSequential
+from lben.attacks import (
+    across_the_boundary,
+    apgd_l2,
+    ascend_quotient,
+    corner_pairs,
+    pgd_l2,
+    quotients,
+    random_pairs,
+)
+from lben.augmentation import Augmentation
+from lben.data import Dataset
+from lben.evaluation import EvaluationConfig, evaluate
+from lben.layers import Flatten, Householder, LipschitzSequential, NormPooling
+from lben.layers.conversion import feedback
+from lben.models.base import Promise
 from tests.lben.test_kept import LAYERS, make
 
 IMAGES = {"shape": (1, 8, 8), "classes": 3, "mean": (0.3,), "std": (0.4,)}
@@ -143,6 +159,93 @@ def test_a_default_device_is_not_asked_where_another_is_named():
         assert weights.U.device.type == "cpu"
     finally:
         torch.set_default_device(None)
+
+
+def measured(model, x):
+    """Return the numbers of every kind of pair."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    best = ascend_quotient(model, x, steps=3, generator=generator).quotient
+    pairs = [*random_pairs(x, 7, generator), *corner_pairs(x, generator)]
+    return [best, *(quotients(model, a, b) for a, b in pairs)]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_models_are_certified_and_attacked_whatever_the_default_device(config):
+    model, x, labels = CONFIGS[config].build().eval(), pixels(), torch.tensor([0, 1, 2])
+    data = Dataset(
+        name="digits", train_images=(255 * x).byte(), train_labels=labels,
+        test_images=(255 * x).byte(), test_labels=labels, mean=(0.3,), std=(0.4,), classes=3,
+    )  # fmt: skip
+    options = EvaluationConfig(
+        radii=(0.0, 0.3), attack_samples=3, pgd_steps=2, pairs=4, ascent_pairs=2, ascent_steps=2
+    )
+    augmentation = Augmentation(shift=1, flip=True, brightness=0.1)
+
+    def everything():
+        generator = torch.Generator("cpu").manual_seed(0)
+        proof = model.certificate()
+        report = evaluate(model, data, options)
+        return [
+            torch.tensor([proof.bound, report.quotient], device="cpu"),
+            *(model.certified_radius(x, labels, proof, promise=p) for p in get_args(Promise)),
+            *pgd_l2(model, x, labels, 0.3, steps=3, restarts=2, generator=generator),
+            *apgd_l2(model, x, labels, 0.3, steps=3, bounds=None, generator=generator),
+            *across_the_boundary(model, x, x.flip(0), distance=0.1),
+            *measured(model, x),
+            augmentation(data.train_images, generator),
+        ]
+
+    expected = everything()
+    with torch.device("meta"):
+        found = everything()
+    torch.testing.assert_close(found, expected)
+
+
+def test_layers_are_certified_whatever_the_default_device():
+    conv = SLLConv2d(1, 2)
+    chain = LipschitzSequential(
+        conv, NormPooling(2), Flatten(), EquilibriumLinear(16, 5, 4), NormalizedLinear(4, 3)
+    )
+    explicit, x = LipschitzSequential(conv, Flatten(), NormalizedLinear(64, 3)), pixels()
+    W = torch.randn(5, 5)
+
+    def everything():
+        with torch.no_grad():
+            y, stage = chain.certified(x, chain.certificates(x.shape[1:]))
+        around = stage.uniform.at(0.5), stage.uniform.at(stage.error), stage.uniform.limit
+        return [
+            y,
+            stage.error,
+            *around,
+            explicit.rounding(x),
+            *measured(chain, x),
+            feedback(W, [2, 3]),
+        ]
+
+    expected = everything()
+    with torch.device("meta"):
+        found = everything()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("core", [0, 3])
+def test_a_residual_model_is_built_without_numbers(core):
+    config = replace(CONFIGS["residual"], core=core)
+    with torch.device("meta"):
+        model = config.build()
+    assert all(p.is_meta for p in model.parameters())
+    reference = config.build()
+    model.to_empty(device="cpu").load_state_dict(reference.state_dict())
+    torch.testing.assert_close(model(pixels()), reference(pixels()))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_tell_the_shape_of_their_output_without_numbers(kind):
+    layer, x = make(kind)
+    shape = layer(x).shape
+    y = copy.deepcopy(layer).to("meta")(x.to("meta"))
+    assert y.is_meta
+    assert y.shape == shape
 
 
 def replica(module):

@@ -14,7 +14,7 @@ from lben import precision
 from lben.certificates import CertificateError
 from lben.layers.growth import Growth, add_up, norm_up, norms_up, times_up
 from lben.layers.lasting import Lasting, make_lasting
-from lben.layers.opaque import check_numbers
+from lben.layers.opaque import check_kind, check_numbers
 from lben.layers.roundoff import Signal
 from lben.rigorous import up
 
@@ -100,9 +100,11 @@ class Normalize(Lasting):
 
         Raises:
             TypeError: if x is no tensor.
-            ValueError: if x is of another dtype.
+            ValueError: if x is of another dtype, but float32 where the layer is float64.
         """
-        check_numbers(x, self.mean.dtype)
+        own = self.mean.dtype
+        check_kind(x)
+        check_numbers(x, None if own == torch.float64 and x.dtype == torch.float32 else own)
         return (x - self.mean) / self.std
 
     def rounding_growth(self, shape: tuple[int, ...], dtype: torch.dtype) -> Growth:

@@ -327,6 +327,11 @@ def test_maps_with_numbers_of_their_own_run_in_another_dtype_under_autocast_only
             torch.testing.assert_close(layer(x), layer(x.float()), check_dtype=False)
 
 
+def test_images_in_float32_are_widened_for_a_model_in_float64():
+    x, layer = torch.rand(2, 4, 4, 4), Normalize((0.5,) * 4, (0.3,) * 4).double()
+    torch.testing.assert_close(layer(x), layer(x.double()), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("image", [(4,), (4, 4, 4), "44", 4, (4.0, 4)], ids=str)
 def test_image_sizes_are_pairs(image):
     with pytest.raises(TypeError, match=r"pair \(height, width\)|must be an integer"):

@@ -193,10 +193,10 @@ def certify_model(
     running = model.frozen(config.tol)
     x = pixels(team.share(data.test_images[:samples]), running.dtype)
     labels = team.share(data.test_labels[:samples])
-    radii = torch.tensor(config.radii, dtype=torch.float64)
+    radii = torch.tensor(config.radii, dtype=torch.float64, device="cpu")
     methods: list[Method] = []
     largest: tuple[Method, ...] = ()
-    certified = torch.zeros(len(radii), len(x), dtype=torch.bool)
+    certified = torch.zeros(len(radii), len(x), dtype=torch.bool, device="cpu")
     certificate = running.certificate()
     for bound in running.bounds:
         start = time.perf_counter()
@@ -264,8 +264,8 @@ def _certify_around(
     """
     rising = sorted(range(len(config.radii)), key=config.radii.__getitem__)
     with Progress(len(labels), f"proofs {name}", "images", team.quiet) as progress:
-        for part in torch.arange(len(labels)).split(_PART):
-            reached = torch.ones(len(part), dtype=torch.bool)
+        for part in torch.arange(len(labels), device="cpu").split(_PART):
+            reached = torch.ones(len(part), dtype=torch.bool, device="cpu")
             for index in rising:
                 tried = part[reached & ~certified[index, part]]
                 if len(tried):
@@ -281,7 +281,7 @@ def _method(
     name: str, bound: float, held: Tensor, proof: float, images: float, team: Processes
 ) -> Method:
     held = _of_all(held, team)
-    seconds = torch.tensor([[proof, images]], dtype=torch.float64)
+    seconds = torch.tensor([[proof, images]], dtype=torch.float64, device="cpu")
     proof, images = team.gather(seconds).amax(0).tolist()
     return Method(
         name=name, bound=bound, certified=tuple(float(row.double().mean()) for row in held),
@@ -317,7 +317,7 @@ def _in_largest_norm(
 
         bounds["intervals"] = lambda: in_pixels(interval_bounds(weights))
         bounds["own"] = lambda: in_pixels(certify_largest(weights, tighten_largest(weights)))
-    radii, methods = torch.tensor(config.largest_radii, dtype=torch.float64), []
+    radii, methods = torch.tensor(config.largest_radii, dtype=torch.float64, device="cpu"), []
     # ‖x' − x‖₂ ≤ √p ‖x' − x‖_∞
     root = math.sqrt(math.prod(model.shape)) * (1 + 2.0**-50)
     around = result.elsewhere
@@ -340,9 +340,9 @@ def _broken(
     model: Classifier, x: Tensor, labels: Tensor, config: CertificationConfig, team: Processes
 ) -> Tensor:
     """Return which images PGD or APGD broke within each radius."""
-    generator, found = torch.Generator().manual_seed(config.seed), []
+    generator, found = torch.Generator("cpu").manual_seed(config.seed), []
     for radius in track(config.radii, "attack", "radii", team.quiet):
-        broken = torch.zeros(len(x), dtype=torch.bool)
+        broken = torch.zeros(len(x), dtype=torch.bool, device="cpu")
         for attack in (pgd_l2, apgd_l2):
             left = (~broken).nonzero()[:, 0]
             if len(left):

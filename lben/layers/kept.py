@@ -236,7 +236,11 @@ class KeepingLayer(Lasting):
 
 def _sector(activation: ProximalActivation) -> ProximalActivation:
     """Return σ of slopes in [0, 1], which is what every bound is for."""
-    check_activation(activation)
+    try:
+        check_activation(activation)
+    except TypeError as error:
+        words = str(error).replace("a ProximalActivation", "a solvers.ProximalActivation")
+        raise TypeError(f"the bound is for slopes in [0, 1]: the {words}") from None
     inner = activation.activation if isinstance(activation, Masked) else activation
     if isinstance(inner, LinearSlope):
         raise ValueError(

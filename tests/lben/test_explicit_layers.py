@@ -620,7 +620,7 @@ def test_bad_input_is_named(call, message):
 
 
 def test_activations_must_have_slopes_in_the_unit_interval():
-    with pytest.raises(TypeError, match=r"must be a ProximalActivation, got GELU"):
+    with pytest.raises(TypeError, match=r"must be a solvers\.ProximalActivation, got GELU"):
         SLLLinear(3, 2, activation=nn.GELU())
 
 

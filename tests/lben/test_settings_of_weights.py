@@ -195,7 +195,7 @@ def test_activations_of_other_slopes_are_refused_whenever_they_come(kind):
             LAYERS[kind](activation=activation)
     layer = LAYERS[kind]()
     for activation in (nn.GELU(), nn.LeakyReLU(5.0), torch.sin, "relu"):
-        with pytest.raises(TypeError, match="must be a ProximalActivation"):
+        with pytest.raises(TypeError, match=r"must be a solvers\.ProximalActivation"):
             layer.activation = activation
     with pytest.raises(ValueError, match="fixed slopes in"):
         layer.activation = slopes

@@ -29,7 +29,7 @@ from lben.radii import certified_radius, pair_bounds
 from lben.records import from_json, strict
 from lben.rigorous import up
 from lben.tightening import tighten_largest
-from lben.values import conform
+from lben.values import check_tol, conform
 
 TEXTBOOK = "textbook, not sound"
 LOCAL, PIXELS = "local", "local, in [0, 1]"
@@ -65,6 +65,7 @@ class CertificationConfig:
 
     def __post_init__(self) -> None:
         conform(self)
+        check_tol(self.tol)
         for name in ("radii", "largest_radii"):
             radii = getattr(self, name)
             if not radii or not all(0 < r < math.inf for r in radii):

@@ -19,7 +19,7 @@ from lben.models import Bound, CertifiedLogits, Classifier
 from lben.parallel import ALONE, Processes
 from lben.progress import track
 from lben.records import from_json, strict
-from lben.values import conform
+from lben.values import check_tol, conform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         conform(self)
+        check_tol(self.tol)
         if not self.radii or not all(0 <= r < math.inf for r in self.radii):
             raise ValueError(f"radii must be at least 0 and finite, got {self.radii}")
         for f in fields(self):

@@ -120,7 +120,7 @@ class _Run:
 def _start(config: TrainingConfig, team: Processes) -> _Run:
     with team.in_turn():  # the first process downloads
         data = load(config.data, config.root, download=config.download)
-    config.augmentation.check(data.shape)
+    config.check(data)
     team.check_batches(len(data.train_labels), config.batch_size)
     torch.manual_seed(config.seed)
     model = config.model(data).build().to(team.device)

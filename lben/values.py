@@ -55,6 +55,18 @@ def check_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
+def check_tol(tol: float | None) -> None:
+    """Refuse a relative tolerance that is not in (0, 1): from 1 on, it accepts whatever there is.
+
+    Raises:
+        ValueError: unless it is None or such a number.
+    """
+    if tol is not None and not 0 < tol < 1:
+        raise ValueError(
+            f"tol must be positive and below 1 (a relative error of 1 is no solution), got {tol}"
+        )
+
+
 def plain(value: Any) -> Any:
     """Return numbers of numpy and torch as Python numbers, arrays as nested lists, paths as text.
 

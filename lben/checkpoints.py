@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lben.certificates import NetworkCertificate
+from lben.certificates import CertificateError, NetworkCertificate
 from lben.models import (
     Classifier,
     ClassifierConfig,
@@ -215,9 +215,42 @@ def certificate_doubts(folder: Path | str, proved: NetworkCertificate) -> str | 
         proved: of the model, just now.
 
     Returns:
-        None if the file is there and about this model; else one sentence that says what differs.
+        None if the file is there, about this model, and claims nothing that is not proved; else one
+        sentence that says what differs.
     """
-    path = Path(folder) / CERTIFICATE
+    kept = _kept(Path(folder) / CERTIFICATE, proved)
+    if isinstance(kept, str):
+        return kept
+    shortfall = proved.shortfall(kept)
+    return f"{Path(folder) / CERTIFICATE} is of this model, but {shortfall}" if shortfall else None
+
+
+def prove_again(folder: Path | str, model: Classifier) -> tuple[NetworkCertificate, str | None]:
+    """Prove what certificate.json claims, by the cheapest bound of the model that shows it.
+
+    Args:
+        folder: of the run.
+        model: of the run.
+
+    Returns:
+        What was proved, and `certificate_doubts` of it: where no bound of the model shows all that
+        the file claims, what the dearest of them shows.
+
+    Raises:
+        CertificateError: if not even the promised bound can be proved.
+    """
+    proved = model.certificate()
+    kept = _kept(Path(folder) / CERTIFICATE, proved)
+    if isinstance(kept, NetworkCertificate):
+        for bound in model.bounds:
+            if bound != "promised" and proved.shortfall(kept):
+                with suppress(CertificateError):  # a dear bound may fail where a cheap one holds
+                    proved = model.certificate(bound)
+    return proved, certificate_doubts(folder, proved)
+
+
+def _kept(path: Path, proved: NetworkCertificate) -> NetworkCertificate | str:
+    """Return the certificate of a file, or say why it is none of the network that was proved."""
     try:
         kept = NetworkCertificate.from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -225,7 +258,7 @@ def certificate_doubts(folder: Path | str, proved: NetworkCertificate) -> str | 
     except (OSError, ValueError) as error:
         return f"{path} cannot be read: {error}"
     differing = kept.differences(proved)
-    return f"{path} is of another model: {differing}" if differing else None
+    return f"{path} is of another model: {differing}" if differing else kept
 
 
 def save_training(

@@ -163,7 +163,11 @@ Command = Demo | Train | TrainConv | TrainExplicit | Resume | Evaluate | Certify
 
 _ERRORS = (
     CheckpointError, DataError, CertificateError, SolveError, ValueError, ImportError, OSError,
-    MemoryError, torch.OutOfMemoryError,
+)  # fmt: skip
+
+_NO_MEMORY = (
+    "can't allocate memory", "not enough memory", "Storage size calculation overflowed",
+    "numel: integer multiplication overflow", "Overflow when unpacking long",
 )  # fmt: skip
 
 
@@ -201,7 +205,9 @@ def _status(arguments: list[str]) -> int:
         return 130
     except BrokenPipeError:
         raise
-    except _ERRORS as error:
+    except Exception as error:
+        if not (isinstance(error, _ERRORS) or _lacks_memory(error)):
+            raise
         _tell(f"lben: {_sentence(error)}")
         return 1
     return 0
@@ -243,11 +249,22 @@ def words_of_commands() -> tuple[str, ...]:
     )
 
 
+def _lacks_memory(error: BaseException) -> bool:
+    """Say whether there is no memory for what was asked: torch says it in words alone."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError | TypeError) and any(w in str(error) for w in _NO_MEMORY)
+    )
+
+
 def _sentence(error: BaseException) -> str:
     """Return what an error says in one line, with the next step."""
     words = " ".join(str(error).split())
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return f"out of memory: take a smaller --batch-size, or --accumulate ({words})"
+    if _lacks_memory(error):
+        first = next(iter(str(error).splitlines()), "no more is known")
+        return (
+            "out of memory: take a smaller --batch-size or a smaller model, or --accumulate "
+            f"({first})"
+        )
     if not isinstance(error, OSError) or error.errno is None:
         return words
     advice = {
@@ -369,8 +386,7 @@ def _trained(folder: Path, root: str | None) -> tuple[Classifier, Dataset]:
     data = load(training["data"], root or training.get("root"))
     checkpoints.check_folder(folder)
     if is_first():
-        proved = model.certificate()
-        doubts = checkpoints.certificate_doubts(folder, proved)
+        proved, doubts = checkpoints.prove_again(folder, model)
         if doubts:
             _tell(f"warning: {doubts}; the bound was proved anew and written there")
             checkpoints.write_json(folder / checkpoints.CERTIFICATE, proved)

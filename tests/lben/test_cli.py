@@ -109,6 +109,33 @@ def test_a_certificate_of_another_model_is_noticed_and_replaced(copied, capsys, 
         assert "warning" not in err
 
 
+@pytest.mark.parametrize("command", SHORT)
+def test_a_certificate_that_claims_too_much_was_not_proved_again(copied, capsys, command):
+    path = copied / "certificate.json"
+    kept = json.loads(path.read_text("utf-8"))
+    kept["bound"], kept["layers"][0]["bound"] = 1e-3, 1e-9
+    path.write_text(json.dumps(kept), "utf-8")
+    assert cli.main([command, str(copied), *SHORT[command].split()]) == 0
+    out, err = capsys.readouterr()
+    assert "proved again" not in out
+    warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert "is of this model, but it claims 0.001 as the bound, and only " in warnings[0]
+    assert json.loads(path.read_text("utf-8"))["bound"] > 0.1
+
+
+def test_a_tighter_certificate_that_certify_wrote_is_proved_again_and_kept(copied, capsys):
+    assert cli.main(["certify", str(copied), *SHORT["certify"].split()]) == 0
+    capsys.readouterr()
+    before = (copied / "certificate.json").read_bytes()
+    assert json.loads(before)["bound"] is not None  # the run promises none
+    assert cli.main(["evaluate", str(copied), *SHORT["evaluate"].split()]) == 0
+    out, err = capsys.readouterr()
+    assert "certificate.json is of this model: its bound was proved again" in out
+    assert "warning" not in err
+    assert (copied / "certificate.json").read_bytes() == before
+
+
 # --- errors -----------------------------------------------------------------------------------
 
 
@@ -147,6 +174,9 @@ def test_folders_without_permission_are_refused(tmp_path, capsys, monkeypatch):
         (["--loss.scale", "-1"], "--loss: scale must be positive"),
         (["--colour", "red"], "Unrecognized options: --colour, red"),
         (["--seed", str(2**70)], "seed must be an integer below"),
+        (["--tol", "2"], "tol must be positive and below 1"),
+        (["--shift", "99"], "shift must be below the size of the images, 8 × 8 pixels, got 99"),
+        (["--shift", "8"], "shift must be below the size of the images, 8 × 8 pixels, got 8"),
     ],
 )
 def test_bad_options_are_one_line_and_no_folder(words, message, tmp_path, capsys, monkeypatch):
@@ -246,6 +276,24 @@ def test_no_memory_is_one_line(tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(cli, "train", lambda _, e=error: (_ for _ in ()).throw(e))
         assert cli.main(["train"]) == 1
         assert "smaller --batch-size" in one_line(capsys)
+
+
+def test_a_model_beyond_all_memory_is_one_line(copied, tmp_path, capsys):
+    for power in (12, 16, 18, 20):
+        words = ["train", "--out", str(tmp_path / "new"), "--hidden", str(10**power)]
+        assert cli.main(words) == 1
+        assert "out of memory: take a smaller --batch-size or a smaller model" in one_line(capsys)
+    assert not (tmp_path / "new").exists()
+    path = copied / "config.json"
+    path.write_text(path.read_text("utf-8").replace('"hidden": 5', f'"hidden": {10**12}'), "utf-8")
+    assert cli.main(["evaluate", str(copied)]) == 1
+    assert "out of memory" in one_line(capsys)
+
+
+def test_another_runtime_error_is_a_defect_and_shows_its_trace(monkeypatch):
+    monkeypatch.setattr(cli, "train", lambda _: (_ for _ in ()).throw(RuntimeError("defect")))
+    with pytest.raises(RuntimeError, match="defect"):
+        cli.main(["train"])
 
 
 @pytest.mark.parametrize("command", ["evaluate", "certify", "demo"])

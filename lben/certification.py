@@ -65,7 +65,6 @@ class CertificationConfig:
 
     def __post_init__(self) -> None:
         conform(self)
-        check_tol(self.tol)
         for name in ("radii", "largest_radii"):
             radii = getattr(self, name)
             if not radii or not all(0 < r < math.inf for r in radii):
@@ -74,6 +73,7 @@ class CertificationConfig:
             value = getattr(self, f.name)
             if isinstance(value, int | float) and f.name not in ("local", "seed") and not value > 0:
                 raise ValueError(f"{f.name} must be positive, got {value}")
+        check_tol(self.tol)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -165,6 +165,8 @@ _ERRORS = (
     CheckpointError, DataError, CertificateError, SolveError, ValueError, ImportError, OSError,
 )  # fmt: skip
 
+_EVALUATED = ("report.json", "robustness.png", "robustness.partial.png")
+_CERTIFIED = ("certification.json", "certification.png", "certification.partial.png")
 _NO_MEMORY = (
     "can't allocate memory", "not enough memory", "Storage size calculation overflowed",
     "numel: integer multiplication overflow", "Overflow when unpacking long",
@@ -329,14 +331,16 @@ def _demo(command: Demo) -> None:
         data="digits", out=command.out, gamma=command.gamma, epochs=command.epochs,
         batch_size=64, seed=command.seed,
     )  # fmt: skip
-    if (folder / checkpoints.CONFIG).exists():
+    begun = (folder / checkpoints.CONFIG).exists()
+    checkpoints.check_folder(folder, (*_EVALUATED, *checkpoints.RUN), fresh=not begun)
+    if begun:
         _, there = checkpoints.load_config(folder)
         if there.get("data") != "digits":
             raise CheckpointError(
                 f"{folder} holds a run on {there.get('data')}, which the demo would replace: "
                 "choose another --out"
             )
-    train(recipe, overwrite=True)  # the demo starts afresh
+    train(recipe, overwrite=begun)  # the demo starts afresh
     config = EvaluationConfig(pairs=10000, ascent_pairs=50, ascent_steps=100, seed=command.seed)
     _evaluate(folder, replace(config, attack_samples=360), None)
     if is_first():
@@ -348,7 +352,7 @@ def _demo(command: Demo) -> None:
 
 
 def _evaluate(folder: Path, config: EvaluationConfig, root: str | None) -> None:
-    model, data = _trained(folder, root)
+    model, data = _trained(folder, root, _EVALUATED)
     torch.manual_seed(config.seed)
     with processes("cpu") as team:
         report = evaluate(model, data, config, team)
@@ -362,7 +366,7 @@ def _evaluate(folder: Path, config: EvaluationConfig, root: str | None) -> None:
 
 
 def _certify(folder: Path, config: CertificationConfig, root: str | None) -> None:
-    model, data = _trained(folder, root)
+    model, data = _trained(folder, root, _CERTIFIED)
     with processes("cpu") as team:
         certificate, report = certify_model(model, data, config, team)
     if not team.first:
@@ -375,8 +379,11 @@ def _certify(folder: Path, config: CertificationConfig, root: str | None) -> Non
     _refuse(report.violations)
 
 
-def _trained(folder: Path, root: str | None) -> tuple[Classifier, Dataset]:
-    """Return the model of a run, its certificate checked, and the data that it was trained on."""
+def _trained(folder: Path, root: str | None, written: Sequence[str]) -> tuple[Classifier, Dataset]:
+    """Return the model of a run, its certificate checked, and the data that it was trained on.
+
+    Refuse a folder in which something is in the way of what is to be written there.
+    """
     model = checkpoints.load_model(folder)
     _, training = checkpoints.load_config(folder)
     if "data" not in training:
@@ -384,7 +391,7 @@ def _trained(folder: Path, root: str | None) -> tuple[Classifier, Dataset]:
             f"{folder / checkpoints.CONFIG} does not say which data the model was trained on"
         )
     data = load(training["data"], root or training.get("root"))
-    checkpoints.check_folder(folder)
+    checkpoints.check_folder(folder, (checkpoints.CERTIFICATE, *written))
     if is_first():
         proved, doubts = checkpoints.prove_again(folder, model)
         if doubts:

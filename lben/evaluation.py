@@ -52,7 +52,6 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         conform(self)
-        check_tol(self.tol)
         if not self.radii or not all(0 <= r < math.inf for r in self.radii):
             raise ValueError(f"radii must be at least 0 and finite, got {self.radii}")
         for f in fields(self):
@@ -61,6 +60,7 @@ class EvaluationConfig:
                 continue
             if not value > 0:
                 raise ValueError(f"{f.name} must be positive, got {value}")
+        check_tol(self.tol)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -157,7 +157,7 @@ class EquilibriumTraining(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "hidden", "epsilon")
+        check_positive(self, "hidden", "epsilon", "tol")
         check_tol(self.tol)
         check_gamma(self.gamma)
 
@@ -198,7 +198,7 @@ class ConvolutionalEquilibriumTraining(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "stem", "kernel_size", "pool", "epsilon")
+        check_positive(self, "stem", "kernel_size", "pool", "epsilon", "tol")
         check_tol(self.tol)
         check_gamma(self.gamma)
         check_channels(self.channels)

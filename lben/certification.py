@@ -29,7 +29,7 @@ from lben.radii import certified_radius, pair_bounds
 from lben.records import from_json, strict
 from lben.rigorous import up
 from lben.tightening import tighten_largest
-from lben.values import conform
+from lben.values import check_tol, conform
 
 TEXTBOOK = "textbook, not sound"
 LOCAL, PIXELS = "local", "local, in [0, 1]"
@@ -73,6 +73,7 @@ class CertificationConfig:
             value = getattr(self, f.name)
             if isinstance(value, int | float) and f.name not in ("local", "seed") and not value > 0:
                 raise ValueError(f"{f.name} must be positive, got {value}")
+        check_tol(self.tol)
 
 
 @dataclass(frozen=True, kw_only=True)

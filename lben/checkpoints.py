@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lben.certificates import NetworkCertificate
+from lben.certificates import CertificateError, NetworkCertificate
 from lben.models import (
     Classifier,
     ClassifierConfig,
@@ -39,6 +39,9 @@ from lben.records import decode, encode, to_json
 FORMAT = 2
 CONFIG, MODEL, CERTIFICATE = "config.json", "model.safetensors", "certificate.json"
 TRAINING, METRICS = "training.safetensors", "metrics.jsonl"
+TENSORBOARD = "tensorboard"  # a folder
+RUN = (TRAINING, MODEL, CONFIG, CERTIFICATE, METRICS, TENSORBOARD)
+"""All that a run writes."""
 MODELS: dict[str, type[ClassifierConfig]] = {  # what config.json calls them
     "convolutional_equilibrium_classifier": ConvolutionalEquilibriumClassifierConfig,
     "equilibrium_classifier": EquilibriumClassifierConfig,
@@ -83,8 +86,13 @@ def append_json(path: Path, value: Any) -> None:
         file.write(to_json(value, indent=None) + "\n")
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, names: Sequence[str] = (), *, fresh: bool = False) -> None:
     """Refuse a folder that cannot be made or written to, without touching anything.
+
+    Args:
+        folder: that is to be written into.
+        names: of what is to be written there.
+        fresh: refuse a folder that holds one of them already.
 
     Raises:
         CheckpointError: naming what is in the way.
@@ -106,6 +114,35 @@ def check_folder(folder: Path) -> None:
                 f"cannot write into {folder}: a part of its path is a file, not a folder; {advice}"
             ) from error
         raise CheckpointError(f"cannot write into {folder}: {error}; {advice}") from error
+    for name in names:
+        _check_place(folder / name)
+        if name != TENSORBOARD:
+            _check_place(folder / f"{name}.partial")
+    for name in names if fresh else ():
+        if os.path.lexists(folder / name):
+            what = _OCCUPIED.get(name, _ELSE).format(name=name, folder=folder)
+            raise CheckpointError(f"{folder} already holds {what}")
+
+
+_ELSE = "{name}, which this run would replace: move it away, or choose another --out"
+_OCCUPIED = {
+    TRAINING: "a run: continue it with `lben resume {folder}`, or choose another --out",
+    MODEL: "a trained model, which this run would replace: choose another --out",
+}
+
+
+def _check_place(path: Path) -> None:
+    """Refuse a place of a file (of a folder: `TENSORBOARD`) that something else occupies."""
+    if not os.path.lexists(path):
+        return
+    wanted, there = (
+        ("folder", path.is_dir()) if path.name == TENSORBOARD else ("file", path.is_file())
+    )
+    advice = "move it away and repeat the command"
+    if not there:
+        raise CheckpointError(f"cannot write {path}: what is there is no {wanted}; {advice}")
+    if not os.access(path, os.W_OK):
+        raise CheckpointError(f"cannot write {path}: no permission to write to it; {advice}")
 
 
 @contextmanager
@@ -215,9 +252,42 @@ def certificate_doubts(folder: Path | str, proved: NetworkCertificate) -> str | 
         proved: of the model, just now.
 
     Returns:
-        None if the file is there and about this model; else one sentence that says what differs.
+        None if the file is there, about this model, and claims nothing that is not proved; else one
+        sentence that says what differs.
     """
-    path = Path(folder) / CERTIFICATE
+    kept = _kept(Path(folder) / CERTIFICATE, proved)
+    if isinstance(kept, str):
+        return kept
+    shortfall = proved.shortfall(kept)
+    return f"{Path(folder) / CERTIFICATE} is of this model, but {shortfall}" if shortfall else None
+
+
+def prove_again(folder: Path | str, model: Classifier) -> tuple[NetworkCertificate, str | None]:
+    """Prove what certificate.json claims, by the cheapest bound of the model that shows it.
+
+    Args:
+        folder: of the run.
+        model: of the run.
+
+    Returns:
+        What was proved, and `certificate_doubts` of it: where no bound of the model shows all that
+        the file claims, what the dearest of them shows.
+
+    Raises:
+        CertificateError: if not even the promised bound can be proved.
+    """
+    proved = model.certificate()
+    kept = _kept(Path(folder) / CERTIFICATE, proved)
+    if isinstance(kept, NetworkCertificate):
+        for bound in model.bounds:
+            if bound != "promised" and proved.shortfall(kept):
+                with suppress(CertificateError):  # a dear bound may fail where a cheap one holds
+                    proved = model.certificate(bound)
+    return proved, certificate_doubts(folder, proved)
+
+
+def _kept(path: Path, proved: NetworkCertificate) -> NetworkCertificate | str:
+    """Return the certificate of a file, or say why it is none of the network that was proved."""
     try:
         kept = NetworkCertificate.from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -225,7 +295,7 @@ def certificate_doubts(folder: Path | str, proved: NetworkCertificate) -> str | 
     except (OSError, ValueError) as error:
         return f"{path} cannot be read: {error}"
     differing = kept.differences(proved)
-    return f"{path} is of another model: {differing}" if differing else None
+    return f"{path} is of another model: {differing}" if differing else kept
 
 
 def save_training(

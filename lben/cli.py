@@ -163,7 +163,13 @@ Command = Demo | Train | TrainConv | TrainExplicit | Resume | Evaluate | Certify
 
 _ERRORS = (
     CheckpointError, DataError, CertificateError, SolveError, ValueError, ImportError, OSError,
-    MemoryError, torch.OutOfMemoryError,
+)  # fmt: skip
+
+_EVALUATED = ("report.json", "robustness.png", "robustness.partial.png")
+_CERTIFIED = ("certification.json", "certification.png", "certification.partial.png")
+_NO_MEMORY = (
+    "can't allocate memory", "not enough memory", "Storage size calculation overflowed",
+    "numel: integer multiplication overflow", "Overflow when unpacking long",
 )  # fmt: skip
 
 
@@ -201,7 +207,9 @@ def _status(arguments: list[str]) -> int:
         return 130
     except BrokenPipeError:
         raise
-    except _ERRORS as error:
+    except Exception as error:
+        if not (isinstance(error, _ERRORS) or _lacks_memory(error)):
+            raise
         _tell(f"lben: {_sentence(error)}")
         return 1
     return 0
@@ -243,11 +251,22 @@ def words_of_commands() -> tuple[str, ...]:
     )
 
 
+def _lacks_memory(error: BaseException) -> bool:
+    """Say whether there is no memory for what was asked: torch says it in words alone."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError | TypeError) and any(w in str(error) for w in _NO_MEMORY)
+    )
+
+
 def _sentence(error: BaseException) -> str:
     """Return what an error says in one line, with the next step."""
     words = " ".join(str(error).split())
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return f"out of memory: take a smaller --batch-size, or --accumulate ({words})"
+    if _lacks_memory(error):
+        first = next(iter(str(error).splitlines()), "no more is known")
+        return (
+            "out of memory: take a smaller --batch-size or a smaller model, or --accumulate "
+            f"({first})"
+        )
     if not isinstance(error, OSError) or error.errno is None:
         return words
     advice = {
@@ -312,14 +331,16 @@ def _demo(command: Demo) -> None:
         data="digits", out=command.out, gamma=command.gamma, epochs=command.epochs,
         batch_size=64, seed=command.seed,
     )  # fmt: skip
-    if (folder / checkpoints.CONFIG).exists():
+    begun = (folder / checkpoints.CONFIG).exists()
+    checkpoints.check_folder(folder, (*_EVALUATED, *checkpoints.RUN), fresh=not begun)
+    if begun:
         _, there = checkpoints.load_config(folder)
         if there.get("data") != "digits":
             raise CheckpointError(
                 f"{folder} holds a run on {there.get('data')}, which the demo would replace: "
                 "choose another --out"
             )
-    train(recipe, overwrite=True)  # the demo starts afresh
+    train(recipe, overwrite=begun)  # the demo starts afresh
     config = EvaluationConfig(pairs=10000, ascent_pairs=50, ascent_steps=100, seed=command.seed)
     _evaluate(folder, replace(config, attack_samples=360), None)
     if is_first():
@@ -331,7 +352,7 @@ def _demo(command: Demo) -> None:
 
 
 def _evaluate(folder: Path, config: EvaluationConfig, root: str | None) -> None:
-    model, data = _trained(folder, root)
+    model, data = _trained(folder, root, _EVALUATED)
     torch.manual_seed(config.seed)
     with processes("cpu") as team:
         report = evaluate(model, data, config, team)
@@ -345,7 +366,7 @@ def _evaluate(folder: Path, config: EvaluationConfig, root: str | None) -> None:
 
 
 def _certify(folder: Path, config: CertificationConfig, root: str | None) -> None:
-    model, data = _trained(folder, root)
+    model, data = _trained(folder, root, _CERTIFIED)
     with processes("cpu") as team:
         certificate, report = certify_model(model, data, config, team)
     if not team.first:
@@ -358,8 +379,11 @@ def _certify(folder: Path, config: CertificationConfig, root: str | None) -> Non
     _refuse(report.violations)
 
 
-def _trained(folder: Path, root: str | None) -> tuple[Classifier, Dataset]:
-    """Return the model of a run, its certificate checked, and the data that it was trained on."""
+def _trained(folder: Path, root: str | None, written: Sequence[str]) -> tuple[Classifier, Dataset]:
+    """Return the model of a run, its certificate checked, and the data that it was trained on.
+
+    Refuse a folder in which something is in the way of what is to be written there.
+    """
     model = checkpoints.load_model(folder)
     _, training = checkpoints.load_config(folder)
     if "data" not in training:
@@ -367,10 +391,9 @@ def _trained(folder: Path, root: str | None) -> tuple[Classifier, Dataset]:
             f"{folder / checkpoints.CONFIG} does not say which data the model was trained on"
         )
     data = load(training["data"], root or training.get("root"))
-    checkpoints.check_folder(folder)
+    checkpoints.check_folder(folder, (checkpoints.CERTIFICATE, *written))
     if is_first():
-        proved = model.certificate()
-        doubts = checkpoints.certificate_doubts(folder, proved)
+        proved, doubts = checkpoints.prove_again(folder, model)
         if doubts:
             _tell(f"warning: {doubts}; the bound was proved anew and written there")
             checkpoints.write_json(folder / checkpoints.CERTIFICATE, proved)

@@ -19,7 +19,7 @@ from lben.models import Bound, CertifiedLogits, Classifier
 from lben.parallel import ALONE, Processes
 from lben.progress import track
 from lben.records import from_json, strict
-from lben.values import conform
+from lben.values import check_tol, conform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,7 @@ class EvaluationConfig:
                 continue
             if not value > 0:
                 raise ValueError(f"{f.name} must be positive, got {value}")
+        check_tol(self.tol)
 
 
 @dataclass(frozen=True, kw_only=True)

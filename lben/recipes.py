@@ -25,7 +25,7 @@ from lben.models import (
 from lben.models.checks import check_channels
 from lben.optimization import AdamW, OptimizerConfig, Schedule, WarmupCosine
 from lben.records import by_name, decode
-from lben.values import check_positive, conform
+from lben.values import check_positive, check_tol, conform
 from lben.weights import check_gamma
 
 
@@ -103,6 +103,20 @@ class TrainingConfig(ABC):
             if getattr(self, name) and name not in self.supports:
                 raise ValueError(f"{type(self).__name__} does not support {name}: leave it off")
 
+    def check(self, data: Dataset) -> None:
+        """Refuse data that the augmentation has no meaning for.
+
+        Raises:
+            ValueError: as `Augmentation.check` does, or if a shift would leave nothing of an image.
+        """
+        self.augmentation.check(data.shape)
+        _, height, width = data.shape
+        if self.augmentation.shift >= min(height, width):
+            raise ValueError(
+                f"shift must be below the size of the images, {height} × {width} pixels, "
+                f"got {self.augmentation.shift}"
+            )
+
     def _shared(self, config: type[Any], data: Dataset) -> dict[str, Any]:
         """Return the fields of a model's configuration that the data or this run decide."""
         own = {f.name for f in fields(self)} & {f.name for f in fields(config)}
@@ -144,6 +158,7 @@ class EquilibriumTraining(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "hidden", "epsilon", "tol")
+        check_tol(self.tol)
         check_gamma(self.gamma)
 
     def model(self, data: Dataset) -> EquilibriumClassifierConfig:
@@ -184,6 +199,7 @@ class ConvolutionalEquilibriumTraining(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "stem", "kernel_size", "pool", "epsilon", "tol")
+        check_tol(self.tol)
         check_gamma(self.gamma)
         check_channels(self.channels)
 

@@ -46,16 +46,16 @@ def train(config: TrainingConfig, *, resume: bool = False, overwrite: bool = Fal
         overwrite: start afresh where the folder already holds a run.
 
     Raises:
-        CheckpointError: if the folder already holds a run and neither resume nor overwrite is
-            asked for, or holds none and resume is True, or its files are damaged, or it cannot be
-            made or written to.
+        CheckpointError: if the folder already holds a run or a file of its name and neither resume
+            nor overwrite is asked for, or holds none and resume is True, or its files are damaged,
+            or it cannot be made or written to, or something else is in the place of a file.
         DataError: if the data cannot be read.
         Interrupted: on Ctrl-C, after which `resume` continues from the last whole checkpoint.
         ValueError: if augmentation, batches or labels do not suit the data.
     """
     with processes(config.device) as team:
-        if not resume:
-            _refuse_occupied(Path(config.out), overwrite)
+        folder = Path(config.out)
+        checkpoints.check_folder(folder, checkpoints.RUN, fresh=not (resume or overwrite))
         run = _start(config, team)
         done = _open(run, resume)
         try:
@@ -89,7 +89,6 @@ def resume(folder: Path | str, *, root: str | None = None) -> Classifier:
         raise checkpoints.CheckpointError(
             f"{Path(folder) / checkpoints.CONFIG} lacks a field or has one too many: {error}"
         ) from error
-    checkpoints.check_folder(Path(folder))
     return train(replace(config, out=str(folder), root=root or config.root), resume=True)
 
 
@@ -120,7 +119,7 @@ class _Run:
 def _start(config: TrainingConfig, team: Processes) -> _Run:
     with team.in_turn():  # the first process downloads
         data = load(config.data, config.root, download=config.download)
-    config.augmentation.check(data.shape)
+    config.check(data)
     team.check_batches(len(data.train_labels), config.batch_size)
     torch.manual_seed(config.seed)
     model = config.model(data).build().to(team.device)
@@ -135,20 +134,6 @@ def _start(config: TrainingConfig, team: Processes) -> _Run:
         optimizer=config.optimizer.build(model),
         ema=None if config.ema is None else EMA(model, config.ema),
     )
-
-
-def _refuse_occupied(folder: Path, overwrite: bool) -> None:
-    checkpoints.check_folder(folder)
-    if not overwrite and (folder / checkpoints.TRAINING).exists():
-        raise checkpoints.CheckpointError(
-            f"{folder} already holds a run: continue it with `lben resume {folder}`, "
-            "or choose another --out"
-        )
-    if not overwrite and (folder / checkpoints.MODEL).exists():
-        raise checkpoints.CheckpointError(
-            f"{folder} already holds a trained model, which this run would replace: "
-            "choose another --out"
-        )
 
 
 def _open(run: _Run, resume: bool) -> int:
@@ -286,4 +271,4 @@ def _tensorboard(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / checkpoints.TENSORBOARD))

@@ -55,6 +55,16 @@ def check_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
+def check_tol(tol: float | None) -> None:
+    """Refuse a relative tolerance of 1 or more, which accepts whatever there is; None passes.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if tol is not None and not tol < 1:
+        raise ValueError(f"tol must be below 1 (it is relative: 1 accepts anything), got {tol}")
+
+
 def plain(value: Any) -> Any:
     """Return numbers of numpy and torch as Python numbers, arrays as nested lists, paths as text.
 

@@ -61,7 +61,11 @@ def certify_largest(
             Lambda = torch.from_numpy(numbers_of("Λ", claim.Lambda, weights.hidden_features))
             check_multiplier(Lambda)
             if not (np.isfinite(tau).all() and (tau >= TINY).all()):
-                raise CertificateError(f"τ must be positive and finite in every entry, got {tau}")
+                raise CertificateError(
+                    "τ must be positive and finite in every entry: normal numbers from "
+                    f"{TINY:.3g}, it ranges from {tau.min():.3g} to {tau.max():.3g} for the "
+                    f"outputs {i} and {j}"
+                )
             block = _in_units(difference(exact, Lambda, i, j), tau)
             require(block.margin(1.0), partial(block.smallest_eigenvalue, 1.0), 1.0)
             proved = up(math.sqrt(float(sum_up(tau))), 2)

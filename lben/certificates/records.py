@@ -141,6 +141,7 @@ class Certificate:
         found = records.from_json(cls, text)
         if not (math.isfinite(found.margin) and math.isfinite(found.m)):
             raise ValueError("this is no Certificate: margin and m must be numbers")
+        _check_positive(cls, bound=found.bound)
         return found
 
 
@@ -180,8 +181,21 @@ class PairCertificate(Sequence[tuple[float, ...]]):
         return torch.tensor(self.bounds, dtype=torch.float64, device="cpu")
 
     def to_json(self) -> str:
-        """Return the certificate as JSON."""
+        """Return the certificate as JSON; null for an infinite bound."""
         return records.to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Return the certificate that `to_json` wrote.
+
+        Raises:
+            ValueError: if the text is no such certificate.
+        """
+        found = records.from_json(cls, text)
+        if found.norm not in ("l2", "linf"):
+            raise ValueError(f"this is no {cls.__name__}: norm must be l2 or linf")
+        _check_table(cls, bounds=found.bounds)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +248,13 @@ class NetworkCertificate:
         Raises:
             ValueError: if the text is no such certificate.
         """
-        return records.from_json(cls, text)
+        found = records.from_json(cls, text)
+        _check_positive(cls, bound=found.bound, input_gain=found.input_gain)
+        for layer in found.layers:
+            _check_positive(cls, **{"bound of a layer": layer.bound})
+        if found.pairs is not None:
+            _check_table(cls, pairs=found.pairs)
+        return found
 
     def differences(self, proved: NetworkCertificate) -> str:
         """Say in one line how the network of this certificate differs from another's.
@@ -259,6 +279,44 @@ class NetworkCertificate:
             if getattr(self, name) != getattr(proved, name):
                 return f"the {name} differs"
         return ""
+
+    def shortfall(self, claimed: NetworkCertificate) -> str:
+        """Say in one line what another certificate of the same network claims beyond this one.
+
+        Returns:
+            The first bound of it that this one does not show, or nothing.
+        """
+        claims = [("the bound", claimed.bound, self.bound)]
+        for index, (theirs, own) in enumerate(zip(claimed.layers, self.layers, strict=True)):
+            claims.append((f"the bound of layer {index}", theirs.bound, own.bound))
+        if self.pairs and claimed.pairs and len(self.pairs) != len(claimed.pairs):
+            return f"it is of {len(claimed.pairs)} outputs, and there are {len(self.pairs)}"
+        any_pair = up(up(math.sqrt(2.0)) * self.bound)
+        for i, row in enumerate(claimed.pairs or ()):
+            for j, bound in enumerate(row):
+                if i != j:
+                    shown = min(any_pair, self.pairs[i][j]) if self.pairs else any_pair
+                    claims.append((f"the bound of the outputs {i} and {j}", bound, shown))
+        for name, bound, shown in claims:
+            if not shown <= bound:
+                return f"it claims {bound:.9g} as {name}, and only {shown:.9g} was proved"
+        return ""
+
+
+def _check_positive(cls: type, **values: float) -> None:
+    """Refuse numbers of a certificate that bound nothing: NaN, 0 and below."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"this is no {cls.__name__}: {name} must be positive, got {value}")
+
+
+def _check_table(cls: type, **tables: Sequence[Sequence[float]]) -> None:
+    """Refuse tables that are not square, or with a number that bounds nothing."""
+    for name, rows in tables.items():
+        if any(len(row) != len(rows) for row in rows):
+            raise ValueError(f"this is no {cls.__name__}: {name} must be a square table")
+        for bound in (bound for row in rows for bound in row):
+            _check_positive(cls, **{name: bound})
 
 
 def _short(value: object) -> str:

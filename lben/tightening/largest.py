@@ -37,7 +37,8 @@ def tighten_largest(
         gap: relative accuracy of Στ of those programs.
 
     Raises:
-        CertificateError: if 2Λ − ΛW − WᵀΛ is not positive definite.
+        CertificateError: if 2Λ − ΛW − WᵀΛ is not positive definite, or a bound leaves the range of
+            float64.
     """
     exact = exactly(weights)
     q = exact.out_features
@@ -60,6 +61,11 @@ def tighten_largest(
             if not keep_multiplier and kept.moves(c, d):
                 found.append(_optimal(exact, c, d, gap))
             claims[i, j] = min(found, key=lambda claim: float(claim.tau.sum()))
+            if not (np.isfinite(claims[i, j].tau).all() and np.isfinite(claims[i, j].Lambda).all()):
+                raise CertificateError(
+                    f"the bound of the outputs {i} and {j} in the largest norm leaves the range of "
+                    "float64: scale the weights U, C and D towards 1"
+                )
     return claims
 
 

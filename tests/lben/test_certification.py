@@ -9,8 +9,9 @@ import torch
 from lben import checkpoints, cli
 from lben.certification import LOCAL, PIXELS, TEXTBOOK, CertificationConfig, certify_model
 from lben.data import load
+from lben.evaluation import EvaluationConfig
 from lben.models import ResidualClassifierConfig
-from lben.recipes import EquilibriumTraining
+from lben.recipes import ConvolutionalEquilibriumTraining, EquilibriumTraining
 from lben.reports import certification_table, draw_certification
 from lben.training import train
 
@@ -84,6 +85,20 @@ def test_certify_on_the_command_line(run, capsys):
     assert cli.main(["certify", str(run), "--radii", "-1"]) == 1
     assert "radii must be positive" in capsys.readouterr().err
     assert cli.main(["certify", str(run / "nothing")]) == 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CertificationConfig, EvaluationConfig, EquilibriumTraining,
+        ConvolutionalEquilibriumTraining,
+    ],
+)  # fmt: skip
+def test_a_tolerance_that_accepts_anything_is_refused(config):
+    for tol in (1, 2.0):
+        with pytest.raises(ValueError, match=r"tol must be below 1 \(it is relative"):
+            config(tol=tol)
+    assert config(tol=0.9).tol == 0.9
 
 
 @pytest.mark.parametrize("field", ["samples", "tol", "attack_steps", "attack_restarts"])

@@ -2,16 +2,23 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lben import checkpoints
-from lben.certificates import Certificate, NetworkCertificate
+from lben import (
+    EquilibriumLinear,
+    certify_pairs,
+    checkpoints,
+    interval_bounds,
+)
+from lben.certificates import Certificate, NetworkCertificate, PairCertificate
 from lben.checkpoints import CheckpointError
 from lben.models import EquilibriumClassifierConfig, ResidualClassifierConfig
 from lben.recipes import EquilibriumTraining
+from lben.tightening import tighten_pairs
 from lben.training import resume, train
 
 IMAGES = {"shape": (1, 4, 4), "classes": 3, "mean": (0.3,), "std": (0.4,)}
@@ -120,6 +127,72 @@ def test_a_certificate_is_read_back_equal(run):
     assert NetworkCertificate.from_json(unbounded.to_json()) == unbounded
     with pytest.raises(ValueError, match="margin and m must be numbers"):
         Certificate.from_json(layer.to_json().replace(f'"m": {layer.m!r}', '"m": null'))
+
+
+@pytest.mark.parametrize("bad", ["0.0", "-1.0", "NaN", "-Infinity"])
+def test_a_certificate_whose_numbers_bound_nothing_is_refused_by_name(bad):
+    found = EquilibriumClassifierConfig(**IMAGES, hidden=6).build().certificate("pairs")
+    for change, name in {
+        lambda record: record.update(bound=bad): "bound must be positive",
+        lambda record: record.update(input_gain=bad): "input_gain must be positive",
+        lambda record: record["layers"][0].update(bound=bad): "bound of a layer must be positive",
+        lambda record: record["pairs"][0].__setitem__(1, bad): "pairs must be positive",
+    }.items():
+        record = json.loads(found.to_json())
+        change(record)
+        text = json.dumps(record).replace(f'"{bad}"', bad)
+        with pytest.raises(ValueError, match=f"this is no NetworkCertificate: {name}"):
+            NetworkCertificate.from_json(text)
+    layer = found.layers[0]
+    with pytest.raises(ValueError, match="this is no Certificate: bound must be positive"):
+        Certificate.from_json(
+            layer.to_json().replace(f'"bound": {layer.bound!r}', f'"bound": {bad}')
+        )
+
+
+def test_bounds_of_pairs_are_read_back_equal():
+    torch.manual_seed(0)
+    weights = EquilibriumLinear(6, 9, 3, gamma=2.0).weights()
+    pairs = certify_pairs(weights, tighten_pairs(weights))
+    for found in (pairs, interval_bounds(weights)):
+        again = PairCertificate.from_json(found.to_json())
+        assert again == found
+        assert torch.equal(again.tensor(), found.tensor())
+    text = pairs.to_json()
+    for old, new, message in (
+        ('"l2"', '"l3"', "norm must be l2 or linf"),
+        (repr(pairs[0][1]), "-1.0", "bounds must be positive, got -1"),
+        (repr(pairs[0][1]) + ",", "", "bounds must be a square table"),
+    ):
+        assert old in text
+        with pytest.raises(ValueError, match=f"this is no PairCertificate: {message}"):
+            PairCertificate.from_json(text.replace(old, new))
+
+
+def test_what_a_certificate_claims_beyond_a_proof_is_named(run, tmp_path):
+    folder = copied(run, tmp_path)
+    model = checkpoints.load_model(folder)
+    best = model.certificate("joint pairs")
+    pairs = [[0.01 * b for b in row] for row in best.pairs]
+    for changes, name in (
+        ({"bound": 1e-3}, "it claims 0.001 as the bound, and only"),
+        ({"layers": (replace(best.layers[0], bound=1e-9),)}, "1e-09 as the bound of layer 0, and"),
+        ({"pairs": tuple(map(tuple, pairs))}, "as the bound of the outputs 0 and 1, and only"),
+    ):
+        checkpoints.write_json(folder / "certificate.json", replace(best, **changes))
+        proved, doubts = checkpoints.prove_again(folder, model)
+        assert name in doubts
+        assert proved == best  # the dearest proof
+        assert name in checkpoints.certificate_doubts(folder, best)
+    larger = tuple((*row, 1.0) for row in (*best.pairs, best.pairs[0]))
+    checkpoints.write_json(folder / "certificate.json", replace(best, pairs=larger))
+    assert "it is of 11 outputs, and there are 10" in checkpoints.prove_again(folder, model)[1]
+    for bound in model.bounds:
+        found = model.certificate(bound)
+        checkpoints.write_json(folder / "certificate.json", found)
+        proved, doubts = checkpoints.prove_again(folder, model)
+        assert doubts is None
+        assert not proved.shortfall(found)
 
 
 def test_a_certificate_is_checked_against_the_model_beside_it(run, tmp_path):

@@ -18,6 +18,9 @@ from lben.recipes import EquilibriumTraining
 from lben.training import train
 
 QUICK = ["--hidden", "5", "--epochs", "1", "--batch-size", "500"]
+FILES = [
+    "config.json", "training.safetensors", "model.safetensors", "certificate.json", "metrics.jsonl"
+]  # fmt: skip
 SHORT = {
     "evaluate": "--attack-samples 3 --pairs 20 --ascent-pairs 2 --ascent-steps 2 --radii 0 0.1",
     "certify": "--samples 3 --attack-steps 2 --attack-restarts 1 --no-local --radii 0.1",
@@ -109,6 +112,33 @@ def test_a_certificate_of_another_model_is_noticed_and_replaced(copied, capsys, 
         assert "warning" not in err
 
 
+@pytest.mark.parametrize("command", SHORT)
+def test_a_certificate_that_claims_too_much_was_not_proved_again(copied, capsys, command):
+    path = copied / "certificate.json"
+    kept = json.loads(path.read_text("utf-8"))
+    kept["bound"], kept["layers"][0]["bound"] = 1e-3, 1e-9
+    path.write_text(json.dumps(kept), "utf-8")
+    assert cli.main([command, str(copied), *SHORT[command].split()]) == 0
+    out, err = capsys.readouterr()
+    assert "proved again" not in out
+    warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert "is of this model, but it claims 0.001 as the bound, and only " in warnings[0]
+    assert json.loads(path.read_text("utf-8"))["bound"] > 0.1
+
+
+def test_a_tighter_certificate_that_certify_wrote_is_proved_again_and_kept(copied, capsys):
+    assert cli.main(["certify", str(copied), *SHORT["certify"].split()]) == 0
+    capsys.readouterr()
+    before = (copied / "certificate.json").read_bytes()
+    assert json.loads(before)["bound"] is not None  # the run promises none
+    assert cli.main(["evaluate", str(copied), *SHORT["evaluate"].split()]) == 0
+    out, err = capsys.readouterr()
+    assert "certificate.json is of this model: its bound was proved again" in out
+    assert "warning" not in err
+    assert (copied / "certificate.json").read_bytes() == before
+
+
 # --- errors -----------------------------------------------------------------------------------
 
 
@@ -125,6 +155,94 @@ def test_folders_that_cannot_be_are_refused_and_stay_as_they_are(run, tmp_path, 
         assert cli.main(["train", "--out", str(out), *QUICK]) == 1
         assert words in one_line(capsys)
     assert contents(tmp_path) == before
+
+
+def occupied(path, kind):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to("nowhere")
+    else:
+        path.write_text("mine")
+
+
+def everything(folder):
+    """Paths, kinds and contents below a folder."""
+    return {
+        str(p): (p.is_symlink(), p.is_dir(), p.read_bytes() if p.is_file() else b"")
+        for p in folder.rglob("*")
+    }
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("tensorboard", "file", "what is there is no folder; move it away"),
+        ("tensorboard", "folder", "already holds tensorboard, which this run would replace"),
+        *((name, "folder", "what is there is no file; move it away") for name in FILES),
+        *((f"{name}.partial", "folder", "what is there is no file; move") for name in FILES),
+        ("metrics.jsonl", "link", "what is there is no file; move it away"),
+        ("metrics.jsonl", "file", "already holds metrics.jsonl, which this run would replace"),
+        ("certificate.json", "file", "already holds certificate.json, which this run would"),
+        ("model.safetensors", "file", "already holds a trained model"),
+        ("training.safetensors", "file", "already holds a run: continue it with `lben resume"),
+    ],
+)
+def test_occupied_places_are_refused_and_the_folder_stays(
+    tmp_path, capsys, command, name, kind, message
+):
+    occupied(tmp_path / "run" / name, kind)
+    before = everything(tmp_path)
+    words = QUICK if command == "train" else ["--epochs", "1"]
+    assert cli.main([command, "--out", str(tmp_path / "run"), *words]) == 1
+    assert message in one_line(capsys)
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("evaluate", "report.json"), ("evaluate", "robustness.png"),
+        ("evaluate", "robustness.partial.png"), ("evaluate", "certificate.json"),
+        ("certify", "certification.json"), ("certify", "certification.png"),
+        ("certify", "certificate.json.partial"),
+    ],
+)  # fmt: skip
+def test_occupied_places_are_refused_before_anything_is_computed(
+    copied, capsys, monkeypatch, command, name
+):
+    for computed in ("evaluate", "certify_model"):
+        monkeypatch.setattr(cli, computed, None)
+    (copied / name).unlink(missing_ok=True)
+    occupied(copied / name, "folder")
+    before = everything(copied)
+    assert cli.main([command, str(copied), *SHORT[command].split()]) == 1
+    assert f"{name}: what is there is no file; move it away" in one_line(capsys)
+    assert everything(copied) == before
+
+
+def test_places_that_the_demo_and_a_resumed_run_write_are_looked_at_first(copied, capsys):
+    occupied(copied / "report.json", "folder")
+    occupied(copied / "tensorboard", "file")
+    before = everything(copied)
+    assert cli.main(["demo", "--out", str(copied), "--epochs", "1"]) == 1
+    assert "report.json: what is there is no file" in one_line(capsys)
+    assert cli.main(["resume", str(copied)]) == 1
+    assert "tensorboard: what is there is no folder" in one_line(capsys)
+    assert everything(copied) == before
+
+
+def test_files_without_permission_are_refused(copied, capsys, monkeypatch):
+    (copied / "report.json").write_text("mine")
+    access = os.access
+    monkeypatch.setattr(
+        checkpoints.os, "access", lambda p, mode: p.name != "report.json" and access(p, mode)
+    )
+    assert cli.main(["evaluate", str(copied), *SHORT["evaluate"].split()]) == 1
+    assert "report.json: no permission to write to it" in one_line(capsys)
+    assert (copied / "report.json").read_text() == "mine"
 
 
 def test_folders_without_permission_are_refused(tmp_path, capsys, monkeypatch):
@@ -147,6 +265,9 @@ def test_folders_without_permission_are_refused(tmp_path, capsys, monkeypatch):
         (["--loss.scale", "-1"], "--loss: scale must be positive"),
         (["--colour", "red"], "Unrecognized options: --colour, red"),
         (["--seed", str(2**70)], "seed must be an integer below"),
+        (["--tol", "2"], "tol must be below 1 (it is relative"),
+        (["--shift", "99"], "shift must be below the size of the images, 8 × 8 pixels, got 99"),
+        (["--shift", "8"], "shift must be below the size of the images, 8 × 8 pixels, got 8"),
     ],
 )
 def test_bad_options_are_one_line_and_no_folder(words, message, tmp_path, capsys, monkeypatch):
@@ -246,6 +367,24 @@ def test_no_memory_is_one_line(tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(cli, "train", lambda _, e=error: (_ for _ in ()).throw(e))
         assert cli.main(["train"]) == 1
         assert "smaller --batch-size" in one_line(capsys)
+
+
+def test_a_model_beyond_all_memory_is_one_line(copied, tmp_path, capsys):
+    for power in (12, 16, 18, 20):
+        words = ["train", "--out", str(tmp_path / "new"), "--hidden", str(10**power)]
+        assert cli.main(words) == 1
+        assert "out of memory: take a smaller --batch-size or a smaller model" in one_line(capsys)
+    assert not (tmp_path / "new").exists()
+    path = copied / "config.json"
+    path.write_text(path.read_text("utf-8").replace('"hidden": 5', f'"hidden": {10**12}'), "utf-8")
+    assert cli.main(["evaluate", str(copied)]) == 1
+    assert "out of memory" in one_line(capsys)
+
+
+def test_another_runtime_error_is_a_defect_and_shows_its_trace(monkeypatch):
+    monkeypatch.setattr(cli, "train", lambda _: (_ for _ in ()).throw(RuntimeError("defect")))
+    with pytest.raises(RuntimeError, match="defect"):
+        cli.main(["train"])
 
 
 @pytest.mark.parametrize("command", ["evaluate", "certify", "demo"])

@@ -50,6 +50,20 @@ def test_bounds_hold_and_are_not_far_off(feedthrough):
         assert best[i][j] <= 6**0.5 * 2**0.5 * w.gamma * (1 + 1e-3)  # from the l2 bound
 
 
+def test_bounds_beyond_all_numbers_are_one_sentence_with_the_next_step():
+    w = weights()
+    huge = dataclasses.replace(w, U=1e100 * w.U, C=1e100 * w.C, gamma=None)
+    message = "the bound of the outputs 0 and 1 in the largest norm leaves the range of float64: .*"
+    with pytest.raises(CertificateError, match=message + "scale the weights") as caught:
+        tighten_largest(huge)
+    assert "\n" not in str(caught.value)
+    claims = tighten_largest(w)
+    claims[0, 1] = LargestClaim(tau=np.full(6, np.inf), Lambda=claims[0, 1].Lambda)
+    with pytest.raises(CertificateError, match="τ must be positive and finite") as caught:
+        certify_largest(w, claims)
+    assert "\n" not in str(caught.value)
+
+
 def test_intervals_hold_where_there_is_a_bound():
     w = weights(scale=0.05, gamma=None)
     w = dataclasses.replace(w, W=0.3 * w.W - 0.5 * torch.eye(9).double())

@@ -94,6 +94,7 @@ def test_nested_values_come_back_equal(inner):
         ({"epochs": 0}, "epochs must be positive"),
         ({"lr": -1.0}, "lr must be positive"),
         ({"tol": float("nan")}, "tol must be positive"),
+        ({"tol": 1.0}, "tol must be below 1"),
         ({"accumulate": 0}, "accumulate must be positive"),
         ({"accumulate": 9, "batch_size": 8}, "accumulate must be at most batch_size 8, got 9"),
         ({"ema": 1.0}, r"ema must be a decay in \(0, 1\) or None"),

@@ -352,7 +352,7 @@ def _demo(command: Demo) -> None:
 
 
 def _evaluate(folder: Path, config: EvaluationConfig, root: str | None) -> None:
-    model, data = _trained(folder, root, _EVALUATED)
+    model, data, said = _trained(folder, root, _EVALUATED)
     torch.manual_seed(config.seed)
     with processes("cpu") as team:
         report = evaluate(model, data, config, team)
@@ -360,13 +360,13 @@ def _evaluate(folder: Path, config: EvaluationConfig, root: str | None) -> None:
         return
     checkpoints.write_json(folder / "report.json", report)
     picture = _drawn(functools.partial(draw, report), folder / "robustness.png")
-    print(table(report))
+    print(f"{said}{table(report)}")
     print(f"\n{folder}: {checkpoints.MODEL}, {checkpoints.CERTIFICATE}, report.json{picture}")
     _refuse(report.violations)
 
 
 def _certify(folder: Path, config: CertificationConfig, root: str | None) -> None:
-    model, data = _trained(folder, root, _CERTIFIED)
+    model, data, said = _trained(folder, root, _CERTIFIED)
     with processes("cpu") as team:
         certificate, report = certify_model(model, data, config, team)
     if not team.first:
@@ -374,14 +374,17 @@ def _certify(folder: Path, config: CertificationConfig, root: str | None) -> Non
     checkpoints.write_json(folder / checkpoints.CERTIFICATE, certificate)
     checkpoints.write_json(folder / "certification.json", report)
     picture = _drawn(functools.partial(draw_certification, report), folder / "certification.png")
-    print(certification_table(report))
+    print(f"{said}{certification_table(report)}")
     print(f"\n{folder}: {checkpoints.CERTIFICATE}, certification.json{picture}")
     _refuse(report.violations)
 
 
-def _trained(folder: Path, root: str | None, written: Sequence[str]) -> tuple[Classifier, Dataset]:
+def _trained(
+    folder: Path, root: str | None, written: Sequence[str]
+) -> tuple[Classifier, Dataset, str]:
     """Return the model of a run, its certificate checked, and the data that it was trained on.
 
+    Beside them a line to say, which comes with the results: who does not read them gets them still.
     Refuse a folder in which something is in the way of what is to be written there.
     """
     model = checkpoints.load_model(folder)
@@ -392,14 +395,15 @@ def _trained(folder: Path, root: str | None, written: Sequence[str]) -> tuple[Cl
         )
     data = load(training["data"], root or training.get("root"))
     checkpoints.check_folder(folder, (checkpoints.CERTIFICATE, *written))
+    said = ""
     if is_first():
         proved, doubts = checkpoints.prove_again(folder, model)
         if doubts:
             _tell(f"warning: {doubts}; the bound was proved anew and written there")
             checkpoints.write_json(folder / checkpoints.CERTIFICATE, proved)
         else:
-            print(f"{checkpoints.CERTIFICATE} is of this model: its bound was proved again")
-    return model, data
+            said = f"{checkpoints.CERTIFICATE} is of this model: its bound was proved again\n"
+    return model, data, said
 
 
 def _drawn(draw_into: Callable[[Path], None], path: Path) -> str:

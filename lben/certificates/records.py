@@ -280,8 +280,12 @@ class NetworkCertificate:
                 return f"the {name} differs"
         return ""
 
-    def shortfall(self, claimed: NetworkCertificate) -> str:
+    def shortfall(self, claimed: NetworkCertificate, room: float = 0.0) -> str:
         """Say in one line what another certificate of the same network claims beyond this one.
+
+        Args:
+            claimed: the other one.
+            room: by which share of a bound it may lie below this one's.
 
         Returns:
             The first bound of it that this one does not show, or nothing.
@@ -298,7 +302,7 @@ class NetworkCertificate:
                     shown = min(any_pair, self.pairs[i][j]) if self.pairs else any_pair
                     claims.append((f"the bound of the outputs {i} and {j}", bound, shown))
         for name, bound, shown in claims:
-            if not shown <= bound:
+            if not shown <= bound * (1 + room):
                 return f"it claims {bound:.9g} as {name}, and only {shown:.9g} was proved"
         return ""
 

@@ -169,6 +169,25 @@ def test_bounds_of_pairs_are_read_back_equal():
             PairCertificate.from_json(text.replace(old, new))
 
 
+@pytest.mark.parametrize("less", [1e-12, 1e-3])
+def test_bounds_that_rounding_moves_are_proved_anew_without_a_word(run, tmp_path, less):
+    model = checkpoints.load_model(run)
+    proved = model.certificate("joint pairs")
+    (layer,) = proved.layers
+    claimed = replace(
+        proved, bound=proved.bound * (1 - less),
+        layers=(replace(layer, bound=layer.bound * (1 - less)),),
+    )  # fmt: skip
+    path = tmp_path / checkpoints.CERTIFICATE
+    checkpoints.write_json(path, claimed)
+    found, doubts = checkpoints.prove_again(tmp_path, model)
+    assert (doubts is None) == (less < 1e-6)
+    kept = NetworkCertificate.from_json(path.read_text(encoding="utf-8"))
+    assert kept.bound == (found.bound if less < 1e-6 else claimed.bound)
+    assert bool(found.shortfall(claimed))
+    assert bool(found.shortfall(claimed, 1e-6)) == (less > 1e-6)
+
+
 def test_what_a_certificate_claims_beyond_a_proof_is_named(run, tmp_path):
     folder = copied(run, tmp_path)
     model = checkpoints.load_model(folder)

@@ -177,6 +177,7 @@ def test_two_processes_certify_and_attack_what_one_does(tmp_path):
             found[count, file] = json.loads((folder / file).read_text())
             assert found[count, file].pop("environment")["processes"] == str(count)
     one, two = (found[count, "certification.json"] for count in (1, 2))
+    assert all(report.pop("seconds") > 0 for report in (one, two))
     for method in (*one["methods"], *two["methods"]):
         assert method.pop("seconds") >= 0
         assert method.pop("seconds_per_image") >= 0

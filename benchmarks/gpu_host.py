@@ -1,18 +1,18 @@
-"""How long does the processor take for a solve on a GPU? Microseconds per call, without a GPU.
+"""How long does the processor take for a solve on a GPU? Counted in additions, without a GPU.
 
     python -m benchmarks.gpu_host [--out FILE]
 
 Launches specialise their arguments as on a device and end there (`benchmarks.fake_driver`); the
 tensors lie in the memory of the processor, and PyTorch's own operations run on 16 samples of them.
 So a call takes what Python, Triton's launcher and PyTorch's dispatcher take; what CUDA's runtime
-adds to a launch is not in it.
+adds to a launch is not in it. Machines differ, so it is divided by the time of one addition of
+tensors of that size, in turns in one run.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.common import finish
+from benchmarks.common import finish, interleaved, ratio
 from benchmarks.fake_driver import pretended
 from benchmarks.gpu_cases import on_the_device
 from lben import EquilibriumLinear
@@ -31,7 +31,7 @@ SAMPLES, ROUNDS, CALLS = 16, 31, 50
 
 
 def calls(n: int) -> dict[str, Callable[[], Any]]:
-    """Return a solve, a solve with its gradient, and those of a layer, for n units."""
+    """Return an addition, a solve, a solve with its gradient, and a layer, for n units."""
     generator = torch.Generator().manual_seed(0)
     W = 0.2 * torch.randn(n, n, generator=generator) / n**0.5
     operator = DenseOperator(W)
@@ -45,21 +45,19 @@ def calls(n: int) -> dict[str, Callable[[], Any]]:
         torch.autograd.grad(z.sum(), leaf)
 
     return {
+        "addition": lambda: v + v,
         "solve": lambda: solve(Inclusion(operator, v, ReLU()), method, tol=1e-4),
         "forward and backward": both,
         "layer": lambda: layer(v),
     }
 
 
-def microseconds(call: Callable[[], Any]) -> float:
-    """Return the median time of a call."""
-    times = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
+def _many(call: Callable[[], Any]) -> Callable[[], None]:
+    def repeat() -> None:
         for _ in range(CALLS):
             call()
-        times.append((time.perf_counter() - start) / CALLS)
-    return round(1e6 * statistics.median(times), 1)
+
+    return repeat
 
 
 def _capability(device: object) -> tuple[int, int]:
@@ -72,14 +70,20 @@ def main() -> None:
     options.add_argument("--out", type=Path, help="also write the JSON object to this file")
     out = options.parse_args().out
     torch.set_num_threads(1)
-    figures = {}
     with (
         pretended(GPUTarget("cuda", 90, 32), lambda asked: None), on_the_device(),
         mock.patch.object(torch.cuda, "get_device_capability", _capability),
     ):  # fmt: skip
-        for name, call in calls(80).items():
-            figures[name] = microseconds(call)
-    finish({"microseconds": figures}, out, samples=SAMPLES, rounds=ROUNDS)
+        timed = calls(80)
+        seconds = interleaved({name: _many(call) for name, call in timed.items()}, ROUNDS)
+    of = {name: 1e6 * statistics.median(times) / CALLS for name, times in seconds.items()}
+    finish(
+        {
+            "additions": {n: round(ratio(seconds, n, "addition"), 1) for n in of},
+            "microseconds": {n: round(t, 1) for n, t in of.items()},
+        },
+        out, samples=SAMPLES, rounds=ROUNDS,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -258,7 +258,7 @@ def certificate_doubts(folder: Path | str, proved: NetworkCertificate) -> str | 
     kept = _kept(Path(folder) / CERTIFICATE, proved)
     if isinstance(kept, str):
         return kept
-    shortfall = proved.shortfall(kept, _MACHINES)
+    shortfall = proved.shortfall(kept)
     return f"{Path(folder) / CERTIFICATE} is of this model, but {shortfall}" if shortfall else None
 
 
@@ -286,10 +286,9 @@ def prove_again(folder: Path | str, model: Classifier) -> tuple[NetworkCertifica
             if bound != "promised" and proved.shortfall(kept, _MACHINES):
                 with suppress(CertificateError):  # a dear bound may fail where a cheap one holds
                     proved = model.certificate(bound)
-    doubts = certificate_doubts(folder, proved)
-    if doubts is None and isinstance(kept, NetworkCertificate) and proved.shortfall(kept):
-        write_json(Path(folder) / CERTIFICATE, proved)
-    return proved, doubts
+        if proved.shortfall(kept) and not proved.shortfall(kept, _MACHINES):
+            write_json(Path(folder) / CERTIFICATE, proved)
+    return proved, certificate_doubts(folder, proved)
 
 
 _MACHINES = 1e-6

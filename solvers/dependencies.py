@@ -104,16 +104,11 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ORDINARY = (Tensor, nn.Parameter)
 
 
-def same(a: Tensor, b: Tensor) -> bool:
-    """Say whether two tensors agree in type, device, shape and every bit (0 is not −0)."""
-    return all_same((a,), (b,))
-
-
 def all_same(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
-    """Say whether every tensor is `same` as the other in its place, with one wait per device.
+    """Say whether every tensor agrees with the other in its place, with one wait per device.
 
-    What the host can tell is told first: shapes, and tensors in its memory. For the rest the device
-    is asked once, for one flag.
+    In type, device, shape and every bit (0 is not −0). What the host can tell is told first:
+    shapes, and tensors in its memory. For the rest the device is asked once, for one flag.
     """
     waiting: dict[torch.device, list[Tensor]] = {}
     for a, b in zip(tensors, others, strict=True):
@@ -226,7 +221,7 @@ class _Reader:
         else:
             names = [n for k in type(value).__mro__ for n in _slots(k) if hasattr(value, n)]
             held = {name: getattr(value, name) for name in names} | getattr(value, "__dict__", {})
-            if not held and not hasattr(value, "__dict__") and not names:
+            if not names and not hasattr(value, "__dict__"):
                 yield _Unlike()
             yield from ((name, self.read(v)) for name, v in held.items())
 

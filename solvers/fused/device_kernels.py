@@ -622,14 +622,17 @@ def resident(
 
 @triton.jit
 def _place(samples, n, ROWS: tl.constexpr, UNITS: tl.constexpr, GROUP: tl.constexpr):
-    """The samples of this program and its tile of units: tiles that read the same rows run side by
-    side."""
+    """The samples and units of this program, which of them there are, where they lie, and the
+    number of its tile of units. Tiles that read the same rows run side by side."""
     down, across = tl.cdiv(samples, ROWS), tl.cdiv(n, UNITS)
     program, whole = tl.program_id(0), GROUP * across
     first = program // whole * GROUP
     height = tl.minimum(down - first, GROUP)
     row = (first + program % whole % height) * ROWS + tl.arange(0, ROWS)
-    return row, program % whole // height
+    tile = program % whole // height
+    unit = tile * UNITS + tl.arange(0, UNITS)
+    inside = (row < samples)[:, None] & (unit < n)[None, :]
+    return row, unit, inside, row[:, None].to(tl.int64) * n + unit[None, :], tile
 
 
 @triton.jit
@@ -682,10 +685,7 @@ def advance(
     unit of each sample.
     """
     negative, theta = tl.load(numbers_ptr), tl.load(numbers_ptr + 1)
-    row, tile = _place(samples, n, ROWS, UNITS, GROUP)
-    unit = tile * UNITS + tl.arange(0, UNITS)
-    inside = (row < samples)[:, None] & (unit < n)[None, :]
-    at = row[:, None].to(tl.int64) * n + unit[None, :]
+    row, unit, inside, at, tile = _place(samples, n, ROWS, UNITS, GROUP)
     image = tl.zeros((ROWS, UNITS), dtype=x_ptr.dtype.element_ty)
     for first in range(0, width, DEPTH):
         k = first + tl.arange(0, DEPTH)
@@ -725,10 +725,7 @@ def look(
     Wᵀ is width², padded with zeros; z and v are samples × n.
     """
     negative = tl.load(numbers_ptr)
-    row, tile = _place(samples, n, ROWS, UNITS, GROUP)
-    unit = tile * UNITS + tl.arange(0, UNITS)
-    inside = (row < samples)[:, None] & (unit < n)[None, :]
-    at = row[:, None].to(tl.int64) * n + unit[None, :]
+    row, unit, inside, at, tile = _place(samples, n, ROWS, UNITS, GROUP)
     image = tl.zeros((ROWS, UNITS), dtype=z_ptr.dtype.element_ty)
     for first in range(0, width, DEPTH):
         k = first + tl.arange(0, DEPTH)
@@ -759,10 +756,7 @@ def increment(
 ):  # fmt: skip
     """x ← x + change · bf16(M) in place, and the change of ρ that this makes, for the next step."""
     negative = tl.load(numbers_ptr)
-    row, tile = _place(samples, n, ROWS, UNITS, GROUP)
-    unit = tile * UNITS + tl.arange(0, UNITS)
-    inside = (row < samples)[:, None] & (unit < n)[None, :]
-    at = row[:, None].to(tl.int64) * n + unit[None, :]
+    row, unit, inside, at, _tile = _place(samples, n, ROWS, UNITS, GROUP)
     moved = tl.zeros((ROWS, UNITS), dtype=tl.float32)
     # Rows that are not there repeat the last one, and nothing is kept of them.
     own = change_ptr + tl.minimum(row, samples - 1)[:, None].to(tl.int64) * width

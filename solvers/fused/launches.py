@@ -77,7 +77,7 @@ class Steps:
         """
         sums = self._new_sums(x)
         image = self._product(x, shift, self.loop.prepared.map, change, sums)
-        moved, size, _, _ = sums.sum(0)
+        moved, size = sums[:, :2].sum(0)
         return image, torch.where(moved == 0, 0.0, 0.5 * (moved / size).sqrt())
 
     def residual(self, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ class Steps:
         return 1 / torch.where(largest > 0, unit, 1.0)
 
     def _new_sums(self, x: Tensor) -> Tensor:
-        return x.new_zeros(len(self.loop.cut.blocks), 4, x.shape[0])
+        return x.new_empty(len(self.loop.cut.blocks), 4, x.shape[0])
 
     def _product(
         self, x: Tensor, shift: Tensor, matrix: Tensor, change: Tensor | None = None,

@@ -21,7 +21,7 @@ from solvers import (
     equilibrium,
     solve,
 )
-from solvers.dependencies import Snapshot, all_same, nothing_may_be_kept, read, same
+from solvers.dependencies import Snapshot, all_same, nothing_may_be_kept, read
 from solvers.operators import base
 from tests.problems import (
     block_triangular_operator,
@@ -39,6 +39,10 @@ OPERATORS = {
     "block triangular": lambda: block_triangular_operator(monotone=True),
     "zero": lambda: ZeroOperator(torch.linspace(0.5, 2, 5, dtype=torch.float64)),
 }
+
+
+def same(a, b):
+    return all_same((a,), (b,))
 
 
 def fused_step(t):

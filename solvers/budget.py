@@ -209,8 +209,8 @@ class _Budgeted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, W: Tensor, v: Tensor, budget: _Budget) -> tuple[Tensor, Tensor]:
-        operator = DenseOperator(W, budget.metric)
-        with full_precision(v), operator.settled():  # to compare its values would be to wait
+        with full_precision(v):
+            operator = DenseOperator(W, budget.metric)
             if budget.inverse is None:
                 factor, _ = operator.unchecked_resolvent(budget.step)
             else:
@@ -239,7 +239,7 @@ class _Budgeted(torch.autograd.Function):
         (W, z, inverse), budget = ctx.saved_tensors, ctx.budget
         operator = DenseOperator(W, budget.metric)
         factor = DenseResolvent(inverse, budget.step).T
-        with operator.settled():
+        with operator.settled():  # to compare its values would be to wait
             adjoint = Inclusion(operator.T, g, LinearSlope(budget.activation.slope(z))).flatten()
             u, residual = _iterate(adjoint, factor, budget.backward_steps)
         if budget.adjoint_residual is not None:

@@ -41,6 +41,22 @@ def test_loops_are_told_apart_and_counted():
     assert (wide.skip, product.skip, wait.skip) == ((0x30, 0xB0, 5), (0x30, 0xB0, 2), (0, 0, 0))
 
 
+def test_the_longest_skip_of_a_loop_is_found():
+    code = """
+        /*0000*/                   MOV R1, RZ ;
+        /*0010*/               @P0 BRA 0x0050 ;
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R8, gdesc[UR4], R8 ;
+        /*0030*/                   FADD R1, R1, R1 ;
+        /*0040*/                   FADD R1, R1, R1 ;
+        /*0050*/               @P1 BRA 0x0070 ;
+        /*0060*/                   FADD R1, R1, R1 ;
+        /*0070*/               @P2 BRA 0x0000 ;
+        /*0080*/                   EXIT ;
+"""
+    (loop,) = sass.loops(sass.parse("        Function : kernel\n" + code))
+    assert loop.skip == (0x10, 0x50, 3)
+
+
 def test_without_tensor_cores_loops_of_multiply_adds_are_products():
     code = LISTING.replace("HMMA.16816.F32.BF16", "DFMA")
     loops = sass.loops(sass.parse(code))

@@ -304,8 +304,19 @@ def test_few_steps_end_with_an_exact_one():
         assert (found <= 1.1 * exact + 2e-6).all()
 
 
-def test_the_numbers_of_a_captured_graph_stay_where_they_are():
-    own = tiles._lasting_numbers(0.0, 1.0, 1e-9, torch.float32, torch.device(HERE))
+def test_the_numbers_of_a_captured_graph_stay_where_they_are(monkeypatch):
+    handed = []
+    own = tiles._lasting_numbers
+
+    def watched(*key):
+        handed.append(own(*key))
+        return handed[-1]
+
+    monkeypatch.setattr(tiles, "_lasting_numbers", watched)
+    W, v = torch.zeros(16, 16), torch.ones(3, 16)
+    budgeted_equilibrium(W, v, ReLU(), step_size=0.5, steps=3)
     for tol in range(1, 300):
-        tiles._lasting_numbers(0.0, 1.0, float(tol), torch.float32, torch.device(HERE))
-    assert tiles._lasting_numbers(0.0, 1.0, 1e-9, torch.float32, torch.device(HERE)) is own
+        own(0.0, 1.0, float(tol), torch.float32, torch.device(HERE))
+    budgeted_equilibrium(W, v, ReLU(), step_size=0.5, steps=3)
+    first, second = handed
+    assert first is second

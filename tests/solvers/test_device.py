@@ -23,6 +23,9 @@ from solvers import (
     solve,
 )
 from solvers.fused import device, tiles
+from solvers.fused.launches import Steps
+from solvers.fused.tiles import Loop
+from solvers.method import Request
 from solvers.operators import base
 from tests.problems import monotone_operator, random_inclusion
 from tests.solvers.test_budget import NoLook
@@ -320,3 +323,28 @@ def test_the_numbers_of_a_captured_graph_stay_where_they_are(monkeypatch):
     budgeted_equilibrium(W, v, ReLU(), step_size=0.5, steps=3)
     first, second = handed
     assert first is second
+
+
+@pytest.mark.parametrize("n", [16, 27])
+def test_samples_of_every_size_are_solved(n):
+    """No square overflows or vanishes, in one launch or in one a step."""
+    operator = monotone_operator(n, m=0.5, dtype=torch.float32)
+    v = torch.randn(6, n, generator=torch.Generator().manual_seed(0))
+    v = v * torch.tensor([1e-28, 1e-22, 1.0, 1e12, 1e25, 1e30])[:, None]
+    problem = on_device(Inclusion(operator, v, ReLU()))
+    found = device.run(
+        problem, PeacemanRachford().iteration(problem), Request(tol=1e-4, max_steps=200)
+    )
+    assert (found.residual <= 1e-4).all()
+    true = Inclusion(operator.to(torch.float64), v.double(), ReLU())
+    expected = true.relative_residual(found.value.double().cpu())
+    torch.testing.assert_close(found.residual.double().cpu(), expected, rtol=0.01, atol=1e-6)
+
+
+def test_what_rounding_of_v_makes_of_a_residual_is_that_of_the_units_that_are_not_zero():
+    n, operator = 27, monotone_operator(27, m=0.5, dtype=torch.float32)
+    problem = on_device(Inclusion(operator, torch.randn(5, n), ReLU()))
+    z = torch.relu(torch.randn(5, n)).to(HERE)
+    steps = Steps(Loop.of(problem, PeacemanRachford(step_size=1.0).iteration(problem)))
+    for found, expected in zip(steps.residual(z, problem.bias), problem.measure(z), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)

@@ -348,3 +348,17 @@ def test_what_rounding_of_v_makes_of_a_residual_is_that_of_the_units_that_are_no
     steps = Steps(Loop.of(problem, PeacemanRachford(step_size=1.0).iteration(problem)))
     for found, expected in zip(steps.residual(z, problem.bias), problem.measure(z), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("n", [3, 16, 21, 27])
+def test_exact_products_are_as_exact_as_float32(n):
+    """One step and one residual: parts of bfloat16 that were left out would be 2⁻¹⁶ of them."""
+    W = torch.randn(n, n, generator=torch.Generator().manual_seed(0)) / (4 * n**0.5)
+    v = torch.randn(32, n, generator=torch.Generator().manual_seed(1))
+    W, v = W.to(HERE), v.to(HERE)
+    z, residual = budgeted_equilibrium(W, v, LeakyReLU(0.5), step_size=1.0, steps=1)
+    exact, same = budgeted_equilibrium(
+        W.double(), v.double(), LeakyReLU(0.5), step_size=1.0, steps=1
+    )
+    assert ((z - exact).norm(dim=1) <= 6e-7 * exact.norm(dim=1)).all()
+    assert ((residual - same).abs() <= 6e-7).all()

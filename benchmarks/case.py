@@ -24,7 +24,7 @@ from solvers import (
     equilibrium,
     solve,
 )  # fmt: skip
-from solvers.interop import TorchDEQ
+from solvers.torchdeq import TorchDEQ
 
 T_ = TypeVar("T_")
 

@@ -46,15 +46,15 @@ from benchmarks.networks import (
 )
 from benchmarks.rounding import rounding
 from benchmarks.running import promise, running
-from lben import EquilibriumLinear, certify, tighten_jointly
-from lben.attacks import across_the_boundary, ascend_quotient, corner_pairs, random_pairs
-from lben.certification import CertificationConfig, certify_model
+from lben import EquilibriumLinear, certify, tighten_diagonal
 from lben.data import Dataset, load, pixels
+from lben.evaluation.attacks import across_the_boundary, ascend_quotient, corner_pairs, random_pairs
+from lben.evaluation.proofs import CertificationConfig, certify_model
+from lben.evaluation.reports import certification_table
 from lben.models import Classifier, EquilibriumClassifier
-from lben.optimization import Adam
-from lben.recipes import EquilibriumTraining
-from lben.reports import certification_table
-from lben.training import train
+from lben.training.loop import train
+from lben.training.optimization import Adam
+from lben.training.recipes import EquilibriumTraining
 
 SEED = 0
 PLAIN = "MNIST, γ = 1, plainly trained"
@@ -251,7 +251,7 @@ def tightness(mnist: Dataset, quick: bool) -> float:
     x = pixels(mnist.test_images[: 20 if quick else 200], torch.float64)
     found = ascend_quotient(exact, x, steps=60 if quick else 300,
                             generator=torch.Generator().manual_seed(SEED))  # fmt: skip
-    return round(exact.certificate("joint").bound / float(found.quotient.max()), 4)
+    return round(exact.certificate("diagonal").bound / float(found.quotient.max()), 4)
 
 
 def certified(mnist: Dataset, plainly: Classifier, quick: bool) -> dict[str, dict[str, Any]]:
@@ -301,7 +301,7 @@ def cost(only: int | None) -> dict[str, dict[str, float]]:
         weights = EquilibriumLinear(784, n, 10, gamma=1.0).weights()
         proofs[str(n)] = _seconds(partial(certify, weights), 7)
         if n <= (only or 400):
-            programs[str(n)] = _seconds(partial(tighten_jointly, weights), 7 if n == 80 else 1)
+            programs[str(n)] = _seconds(partial(tighten_diagonal, weights), 7 if n == 80 else 1)
     print(f"seconds: {proofs} {programs}")
     return {"proof_seconds": proofs, "sdp_seconds": programs}
 

@@ -27,21 +27,21 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import RESULTS, finish, parser
-from lben import checkpoints
-from lben.augmentation import Augmentation
 from lben.data import DataError, Dataset, load
-from lben.evaluation import EvaluationConfig, Report, evaluate
-from lben.losses import CrossEntropy
-from lben.optimization import Adam, PiecewiseLinear
-from lben.recipes import ResidualTraining, TrainingConfig
-from lben.reports import table
-from lben.training import train
+from lben.evaluation.accuracy import EvaluationConfig, Report, evaluate
+from lben.evaluation.reports import table
+from lben.training import checkpoints
+from lben.training.augmentation import Augmentation
+from lben.training.loop import train
+from lben.training.losses import CrossEntropy
+from lben.training.optimization import Adam, PiecewiseLinear
+from lben.training.recipes import FeedforwardTraining, TrainingConfig
 
 RADII = (0.0, 36 / 255, 72 / 255, 108 / 255, 1.0)
 NAMES = ("clean", "36/255", "72/255", "108/255", "255/255")
 
 # The loss, optimizer and schedule of Araujo et al. (2023); a batch four times theirs.
-PUBLISHED = ResidualTraining(
+PUBLISHED = FeedforwardTraining(
     data="cifar10", epochs=1000, batch_size=256, lr=1e-2,
     loss=CrossEntropy(temperature=0.25, offset=1.5 * math.sqrt(2)),
     optimizer=Adam(betas=(0.5, 0.9)), schedule=PiecewiseLinear(),
@@ -61,7 +61,10 @@ MODELS = {
     "aol": replace(SMALL, block="aol"),
     "spectral": replace(SMALL, block="spectral"),
     "sandwich": replace(SMALL, block="sandwich", depths=(2, 2), conv_hidden=32, dense_depth=1),
-    **{f"sll-{size}": PUBLISHED.published(size) for size in ("small", "medium", "large", "xlarge")},
+    **{
+        f"sll-{size}": PUBLISHED.published_architecture(size)
+        for size in ("small", "medium", "large", "xlarge")
+    },
 }
 FAMILY = ("sll", "cpl", "aol", "spectral", "sandwich")
 

@@ -27,17 +27,17 @@ from lben import (
     SLLLinear,
     certify,
     precision,
-    radii,
 )
-from lben import local as local_proofs
 from lben.certificates import Certificate, CertificateError, proof
-from lben.certified import Affine
 from lben.layers import LipschitzSequential, equilibrium, equilibrium_dense, growth
 from lben.layers.uniform import Running, uniform_error
-from lben.models import EquilibriumClassifierConfig, ResidualClassifierConfig, base
+from lben.models import EquilibriumClassifierConfig, FeedforwardClassifierConfig, base
 from lben.models import equilibrium as models
 from lben.parameterizations import FixedWeights, multipliers
-from lben.weights import ExplicitWeights, digest
+from lben.radii import local as local_proofs
+from lben.radii import margin as radii
+from lben.radii.error_bounds import Affine
+from lben.weights import DenseWeights, digest
 from solvers import DenseOperator, Inclusion, LeakyReLU, LinearOperator, ReLU, dependencies
 
 Check = Callable[[], int]
@@ -111,7 +111,7 @@ def names() -> int:
 def order() -> int:
     """Count certificates that are accepted for layers in another order."""
     torch.manual_seed(0)
-    model = ResidualClassifierConfig(
+    model = FeedforwardClassifierConfig(
         shape=(1, 3, 3), classes=3, mean=(0.5,), std=(0.5,), channels=(2,), depths=(0,), pool=1,
         dense_depth=2, dense_hidden=4,
     ).build().double().eval()  # fmt: skip
@@ -126,9 +126,9 @@ def local() -> int:
     torch.manual_seed(0)
     model, x = _CONFIG.build().double().eval(), torch.rand(2, 1, 3, 3, dtype=F64)
     kept = model.certificate()
-    around = model.local_certificate(kept)
+    around = model.local_certifier(kept)
     model.layer.activation = LeakyReLU(0.9)
-    return _accepted(lambda: model.anchors(x, model.certificate(), around))
+    return _accepted(lambda: model.operating_points(x, model.certificate(), around))
 
 
 def accumulators() -> int:
@@ -167,7 +167,7 @@ def tiny() -> int:
 def foreign() -> int:
     """Count proofs of complex weights, of which only the real part is small."""
     one = torch.zeros(1, dtype=torch.complex128)
-    weights = ExplicitWeights(
+    weights = DenseWeights(
         W=one[None], U=one[None] + 1, b=one, C=one[None] + 0.5 + 30j, D=None, b_y=one,
         Lambda=torch.ones(1, dtype=F64), gamma=1.0,
     )  # fmt: skip
@@ -324,7 +324,8 @@ def _real(weights: Any) -> Any:
 
 def _everywhere(name: str, value: object) -> list[tuple[object, str, object]]:
     """Return the change for every module of certificates that has imported the name."""
-    from lben.certificates import dense, images
+    from lben.certificates import certify as dense
+    from lben.certificates import convolutional as images
 
     return [(module, name, value) for module in (dense, images) if hasattr(module, name)]
 

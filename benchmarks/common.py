@@ -14,10 +14,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lben import EquilibriumClassifier, checkpoints
+from lben import EquilibriumClassifier
 from lben.data import DataError, Dataset, load
-from lben.evaluation import environment
+from lben.evaluation.accuracy import environment
 from lben.records import to_json
+from lben.training import checkpoints
 
 RESULTS = Path(__file__).parent / "results"
 

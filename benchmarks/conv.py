@@ -34,7 +34,7 @@ from torch import Tensor
 from benchmarks.case import quietly
 from benchmarks.common import finish, interleaved, parser, ratio
 from benchmarks.published import Inverse, search
-from lben.attacks import ascend_quotient
+from lben.evaluation.attacks import ascend_quotient
 from lben.layers import PooledEquilibriumConv2d
 from lben.parameterizations import ConvolutionalParameterization
 from solvers import (
@@ -45,8 +45,8 @@ from solvers import (
     ReLU,
     solve,
 )
-from solvers.compiled import spectral
-from solvers.interop import TorchDEQ
+from solvers.native import spectral
+from solvers.torchdeq import TorchDEQ
 
 SEED = 0
 CHANNELS, SIZE, BATCH = 81, (32, 32), 32

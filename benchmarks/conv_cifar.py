@@ -25,15 +25,15 @@ import torch
 
 from benchmarks.cifar import PUBLISHED, cifar, options, picture, run, source, summary
 from benchmarks.common import RESULTS, finish
-from lben import checkpoints
-from lben.attacks import ascend_quotient, quotients
-from lben.augmentation import Augmentation
 from lben.data import Dataset, pixels
-from lben.evaluation import EvaluationConfig, Report
-from lben.losses import CrossEntropy
+from lben.evaluation.accuracy import EvaluationConfig, Report
+from lben.evaluation.attacks import ascend_quotient, quotients
 from lben.models import Classifier
-from lben.optimization import Adam, PiecewiseLinear
-from lben.recipes import ConvolutionalEquilibriumTraining, TrainingConfig
+from lben.training import checkpoints
+from lben.training.augmentation import Augmentation
+from lben.training.losses import CrossEntropy
+from lben.training.optimization import Adam, PiecewiseLinear
+from lben.training.recipes import ConvolutionalEquilibriumTraining, TrainingConfig
 
 RADII = (0.0, 36 / 255, 72 / 255, 108 / 255, 1.0)
 TOL = 1e-6

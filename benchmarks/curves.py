@@ -36,7 +36,7 @@ from solvers import (
     equilibrium,
     solve,
 )  # fmt: skip
-from solvers.interop import TorchDEQ
+from solvers.torchdeq import TorchDEQ
 
 METHODS: tuple[Method, ...] = (
     PeacemanRachford(),

@@ -58,7 +58,7 @@ class Dyadic:
         shift = -BITS - self.e
         return self if shift <= 0 else Dyadic(self.m >> shift, -BITS)
 
-    def divided(self, by: Dyadic) -> Dyadic:
+    def divide(self, by: Dyadic) -> Dyadic:
         """Return the quotients to 2⁻⁶⁰⁰."""
         shift = self.e - by.e + BITS
         numerator = self.m << max(shift, 0)

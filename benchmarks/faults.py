@@ -7,6 +7,7 @@ check must pass: `honest` runs them all.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -20,21 +21,21 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import trained
-from lben import local, radii, rigorous
-from lben.attacks import across_the_boundary, apgd_l2, ascend_quotient
+from lben import rigorous
 from lben.certificates import CertificateError, Claim, certify, certify_convolution
-from lben.certificates import dense as dense_proofs
-from lben.certified import Affine
-from lben.convolutional import ConvolutionalWeights
 from lben.data import Dataset, pixels
+from lben.evaluation.attacks import across_the_boundary, apgd_l2, ascend_quotient
 from lben.layers import SLLConv2d, SLLLinear, equilibrium
 from lben.layers.normalization import Normalize
 from lben.models import CertifiedLogits, EquilibriumClassifier
 from lben.models import equilibrium as models
 from lben.parameterizations import DirectParameterization
+from lben.radii import local
+from lben.radii import margin as radii
+from lben.radii.error_bounds import Affine
 from lben.rigorous import Enclosure
 from lben.tightening import tighten_pairs
-from lben.weights import ExplicitWeights
+from lben.weights import ConvolutionalWeights, DenseWeights
 from solvers import Constants, DenseOperator, Inclusion, ReLU
 
 Check = Callable[[], int]
@@ -89,28 +90,28 @@ class Bench:
         y = (1, 10 max(x − 1, 0)), through a state that feeds back: at x = 0 it is 1.1 away.
         """
         one = torch.ones(1, 1, dtype=torch.float64)
-        weights = ExplicitWeights(
+        weights = DenseWeights(
             W=-0.5 * one, U=1.5 * one, b=-1.5 * one[0], C=torch.cat([0 * one, 10 * one]), D=None,
             b_y=torch.cat([one[0], 0 * one[0]]), Lambda=one[0], gamma=None,
         )  # fmt: skip
         v, y = -1.5 * one, torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-        anchors = local.Anchors(v=v, v_error=0 * v, logits=y, logit_error=0 * v[0])
-        proof = local.LocalCertificate(weights, ReLU())
+        operating_points = local.OperatingPoints(v=v, v_error=0 * v, logits=y, logit_error=0 * v[0])
+        proof = local.LocalCertifier(weights, ReLU())
         label, start = torch.tensor([0]), torch.tensor([0.07], dtype=torch.float64)
         room = torch.tensor([[[0.0], [math.inf]]]).double()
-        there = replace(anchors, room=room)  # x cannot fall, nor has it to
-        radii = [proof.radius(a, label, start, steps=12) for a in (anchors, there)]
+        there = replace(operating_points, room=room)  # x cannot fall, nor has it to
+        radii = [proof.radius(a, label, start, steps=12) for a in (operating_points, there)]
         return sum(int((radius > 1.1).sum()) for radius in radii)
 
     def quotients(self) -> int:
         """Count pairs whose quotient exceeds the bound."""
-        bound = self.exact.certificate("joint").bound
+        bound = self.exact.certificate("diagonal").bound
         found = ascend_quotient(self.exact, self._x[:5], steps=40)
         return int((found.quotient > bound).sum())
 
     def pairs(self) -> int:
         """Count differences of logits that change faster than the bounds of the pairs."""
-        bounds = self.exact.certificate("joint pairs").pairs
+        bounds = self.exact.certificate("diagonal pairs").pairs
         assert bounds is not None
         count = 0
         for i, j in ((0, 1), (3, 5), (4, 9)):
@@ -144,10 +145,10 @@ class Bench:
 
     _m = 0.125
 
-    def _slow(self) -> ExplicitWeights:
+    def _slow(self) -> DenseWeights:
         identity = torch.eye(3, dtype=torch.float64)
         nothing = torch.zeros(3, dtype=torch.float64)
-        return ExplicitWeights(
+        return DenseWeights(
             W=(1 - self._m) * identity, U=identity, b=nothing, C=2 * identity, D=None, b_y=nothing,
             Lambda=torch.ones(3, dtype=torch.float64), gamma=None,
         )  # fmt: skip
@@ -177,7 +178,7 @@ class Difference(nn.Module):
         return (y[:, self.i] - y[:, self.j])[:, None]
 
 
-def tight(feedthrough: bool = False) -> tuple[DirectParameterization, ExplicitWeights]:
+def tight(feedthrough: bool = False) -> tuple[DirectParameterization, DenseWeights]:
     """Return a parameterization with hardly any slack and Λ far from I, and its weights."""
     torch.manual_seed(0)
     free = DirectParameterization(
@@ -190,7 +191,7 @@ def tight(feedthrough: bool = False) -> tuple[DirectParameterization, ExplicitWe
         return free, free()
 
 
-def _refused(weights: ExplicitWeights) -> bool:
+def _refused(weights: DenseWeights) -> bool:
     try:
         certify(weights)
     except CertificateError:
@@ -236,10 +237,10 @@ def _layer_faults() -> Iterator[tuple[str, Callable[[], bool]]]:
     torch.manual_seed(0)
     dense = SLLLinear(12, 16, dtype=torch.float64).weights()
     conv = SLLConv2d(3, 6, dtype=torch.float64).weights()
-    assert isinstance(dense, ExplicitWeights)
+    assert isinstance(dense, DenseWeights)
     assert isinstance(conv, ConvolutionalWeights)
 
-    def with_T(T: Tensor) -> ExplicitWeights:
+    def with_T(T: Tensor) -> DenseWeights:
         return replace(dense, C=-2 * dense.U.T / T, Lambda=2 / T)
 
     gram = dense.U @ dense.U.T
@@ -335,39 +336,43 @@ def _code_faults(bench: Bench) -> Iterator[tuple[str, Callable[[], bool]]]:
         bench.pairs,
         (models, "tighten_pairs", lambda *a, **k: {
             pair: Claim(0.5 * (c.gamma or 0.0), c.Lambda) for pair, c in propose(*a, **k).items()}),
-        (dense_proofs, "require", lambda *a: None),
+        (sys.modules["lben.certificates.certify"], "require", lambda *a: None),
     )  # fmt: skip
-    gains = local.LocalCertificate._prove_gains
+    gains = local.LocalCertifier._prove_gains
     yield (
         "pre-activations said to move a tenth as far",
         planted(
             bench.local,
-            (local.LocalCertificate, "_prove_gains", lambda self, units: 0.1 * gains(self, units)),
+            (local.LocalCertifier, "_prove_gains", lambda self, units: 0.1 * gains(self, units)),
         ),
     )
-    chords = ReLU.chords
+    slope_bounds = ReLU.slope_bounds
     yield (
         "slopes of the branch that a unit is on",
         planted(
             bench.local,
-            (ReLU, "chords", lambda self, v, reach, error: chords(self, v, 0 * reach, 0 * error)),
+            (
+                ReLU,
+                "slope_bounds",
+                lambda self, v, reach, error: slope_bounds(self, v, 0 * reach, 0 * error),
+            ),
         ),
     )
     yield "local proofs that are not checked, of bounds too small", planted(
         bench.local,
-        (local, "holds_locally", lambda *a: True),
+        (local, "is_proved_locally", lambda *a: True),
         (local, "tighten_locally", lambda problem, target=None: (
             target if target is not None else 13 + 0 * problem.low[:, 0], 1 + 0 * problem.low)),
     )  # fmt: skip
-    facts = local.LocalCertificate._hold_with_facts
+    facts = local.LocalCertifier._hold_with_facts
     yield "room on the other side", planted(
         bench.local,
-        (local.LocalCertificate, "_hold_with_facts", lambda self, anchors, *a: facts(
-            self, replace(anchors, room=anchors.room.flip(1)), *a)),
+        (local.LocalCertifier, "_hold_with_facts", lambda self, operating_points, *a: facts(
+            self, replace(operating_points, room=operating_points.room.flip(1)), *a)),
     )  # fmt: skip
     yield "facts that nothing supports", planted(
         bench.local,
-        (ReLU, "lines_below", lambda self, v, error: ((1e3, 0 * v),)),
+        (ReLU, "lower_lines", lambda self, v, error: ((1e3, 0 * v),)),
     )  # fmt: skip
 
 

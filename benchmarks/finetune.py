@@ -4,7 +4,7 @@
 
 An SLL network of dense layers is trained on MNIST with the published loss. Then it is trained on
 for as many steps at the same rate, once as it is, and once as the equilibrium network that
-`from_explicit` makes of its layers: the same function and bound at the start, with a small penalty
+`from_weights` makes of its layers: the same function and bound at the start, with a small penalty
 on feedback that it did not have. Certified accuracy (per-pair margins, solver and rounding error
 subtracted) is compared.
 """
@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import finish, mnist_of, parser
-from lben import LipschitzSequential, feedback, from_explicit
-from lben.augmentation import Augmentation
+from lben import LipschitzSequential, feedback, from_weights
 from lben.data import Dataset, pixels
-from lben.layers import EquilibriumLayer, ExplicitLayer, Flatten
-from lben.losses import CrossEntropy
-from lben.models import ResidualClassifier, ResidualClassifierConfig
-from lben.optimization import PiecewiseLinear
-from lben.radii import certified_radius
+from lben.layers import EquilibriumLayer, FeedforwardLayer, Flatten
+from lben.models import FeedforwardClassifier, FeedforwardClassifierConfig
+from lben.radii.margin import certified_radius
+from lben.training.augmentation import Augmentation
+from lben.training.losses import CrossEntropy
+from lben.training.optimization import PiecewiseLinear
 
 SEED, BATCH, HIDDEN, DEPTH = 0, 256, 64, 3
 RADII = (0.0, 0.5, 1.0, 1.5)
@@ -44,7 +44,7 @@ def main() -> None:
     _, data = mnist_of(arguments.root, "finetune")
     torch.manual_seed(SEED)
     steps, more = (100, 20) if arguments.quick else (3000, 400)
-    model = ResidualClassifierConfig(
+    model = FeedforwardClassifierConfig(
         shape=data.shape, classes=10, mean=data.mean, std=(1.0,), channels=(1,), depths=(0,),
         pool=1, dense_depth=DEPTH, dense_hidden=HIDDEN,
     ).build()  # fmt: skip
@@ -55,9 +55,9 @@ def main() -> None:
     layers = [
         layer.parameterization.dense(torch.float32)
         for layer in equilibrium.features
-        if isinstance(layer, ExplicitLayer)
+        if isinstance(layer, FeedforwardLayer)
     ]
-    core = from_explicit(layers, tol=1e-4).float()
+    core = from_weights(layers, tol=1e-4).float()
     equilibrium.features = LipschitzSequential(Flatten(), core)
     rows["converted"] = _certify(equilibrium, data, arguments)
 
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def _train(
-    model: ResidualClassifier,
+    model: FeedforwardClassifier,
     data: Dataset,
     steps: int,
     lr: float,
@@ -113,7 +113,7 @@ def _train(
 
 
 def _certify(
-    model: ResidualClassifier, data: Dataset, arguments: argparse.Namespace
+    model: FeedforwardClassifier, data: Dataset, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     exact = model.exact(1e-8)
     certificate = exact.certificate()

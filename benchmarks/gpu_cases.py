@@ -25,12 +25,12 @@ from solvers import (
     LinearSlope,
     PeacemanRachford,
     ReLU,
-    fused,
+    backends,
 )
-from solvers.fused import device
-from solvers.fused.launches import Steps
-from solvers.fused.tiles import Loop
-from solvers.method import Request
+from solvers.backends import triton as device
+from solvers.backends.step import Request
+from solvers.backends.triton_steps import Steps
+from solvers.backends.triton_tiles import Loop
 
 METHODS = {
     "PeacemanRachford": PeacemanRachford(step_size=1.0),
@@ -87,7 +87,7 @@ class Solve:
         steps = self.max_steps if self.n <= 256 else min(self.max_steps, 3)
         z0 = torch.zeros_like(v) if self.warm else None
         with on_the_device():
-            reason = fused.supports(problem)
+            reason = backends.supports(problem)
             if reason is not None:
                 raise Refused(reason)
             METHODS[self.method].run(problem, Request(tol=1e-4, max_steps=steps, z0=z0))
@@ -113,11 +113,13 @@ def on_the_device() -> Iterator[None]:
         return tensor.dtype in (torch.float32, torch.float64)
 
     # Whether a pointwise kernel serves a tensor is asked where such kernels are launched.
-    modules = [module for name, module in sys.modules.items() if name.startswith("solvers.fused")]
+    modules = [
+        module for name, module in sys.modules.items() if name.startswith("solvers.backends")
+    ]
     asked = [(m, name) for m in modules for name in ("serves", "_serves") if hasattr(m, name)]
     assert asked, "nobody asks whether kernels serve a tensor"
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(fused, "_backend", backend))
+        stack.enter_context(mock.patch.object(backends, "_backend", backend))
         stack.enter_context(mock.patch.object(device, "supports", here))
         for module, name in asked:
             stack.enter_context(mock.patch.object(module, name, serves))
@@ -140,7 +142,7 @@ def _budget(n: int, dtype: torch.dtype, linear: bool) -> None:
     problem = Inclusion(DenseOperator(torch.zeros(n, n, dtype=dtype)), v, sigma)
     with on_the_device():
         iteration = PeacemanRachford(step_size=1.0).iteration(problem)
-        if fused.within_budget(problem, iteration, 40) is None:
+        if backends.run_fixed_steps(problem, iteration, 40) is None:
             raise Refused("no budget is solved in one launch")
 
 
@@ -151,9 +153,9 @@ def _reflected_sum(dtype: torch.dtype, linear: bool) -> None:
         LinearSlope(torch.ones_like(v)) if linear else LeakyReLU(0.1),
     )  # fmt: skip
     with on_the_device():
-        apply = fused.reflected_sum(problem, 1.0, v)
+        apply = backends.reflect_sum(problem, 1.0, v)
         if apply is None:
-            raise Refused("reflected_sum does not take it")
+            raise Refused("reflect_sum does not take it")
         apply(v)
 
 
@@ -162,7 +164,7 @@ def _activated(shape: tuple[int, ...], dtype: torch.dtype, last: bool, gradient:
     u = u.to(memory_format=torch.channels_last) if last else u
     bias, scale = (torch.ones(shape[1], dtype=dtype, requires_grad=gradient) for _ in range(2))
     with on_the_device():
-        y = fused.activated(u.requires_grad_(gradient), bias, scale, ReLU())
+        y = backends.activate(u.requires_grad_(gradient), bias, scale, ReLU())
         if gradient:
             y.sum().backward()
 
@@ -173,7 +175,7 @@ def _pointwise() -> dict[str, Callable[[], None]]:
         name = str(dtype).removeprefix("torch.")
         for linear in (False, True):
             sigma = "LinearSlope" if linear else "LeakyReLU"
-            cases[f"reflected_sum {name} {sigma}"] = partial(_reflected_sum, dtype, linear)
+            cases[f"reflect_sum {name} {sigma}"] = partial(_reflected_sum, dtype, linear)
         for n in (80, 128):
             for linear in (False, True):
                 sigma = "LinearSlope" if linear else "ReLU"

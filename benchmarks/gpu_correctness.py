@@ -32,7 +32,7 @@ from solvers import (
     DenseOperator,
     DouglasRachford,
     ForwardBackward,
-    Graphed,
+    GraphedCallable,
     Inclusion,
     LeakyReLU,
     LinearSlope,
@@ -40,12 +40,12 @@ from solvers import (
     PeacemanRachford,
     ProximalActivation,
     ReLU,
-    budgeted_equilibrium,
     equilibrium,
+    fixed_step_equilibrium,
     solve,
 )
-from solvers.fused import device as loop
-from solvers.method import Outcome, Request
+from solvers.backends import triton as loop
+from solvers.backends.step import Outcome, Request
 
 SIZES = (80, 512, 256, 700, 128, 300, 7, 129)
 """Units, in the order of their value: each kernel, with full tiles and with ragged ones."""
@@ -91,8 +91,8 @@ def first(n: int, batch: int, device: str) -> dict[str, Any]:
 def capture(device: str) -> dict[str, Any]:
     """Compare a replayed graph of a solve, its weights factored within, with the same eagerly."""
     problem = device_problem(80, 128, device)
-    function = partial(budgeted_equilibrium, activation=ReLU(), step_size=1.0, steps=40)
-    graph, far = Graphed(function), 0.0
+    function = partial(fixed_step_equilibrium, activation=ReLU(), step_size=1.0, steps=40)
+    graph, far = GraphedCallable(function), 0.0
     for scale in (1.0, 0.9):
         W = (scale * problem.operator.tensors[0]).requires_grad_()
         v = problem.bias.clone().requires_grad_()

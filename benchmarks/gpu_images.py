@@ -19,10 +19,10 @@ from benchmarks.common import find_root
 from benchmarks.conv_cifar import SINGLE
 from benchmarks.gpu_timing import timed
 from benchmarks.mnist import RECIPE
-from lben import checkpoints
 from lben.data import DataError, Dataset
-from lben.recipes import TrainingConfig
-from lben.training import train
+from lben.training import checkpoints
+from lben.training.loop import train
+from lben.training.recipes import TrainingConfig
 
 BATCH = 256
 ERROR = 2.3
@@ -57,7 +57,7 @@ class Products(TorchDispatchMode):
 
 
 NETWORKS: dict[str, TrainingConfig] = {
-    "SLL Small": PUBLISHED.published("small"),
+    "SLL Small": PUBLISHED.published_architecture("small"),
     "convolutional equilibrium, γ = 1": replace(SINGLE, gamma=1.0),
 }
 

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_model [--chip H100|H200] [--steps S] [--bases B] [--checks C]
 
 prints the table. A solve consists of increments with one product of bfloat16, of bases with an
-exact product (Note [Increments] of `solvers.fused.device_kernels`), and now and then of a check,
+exact product (Note [Increments] of `solvers.backends.triton_kernels`), and now and then of a check,
 which is an exact product with W.
 
 Up to 256 units one program solves for 64 samples. A phase occupies each unit of its multiprocessor

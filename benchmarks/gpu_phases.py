@@ -22,10 +22,10 @@ os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 import torch
 
 from benchmarks.common import finish
-from solvers import DenseOperator, Inclusion, PeacemanRachford, ReLU, fused, solve
-from solvers.fused import device
-from solvers.fused.launches import Steps
-from solvers.fused.tiles import kernels
+from solvers import DenseOperator, Inclusion, PeacemanRachford, ReLU, backends, solve
+from solvers.backends import triton as device
+from solvers.backends.triton_steps import Steps
+from solvers.backends.triton_tiles import kernels
 
 SAMPLES = 64
 
@@ -81,7 +81,7 @@ def _counting(counts: Counter[str]) -> Iterator[None]:
 
     module = kernels()
     with (
-        mock.patch.object(fused, "_backend", return_value=device),
+        mock.patch.object(backends, "_backend", return_value=device),
         mock.patch.object(module, "_exactly", of(module._exactly, "exact")),
         mock.patch.object(module, "_product", of(module._product, "increment")),
         method("base", "exact"), method("increment", "increment"),

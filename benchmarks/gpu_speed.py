@@ -15,17 +15,17 @@ from benchmarks import gpu_model
 from benchmarks.gpu_timing import ROUNDS, Timing, between_events, timed
 from solvers import (
     DenseOperator,
-    Graphed,
+    GraphedCallable,
     Inclusion,
     MixedPrecision,
     PeacemanRachford,
     ReLU,
-    budgeted_equilibrium,
     equilibrium,
+    fixed_step_equilibrium,
     solve,
 )
+from solvers.methods.step_size import choose_step_size
 from solvers.operators.dense import DenseMap
-from solvers.step_size import resolve
 
 Row = dict[str, Any]
 Solver = Literal["fixed_point_iter", "anderson"]
@@ -158,7 +158,7 @@ def compiled_loop(n: int, batch: int, device: str) -> list[Row]:
     problem = device_problem(n, batch, device)
     method = PeacemanRachford(compiled=True)
     own = solve(problem, method, tol=TOL, on_failure="raise")
-    x = problem.bias * resolve(method.step_size, problem.operator)
+    x = problem.bias * choose_step_size(method.step_size, problem.operator)
     map_ = method.iteration(problem).map
     assert isinstance(map_, DenseMap)
     M, steps = map_.matrix, own.stats.max_steps
@@ -177,7 +177,7 @@ def _loop(x: Tensor, shift: Tensor, M: Tensor, steps: int) -> Tensor:
 
 def torchdeq(n: int, batch: int, device: str) -> list[Row]:
     """Time torchdeq's solver with the setting that `search` has found."""
-    from solvers.interop import TorchDEQ  # imports the package on use only
+    from solvers.torchdeq import TorchDEQ  # imports the package on use only
 
     problem = device_problem(n, batch, device)
     solver, step_size = SETTING
@@ -193,7 +193,7 @@ def torchdeq(n: int, batch: int, device: str) -> list[Row]:
 def search(n: int, batch: int = 1024) -> tuple[str, float]:
     """Return torchdeq's solver and step size that take the least time on a CPU."""
     from benchmarks.case import quietly
-    from solvers.interop import TorchDEQ
+    from solvers.torchdeq import TorchDEQ
 
     problem, best = device_problem(n, batch, "cpu"), (math.inf, "", 0.0)
     for solver in _SOLVERS:
@@ -211,8 +211,10 @@ def graphed(n: int, batch: int, device: str) -> list[Row]:
     problem = device_problem(n, batch, device)
     method = PeacemanRachford(compiled=True)
     steps = solve(problem, method, tol=TOL, on_failure="raise").stats.max_steps
-    alpha = resolve(method.step_size, problem.operator)
-    graph = Graphed(partial(budgeted_equilibrium, activation=ReLU(), step_size=alpha, steps=steps))
+    alpha = choose_step_size(method.step_size, problem.operator)
+    graph = GraphedCallable(
+        partial(fixed_step_equilibrium, activation=ReLU(), step_size=alpha, steps=steps)
+    )
     W, v = problem.operator.tensors[0], problem.bias
     rows = _beside_lben({"graph, new W": lambda: graph(W, v)}, problem, n, batch, device)
     return [{**row, "status": graph.status} for row in rows]

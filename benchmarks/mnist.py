@@ -16,13 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.common import RESULTS, finish, mnist_of, parser
-from lben import checkpoints
-from lben.augmentation import Augmentation
 from lben.data import Dataset
-from lben.evaluation import EvaluationConfig, Report, evaluate
-from lben.recipes import EquilibriumTraining
-from lben.reports import table
-from lben.training import train
+from lben.evaluation.accuracy import EvaluationConfig, Report, evaluate
+from lben.evaluation.reports import table
+from lben.training import checkpoints
+from lben.training.augmentation import Augmentation
+from lben.training.loop import train
+from lben.training.recipes import EquilibriumTraining
 
 FOLDER = RESULTS / "mnist"
 RECIPE = EquilibriumTraining(

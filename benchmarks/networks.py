@@ -15,15 +15,15 @@ from lben.models import (
     Classifier,
     ConvolutionalEquilibriumClassifierConfig,
     EquilibriumClassifierConfig,
-    ResidualClassifierConfig,
+    FeedforwardClassifierConfig,
 )
-from lben.recipes import (
+from lben.training.loop import train
+from lben.training.recipes import (
     ConvolutionalEquilibriumTraining,
     EquilibriumTraining,
-    ResidualTraining,
+    FeedforwardTraining,
     TrainingConfig,
 )
-from lben.training import train
 
 _GRAY: dict[str, Any] = {"shape": (1, 6, 6), "classes": 4, "mean": (0.3,), "std": (0.25,)}
 _COLOURS: dict[str, Any] = {
@@ -34,12 +34,12 @@ _COLOURS: dict[str, Any] = {
 }
 
 
-def _residual(block: str, **options: Any) -> ResidualClassifierConfig:
+def _residual(block: str, **options: Any) -> FeedforwardClassifierConfig:
     sizes: dict[str, Any] = {
         "channels": (4,), "depths": (1,), "conv_hidden": 4, "pool": 2, "dense_depth": 1,
         "dense_hidden": 8,
     }  # fmt: skip
-    return ResidualClassifierConfig(**{**_COLOURS, **sizes, "block": block, **options})
+    return FeedforwardClassifierConfig(**{**_COLOURS, **sizes, "block": block, **options})
 
 
 KINDS: dict[str, Any] = {
@@ -131,11 +131,11 @@ def _recipes() -> dict[str, TrainingConfig]:
             **shared, gamma=gamma, channels=(6,), pool=2
         )
     for block in ("sll", "cpl", "aol", "spectral", "sandwich"):
-        recipes[block] = ResidualTraining(
+        recipes[block] = FeedforwardTraining(
             **shared, block=block, channels=(4,), depths=(1,), conv_hidden=4, pool=2,
             dense_depth=1, dense_hidden=16,
         )  # fmt: skip
-    recipes["sll, equilibrium core"] = ResidualTraining(
+    recipes["sll, equilibrium core"] = FeedforwardTraining(
         **shared, block="sll", channels=(4,), depths=(1,), conv_hidden=4, pool=2, dense_depth=1,
         dense_hidden=16, core=4,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from benchmarks.case import Case, quietly
 from benchmarks.common import interleaved
 from benchmarks.published import DenseInverse, Published, search
 from solvers import Auto, Inclusion, solve
-from solvers.interop import TorchDEQ
+from solvers.torchdeq import TorchDEQ
 
 PATIENCE = 30.0
 """How many times lben's time torchdeq may take on 128 samples; who takes longer is not timed."""

@@ -22,18 +22,18 @@ from benchmarks.networks import KINDS
 from lben import NormalizedLinear
 from lben.layers import (
     EquilibriumLayer,
-    ExplicitLayer,
+    FeedforwardLayer,
     GroupSort,
     PooledEquilibriumConv2d,
 )
-from lben.layers.companions import Companion
+from lben.layers.fixed import FixedMap
 from lben.models import (
     Classifier,
     ConvolutionalEquilibriumClassifier,
     EquilibriumClassifier,
-    ResidualClassifier,
+    FeedforwardClassifier,
 )
-from lben.weights import ExplicitWeights
+from lben.weights import DenseWeights
 from solvers import DenseOperator, Inclusion, Tanh, solve
 
 DISTANCES = (1e-3, 1.0, 30.0)
@@ -140,7 +140,7 @@ def exact_logits(model: Classifier, x: Tensor) -> list[Dyadic]:
     maps = list(_maps(model))
     logits = []
     for image in x:
-        y = (Dyadic.of(image.reshape(-1)) - mean).divided(std)
+        y = (Dyadic.of(image.reshape(-1)) - mean).divide(std)
         for each in maps:
             y = each(y).rounded()
         logits.append(y)
@@ -163,7 +163,7 @@ def _maps(model: Classifier) -> Iterator[Map]:
             layer, w.state.dense(layer.grid), (w.A.flatten(1), w.C.flatten(1), w.b_y)
         )
     else:
-        assert isinstance(model, ResidualClassifier)
+        assert isinstance(model, FeedforwardClassifier)
         for part in model.features:
             yield _map(part, shape)
             shape = tuple(part(torch.zeros(1, *shape, dtype=model.dtype)).shape[1:])
@@ -173,11 +173,11 @@ def _maps(model: Classifier) -> Iterator[Map]:
 def _map(layer: nn.Module, shape: tuple[int, ...]) -> Map:
     if isinstance(layer, GroupSort):
         return lambda x: _sorted(x, shape, layer.group)
-    if isinstance(layer, Companion):
+    if isinstance(layer, FixedMap):
         return _linear(layer, shape)
-    assert isinstance(layer, ExplicitLayer | EquilibriumLayer | NormalizedLinear)
+    assert isinstance(layer, FeedforwardLayer | EquilibriumLayer | NormalizedLinear)
     w = layer.weights()
-    w = w if isinstance(w, ExplicitWeights) else w.dense((shape[1], shape[2]))
+    w = w if isinstance(w, DenseWeights) else w.dense((shape[1], shape[2]))
     if isinstance(layer, EquilibriumLayer):
         return _equilibrium(layer, w)
     U, b, C, b_y = (Dyadic.of(t) for t in (w.U, w.b, w.C, w.b_y))
@@ -204,7 +204,7 @@ def _sorted(x: Dyadic, shape: tuple[int, ...], group: int) -> Dyadic:
 
 
 def _equilibrium(
-    layer: EquilibriumLayer, w: ExplicitWeights, pooled: tuple[Tensor, Tensor, Tensor] | None = None
+    layer: EquilibriumLayer, w: DenseWeights, pooled: tuple[Tensor, Tensor, Tensor] | None = None
 ) -> Map:
     """Return an equilibrium layer; `pooled` is A, C and b_y of W + AᵀC and of the output."""
     W, U, b = (Dyadic.of(t) for t in (w.W, w.U, w.b))

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from benchmarks.common import trained
 from benchmarks.networks import trained_on_digits
-from lben.attacks import across_the_boundary
 from lben.certificates import (
     CertificateError,
     Claim,
@@ -28,8 +27,9 @@ from lben.certificates import (
     compose,
 )
 from lben.data import Dataset, load, pixels
+from lben.evaluation.attacks import across_the_boundary
 from lben.models import Classifier, EquilibriumClassifier, EquilibriumClassifierConfig, Promise
-from lben.weights import ExplicitWeights
+from lben.weights import DenseWeights
 
 SHARES = (0.5, 0.9, 0.99, 0.999, 1 - 1e-6)
 """Of the radius, at which images are put."""
@@ -112,7 +112,7 @@ def promise(mnist: Dataset, quick: bool) -> list[dict[str, Any]]:
             (torch.float32, 1e-5),
             *((torch.float64, tol) for tol in (1e-4, 1e-6, 1e-8)),
         ):
-            model = trained(name).frozen(tol).to(dtype)
+            model = trained(name).freeze(tol).to(dtype)
             proof = model.certificate("scaled")
             shares: dict[str, list[Tensor]] = {kind: [] for kind in get_args(Promise)}
             for images, their in zip(x.split(2000), labels.split(2000), strict=True):
@@ -198,7 +198,7 @@ def _cases(boundaries: Boundaries, dtype: torch.dtype, tol: float, quick: bool) 
     """Yield every network in one precision, solved to one tolerance."""
     for name in _QUICK if quick else _NETWORKS:
         model, x, directions = boundaries.of(name)
-        own = model.frozen(tol if model.tol is not None else None).to(dtype)
+        own = model.freeze(tol if model.tol is not None else None).to(dtype)
         proof = own.certificate("scaled" if "scaled" in own.bounds else "promised")
         if math.isfinite(proof.bound):
             yield Case(name=name, model=own, proof=proof, x=x.to(dtype), directions=directions)
@@ -260,7 +260,7 @@ def slow(dtype: torch.dtype, tol: float, rho: float, large: float = 0.0) -> Iter
     U = torch.tensor([[1.0], [0.0], [0.0], [large], [large]], dtype=torch.float64)
     C = torch.zeros(2, 5, dtype=torch.float64)
     C[0, 0], C[1, 0] = -0.5, 0.5
-    weights = ExplicitWeights(
+    weights = DenseWeights(
         W=W, U=U, b=torch.zeros(5, dtype=torch.float64), C=C, D=None,
         b_y=torch.tensor([0.25, -0.25], dtype=torch.float64),
         Lambda=torch.ones(5, dtype=torch.float64), gamma=None,

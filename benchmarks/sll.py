@@ -43,13 +43,13 @@ from lben import (
     SpectralLinear,
     certify,
     stack,
-    tighten_jointly,
+    tighten_diagonal,
 )
-from lben.layers import ExplicitLayer
-from lben.parameterizations.explicit import UNIT_BOUND
+from lben.layers import FeedforwardLayer
+from lben.parameterizations.feedforward import UNIT_BOUND
 
 SEED, BATCH, IMAGE = 0, 64, (10, 9)
-FAMILY: dict[str, Callable[[], ExplicitLayer]] = {
+FAMILY: dict[str, Callable[[], FeedforwardLayer]] = {
     "SLLLinear": lambda: SLLLinear(60, 40),
     "SLLLinear squared": lambda: SLLLinear(60, 40, squarings=2),
     "CPLLinear": lambda: CPLLinear(60, 40),
@@ -125,7 +125,7 @@ def _prove(arguments: argparse.Namespace) -> tuple[int, int, dict[str, dict[str,
 
 def _joint() -> dict[str, dict[str, float]]:
     """Compare the product of the layers' bounds with that of all layers assembled into one."""
-    stacks: dict[str, Sequence[ExplicitLayer]] = {
+    stacks: dict[str, Sequence[FeedforwardLayer]] = {
         "8 sandwich layers": [SandwichLinear(30, 30) for _ in range(8)],
         "3 SLL layers": [SLLLinear(30, 30) for _ in range(3)],  # a skip: no bound is below 1
     }
@@ -135,21 +135,23 @@ def _joint() -> dict[str, dict[str, float]]:
             stack, [_drawn(layer).parameterization.dense(torch.float32) for layer in layers]
         )
         start = time.perf_counter()
-        joint = certify(weights, tighten_jointly(weights)).bound
-        found[name] = {"product": certify(weights).bound, "joint": joint}
+        joint = certify(weights, tighten_diagonal(weights)).bound
+        found[name] = {"product": certify(weights).bound, "diagonal": joint}
         seconds = time.perf_counter() - start
         print(f"{name}: product {found[name]['product']:.6f}, joint {joint:.6f} ({seconds:.1f} s)")
     return found
 
 
-def _drawn(layer: ExplicitLayer) -> ExplicitLayer:
+def _drawn(layer: FeedforwardLayer) -> FeedforwardLayer:
     with torch.no_grad():
         for p in layer.parameters():
             p.add_(torch.randn_like(p), alpha=0.2)
     return layer
 
 
-def _attack(layer: ExplicitLayer, image: tuple[int, int] | None, steps: int) -> tuple[float, int]:
+def _attack(
+    layer: FeedforwardLayer, image: tuple[int, int] | None, steps: int
+) -> tuple[float, int]:
     """Return the largest quotient of float64 ascent and of float32 pairs, and those beyond."""
     shape = (32, layer.inputs, *(image or ()))
     single = layer.eval()
@@ -235,7 +237,7 @@ def _orthogonium() -> dict[str, nn.Module]:
 def _time(
     name: str,
     naive: NaiveLinear | NaiveConv2d,
-    layer: ExplicitLayer,
+    layer: FeedforwardLayer,
     peer: nn.Module | None,
     x: Tensor,
     rounds: int,

@@ -1,6 +1,6 @@
 """Equilibrium networks with a Lipschitz bound that holds by construction."""
 
-import lben._companion  # noqa: F401  first: the other modules need the right solvers
+import lben._solvers  # noqa: F401  first: the other modules need the right solvers
 from lben.certificates import (
     Certificate,
     CertificateError,
@@ -9,13 +9,12 @@ from lben.certificates import (
     PairCertificate,
     certify,
     certify_convolution,
-    certify_largest,
+    certify_linf,
     certify_pairs,
     certify_pooled,
     compose,
     interval_bounds,
 )
-from lben.convolutional import ConvolutionalWeights, PooledWeights
 from lben.layers import (
     AOLConv2d,
     AOLLinear,
@@ -43,25 +42,25 @@ from lben.layers import (
     SpectralConv2d,
     SpectralLinear,
     feedback,
-    from_explicit,
+    from_weights,
 )
 from lben.models import (
     ConvolutionalEquilibriumClassifier,
     ConvolutionalEquilibriumClassifierConfig,
     EquilibriumClassifier,
     EquilibriumClassifierConfig,
-    ResidualClassifier,
-    ResidualClassifierConfig,
+    FeedforwardClassifier,
+    FeedforwardClassifierConfig,
 )
-from lben.radii import certified_radius
+from lben.radii.margin import certified_radius
 from lben.tightening import (
-    tighten,
-    tighten_jointly,
-    tighten_largest,
+    tighten_diagonal,
+    tighten_linf,
     tighten_pairs,
     tighten_pooled,
+    tighten_scaled,
 )
-from lben.weights import ExplicitWeights, stack
+from lben.weights import ConvolutionalWeights, DenseWeights, PooledWeights, stack
 
 __version__ = "0.2.0"
 
@@ -78,11 +77,13 @@ __all__ = [
     "ConvolutionalEquilibriumClassifier",
     "ConvolutionalEquilibriumClassifierConfig",
     "ConvolutionalWeights",
+    "DenseWeights",
     "EquilibriumClassifier",
     "EquilibriumClassifierConfig",
     "EquilibriumConv2d",
     "EquilibriumLinear",
-    "ExplicitWeights",
+    "FeedforwardClassifier",
+    "FeedforwardClassifierConfig",
     "Flatten",
     "GroupSort",
     "Householder",
@@ -97,8 +98,6 @@ __all__ = [
     "PairCertificate",
     "PooledEquilibriumConv2d",
     "PooledWeights",
-    "ResidualClassifier",
-    "ResidualClassifierConfig",
     "SLLConv2d",
     "SLLLinear",
     "SandwichConv2d",
@@ -108,17 +107,17 @@ __all__ = [
     "certified_radius",
     "certify",
     "certify_convolution",
-    "certify_largest",
+    "certify_linf",
     "certify_pairs",
     "certify_pooled",
     "compose",
     "feedback",
-    "from_explicit",
+    "from_weights",
     "interval_bounds",
     "stack",
-    "tighten",
-    "tighten_jointly",
-    "tighten_largest",
+    "tighten_diagonal",
+    "tighten_linf",
     "tighten_pairs",
     "tighten_pooled",
+    "tighten_scaled",
 ]

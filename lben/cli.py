@@ -20,22 +20,22 @@ from typing import Annotated, get_args
 import torch
 import tyro
 
-from lben import checkpoints
 from lben.certificates import CertificateError
-from lben.certification import CertificationConfig, certify_model
-from lben.checkpoints import CheckpointError
 from lben.data import DataError, Dataset, load
-from lben.evaluation import EvaluationConfig, evaluate
+from lben.evaluation.accuracy import EvaluationConfig, evaluate
+from lben.evaluation.proofs import CertificationConfig, certify_model
+from lben.evaluation.reports import certification_table, draw, draw_certification, table
 from lben.models import Classifier
 from lben.parallel import is_first, processes
-from lben.progress import spoken
-from lben.recipes import (
+from lben.progress import format_seconds
+from lben.training import checkpoints
+from lben.training.checkpoints import CheckpointError
+from lben.training.loop import Interrupted, resume, train
+from lben.training.recipes import (
     ConvolutionalEquilibriumTraining,
     EquilibriumTraining,
-    ResidualTraining,
+    FeedforwardTraining,
 )
-from lben.reports import certification_table, draw, draw_certification, table
-from lben.training import Interrupted, resume, train
 from solvers import SolveError
 
 
@@ -83,15 +83,15 @@ class TrainConv:
 
 
 @dataclass(frozen=True)
-class TrainExplicit:
+class TrainFeedforward:
     """Train a network of explicit 1-Lipschitz layers (SLL and its family) into a folder.
 
     Attributes:
         config: of the run.
     """
 
-    config: Annotated[ResidualTraining, tyro.conf.arg(name="")] = field(
-        default_factory=ResidualTraining
+    config: Annotated[FeedforwardTraining, tyro.conf.arg(name="")] = field(
+        default_factory=FeedforwardTraining
     )
 
 
@@ -159,7 +159,7 @@ class Bench:
     html: str | None = None
 
 
-Command = Demo | Train | TrainConv | TrainExplicit | Resume | Evaluate | Certify | Bench
+Command = Demo | Train | TrainConv | TrainFeedforward | Resume | Evaluate | Certify | Bench
 
 _ERRORS = (
     CheckpointError, DataError, CertificateError, SolveError, ValueError, ImportError, OSError,
@@ -288,7 +288,7 @@ def _run(command: Command) -> None:
     match command:
         case Demo():
             _demo(command)
-        case Train(config=config) | TrainConv(config=config) | TrainExplicit(config=config):
+        case Train(config=config) | TrainConv(config=config) | TrainFeedforward(config=config):
             train(config)
             _say_trained(config.out)
         case Resume(run=run, root=root):
@@ -346,7 +346,7 @@ def _demo(command: Demo) -> None:
     if is_first():
         print(
             f"trained for {command.epochs} epochs on 1437 digits, proved the bound, certified and "
-            f"attacked the other 360, in {spoken(time.perf_counter() - started)}; "
+            f"attacked the other 360, in {format_seconds(time.perf_counter() - started)}; "
             f"next: lben certify {folder}"
         )
 

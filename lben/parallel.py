@@ -136,7 +136,7 @@ ALONE = Processes(device=torch.device("cpu"))
 """One process on the CPU."""
 
 
-def unsynchronised(replica: nn.Module) -> AbstractContextManager[None]:
+def without_synchronisation(replica: nn.Module) -> AbstractContextManager[None]:
     """Within the block, gradients of a replica stay in this process."""
     if isinstance(replica, DistributedDataParallel):
         return replica.no_sync()
@@ -148,7 +148,7 @@ def is_first() -> bool:
     return not distributed.is_torchelastic_launched() or int(os.environ["RANK"]) == 0
 
 
-def usable(device: str | torch.device) -> torch.device:
+def usable_cpus(device: str | torch.device) -> torch.device:
     """Return a device that there is.
 
     Args:
@@ -183,12 +183,12 @@ def processes(device: str) -> Iterator[Processes]:
     Raises:
         ValueError: if there is no such device.
     """
-    own = usable(device)
+    own = usable_cpus(device)
     if not distributed.is_torchelastic_launched():
         yield Processes(device=own)
         return
     if own.type == "cuda":
-        own = usable(torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+        own = usable_cpus(torch.device("cuda", int(os.environ["LOCAL_RANK"])))
         torch.cuda.set_device(own)
     store, rank, count = next(rendezvous("env://", timeout=_PATIENCE))
     # A run may join again, and must not find the addresses of the last time.

@@ -49,7 +49,9 @@ class Progress:
         self.bar.update(count)
         if self._lines and not self._said and self.seconds > _PATIENCE and self.done < self.total:
             self._said = True
-            self._say(f"{self.done} of {self.total} {self.unit}, about {spoken(self.left)} left")
+            self._say(
+                f"{self.done} of {self.total} {self.unit}, about {format_seconds(self.left)} left"
+            )
 
     @property
     def seconds(self) -> float:
@@ -80,7 +82,7 @@ class Progress:
     ) -> None:
         self.bar.close()
         if self._said and error is None:
-            self._say(f"{self.total} {self.unit} in {spoken(self.seconds)}")
+            self._say(f"{self.total} {self.unit} in {format_seconds(self.seconds)}")
 
 
 def track(items: Collection[T], what: str, unit: str, quiet: bool | None = None) -> Iterator[T]:
@@ -91,7 +93,7 @@ def track(items: Collection[T], what: str, unit: str, quiet: bool | None = None)
             progress.update()
 
 
-def spoken(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """Return a time as people say it: 20 seconds, 4 minutes, 2.5 hours."""
     for size, unit in ((3600, "hour"), (60, "minute")):
         if seconds >= 1.5 * size:

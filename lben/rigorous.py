@@ -180,7 +180,7 @@ class Enclosure:
         radius *= 1 + 16 * UNIT
         return Enclosure._made(self.mid @ other.mid, radius)
 
-    def scaled(self, rows: Array | float, columns: Array | float = 1.0) -> Enclosure:
+    def scale(self, rows: Array | float, columns: Array | float = 1.0) -> Enclosure:
         """Return diag(rows) A diag(columns) for powers of two, exactly where nothing underflows.
 
         Args:
@@ -300,7 +300,7 @@ def norm_bound(matrix: Enclosure) -> float:
     # In units of a power of two near the largest entry: its square neither overflows nor vanishes.
     unit = power_of_two(float(np.max(np.abs(matrix.mid), initial=0.0)))
     with np.errstate(all="ignore"):
-        A = matrix.scaled(1 / unit)
+        A = matrix.scale(1 / unit)
         gram = A @ A.T if rows <= columns else A.T @ A
     return up(unit * up(math.sqrt(max(largest_eigenvalue_bound(gram), 0.0)), 2))
 

@@ -1,6 +1,5 @@
 """Monotone operator splitting for equilibria z = σ(Wz + v); knows no network."""
 
-from solvers.acceleration import Anderson
 from solvers.acceptance import Acceptance, acceptance
 from solvers.activations import (
     LeakyReLU,
@@ -12,9 +11,9 @@ from solvers.activations import (
     Softplus,
     Tanh,
 )
-from solvers.auto import Auto
-from solvers.budget import budgeted_equilibrium, refined_inverse, resolvent_inverse
-from solvers.flow import NeuralODE
+from solvers.backends.step import Outcome, Request
+from solvers.cuda_graphs import GraphedCallable
+from solvers.fixed_steps import fixed_step_equilibrium, refine_inverse, resolvent_inverse
 from solvers.gradient import (
     Gradient,
     ImplicitGradient,
@@ -22,13 +21,24 @@ from solvers.gradient import (
     PhantomGradient,
     TruncatedGradient,
 )
-from solvers.graphs import Graphed
 from solvers.implicit import equilibrium
 from solvers.inclusion import Inclusion, NonFiniteError
-from solvers.loop import Splitting, State
-from solvers.method import Method, Outcome, Request
-from solvers.mixed import MixedPrecision
-from solvers.newton import SemismoothNewton
+from solvers.methods.anderson import Anderson
+from solvers.methods.auto import Auto
+from solvers.methods.base import Method
+from solvers.methods.block_substitution import BlockSubstitution
+from solvers.methods.iteration import Splitting, State
+from solvers.methods.mixed_precision import MixedPrecision
+from solvers.methods.neural_ode import NeuralODE
+from solvers.methods.newton import SemismoothNewton
+from solvers.methods.splitting import DouglasRachford, ForwardBackward, PeacemanRachford
+from solvers.methods.step_size import (
+    Determinant,
+    ForwardStep,
+    InverseGeometricMean,
+    JacobiDeterminant,
+    StepSizeRule,
+)
 from solvers.operators import (
     BlockTriangularOperator,
     Constants,
@@ -44,20 +54,12 @@ from solvers.operators import (
 )
 from solvers.solution import Solution, SolveError, SolveWarning, Stats, Status
 from solvers.solve import solve
-from solvers.splitting import DouglasRachford, ForwardBackward, PeacemanRachford
-from solvers.step_size import (
-    Determinant,
-    ForwardStep,
-    InverseGeometricMean,
-    JacobiDeterminant,
-    StepSizeRule,
-)
-from solvers.sweep import Sweep
 
 __all__ = [
     "Acceptance",
     "Anderson",
     "Auto",
+    "BlockSubstitution",
     "BlockTriangularOperator",
     "Constants",
     "ConvolutionOperator",
@@ -67,7 +69,7 @@ __all__ = [
     "ForwardBackward",
     "ForwardStep",
     "Gradient",
-    "Graphed",
+    "GraphedCallable",
     "ImplicitGradient",
     "Inclusion",
     "InverseGeometricMean",
@@ -103,14 +105,13 @@ __all__ = [
     "Stats",
     "Status",
     "StepSizeRule",
-    "Sweep",
     "Tanh",
     "TruncatedGradient",
     "ZeroOperator",
     "acceptance",
-    "budgeted_equilibrium",
     "equilibrium",
-    "refined_inverse",
+    "fixed_step_equilibrium",
+    "refine_inverse",
     "resolvent_inverse",
     "solve",
 ]

@@ -90,7 +90,7 @@ class ProximalActivation(ABC):
         """Return x ↦ 2 prox_{αf}(x) − x for one step; the function may overwrite x."""
         return lambda x: self.prox(x, step).mul_(2).sub_(x)
 
-    def chords(
+    def slope_bounds(
         self,
         v: Float[Tensor, "*batch n"],
         reach: Float[Tensor, "*batch n"],
@@ -102,7 +102,7 @@ class ProximalActivation(ABC):
         """
         return torch.zeros_like(v), torch.ones_like(v)
 
-    def lines_below(
+    def lower_lines(
         self, v: Float[Tensor, "*batch n"], error: Float[Tensor, "*batch n"]
     ) -> tuple[tuple[float, Float[Tensor, "*batch n"]], ...]:
         """Return slopes s and offsets o ≥ 0 of lines: σ(p + t) ≥ σ(p) + st − o for all t.
@@ -137,7 +137,7 @@ def _outwards(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _peaked(activation: ProximalActivation, v: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
-    """Bound chords by the slopes between their ends: σ' is even and falls away from 0."""
+    """Bound slope_bounds by the slopes between their ends: σ' is even and falls away from 0."""
     reach = reach * (1 + _OUTWARDS)
     near, far = (v.abs() - reach).clamp_min(0), v.abs() + reach
     return _outwards(*(activation.slope(activation(p)) for p in (far, near)))
@@ -163,7 +163,7 @@ class ReLU(ProximalActivation):
     def reflector(self, step: Step) -> Callable[[Tensor], Tensor]:
         return Tensor.abs_  # 2 max(x, 0) − x = |x|
 
-    def chords(self, v: Tensor, reach: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    def slope_bounds(self, v: Tensor, reach: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         # From p > 0 a slope below 1 needs a step of −p, and is p/|t| or more; from p < 0 a slope
         # above 0 needs a step of |p|, and is 1 − |p|/|t| or less.
         distance = (v.abs() - error).clamp_min(0)
@@ -174,8 +174,8 @@ class ReLU(ProximalActivation):
         low = torch.where(v > 0, share, 0.0)
         return low, torch.where(v > 0, 1.0, high.clamp_max(1))
 
-    def lines_below(self, v: Tensor, error: Tensor) -> tuple[tuple[float, Tensor], ...]:
-        return LeakyReLU(0.0).lines_below(v, error)
+    def lower_lines(self, v: Tensor, error: Tensor) -> tuple[tuple[float, Tensor], ...]:
+        return LeakyReLU(0.0).lower_lines(v, error)
 
 
 @dataclass(frozen=True)
@@ -209,14 +209,14 @@ class LeakyReLU(ProximalActivation):
             return torch.relu(x)
         return torch.where(x > 0, x, x * (a / (a + step * (1 - a))))
 
-    def chords(self, v: Tensor, reach: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    def slope_bounds(self, v: Tensor, reach: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         low, high = (
             self.negative_slope + (1 - self.negative_slope) * s
-            for s in ReLU().chords(v, reach, error)
+            for s in ReLU().slope_bounds(v, reach, error)
         )
         return _outwards(low, high)
 
-    def lines_below(self, v: Tensor, error: Tensor) -> tuple[tuple[float, Tensor], ...]:
+    def lower_lines(self, v: Tensor, error: Tensor) -> tuple[tuple[float, Tensor], ...]:
         # Both branches: σ(p) − sp is (1 − a) max(±p, 0), and 0 where a branch is certain.
         larger = (1 - self.negative_slope) * (1 + _OUTWARDS)
         offsets = (torch.relu(error + side) for side in (v, -v))
@@ -234,7 +234,7 @@ class Tanh(ProximalActivation):
     def slope(self, z: Tensor) -> Tensor:
         return 1 - z * z
 
-    def chords(self, v: Tensor, reach: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    def slope_bounds(self, v: Tensor, reach: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         return _peaked(self, v, reach + error)
 
 
@@ -248,7 +248,7 @@ class Sigmoid(ProximalActivation):
     def slope(self, z: Tensor) -> Tensor:
         return z * (1 - z)
 
-    def chords(self, v: Tensor, reach: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    def slope_bounds(self, v: Tensor, reach: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         return _peaked(self, v, reach + error)
 
 
@@ -263,7 +263,7 @@ class Softplus(ProximalActivation):
     def slope(self, z: Tensor) -> Tensor:
         return -torch.expm1(-z)
 
-    def chords(self, v: Tensor, reach: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    def slope_bounds(self, v: Tensor, reach: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         far = (reach + error) * (1 + _OUTWARDS)
         return _outwards(torch.sigmoid(v - far), torch.sigmoid(v + far))
 
@@ -291,7 +291,7 @@ class LinearSlope(Sendable, ProximalActivation):
     def prox(self, x: Tensor, step: Step) -> Tensor:
         return x * (self.d / (self.d + step * (1 - self.d)))
 
-    def chords(self, v: Tensor, reach: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    def slope_bounds(self, v: Tensor, reach: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
         return self.d.expand_as(v), self.d.expand_as(v)
 
     def reflector(self, step: Step) -> Callable[[Tensor], Tensor]:
@@ -333,8 +333,8 @@ class Masked(ProximalActivation):
     def prox(self, x: Tensor, step: Step) -> Tensor:
         return self._cut(self.activation.prox(x, step))
 
-    def chords(self, v: Tensor, reach: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = self.activation.chords(v, reach, error)
+    def slope_bounds(self, v: Tensor, reach: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = self.activation.slope_bounds(v, reach, error)
         return self._cut(low), self._cut(high)
 
     def _cut(self, values: Tensor) -> Tensor:

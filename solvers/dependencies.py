@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from solvers.precision import full, in_autocast, leave_autocast, lowered
+from solvers.precision import full, in_autocast, leave_autocast, lower_precision
 
 # Note [Values decide]
 # A version counter misses fused optimizers, writes through `.data`, through numpy's or another
@@ -31,8 +31,8 @@ from solvers.precision import full, in_autocast, leave_autocast, lowered
 # memory, which is below a hundredth of a solve, and for the largest matrices of layers without a
 # solve about a tenth of their product. The copies cost the memory of the tensors once more.
 #
-# Autocast, inference mode and grad mode are left while a cached value is computed (`undisturbed`),
-# so it does not depend on them.
+# Autocast, inference mode and grad mode are left while a cached value is computed
+# (`outside_transforms`), so it does not depend on them.
 
 
 def transforms_are_active() -> bool:
@@ -40,7 +40,7 @@ def transforms_are_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def nothing_may_be_kept() -> bool:
+def must_not_cache() -> bool:
     """Say whether tensors belong to a trace, a transform or a capture, and must end with it.
 
     Tensors of a function transform or of forward-mode differentiation carry its level, those of a
@@ -55,10 +55,10 @@ def nothing_may_be_kept() -> bool:
     )
 
 
-def undisturbed(device: str) -> contextlib.AbstractContextManager[None]:
+def outside_transforms(device: str) -> contextlib.AbstractContextManager[None]:
     """Leave grad and inference mode, autocast, shortened products: what is kept outlives them."""
     disturbed = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
-    if disturbed or in_autocast(device) or lowered(device, convolutions=True):
+    if disturbed or in_autocast(device) or lower_precision(device, convolutions=True):
         return _undisturbed(device)
     return contextlib.nullcontext()
 

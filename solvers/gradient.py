@@ -23,9 +23,8 @@ from torch import Tensor
 
 from solvers.activations import LinearSlope
 from solvers.inclusion import Inclusion
-from solvers.method import Method, Request, check_method
+from solvers.methods import Method, PeacemanRachford, Request, check_method
 from solvers.solution import check_options
-from solvers.splitting import PeacemanRachford
 
 Solve = Callable[[Inclusion, Method | None, float | None], Tensor]
 """Solves an adjoint problem differentiably by a method to a tolerance, None for the forward's."""
@@ -173,7 +172,7 @@ class JacobianFreeGradient(Gradient):
         return False
 
 
-def final(gradient: Tensor, refusal: str, *inputs: Tensor) -> Tensor:
+def attach_gradient(gradient: Tensor, refusal: str, *inputs: Tensor) -> Tensor:
     """Return a gradient as a function of its inputs that refuses to be differentiated.
 
     Without that its derivative would be 0 in silence.

@@ -23,11 +23,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from solvers.activations import LinearSlope
-from solvers.auto import Auto
-from solvers.dependencies import nothing_may_be_kept
+from solvers.dependencies import must_not_cache
 from solvers.gradient import Gradient, ImplicitGradient, check_gradient
 from solvers.inclusion import Inclusion
-from solvers.method import Method
+from solvers.methods import Auto, Method
 from solvers.operators import LinearOperator
 from solvers.precision import full_precision
 from solvers.solution import OnFailure, Solution
@@ -139,7 +138,7 @@ class _Call:
         activation = problem.activation
         slope = activation.d if isinstance(activation, LinearSlope) else None
         main = (problem.bias, slope, *problem.operator.tensors)
-        if not nothing_may_be_kept():
+        if not must_not_cache():
             return cls(problem=problem.detach(), options=options, name=name, is_plain=True), main
         known = {id(t) for t in main}
         others = tuple({id(t): t for t in _tensors(problem) if id(t) not in known}.values())

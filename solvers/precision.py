@@ -59,7 +59,7 @@ _precision_of: Any = torch._C._get_fp32_precision_getter
 _BACKENDS = {"cpu": "mkldnn", "cuda": "cuda"}
 
 
-def lowered(device: str, *, convolutions: bool) -> bool:
+def lower_precision(device: str, *, convolutions: bool) -> bool:
     """Say whether products of float32 numbers on this kind of device may run in less.
 
     Also while a thread is within `full`, for what it has set ends with it.
@@ -112,7 +112,7 @@ def full_precision(like: Tensor, *, convolutions: bool = True) -> AbstractContex
         convolutions: whether they may be convolutions, which have settings of their own.
     """
     device = like.device.type
-    shortened = like.dtype == torch.float32 and lowered(device, convolutions=convolutions)
+    shortened = like.dtype == torch.float32 and lower_precision(device, convolutions=convolutions)
     return _full(device) if shortened else leave_autocast(device)
 
 

@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from solvers.auto import Auto
 from solvers.inclusion import Inclusion
-from solvers.method import Method, Outcome, Request, check_method
+from solvers.methods import Auto, Method, Outcome, Request, check_method
 from solvers.operators import NotMonotoneError
 from solvers.operators.base import check_tensors
 from solvers.precision import full_precision
@@ -172,7 +171,7 @@ def _run(
     problem: Inclusion, asked: Method, request: Request
 ) -> tuple[Outcome, Status, tuple[Method, ...]]:
     """Run the method chosen and, on samples that it misses, its fallbacks; return all that ran."""
-    used: tuple[Method, ...] = (asked.chosen(problem),)
+    used: tuple[Method, ...] = (asked.choose(problem),)
     outcome = used[0].run(problem, request)
     if (status := outcome.status(request)) is Status.CONVERGED:
         return outcome, status, used
@@ -185,7 +184,7 @@ def _run(
         start = torch.where(before.residual.isfinite()[:, None], before.value, 0.0)
         again = dataclasses.replace(request, z0=start)
         found = _continued(part, method, again, method.run(part, again))
-        outcome, used = outcome.continued(index, found.better_than(before)), (*used, method)
+        outcome, used = outcome.continue_samples(index, found.better_than(before)), (*used, method)
     return outcome, outcome.status(request), used
 
 
@@ -208,7 +207,7 @@ def _continued(problem: Inclusion, method: Method, request: Request, outcome: Ou
     part = problem.select(index)
     if problem.bias.dtype == torch.float32:
         found = _continue_in_double(part, method, request, outcome.value[index])
-        outcome = outcome.continued(index, found)
+        outcome = outcome.continue_samples(index, found)
         assert found.resting is not None
         rests = found.resting
     else:

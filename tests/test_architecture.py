@@ -8,56 +8,42 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-# Each room may import those that stand before it in its own row (and lben all of solvers).
-ROOMS = {
-    "solvers": (
-        "precision dependencies activations compiled elimination operators solution step_size "
-        "acceptance inclusion method loop fused splitting mixed acceleration flow newton sweep "
-        "auto solve interop gradient implicit budget graphs"
-    ),
-    "lben": (
-        "_companion values records precision weights convolutional rigorous inequality spectrum "
-        "parameterizations certificates tightening certified radii local layers models data losses "
-        "augmentation optimization recipes checkpoints progress attacks parallel training "
-        "evaluation certification reports cli __main__"
-    ),
-}
-FILES = [path for package in ROOMS for path in sorted((ROOT / package).rglob("*.py"))]
+from benchmarks import imports
+
+ROOT = imports.ROOT
+FILES = list(imports.modules().values())
+MOST = 55
+"""Arrows between the rooms of a package."""
 
 
-def room(path: Path) -> tuple[str, str]:
-    package, *rest = path.relative_to(ROOT).with_suffix("").parts
-    return package, rest[0]
+def test_imports_point_down():
+    wrong = imports.upward(imports.arrows(), imports.order())
+    assert not [f"{arrow.source} imports {arrow.target}" for arrow in wrong]
 
 
-def imported(path: Path) -> set[tuple[str, ...]]:
-    found: set[tuple[str, ...]] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {tuple(alias.name.split(".")) for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            module = tuple((node.module or "").split("."))
-            found |= (
-                {(*module, alias.name) for alias in node.names} if len(module) == 1 else {module}
-            )
-    return found
+def test_the_map_names_every_file_and_no_other():
+    known = imports.order()
+    named = {name for names in known.values() for name in names} | set(imports.PACKAGES)
+    assert named == set(imports.modules()), named ^ set(imports.modules())
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_down(path):
-    package, own = room(path)
-    if own == "__init__":
-        return
-    order = ROOMS[package].split()
-    assert own in order, f"{own} has no place in the house yet"
-    for target in imported(path):
-        assert target[0] not in ("tests", "benchmarks")
-        if package == "solvers":
-            assert target[0] != "lben"
-        if target[0] == package and len(target) > 1 and target[1] in order:
-            assert order.index(target[1]) <= order.index(own), f"{own} imports {'.'.join(target)}"
+def test_packages_import_neither_tests_nor_benchmarks():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = getattr(node, "module", None) or ""
+            assert module.split(".")[0] not in ("tests", "benchmarks"), path
+
+
+@pytest.mark.parametrize("package", imports.PACKAGES)
+def test_rooms_know_few_others(package):
+    assert sum(map(len, imports.between_rooms(imports.arrows(), package).values())) <= MOST
+
+
+def test_an_arrow_that_runs_up_is_found():
+    known = {"lben": ["lben.a", "lben.b"], "lben.b": ["lben.b.one", "lben.b.two"]}
+    down, up = imports.Arrow("lben.b.two", "lben.a"), imports.Arrow("lben.a", "lben.b.one")
+    inside = imports.Arrow("lben.b.one", "lben.b.two")
+    assert imports.upward([down, up, inside], known) == [up, inside]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

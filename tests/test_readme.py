@@ -21,11 +21,3 @@ def test_block_runs(block, tmp_path):
         [sys.executable, "-W", "error", "-c", block], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_map_names_every_file_that_exists():
-    root = Path(__file__).parent.parent
-    for package in ("solvers", "lben"):
-        for path in (root / package).iterdir():
-            if path.name not in ("__init__.py", "__pycache__", "_companion.py"):
-                assert path.name in README, f"{path.name} is missing on the README's map"

@@ -4,10 +4,7 @@ A certificate sees explicit weights alone, never how they came about, so a bug i
 parameterization can cost tightness or make the proof fail, never make a bound wrong.
 """
 
-from lben.certificates.dense import certify, certify_pairs
-from lben.certificates.images import certify_convolution, certify_pooled
-from lben.certificates.largest import LargestClaim, certify_largest, interval_bounds
-from lben.certificates.records import (
+from lben.certificates.certificate import (
     AnyWeights,
     Certificate,
     CertificateError,
@@ -17,6 +14,9 @@ from lben.certificates.records import (
     Sensitivity,
     compose,
 )
+from lben.certificates.certify import certify, certify_pairs
+from lben.certificates.convolutional import certify_convolution, certify_pooled
+from lben.certificates.linf import LinfClaim, certify_linf, interval_bounds
 from lben.certificates.sensitivity import sensitivity
 
 __all__ = [
@@ -24,13 +24,13 @@ __all__ = [
     "Certificate",
     "CertificateError",
     "Claim",
-    "LargestClaim",
+    "LinfClaim",
     "NetworkCertificate",
     "PairCertificate",
     "Sensitivity",
     "certify",
     "certify_convolution",
-    "certify_largest",
+    "certify_linf",
     "certify_pairs",
     "certify_pooled",
     "compose",

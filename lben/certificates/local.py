@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 
+from lben.certificates.certificate import CertificateError
+from lben.certificates.inequality import Inequality
 from lben.certificates.proof import numbers_of
-from lben.certificates.records import CertificateError
-from lben.inequality import Inequality
 from lben.rigorous import (
     TINY,
     Array,
@@ -37,7 +37,7 @@ class LocalClaim:
     high: Array
 
 
-def holds_locally(W: Array, U: Array, C: Enclosure, D: Enclosure, claim: LocalClaim) -> bool:
+def is_proved_locally(W: Array, U: Array, C: Enclosure, D: Enclosure, claim: LocalClaim) -> bool:
     """Say whether a local claim can be proved for z = σ(Wz + Ux + b), y = Cz + Dx + b_y.
 
     The new unknown z̃ with z = low·v + (high − low)·z̃ has slopes in [0, 1] in v = Wz + Ux, and
@@ -101,7 +101,7 @@ def fewer_inputs(rows: Array) -> Array:
         return np.zeros((len(rows), len(rows)))
     # An exact scaling: rows of very different size are enlarged alike.
     scale = np.ldexp(1.0, -np.frexp(largest)[1])[:, None]
-    exact = Enclosure(rows).scaled(scale[:, 0], np.ones(rows.shape[1]))
+    exact = Enclosure(rows).scale(scale[:, 0], np.ones(rows.shape[1]))
     gram = exact @ exact.T
     slack = 8 * len(rows) * float(gram.radius.max()) + 2.0**-48
     for _ in range(6):

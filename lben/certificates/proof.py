@@ -10,16 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lben.certificates.records import AnyWeights, Certificate, CertificateError
-from lben.convolutional import ConvolutionalWeights, PooledWeights
-from lben.inequality import Inequality
+from lben.certificates.certificate import AnyWeights, Certificate, CertificateError
+from lben.certificates.inequality import Inequality
 from lben.rigorous import TINY, Array
-from lben.weights import ExplicitWeights, converted
+from lben.weights import ConvolutionalWeights, DenseWeights, PooledWeights, convert
 
-Weights = TypeVar("Weights", ExplicitWeights, ConvolutionalWeights, PooledWeights)
+Weights = TypeVar("Weights", DenseWeights, ConvolutionalWeights, PooledWeights)
 
 
-def exactly(weights: Weights) -> Weights:
+def read_exactly(weights: Weights) -> Weights:
     """Return weights in float64 as they are stored, or refuse those of which nothing can be proved.
 
     Raises:
@@ -54,7 +53,7 @@ def exactly(weights: Weights) -> Weights:
         raise CertificateError(f"the weights contain NaN or Inf, in {', '.join(bad)}")
     own = weights.state.Lambda if isinstance(weights, PooledWeights) else weights.Lambda
     exact = weights.to(torch.float64)
-    check_multiplier(converted(own, torch.float64))
+    check_multiplier(convert(own, torch.float64))
     return exact
 
 
@@ -89,11 +88,11 @@ def numbers_of(name: str, values: object, size: int) -> Array:
     if isinstance(array, Tensor):
         if array.dtype.is_complex or array.dtype == torch.bool:
             raise ValueError(f"the claim's {name} must hold real numbers, got {array.dtype}")
-        return np.asarray(converted(array, torch.float64).numpy())
+        return np.asarray(convert(array, torch.float64).numpy())
     if array.dtype.kind not in "fiu":
         raise ValueError(f"the claim's {name} must hold real numbers, got {array.dtype}")
     if array.dtype == np.float32:
-        return np.asarray(converted(torch.from_numpy(array), torch.float64).numpy())
+        return np.asarray(convert(torch.from_numpy(array), torch.float64).numpy())
     return np.asarray(array, dtype=np.float64)
 
 

@@ -24,12 +24,11 @@ import numpy as np
 import scipy.linalg
 import torch
 
-from lben.certificates.records import AnyWeights, Certificate, CertificateError, Sensitivity
-from lben.convolutional import ConvolutionalWeights, PooledWeights
-from lben.inequality import Inequality
+from lben.certificates.certificate import AnyWeights, Certificate, CertificateError, Sensitivity
+from lben.certificates.frequencies import at_frequencies
+from lben.certificates.inequality import Inequality
 from lben.rigorous import Array, Enclosure, norm_bound, smallest_eigenvalue_bound, sum_up, up
-from lben.spectrum import at_frequencies
-from lben.weights import ExplicitWeights
+from lben.weights import ConvolutionalWeights, DenseWeights, PooledWeights
 
 
 def sensitivity(weights: AnyWeights, proof: Certificate) -> Sensitivity:
@@ -65,11 +64,11 @@ def sensitivity(weights: AnyWeights, proof: Certificate) -> Sensitivity:
 
 
 def _blocks(
-    weights: ExplicitWeights | ConvolutionalWeights, proof: Certificate
+    weights: DenseWeights | ConvolutionalWeights, proof: Certificate
 ) -> Sequence[Inequality]:
     """Return the inequality of the weights' own Λ: one, or one per frequency of the proof."""
     exact = weights.to(torch.float64)
-    if isinstance(exact, ExplicitWeights):
+    if isinstance(exact, DenseWeights):
         return [Inequality.of(exact, exact.Lambda.numpy())]
     assert proof.image is not None
     return at_frequencies(exact, exact.grid(proof.image))

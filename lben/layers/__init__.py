@@ -1,16 +1,6 @@
 """nn.Modules: a parameterization and its evaluation."""
 
-from lben.layers.companions import (
-    AveragePooling,
-    ChannelPadding,
-    Companion,
-    Flatten,
-    GroupSort,
-    Householder,
-    InvertibleDownsampling,
-    NormPooling,
-)
-from lben.layers.conversion import feedback, from_explicit
+from lben.layers.conversion import feedback, from_weights
 from lben.layers.equilibrium import EquilibriumLayer
 from lben.layers.equilibrium_dense import DenseEquilibriumLayer, EquilibriumLinear
 from lben.layers.equilibrium_images import (
@@ -18,8 +8,19 @@ from lben.layers.equilibrium_images import (
     ImageEquilibriumLayer,
     PooledEquilibriumConv2d,
 )
-from lben.layers.explicit import ContractionLayer, ExplicitLayer, ResidualLayer, SandwichLayer
-from lben.layers.family import (
+from lben.layers.feedforward import ContractionLayer, FeedforwardLayer, ResidualLayer, SandwichLayer
+from lben.layers.fixed import (
+    AveragePooling,
+    ChannelPadding,
+    FixedMap,
+    Flatten,
+    GroupSort,
+    Householder,
+    InvertibleDownsampling,
+    NormPooling,
+)
+from lben.layers.head import NormalizedLinear
+from lben.layers.named import (
     AOLConv2d,
     AOLLinear,
     CPLConv2d,
@@ -32,7 +33,6 @@ from lben.layers.family import (
     SpectralConv2d,
     SpectralLinear,
 )
-from lben.layers.head import NormalizedLinear
 from lben.layers.normalization import Normalize
 from lben.layers.orthogonal import OrthogonalConv2d
 from lben.layers.sequential import LipschitzSequential
@@ -44,13 +44,13 @@ __all__ = [
     "CPLConv2d",
     "CPLLinear",
     "ChannelPadding",
-    "Companion",
     "ContractionLayer",
     "DenseEquilibriumLayer",
     "EquilibriumConv2d",
     "EquilibriumLayer",
     "EquilibriumLinear",
-    "ExplicitLayer",
+    "FeedforwardLayer",
+    "FixedMap",
     "Flatten",
     "GroupSort",
     "Householder",
@@ -72,5 +72,5 @@ __all__ = [
     "SpectralConv2d",
     "SpectralLinear",
     "feedback",
-    "from_explicit",
+    "from_weights",
 ]

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lben.layers.kept import twin
+from lben.layers.cache import twin
 from solvers.precision import in_autocast, leave_autocast
 
 
-def taken(x: Tensor, own: torch.dtype) -> Tensor:
+def leave_half(x: Tensor, own: torch.dtype) -> Tensor:
     """Return x, under autocast from a type that autocast has given it to the layer's own."""
     half = x.dtype in (torch.float16, torch.bfloat16)
     return x.to(own) if half and in_autocast(x.device.type) else x

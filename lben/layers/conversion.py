@@ -10,14 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lben.convolutional import ConvolutionalWeights
 from lben.layers.equilibrium_dense import DenseEquilibriumLayer
 from lben.parameterizations import CompleteParameterization
-from lben.weights import ExplicitWeights, stack
+from lben.weights import ConvolutionalWeights, DenseWeights, stack
 
 
-def from_explicit(
-    weights: ExplicitWeights | Sequence[ExplicitWeights], **options: Any
+def from_weights(
+    weights: DenseWeights | Sequence[DenseWeights], **options: Any
 ) -> DenseEquilibriumLayer:
     """Return a trainable equilibrium layer with the function and the bound of explicit weights.
 
@@ -35,10 +34,10 @@ def from_explicit(
         ValueError: if the weights claim no bound or do not satisfy the certificate, do not fit
             each other, or have no hidden units.
     """
-    layers = [weights] if isinstance(weights, ExplicitWeights | ConvolutionalWeights) else weights
+    layers = [weights] if isinstance(weights, DenseWeights | ConvolutionalWeights) else weights
     if not layers or any(isinstance(layer, ConvolutionalWeights) for layer in layers):
         raise ValueError(
-            "from_explicit takes the matrices of at least one layer: of a convolution those of one "
+            "from_weights takes the matrices of at least one layer: of a convolution those of one "
             "image size, layer.weights().dense((height, width))"
         )
     whole = reduce(stack, [layer.apply(Tensor.double) for layer in layers])

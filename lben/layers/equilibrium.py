@@ -15,15 +15,15 @@ from torch._compile import _disable_dynamo
 
 from lben import precision
 from lben.certificates import Certificate, sensitivity
-from lben.certified import Certified
-from lben.layers.autocast import outside_autocast, taken
+from lben.layers.autocast import leave_half, outside_autocast
+from lben.layers.cache import CachedWeights, CachingLayer
+from lben.layers.graphs import is_traced, refuse_graphs
 from lben.layers.growth import largest_up, norms_up
 from lben.layers.hooks import refuse_hooks
 from lben.layers.inputs import non_finite, tensor
-from lben.layers.kept import KeepingLayer, OwnWeights
-from lben.layers.opaque import is_traced, refuse_graphs
 from lben.layers.uniform import Rates, Running, uniform_error
-from lben.radii import logit_error
+from lben.radii.error_bounds import Certified
+from lben.radii.margin import logit_error
 from solvers import (
     Auto,
     Gradient,
@@ -37,9 +37,9 @@ from solvers import (
     equilibrium,
 )
 from solvers.acceptance import check_rounding
-from solvers.dependencies import nothing_may_be_kept
+from solvers.dependencies import must_not_cache
 from solvers.gradient import check_gradient
-from solvers.method import check_method
+from solvers.methods.base import check_method
 from solvers.operators.base import is_finite
 from solvers.precision import cast, full_precision, in_autocast
 from solvers.solution import OnFailure, check_options
@@ -70,7 +70,7 @@ def _exact(t: Tensor) -> Tensor:
     return cast(t, torch.float64)
 
 
-class EquilibriumLayer(KeepingLayer, ABC):
+class EquilibriumLayer(CachingLayer, ABC):
     """y = Cz + Dx + b_y with z = σ(Wz + Ux + b), the weights from a parameterization.
 
     A subclass says how inputs become v = Ux + b and states become y, and which operator W is; the
@@ -128,10 +128,10 @@ class EquilibriumLayer(KeepingLayer, ABC):
         refuse_graphs(x)
         if torch.compiler.is_compiling():
             return _as_it_is(self, x)
-        x = taken(tensor(x), self._reference().dtype)
+        x = leave_half(tensor(x), self._reference().dtype)
         if is_traced() and x.dtype == torch.float32:
             x = _InFull.apply(x)  # type: ignore[no-untyped-call]
-        if torch.is_grad_enabled() and in_autocast(x.device.type) and not nothing_may_be_kept():
+        if torch.is_grad_enabled() and in_autocast(x.device.type) and not must_not_cache():
             return outside_autocast(self, x)
         with self._outside_autocast():
             weights = self._weights()
@@ -142,19 +142,19 @@ class EquilibriumLayer(KeepingLayer, ABC):
 
     def readout(self, x: Tensor, z: Float[Tensor, "*batch n"], weights: Any = None) -> Tensor:
         """Return Cz + Dx + b_y, for the weights that run now or for those given."""
-        x = taken(tensor(x), self._reference().dtype)
+        x = leave_half(tensor(x), self._reference().dtype)
         with self._outside_autocast():
             return self._readout(self._weights() if weights is None else weights, x, z)
 
     def equilibrium(self, x: Tensor, z0: Float[Tensor, "*batch n"] | None = None) -> Solution:
         """Solve for z, optionally from a warm start, and return it with its evidence."""
-        x = taken(tensor(x), self._reference().dtype)
+        x = leave_half(tensor(x), self._reference().dtype)
         with self._outside_autocast():
             return self._solve(self._weights(), x, z0)
 
     def inclusion(self, x: Tensor) -> Inclusion:
         """Return the fixed-point problem of x."""
-        x = taken(tensor(x), self._reference().dtype)
+        x = leave_half(tensor(x), self._reference().dtype)
         with self._outside_autocast():
             return self._inclusion(self._weights(), x)
 
@@ -174,7 +174,7 @@ class EquilibriumLayer(KeepingLayer, ABC):
         Raises:
             CertificateError: if the proof is for something else.
         """
-        x = taken(tensor(x), self._reference().dtype)
+        x = leave_half(tensor(x), self._reference().dtype)
         with self._outside_autocast():
             return self._evaluated(x, proof)[1]
 
@@ -311,10 +311,12 @@ class EquilibriumLayer(KeepingLayer, ABC):
                 f"an equilibrium is solved for and proved in float32 or float64, the parameters "
                 f"are {own}: convert the layer, for example by layer.float()"
             )
-        if self._is_tracked() or nothing_may_be_kept():
+        if self._is_tracked() or must_not_cache():
             return self.parameterization()
         kept = self._record()
-        return kept.get("weights", lambda: OwnWeights(kept.twin()), OwnWeights.is_untouched).weights
+        return kept.get(
+            "weights", lambda: CachedWeights(kept.twin()), CachedWeights.is_untouched
+        ).weights
 
     @abstractmethod
     def _bias(self, weights: Any, x: Tensor) -> Float[Tensor, "*batch n"]:
@@ -370,13 +372,13 @@ class EquilibriumLayer(KeepingLayer, ABC):
         self._check_input(x)
         v = self._bias(weights, x)
         # Within a transform numbers cannot be looked at: the solve says what it finds.
-        if not v.is_meta and not nothing_may_be_kept() and not is_finite(v):
+        if not v.is_meta and not must_not_cache() and not is_finite(v):
             raise non_finite(self, x, self._sample_dimensions, self._entry)
         return Inclusion(self._operator(weights), v, self._sigma)
 
     def _operator(self, weights: Any) -> LinearOperator:
         operator = self._new_operator(weights)
-        if not nothing_may_be_kept():
+        if not must_not_cache():
             last = self._last  # another thread may set it meanwhile
             if last is not None:
                 operator.adopt(last)  # whose factors serve while the values are the same

@@ -9,23 +9,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lben.certificates import Certificate, certify
-from lben.layers.autocast import taken
+from lben.layers.autocast import leave_half
 from lben.layers.equilibrium import EquilibriumLayer
 from lben.layers.growth import absolute_norm, norms_up
 from lben.layers.inputs import tensor
 from lben.layers.roundoff import not_nan, underflow
 from lben.layers.uniform import Rates
-from lben.local import Anchors, network_fingerprint
 from lben.parameterizations import CompleteParameterization, DirectParameterization
 from lben.parameterizations.sizes import real
+from lben.radii.local import OperatingPoints, network_fingerprint
 from lben.rigorous import gamma_k
-from lben.weights import ExplicitWeights
+from lben.weights import DenseWeights
 from solvers import DenseOperator, Gradient, Method, ProximalActivation
 from solvers.solution import OnFailure
 
 
 class DenseEquilibriumLayer(EquilibriumLayer):
-    """An equilibrium layer of vectors, with any parameterization that returns `ExplicitWeights`.
+    """An equilibrium layer of vectors, with any parameterization that returns `DenseWeights`.
 
     Args:
         parameterization: of the weights.
@@ -41,23 +41,23 @@ class DenseEquilibriumLayer(EquilibriumLayer):
         self.in_features, self.hidden_features = weights.in_features, weights.hidden_features
         self.out_features = weights.out_features
 
-    def _bias(self, weights: ExplicitWeights, x: Tensor) -> Tensor:
+    def _bias(self, weights: DenseWeights, x: Tensor) -> Tensor:
         return nn.functional.linear(x, weights.U, weights.b)
 
-    def _readout(self, weights: ExplicitWeights, x: Tensor, z: Tensor) -> Tensor:
+    def _readout(self, weights: DenseWeights, x: Tensor, z: Tensor) -> Tensor:
         y = nn.functional.linear(z, weights.C, weights.b_y)
         return y if weights.D is None else y + x @ weights.D.T
 
-    def _new_operator(self, weights: ExplicitWeights) -> DenseOperator:
+    def _new_operator(self, weights: DenseWeights) -> DenseOperator:
         return DenseOperator(weights.W.detach(), weights.Lambda.detach())
 
-    def _operator_tensors(self, weights: ExplicitWeights) -> tuple[Tensor, ...]:
+    def _operator_tensors(self, weights: DenseWeights) -> tuple[Tensor, ...]:
         return (weights.W,)
 
-    def _prove(self, weights: ExplicitWeights) -> Certificate:
+    def _prove(self, weights: DenseWeights) -> Certificate:
         return certify(weights)
 
-    def _rounding(self, weights: ExplicitWeights, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _rounding(self, weights: DenseWeights, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         w, size = weights, x.abs()
         u_n, u_p = gamma_k(w.hidden_features + 4), gamma_k(w.in_features + 4)
         # A bias that an accumulator starts with is one more summand.
@@ -68,7 +68,7 @@ class DenseEquilibriumLayer(EquilibriumLayer):
             y = y + u_p * (size @ w.D.abs().T) + underflow(w.in_features, x, w.D)
         return norms_up(v * w.Lambda.sqrt(), 1), norms_up(y, 1)
 
-    def _rates(self, weights: ExplicitWeights, unit: float) -> Rates:
+    def _rates(self, weights: DenseWeights, unit: float) -> Rates:
         w, root = weights, weights.Lambda.sqrt()
         drive, inputs = absolute_norm(root[:, None] * w.U), (w.in_features + 4) * unit
         return Rates(
@@ -79,7 +79,7 @@ class DenseEquilibriumLayer(EquilibriumLayer):
         )
 
     @torch.no_grad()
-    def anchors(self, x: Float[Tensor, "batch p"], proof: Certificate) -> Anchors:
+    def operating_points(self, x: Float[Tensor, "batch p"], proof: Certificate) -> OperatingPoints:
         """Return what is known of the layer at some inputs, for proofs around them.
 
         Raises:
@@ -87,11 +87,11 @@ class DenseEquilibriumLayer(EquilibriumLayer):
         """
         if x.ndim != 2:
             raise ValueError(f"x must be (batch, p), got {tuple(x.shape)}: pass x.reshape(-1, p)")
-        x = taken(tensor(x), self._reference().dtype)
+        x = leave_half(tensor(x), self._reference().dtype)
         with self._outside_autocast():
-            return self._anchors(x, proof)
+            return self._operating_points(x, proof)
 
-    def _anchors(self, x: Tensor, proof: Certificate) -> Anchors:
+    def _operating_points(self, x: Tensor, proof: Certificate) -> OperatingPoints:
         exact, found = self._evaluated(x, proof)
         w, x, z = exact.weights, exact.x, exact.z
         moved = torch.linalg.vector_norm(w.W / w.Lambda.sqrt(), dim=1)
@@ -100,7 +100,7 @@ class DenseEquilibriumLayer(EquilibriumLayer):
         lost = underflow(w.hidden_features, z, w.W)
         lost = lost + underflow(w.in_features, x, w.U)
         state = exact.state_error[:, None]
-        return Anchors(
+        return OperatingPoints(
             v=exact.problem.operator.affine(z, exact.problem.bias),
             v_error=not_nan((state * moved + 2 * unit * size + lost) * (1 + 1e-9)),
             logits=found.value.double(),

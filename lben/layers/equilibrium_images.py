@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from lben.certificates import Certificate, certify_convolution, certify_pooled
-from lben.convolutional import ConvolutionalWeights, PooledWeights
 from lben.layers.equilibrium import EquilibriumLayer
 from lben.layers.growth import absolute_norm, norms_up
-from lben.layers.maps import Convolution
+from lben.layers.linear_maps import Convolution
 from lben.layers.roundoff import underflow
 from lben.layers.uniform import Rates
 from lben.parameterizations import ConvolutionalParameterization, PooledParameterization
-from lben.parameterizations.explicit import taps
+from lben.parameterizations.feedforward import taps
 from lben.parameterizations.sizes import real
 from lben.rigorous import UNIT, gamma_k
+from lben.weights import ConvolutionalWeights, PooledWeights
 from solvers import (
     ConvolutionOperator,
     Gradient,
@@ -30,7 +30,7 @@ from solvers import (
     PeacemanRachford,
     ProximalActivation,
 )
-from solvers.dependencies import nothing_may_be_kept
+from solvers.dependencies import must_not_cache
 from solvers.solution import OnFailure
 
 
@@ -119,7 +119,7 @@ class ImageEquilibriumLayer(EquilibriumLayer):
         # The mask follows from the sizes, so it is neither state nor moved with it.
         if inside.device != device:
             inside = self._image_units(device)
-            if not nothing_may_be_kept():
+            if not must_not_cache():
                 self._inside = inside
         return Masked(self.activation, inside)
 

@@ -13,16 +13,16 @@ from torch.nn import functional
 
 from lben import precision
 from lben.certificates import Certificate, certify
+from lben.layers.graphs import Owner, check_kind, graph_is_made
 from lben.layers.growth import Growth, absolute_norm, norm_up, norms_up
 from lben.layers.lasting import Lasting, make_lasting
-from lben.layers.opaque import Owner, check_kind, graph_is_made
 from lben.layers.roundoff import Signal
-from lben.parameterizations.explicit import computed
+from lben.parameterizations.feedforward import compute
 from lben.parameterizations.orthogonal import register_orthogonal
 from lben.parameterizations.parametrized import PicklableParametrized
 from lben.parameterizations.sizes import integer, real
 from lben.rigorous import Enclosure, norm_bound, sum_up, up
-from lben.weights import ExplicitWeights
+from lben.weights import DenseWeights
 from solvers.precision import cast, full_precision, in_autocast, leave_autocast
 
 
@@ -73,7 +73,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
 
     def matrix(self) -> Float[Tensor, "q p"]:
         """Return Q, in the precision of the parameters also under autocast."""
-        weight = computed(self, "weight")
+        weight = compute(self, "weight")
         with full_precision(self.bias):
             return functional.normalize(weight, dim=1) if self.kind == "rows" else weight
 
@@ -143,7 +143,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
             raise ValueError("the weights contain NaN or Inf: did training diverge?")
         return Q
 
-    def weights(self) -> ExplicitWeights:
+    def weights(self) -> DenseWeights:
         """Return the float64 weights, with a bound of ‖Q‖₂ as claim.
 
         Raises:
@@ -153,7 +153,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
             Q = self._stored()
             claim = norm_bound(Enclosure(Q.cpu().numpy())) * (1 + 1e-9)
             b = cast(self.bias, torch.float64)
-            return ExplicitWeights.affine(Q, b, max(claim, 2.0**-500))
+            return DenseWeights.affine(Q, b, max(claim, 2.0**-500))
 
     def check(self, proof: Certificate) -> None:
         """Refuse a certificate of other weights.

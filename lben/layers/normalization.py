@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lben import precision
 from lben.certificates import CertificateError
+from lben.layers.graphs import check_kind, check_numbers
 from lben.layers.growth import Growth, add_up, norm_up, norms_up, times_up
 from lben.layers.lasting import Lasting, make_lasting
-from lben.layers.opaque import check_kind, check_numbers
 from lben.layers.roundoff import Signal
 from lben.rigorous import up
 

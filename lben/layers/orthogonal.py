@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from lben.certificates import Certificate
-from lben.layers.explicit import ExplicitLayer
+from lben.layers.feedforward import FeedforwardLayer
 from lben.layers.growth import Growth, add_up, norm_up, norms_up, times_up
-from lben.layers.maps import Convolution
+from lben.layers.linear_maps import Convolution
 from lben.layers.roundoff import Signal
 from lben.parameterizations.orthogonal import CayleyConvolution
 
 
-class OrthogonalConv2d(ExplicitLayer):
+class OrthogonalConv2d(FeedforwardLayer):
     """y = Q ∗ x + b with circular padding and orthonormal Q, by the Cayley transform.
 
     Trockman and Kolter (2021). The transform is that of one image size, and products are made per

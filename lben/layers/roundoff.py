@@ -36,7 +36,7 @@ from lben.layers.growth import (
     norms_up,
     times_up,
 )
-from lben.layers.maps import LinearMap
+from lben.layers.linear_maps import LinearMap
 from solvers import ProximalActivation, ReLU
 
 
@@ -96,7 +96,7 @@ class Signal:
         rounded = self.computed.times(norm).plus(bias).times(g)
         return replace(self, size=size, error=self.error.times(norm) + rounded + lost)
 
-    def activated(self, activation: ProximalActivation, at_zero: float, ones: float) -> Signal:
+    def activate(self, activation: ProximalActivation, at_zero: float, ones: float) -> Signal:
         """Return σ of it. `at_zero` is ‖σ(0)‖₂, in the weights of the units like `ones`."""
         size = self.size.plus(at_zero)
         if type(activation) is ReLU:
@@ -159,7 +159,7 @@ class Units:
     def enter(
         self, x: Signal, U: Tensor, scaled: Tensor, b: Tensor, activation: ProximalActivation
     ) -> Signal:
-        """Return σ(Ux + b); `scaled` is U as it acts, in the weights of the units."""
+        """Return σ(Ux + b); `scale` is U as it acts, in the weights of the units."""
         norm, ones = absolute_norm(scaled), self.norm(self.w)
         inner = self.w if self.inner is None else self.w * self.inner.double().clamp_min(1)
         v = x.linear(
@@ -167,13 +167,13 @@ class Units:
             bias=self.norm(self.w * b.double()),
         )  # fmt: skip
         zero = times_up(at_zero(activation, self.w.to(x.dtype)), math.sqrt(self.pixels))
-        return v.activated(activation, zero, ones)
+        return v.activate(activation, zero, ones)
 
     def leave(
         self, h: Signal, U: Tensor, scaled: Tensor, weighted: Tensor, share: Tensor,
         bias: Tensor | None = None,
     ) -> Signal:  # fmt: skip
-        """Return Uᵀ(s ∘ h) + b; `scaled` is s ∘ U, and `weighted` the same for h in weights."""
+        """Return Uᵀ(s ∘ h) + b; `scale` is s ∘ U, and `weighted` the same for h in weights."""
         outputs = U.shape[1] * math.prod(self.shape[1:])
         b = 0.0 if bias is None else times_up(norm_up(bias), math.sqrt(outputs // U.shape[1]))
         return h.linear(

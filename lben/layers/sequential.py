@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 from lben import precision
 from lben.certificates import Certificate, compose
-from lben.certified import Affine, Certified, Stage
-from lben.layers.companions import Companion, Flatten, ImageCompanion
 from lben.layers.equilibrium import EquilibriumLayer
 from lben.layers.equilibrium_dense import DenseEquilibriumLayer
-from lben.layers.explicit import ExplicitLayer
+from lben.layers.feedforward import FeedforwardLayer
+from lben.layers.fixed import FixedImageMap, FixedMap, Flatten
 from lben.layers.growth import Growth, add_up, norm_up, norms_up
 from lben.layers.head import NormalizedLinear
 from lben.layers.hooks import refuse_hooks
+from lben.radii.error_bounds import Affine, Certified, Stage
 
 
 class LipschitzSequential(nn.Sequential):
-    """torch.nn.Sequential of layers and heads with proved bounds and of 1-Lipschitz companions.
+    """torch.nn.Sequential of layers and heads with proved bounds and of 1-Lipschitz fixed_maps.
 
     Chains nest. A sample has as many dimensions as the first layer takes, behind any number of
     batch dimensions; where a chain starts with `Flatten` the first dimension is the batch's.
@@ -36,14 +36,14 @@ class LipschitzSequential(nn.Sequential):
         self._check()
 
     def _check(self) -> None:
-        known = ExplicitLayer | Companion | EquilibriumLayer | NormalizedLinear
+        known = FeedforwardLayer | FixedMap | EquilibriumLayer | NormalizedLinear
         for layer in self:
             if isinstance(layer, LipschitzSequential):
                 layer._check()
             elif not isinstance(layer, known):
                 raise ValueError(
                     f"{type(layer).__name__} has no proved Lipschitz bound: use the layers, "
-                    "companions, heads and chains of lben.layers"
+                    "fixed_maps, heads and chains of lben.layers"
                 )
 
     @property
@@ -72,7 +72,7 @@ class LipschitzSequential(nn.Sequential):
         return x.reshape(math.prod(batch), *x.shape[x.ndim - dims :]), batch
 
     def certificates(self, shape: tuple[int, ...]) -> list[Certificate]:
-        """Prove every layer that is not a companion, first to last, those of inner chains in turn.
+        """Prove every layer that is not a fixed map, first to last, those of inner chains in turn.
 
         Args:
             shape: of one sample: (p,), or (channels, height, width).
@@ -88,7 +88,7 @@ class LipschitzSequential(nn.Sequential):
         proofs: list[Certificate] = []
         with torch.no_grad():
             for layer in self:
-                if isinstance(layer, ExplicitLayer):
+                if isinstance(layer, FeedforwardLayer):
                     image = (x.shape[2], x.shape[3]) if x.ndim == 4 else None
                     proofs.append(layer.certificate(image))
                 elif isinstance(layer, EquilibriumLayer | NormalizedLinear):
@@ -172,8 +172,8 @@ class LipschitzSequential(nn.Sequential):
             if isinstance(layer, LipschitzSequential):
                 own = layer.rounding_growth(tuple(x.shape[1:]), dtype, own_proofs)
             else:
-                assert isinstance(layer, ExplicitLayer | Companion | NormalizedLinear)
-                if isinstance(layer, ExplicitLayer):
+                assert isinstance(layer, FeedforwardLayer | FixedMap | NormalizedLinear)
+                if isinstance(layer, FeedforwardLayer):
                     layer.check(own_proofs[0], x)
                 elif isinstance(layer, NormalizedLinear):
                     layer.check(own_proofs[0])
@@ -198,7 +198,7 @@ class LipschitzSequential(nn.Sequential):
         return sum(
             layer._needed
             if isinstance(layer, LipschitzSequential)
-            else not isinstance(layer, Companion)
+            else not isinstance(layer, FixedMap)
             for layer in self
         )
 
@@ -210,7 +210,7 @@ class LipschitzSequential(nn.Sequential):
             raise ValueError(f"expected {self._needed} certificates, got {len(proofs)}")
         start = 0
         for layer in self:
-            count = 0 if isinstance(layer, Companion) else 1
+            count = 0 if isinstance(layer, FixedMap) else 1
             if isinstance(layer, LipschitzSequential):
                 count = layer._needed
             yield layer, proofs[start : start + count]
@@ -218,12 +218,12 @@ class LipschitzSequential(nn.Sequential):
 
 
 def certified(layer: nn.Module, x: Tensor, proofs: Sequence[Certificate]) -> Certified:
-    """Return what is known of one layer, companion or head as it runs.
+    """Return what is known of one layer, fixed map or head as it runs.
 
     Args:
         layer: of a chain, but no chain itself.
         x: with one batch dimension.
-        proofs: of the layer; none for a companion.
+        proofs: of the layer; none for a fixed map.
 
     Raises:
         CertificateError: if the proof is for other weights or images, or the layer has hooks.
@@ -231,8 +231,8 @@ def certified(layer: nn.Module, x: Tensor, proofs: Sequence[Certificate]) -> Cer
     refuse_hooks(layer)
     if isinstance(layer, EquilibriumLayer):
         return layer.certified(x, proofs[0])
-    assert isinstance(layer, ExplicitLayer | Companion | NormalizedLinear)
-    if isinstance(layer, ExplicitLayer):
+    assert isinstance(layer, FeedforwardLayer | FixedMap | NormalizedLinear)
+    if isinstance(layer, FeedforwardLayer):
         layer.check(proofs[0], x)
     elif isinstance(layer, NormalizedLinear):
         layer.check(proofs[0])
@@ -251,8 +251,8 @@ def rounded(y: Tensor, x: Tensor, growth: Growth) -> Certified:
 def _dims(layer: nn.Module) -> int | None:
     if isinstance(layer, LipschitzSequential):
         return layer.dims
-    if isinstance(layer, ExplicitLayer):
+    if isinstance(layer, FeedforwardLayer):
         return layer.map.dims
     if isinstance(layer, NormalizedLinear | DenseEquilibriumLayer):
         return 1
-    return 3 if isinstance(layer, ImageCompanion | EquilibriumLayer) else None
+    return 3 if isinstance(layer, FixedImageMap | EquilibriumLayer) else None

@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lben.certificates import Sensitivity
-from lben.certified import Affine
+from lben.radii.error_bounds import Affine
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,13 @@ from lben.models.equilibrium import (
     EquilibriumClassifier,
     EquilibriumClassifierConfig,
 )
-from lben.models.residual import (
+from lben.models.feedforward import (
     Block,
+    FeedforwardClassifier,
+    FeedforwardClassifierConfig,
     Head,
-    ResidualClassifier,
-    ResidualClassifierConfig,
     Size,
-    published,
+    published_architecture,
 )
 
 __all__ = [
@@ -28,10 +28,10 @@ __all__ = [
     "ConvolutionalEquilibriumClassifierConfig",
     "EquilibriumClassifier",
     "EquilibriumClassifierConfig",
+    "FeedforwardClassifier",
+    "FeedforwardClassifierConfig",
     "Head",
     "Promise",
-    "ResidualClassifier",
-    "ResidualClassifierConfig",
     "Size",
-    "published",
+    "published_architecture",
 ]

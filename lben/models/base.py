@@ -14,13 +14,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lben.certificates import CertificateError, NetworkCertificate
-from lben.certified import Affine, Stage
 from lben.layers import EquilibriumLayer, Normalize
 from lben.layers.hooks import refuse_hooks
 from lben.layers.sequential import rounded
 from lben.models.fingerprint import fingerprint
 from lben.parameterizations import FixedWeights
-from lben.radii import certified_radius
+from lben.radii.error_bounds import Affine, Stage
+from lben.radii.margin import certified_radius
 from solvers.precision import in_autocast
 
 Promise = Literal["running", "exact", "textbook"]
@@ -32,7 +32,7 @@ Promise = Literal["running", "exact", "textbook"]
 - textbook: nothing. Margin ÷ bound of the logits as they come, as papers have it: for comparison.
 """
 
-Bound = Literal["promised", "scaled", "pairs", "joint", "joint pairs"]
+Bound = Literal["promised", "scaled", "pairs", "diagonal", "diagonal pairs"]
 """Which of its bounds a classifier proves: see `Classifier.certificate`."""
 
 
@@ -150,7 +150,7 @@ class Classifier(nn.Module, ABC):
         Args:
             bound: "promised" by the parameterization (infinite where it promises none), or the
                 least that the weights support: "scaled", with their own Λ up to a factor; "pairs",
-                the same for every pair of logits; "joint", with the best Λ; "joint pairs".
+                the same for every pair of logits; "diagonal", with the best Λ; "diagonal pairs".
 
         Raises:
             ValueError: if the model does not have this bound.
@@ -248,7 +248,7 @@ class Classifier(nn.Module, ABC):
         layers = (m for m in self.modules() if isinstance(m, EquilibriumLayer))
         return max((layer.tol for layer in layers), default=None)
 
-    def frozen(self, tol: float | None = None) -> Self:
+    def freeze(self, tol: float | None = None) -> Self:
         """Return a copy for evaluation as the model runs: on the CPU, in its own precision.
 
         Args:
@@ -268,7 +268,7 @@ class Classifier(nn.Module, ABC):
         Equilibrium layers keep the very weights that run; feed-forward layers compute T anew from
         their parameters, which changes them by the rounding of the precision that they ran in.
         """
-        exact = self.frozen(tol)
+        exact = self.freeze(tol)
         for layer in exact.modules():
             if isinstance(layer, EquilibriumLayer):
                 layer.parameterization = FixedWeights(layer.weights())

@@ -19,7 +19,6 @@ from lben.certificates import (
     compose,
     sensitivity,
 )
-from lben.certified import Certified, Stage
 from lben.layers import (
     EquilibriumLayer,
     EquilibriumLinear,
@@ -27,10 +26,11 @@ from lben.layers import (
     PooledEquilibriumConv2d,
 )
 from lben.layers.sequential import rounded
-from lben.local import Anchors, LocalCertificate, network_fingerprint
 from lben.models.base import Bound, Classifier, Promise
 from lben.models.checks import check_channels, check_kernel, check_model
-from lben.tightening import tighten, tighten_jointly, tighten_pairs, tighten_pooled
+from lben.radii.error_bounds import Certified, Stage
+from lben.radii.local import LocalCertifier, OperatingPoints, network_fingerprint
+from lben.tightening import tighten_diagonal, tighten_pairs, tighten_pooled, tighten_scaled
 from solvers import LeakyReLU, ProximalActivation, ReLU, Tanh
 
 ActivationName = Literal["relu", "leaky_relu", "tanh"]
@@ -176,7 +176,7 @@ class EquilibriumClassifier(SingleLayerClassifier):
     def _features(self, x: Tensor) -> Tensor:
         return x.flatten(1)
 
-    def local_certificate(self, certificate: NetworkCertificate) -> LocalCertificate:
+    def local_certifier(self, certificate: NetworkCertificate) -> LocalCertifier:
         """Return what proves radii around single images.
 
         Args:
@@ -190,21 +190,21 @@ class EquilibriumClassifier(SingleLayerClassifier):
             raise ValueError("local proofs start from a finite bound: take certificate('scaled')")
         weights = self.layer.weights()
         certificate.layers[0].check(weights)
-        return LocalCertificate(
+        return LocalCertifier(
             weights, self.layer.activation, certificate.radius_bound(),
             input_gain=self.normalize.gain,
         )  # fmt: skip
 
     @torch.no_grad()
-    def anchors(
+    def operating_points(
         self,
         x: Float[Tensor, "batch channels height width"],
         certificate: NetworkCertificate,
-        local: LocalCertificate,
+        local: LocalCertifier,
         *,
         pixels: bool = False,
         promise: Promise = "running",
-    ) -> Anchors:
+    ) -> OperatingPoints:
         """Return what is known of the model at some images, for proofs around them.
 
         Args:
@@ -229,7 +229,7 @@ class EquilibriumClassifier(SingleLayerClassifier):
         normalized = self.prepared(x)
         growth = self.normalize.rounding_growth(self.shape, x.dtype)
         start = Stage.start(x).then(rounded(normalized, x, growth), certificate.input_gain)
-        found = self.layer.anchors(self._features(normalized), proof)
+        found = self.layer.operating_points(self._features(normalized), proof)
         assert found.elsewhere is not None
         stage = start.then(
             Certified(value=x, error=found.logit_error, uniform=found.elsewhere), proof.bound
@@ -246,19 +246,19 @@ class EquilibriumClassifier(SingleLayerClassifier):
     @property
     def bounds(self) -> tuple[Bound, ...]:
         if self.config.feedthrough:
-            return ("promised", "joint", "joint pairs")
-        return ("promised", "scaled", "pairs", "joint", "joint pairs")
+            return ("promised", "diagonal", "diagonal pairs")
+        return ("promised", "scaled", "pairs", "diagonal", "diagonal pairs")
 
     def _certificate(self, bound: Bound) -> NetworkCertificate:
         weights, gain = self.layer.weights(), self.normalize.gain
         if bound == "promised":
             return compose([self.layer.certificate()], gain)
-        jointly = bound.startswith("joint")
-        whole = certify(weights, tighten_jointly(weights) if jointly else tighten(weights))
+        jointly = bound.startswith("diagonal")
+        whole = certify(weights, tighten_diagonal(weights) if jointly else tighten_scaled(weights))
         whole = replace(whole, sensitivity=sensitivity(weights, whole))
         if not bound.endswith("pairs"):
             return compose([whole], gain)
-        claims = tighten_pairs(weights, keep_multiplier=not jointly)
+        claims = tighten_pairs(weights, fix_multiplier=not jointly)
         return compose([whole], gain, certify_pairs(weights, claims))
 
 

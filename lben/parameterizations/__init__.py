@@ -1,4 +1,4 @@
-"""Free tensors to `ExplicitWeights`: maps whose range satisfies the certificate by construction."""
+"""Free tensors to `DenseWeights`: maps whose range satisfies the certificate by construction."""
 
 from lben.parameterizations.complete import CompleteParameterization
 from lben.parameterizations.contraction import ContractionParameterization
@@ -7,7 +7,7 @@ from lben.parameterizations.convolutional import (
     PooledParameterization,
 )
 from lben.parameterizations.direct import DirectParameterization
-from lben.parameterizations.explicit import ExplicitParameterization
+from lben.parameterizations.feedforward import FeedforwardParameterization
 from lben.parameterizations.fixed import FixedWeights
 from lben.parameterizations.multipliers import Gershgorin, MultiplierRule, Orthonormal
 from lben.parameterizations.orthogonal import CayleyRows
@@ -21,7 +21,7 @@ __all__ = [
     "ContractionParameterization",
     "ConvolutionalParameterization",
     "DirectParameterization",
-    "ExplicitParameterization",
+    "FeedforwardParameterization",
     "FixedWeights",
     "Gershgorin",
     "MultiplierRule",

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lben.parameterizations.explicit import UNIT_BOUND
-from lben.weights import ExplicitWeights
+from lben.parameterizations.feedforward import UNIT_BOUND
+from lben.weights import DenseWeights
 
 
 class CompleteParameterization(nn.Module):
@@ -34,12 +34,12 @@ class CompleteParameterization(nn.Module):
         ValueError: if the weights claim no bound, or do not satisfy the certificate with some room.
     """
 
-    def __init__(self, weights: ExplicitWeights) -> None:
+    def __init__(self, weights: DenseWeights) -> None:
         super().__init__()
         if weights.gamma is None:
             raise ValueError("weights without a bound cannot be parameterized by one")
         self.gamma = weights.gamma
-        w = weights.apply(Tensor.detach).divided(self.gamma)
+        w = weights.apply(Tensor.detach).divide(self.gamma)
         gamma, identity = self._inner(), _identity(w.in_features, w.U)
         D = w.C.new_zeros(w.out_features, w.in_features) if w.D is None else w.D
         G = w.Lambda[:, None] * w.U + w.C.T @ D / gamma
@@ -71,7 +71,7 @@ class CompleteParameterization(nn.Module):
     def _inner() -> float:
         return 1 / math.sqrt(UNIT_BOUND)
 
-    def forward(self) -> ExplicitWeights:
+    def forward(self) -> DenseWeights:
         """Return the explicit weights, differentiable in the free tensors."""
         gamma, q = self._inner(), len(self.C)
         R = torch.linalg.cholesky(self.F.T @ self.F, upper=True)
@@ -80,10 +80,10 @@ class CompleteParameterization(nn.Module):
         U = -(self.C.T @ Q[:q] + math.sqrt(gamma) * self.Y.T @ Q[q:]) / Lambda
         half = self.C.T @ self.C / (2 * gamma) + self.Y.T @ self.Y / 2 + self.N - self.N.T
         W = (1 - self.epsilon) * torch.eye(len(U), dtype=U.dtype, device=U.device) - half / Lambda
-        return ExplicitWeights(
+        return DenseWeights(
             W=W, U=U, b=self.b, C=self.C, D=gamma * Q[:q], b_y=self.b_y,
             Lambda=Lambda[:, 0], gamma=1.0,
-        ).scaled(self.gamma)  # fmt: skip
+        ).scale(self.gamma)  # fmt: skip
 
 
 def _identity(n: int, like: Tensor) -> Tensor:

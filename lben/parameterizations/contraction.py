@@ -7,19 +7,18 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lben.convolutional import ConvolutionalWeights
-from lben.parameterizations.explicit import (
+from lben.parameterizations.feedforward import (
     ROOM,
     UNIT_BOUND,
-    ExplicitParameterization,
-    computed,
+    FeedforwardParameterization,
+    compute,
     taps,
 )
 from lben.parameterizations.multipliers import MultiplierRule
-from lben.weights import ExplicitWeights
+from lben.weights import ConvolutionalWeights, DenseWeights
 
 
-class ContractionParameterization(ExplicitParameterization):
+class ContractionParameterization(FeedforwardParameterization):
     """Free V and b of y = V T^(−½) x + b: ‖VT^(−½)‖₂ ≤ 1. What runs is (V, b, T^(−½)).
 
     AOL (Prach and Lampert 2022) with `Gershgorin(p, learn_q=False)`; with trained q the linear map
@@ -67,7 +66,7 @@ class ContractionParameterization(ExplicitParameterization):
         nn.init.uniform_(self.b_y, -bound, bound)
 
     def forward(self, run: torch.dtype) -> tuple[Tensor, ...]:
-        V = self.rounded(computed(self, "V"), run)
+        V = self.rounded(compute(self, "V"), run)
         T = self.rule(V.transpose(0, 1))
         (scale,) = self.in_range([(1 - ROOM / 2) * T.rsqrt()], [self.b_y])
         return V, self.b_y, scale
@@ -75,9 +74,9 @@ class ContractionParameterization(ExplicitParameterization):
     def blank(self, like: Tensor) -> list[Tensor]:
         return [like.new_empty(shape) for shape in (self.shape, self.shape[:1], self.shape[1:2])]
 
-    def dense(self, run: torch.dtype) -> ExplicitWeights:
+    def dense(self, run: torch.dtype) -> DenseWeights:
         V, b_y, scale = self.exact(run)
-        return ExplicitWeights.affine(V * scale, b_y, UNIT_BOUND)
+        return DenseWeights.affine(V * scale, b_y, UNIT_BOUND)
 
     def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
         V, b_y, scale = self.exact(run)

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lben.convolutional import ConvolutionalWeights, PooledWeights
-from lben.parameterizations.explicit import UNIT_BOUND, mirrored, taps
+from lben.parameterizations.feedforward import UNIT_BOUND, mirror, taps
 from lben.parameterizations.multipliers import gram
 from lben.parameterizations.polyphase import Polyphase
-from lben.weights import check_epsilon, check_gamma
+from lben.weights import ConvolutionalWeights, PooledWeights, check_epsilon, check_gamma
 
 
 class ConvolutionalParameterization(nn.Module):
@@ -131,10 +130,10 @@ class ConvolutionalParameterization(nn.Module):
             return self.U, []
         skip = self.skip / self.gamma
         if self.U is None:
-            return -mirrored(C) / row, [_outer(C) / (2 * skip)]
+            return -mirror(C) / row, [_outer(C) / (2 * skip)]
         G = row * self.U
         if skip:
-            G = G + skip * mirrored(C)
+            G = G + skip * mirror(C)
         return self.U, [_outer(C) / 2, gram(G) / (2 * (1 - skip**2))]
 
 
@@ -318,7 +317,7 @@ def _state_kernel(
     """Return the kernel of I − Λ⁻¹(VᵀV + N − Nᵀ + εΛ + Σ terms), of size 2k − 1."""
     size, n = 2 * V.shape[-1] - 1, len(Lambda)
     monotone = _outer(V)
-    for kernel in (N - mirrored(N), *terms):
+    for kernel in (N - mirror(N), *terms):
         monotone = monotone + _grown(kernel, size)
     diagonal = (1 - epsilon) * torch.eye(n, dtype=V.dtype, device=V.device)
     return _grown(diagonal[:, :, None, None], size) - monotone / Lambda[:, None, None, None]

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lben.weights import ExplicitWeights, check_epsilon, check_gamma
+from lben.weights import DenseWeights, check_epsilon, check_gamma
 
 
 class DirectParameterization(nn.Module):
@@ -103,7 +103,7 @@ class DirectParameterization(nn.Module):
         if self.X is not None:
             nn.init.normal_(self.X, std=0.1 / math.sqrt(self.X.shape[1]))
 
-    def forward(self) -> ExplicitWeights:
+    def forward(self) -> DenseWeights:
         """Return the explicit weights, differentiable in the free tensors."""
         Lambda = torch.ones_like(self.b) if self.log_metric is None else self.log_metric.exp()
         D, bound_term = self._bound_term(Lambda)
@@ -111,10 +111,10 @@ class DirectParameterization(nn.Module):
         W = -monotone / Lambda[:, None]
         W = W + (1 - self.epsilon) * torch.eye(W.shape[0], dtype=W.dtype, device=W.device)
         unit = None if self.gamma is None else 1.0
-        weights = ExplicitWeights(
+        weights = DenseWeights(
             W=W, U=self.U, b=self.b, C=self.C, D=D, b_y=self.b_y, Lambda=Lambda, gamma=unit
         )
-        return weights if self.gamma is None else weights.scaled(self.gamma)
+        return weights if self.gamma is None else weights.scale(self.gamma)
 
     def _bound_term(self, Lambda: Tensor) -> tuple[Tensor | None, Tensor | float]:
         """Return D and ½CᵀC + ½G R⁻¹Gᵀ at γ = 1."""
@@ -130,7 +130,7 @@ class DirectParameterization(nn.Module):
         return D, (self.C.T @ self.C + G @ G.T) / 2
 
     @torch.no_grad()
-    def right_inverse(self, weights: ExplicitWeights) -> None:
+    def right_inverse(self, weights: DenseWeights) -> None:
         """Set the free tensors so that `forward` returns these weights, to rounding.
 
         Raises:
@@ -142,7 +142,7 @@ class DirectParameterization(nn.Module):
         if (weights.D is None) != (self.X is None):
             raise ValueError("feed-through D must be present in both, or in neither")
         if self.gamma is not None:  # Note [γ is the unit of y]
-            weights = weights.divided(self.gamma)
+            weights = weights.divide(self.gamma)
         if self.log_metric is not None:
             self.log_metric.copy_(weights.Lambda.log())
         elif not torch.equal(weights.Lambda, torch.ones_like(weights.Lambda)):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lben.convolutional import ConvolutionalWeights, PooledWeights
-from lben.weights import ExplicitWeights
+from lben.weights import ConvolutionalWeights, DenseWeights, PooledWeights
 
-Weights = ExplicitWeights | ConvolutionalWeights | PooledWeights
+Weights = DenseWeights | ConvolutionalWeights | PooledWeights
 
 
 class FixedWeights(nn.Module):

@@ -10,10 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from lben.convolutional import ConvolutionalWeights
-from lben.parameterizations.explicit import ROOM, UNIT_BOUND, ExplicitParameterization
+from lben.parameterizations.feedforward import ROOM, UNIT_BOUND, FeedforwardParameterization
 from lben.parameterizations.sizes import image_size
-from lben.weights import ExplicitWeights
+from lben.weights import ConvolutionalWeights, DenseWeights
 from solvers.precision import cast
 
 
@@ -74,7 +73,7 @@ class CayleyRows(nn.Module):
         return cayley(V.T).T
 
 
-class CayleyConvolution(ExplicitParameterization):
+class CayleyConvolution(FeedforwardParameterization):
     """Free k × k kernel V and b of y = Q ∗ x + b, QᵀQ = I (QQᵀ = I for fewer outputs than inputs).
 
     The symbol Q̂(ω) is the Cayley transform of V̂(ω), unitary in its columns at every ω (Trockman
@@ -140,7 +139,7 @@ class CayleyConvolution(ExplicitParameterization):
         Q, b_y, s = self(run)
         return Q.to(torch.complex128), cast(b_y, torch.float64), s
 
-    def dense(self, run: torch.dtype) -> ExplicitWeights:
+    def dense(self, run: torch.dtype) -> DenseWeights:
         raise ValueError("a convolution has no weights without its image: use convolutional()")
 
     def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:

@@ -11,19 +11,18 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lben.convolutional import ConvolutionalWeights
-from lben.parameterizations.explicit import (
+from lben.parameterizations.feedforward import (
     ROOM,
     UNIT_BOUND,
-    ExplicitParameterization,
-    mirrored,
+    FeedforwardParameterization,
+    mirror,
     taps,
 )
 from lben.parameterizations.multipliers import MultiplierRule
-from lben.weights import ExplicitWeights
+from lben.weights import ConvolutionalWeights, DenseWeights
 
 
-class ResidualParameterization(ExplicitParameterization):
+class ResidualParameterization(FeedforwardParameterization):
     """Free U and b of y = x − 2UᵀT⁻¹σ(Ux + b), 1-Lipschitz for every value.
 
     What runs is (U, b, 2T⁻¹).
@@ -66,10 +65,10 @@ class ResidualParameterization(ExplicitParameterization):
         n = self.shape[:1]
         return [like.new_empty(shape) for shape in (self.shape, n, n)]
 
-    def dense(self, run: torch.dtype) -> ExplicitWeights:
+    def dense(self, run: torch.dtype) -> DenseWeights:
         U, b, scale = self.exact(run)
         p = U.shape[1]
-        return ExplicitWeights(
+        return DenseWeights(
             W=U.new_zeros(len(U), len(U)), U=U, b=b, C=-U.T * scale,
             D=torch.eye(p, dtype=U.dtype, device=U.device), b_y=U.new_zeros(p),
             Lambda=scale, gamma=UNIT_BOUND,
@@ -78,6 +77,6 @@ class ResidualParameterization(ExplicitParameterization):
     def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
         U, b, scale = self.exact(run)
         return ConvolutionalWeights(
-            U=U, b=b, C=-mirrored(U) * taps(scale), D=1.0, b_y=U.new_zeros(U.shape[1]),
+            U=U, b=b, C=-mirror(U) * taps(scale), D=1.0, b_y=U.new_zeros(U.shape[1]),
             Lambda=scale, gamma=UNIT_BOUND, circular=circular,
         )  # fmt: skip

@@ -13,20 +13,19 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lben.convolutional import ConvolutionalWeights
-from lben.parameterizations.explicit import (
+from lben.parameterizations.feedforward import (
     ROOM,
     UNIT_BOUND,
-    ExplicitParameterization,
-    mirrored,
+    FeedforwardParameterization,
+    mirror,
     taps,
 )
 from lben.parameterizations.multipliers import MultiplierRule
 from lben.parameterizations.sizes import integer
-from lben.weights import ExplicitWeights
+from lben.weights import ConvolutionalWeights, DenseWeights
 
 
-class SandwichParameterization(ExplicitParameterization):
+class SandwichParameterization(FeedforwardParameterization):
     """Free [A B], log Ψ, b and b_y. What runs is (A, B, b, b_y, √2 SΨ⁻¹, √2 SΨ).
 
     Args:
@@ -95,9 +94,9 @@ class SandwichParameterization(ExplicitParameterization):
         shapes = (n, q, *kernel), (n, columns - q, *kernel), (n,), (q,), (n,), (n,)
         return [like.new_empty(shape) for shape in shapes]
 
-    def dense(self, run: torch.dtype) -> ExplicitWeights:
+    def dense(self, run: torch.dtype) -> DenseWeights:
         A, B, b, b_y, inner, outer = self.exact(run)
-        return ExplicitWeights(
+        return DenseWeights(
             W=A.new_zeros(len(A), len(A)), U=inner[:, None] * B, b=b, C=A.T * outer, D=None,
             b_y=b_y, Lambda=outer / inner, gamma=UNIT_BOUND,
         )  # fmt: skip
@@ -105,6 +104,6 @@ class SandwichParameterization(ExplicitParameterization):
     def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
         A, B, b, b_y, inner, outer = self.exact(run)
         return ConvolutionalWeights(
-            U=taps(inner)[:, None] * B, b=b, C=mirrored(A) * taps(outer), D=None, b_y=b_y,
+            U=taps(inner)[:, None] * B, b=b, C=mirror(A) * taps(outer), D=None, b_y=b_y,
             Lambda=outer / inner, gamma=UNIT_BOUND, circular=circular,
         )  # fmt: skip

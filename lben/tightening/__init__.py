@@ -4,8 +4,8 @@ From cheap to dear: Λ kept up to a factor, for all outputs or for each pair of 
 for all outputs or for each pair.
 """
 
-from lben.tightening.joint import tighten_jointly, tighten_pairs
-from lben.tightening.kept import tighten, tighten_pooled
-from lben.tightening.largest import tighten_largest
+from lben.tightening.diagonal import tighten_diagonal, tighten_pairs
+from lben.tightening.linf import tighten_linf
+from lben.tightening.scaled import tighten_pooled, tighten_scaled
 
-__all__ = ["tighten", "tighten_jointly", "tighten_largest", "tighten_pairs", "tighten_pooled"]
+__all__ = ["tighten_diagonal", "tighten_linf", "tighten_pairs", "tighten_pooled", "tighten_scaled"]

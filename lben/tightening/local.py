@@ -9,15 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lben.tightening.semidefinite import Program, minimise
-from lben.tightening.sided import Facts, tighten_sided
-from solvers import elimination
+from lben.tightening.cutting_planes import Facts, tighten_with_cutting_planes
+from lben.tightening.interior_point import Program, minimise
+from solvers.operators import batched
 
 WIDTH = 2.0**-12
 """Of the narrowest interval of slopes: where there is none, Λ shows nothing of z̃ to start from."""
 
 
-def widened(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def widen(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Return slopes in [0, 1] that contain those given, at least `WIDTH` apart."""
     low = torch.minimum(low, (high - WIDTH).clamp_min(0))
     return low, torch.maximum(high, low + WIDTH)
@@ -38,7 +38,7 @@ class LocalProgram:
     Attributes:
         W, U, C, D: of the layers; only W is common to all.
         Lambda: a multiplier for which 2Λ − ΛW − WᵀΛ is positive definite.
-        low, high: slopes, from `widened`.
+        low, high: slopes, from `widen`.
     """
 
     W: Float[Tensor, "n n"]
@@ -59,10 +59,10 @@ class LocalProgram:
         """What Λ is to z̃."""
         return self.Lambda * (self.low + self.high - 2 * self.low * self.high)
 
-    def transformed(self) -> Program:
+    def transform(self) -> Program:
         """Return the program of z̃."""
         identity = torch.eye(len(self.W), dtype=self.W.dtype, device=self.W.device)
-        inner, _ = elimination.inverse(identity - self._scaled)
+        inner, _ = batched.inverse(identity - self._scaled)
         through, drive = inner @ (self.W * self.width[:, None, :]), inner @ self.U
         low = self.low[:, :, None]
         return Program(
@@ -89,14 +89,14 @@ def tighten_locally(
         γ (the target where that is reached) and the multiplier of z̃.
     """
     squares = None if target is None else target.square()
-    optimum = minimise(problem.transformed(), problem.start, gap=gap, target=squares)
+    optimum = minimise(problem.transform(), problem.start, gap=gap, target=squares)
     gamma = optimum.tau[:, 0].sqrt()
     if target is not None:
         gamma = torch.where(gamma <= target, target, gamma)
     return gamma, optimum.multiplier / gamma[:, None]
 
 
-def tighten_with_facts(
+def tighten_with_constraints(
     problem: LocalProgram,
     lines: Sequence[tuple[float, Float[Tensor, "batch n"]]],
     room: Float[Tensor, "batch 2 k"],
@@ -114,7 +114,7 @@ def tighten_with_facts(
         The bound that is said to hold; the multiplier of z̃ for the output less the weighted facts;
         the weights, of every unit for line after line, then of inputs that fall and that rise.
     """
-    program, batch = problem.transformed(), len(target)
+    program, batch = problem.transform(), len(target)
     slopes = [problem.low[:, :, None] - s for s, _ in lines]
     own = torch.diag_embed(problem.width)
     n, k = program.U.shape[1:]
@@ -124,7 +124,7 @@ def tighten_with_facts(
         offsets=_joined([o for _, o in lines], target.new_zeros(batch, 0)),
         room=room,
     )
-    found = tighten_sided(program, facts, problem.start, target)
+    found = tighten_with_cutting_planes(program, facts, problem.start, target)
     return found.bound, found.multiplier / found.gamma[:, None], found.weights
 
 

@@ -10,9 +10,9 @@ from solvers.operators.base import (
 from solvers.operators.block_triangular import BlockTriangularOperator
 from solvers.operators.convolution import ConvolutionOperator
 from solvers.operators.dense import DenseOperator
+from solvers.operators.fourier import Torus
 from solvers.operators.low_rank import LowRankOperator
 from solvers.operators.low_rank_update import LowRankUpdate
-from solvers.operators.torus import Torus
 from solvers.operators.zero import ZeroOperator
 
 __all__ = [

@@ -24,8 +24,8 @@ from solvers.dependencies import (
     Sendable,
     Snapshot,
     all_same,
-    nothing_may_be_kept,
-    undisturbed,
+    must_not_cache,
+    outside_transforms,
 )
 from solvers.precision import cast
 
@@ -123,7 +123,7 @@ class LinearOperator(Sendable, ABC):
         """Return the memo, a new one where the values are no longer those that it belongs to."""
         if id(self._memo) in _trusted.memos:
             return self._memo
-        if nothing_may_be_kept():
+        if must_not_cache():
             return {}
         self._settle()
         return self._memo
@@ -184,7 +184,7 @@ class LinearOperator(Sendable, ABC):
 
         For this operator, those that it is made of, and their transposes, on this thread.
         """
-        if id(self._memo) in _trusted.memos or nothing_may_be_kept():
+        if id(self._memo) in _trusted.memos or must_not_cache():
             return nullcontext()
         self._settle()
         return _Trusting(self._memos())
@@ -331,7 +331,7 @@ class LinearOperator(Sendable, ABC):
         """
 
     @abstractmethod
-    def relaxed(self, step: Step) -> Map:
+    def relax(self, step: Step) -> Map:
         """Return (1 − α)I + αW."""
 
     @abstractmethod
@@ -366,13 +366,13 @@ class LinearOperator(Sendable, ABC):
         """
         trusts = id(self._memo) in _trusted.memos
         if not trusts:
-            if nothing_may_be_kept():
+            if must_not_cache():
                 return build()
             self._settle()
         memo = self._memo
         if key not in memo:
             trusting = nullcontext() if trusts else _Trusting(self._memos())
-            with trusting, undisturbed(self.device.type):
+            with trusting, outside_transforms(self.device.type):
                 value = build()
             # Of several threads that build at once, all return what the first has stored.
             return memo.setdefault(key, value)

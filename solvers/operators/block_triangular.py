@@ -338,13 +338,13 @@ class BlockTriangularOperator(LinearOperator):
             return tuple(self.layout.split(step))
         return (step,) * len(self.blocks)
 
-    def relaxed(self, step: Step) -> BlockRelaxed:
+    def relax(self, step: Step) -> BlockRelaxed:
         steps = self._split_step(step)
         layout = self._frozen_layout()
         # One row per unit: a step per unit scales the rows of its block.
         columns = [s[:, None] if isinstance(s, Tensor) and s.ndim else s for s in steps]
         scaled = {(i, j): columns[i] * W for (i, j), W in layout.couplings.items()}
-        maps = (block.relaxed(s) for block, s in zip(self.blocks, steps, strict=True))
+        maps = (block.relax(s) for block, s in zip(self.blocks, steps, strict=True))
         return BlockRelaxed(Layout(layout.units, layout.order, scaled), tuple(maps))
 
     def is_monotone(self) -> bool:

@@ -12,9 +12,9 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from solvers import elimination
 from solvers.activations import Step
-from solvers.compiled import spectral
+from solvers.native import spectral
+from solvers.operators import batched
 from solvers.operators.base import (
     Constants,
     LinearOperator,
@@ -27,7 +27,7 @@ from solvers.operators.base import (
     singular,
     step_key,
 )
-from solvers.operators.torus import Torus
+from solvers.operators.fourier import Torus
 from solvers.precision import cast
 
 
@@ -320,7 +320,7 @@ class ConvolutionOperator(LinearOperator):
         coarse = Torus(self.torus.channels, *(min(size, points) for size in self.image))
         symbols = -coarse.symbols(self.kernel.detach())
         symbols.diagonal(dim1=1, dim2=2).add_(1)
-        return _log_determinant(elimination.factors(symbols)[0], coarse) / coarse.n
+        return _log_determinant(batched.factors(symbols)[0], coarse) / coarse.n
 
     def solve(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Return (I − W)⁻¹x."""
@@ -333,7 +333,7 @@ class ConvolutionOperator(LinearOperator):
         """Return the LU factors of I − Ŵ(ω) for W as first given."""
 
         def factor() -> tuple[Tensor, Tensor]:
-            return elimination.factors(self._shifted())
+            return batched.factors(self._shifted())
 
         return self.memo("lu", factor)
 
@@ -346,12 +346,12 @@ class ConvolutionOperator(LinearOperator):
         A.diagonal(dim1=1, dim2=2).add_(1)
         inverse = spectral.inverses(A)
         if not _is_finite(inverse):  # without pivots, which only a monotone W can spare
-            inverse, info = elimination.inverse(A)
+            inverse, info = batched.inverse(A)
             if bool(info.any()) or not _is_finite(inverse):
                 raise singular(step)
         return ConvolutionResolvent(self.torus, inverse, step)
 
-    def relaxed(self, step: Step) -> Map:
+    def relax(self, step: Step) -> Map:
         alpha = self.torus.per_channel(step)
         if not self._is_direct:
             symbols = self._symbols() * column(alpha)

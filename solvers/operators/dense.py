@@ -182,7 +182,7 @@ class DenseOperator(LinearOperator):
         A.diagonal().add_(1)
         return A
 
-    def relaxed(self, step: Step) -> DenseMap:
+    def relax(self, step: Step) -> DenseMap:
         matrix = self.W.detach().T * step  # column j of the transpose belongs to unit j
         matrix.diagonal().add_(1 - step)
         return DenseMap(matrix.contiguous())

@@ -24,7 +24,7 @@ from solvers.operators.base import (
     singular,
     step_key,
 )
-from solvers.operators.definiteness import DiagonalPlusLowRank
+from solvers.operators.eigenvalue_bounds import DiagonalPlusLowRank
 from solvers.precision import cast
 
 
@@ -206,7 +206,7 @@ class LowRankOperator(LinearOperator):
             raise singular(step)
         return LowRankResolvent(1 / E, left, right, step)
 
-    def relaxed(self, step: Step) -> LowRankMap:
+    def relax(self, step: Step) -> LowRankMap:
         d, A, B = (t.detach() for t in self.tensors)
         alpha = column(step)
         return LowRankMap((1 - step) + step * d, alpha * A, B.contiguous())

@@ -247,9 +247,9 @@ class LowRankUpdate(LinearOperator):
         core.diagonal().add_(1)
         return core
 
-    def relaxed(self, step: Step) -> UpdatedMap:
+    def relax(self, step: Step) -> UpdatedMap:
         A, B = self.A.detach(), self.B.detach()
-        return UpdatedMap(self.base.relaxed(step), column(step) * A, B.contiguous())
+        return UpdatedMap(self.base.relax(step), column(step) * A, B.contiguous())
 
     def constants(self) -> Constants:
         """Return bounds of (m, L): those of the convolution, changed by what ABᵀ can do at most.

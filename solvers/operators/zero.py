@@ -121,7 +121,7 @@ class ZeroOperator(LinearOperator):
     def resolvent(self, step: Step) -> DiagonalResolvent:
         return DiagonalResolvent(1 / (1 + step * torch.ones_like(self.metric)))
 
-    def relaxed(self, step: Step) -> DiagonalMap:
+    def relax(self, step: Step) -> DiagonalMap:
         return DiagonalMap(1 - step * torch.ones_like(self.metric))
 
     def constants(self) -> Constants:

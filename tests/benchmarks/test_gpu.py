@@ -168,7 +168,7 @@ from benchmarks import gpu_images
 gpu_images.convolutions
 from benchmarks.gpu_speed import torchdeq
 print(torchdeq(8, 4, "cpu"))
-from lben.recipes import decode, TrainingConfig, EquilibriumTraining
+from lben.training.recipes import decode, TrainingConfig, EquilibriumTraining
 print(EquilibriumTraining(hidden=8).lr)
 """
     ended = subprocess.run(
@@ -342,12 +342,12 @@ def test_a_graph_is_compared_with_what_runs_eagerly(monkeypatch):
     found = gpu_correctness.capture("cpu")
     assert found["correct"]
     assert found["status"] == "not captured: tensors are on cpu"
-    call = gpu_correctness.Graphed.__call__
+    call = gpu_correctness.GraphedCallable.__call__
 
     def wrong(self, *arguments):
         return tuple(t * 1.01 for t in call(self, *arguments))
 
-    monkeypatch.setattr(gpu_correctness.Graphed, "__call__", wrong)
+    monkeypatch.setattr(gpu_correctness.GraphedCallable, "__call__", wrong)
     assert not gpu_correctness.capture("cpu")["correct"]
 
 

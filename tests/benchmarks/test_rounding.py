@@ -28,7 +28,7 @@ def test_integers_stand_for_the_very_numbers():
         assert fractions(p.positive()) == [max(u, 0) for u in x]
         assert p.square() == sum(u * u for u in x)
         assert p.nearest().tolist() == a.double().tolist()
-        for got, u, v in zip(fractions(p.divided(q)), x, y, strict=True):
+        for got, u, v in zip(fractions(p.divide(q)), x, y, strict=True):
             assert abs(got - u / v) <= Fraction(1, 2**BITS)
         for got, u in zip(fractions(p.rounded()), x, strict=True):
             assert abs(got - u) <= Fraction(1, 2**BITS)

@@ -8,20 +8,20 @@ import torch
 
 from lben import (
     Claim,
+    DenseWeights,
     EquilibriumClassifierConfig,
     EquilibriumLinear,
-    ExplicitWeights,
     PooledEquilibriumConv2d,
     certified_radius,
     certify,
     certify_pairs,
-    tighten,
-    tighten_jointly,
+    tighten_diagonal,
     tighten_pairs,
+    tighten_scaled,
 )
-from lben.certificates import certify_largest, certify_pooled, interval_bounds
-from lben.local import Anchors, LocalCertificate
-from lben.tightening import tighten_largest, tighten_pooled
+from lben.certificates import certify_linf, certify_pooled, interval_bounds
+from lben.radii.local import LocalCertifier, OperatingPoints
+from lben.tightening import tighten_linf, tighten_pooled
 from solvers import ReLU
 
 change = dataclasses.replace
@@ -39,7 +39,7 @@ def dead_units(rho, gamma=None):
     """One unit that counts, and two that see no input and are not read out."""
     W = torch.zeros(3, 3, dtype=torch.float64)
     W[1, 2] = W[2, 1] = rho
-    return ExplicitWeights(
+    return DenseWeights(
         W=W, U=EYE[:3, :1], b=0 * EYE[0, :3], C=torch.tensor([[-0.5, 0, 0], [0.5, 0, 0]]).double(),
         D=None, b_y=0 * EYE[0, :2], Lambda=EYE.sum(0)[:3], gamma=gamma,
     )  # fmt: skip
@@ -94,10 +94,10 @@ def least(pairs):
 def test_every_bound_is_proved_and_they_are_ordered(case, feedthrough):
     w = CASES[case](layer(feedthrough=feedthrough))
     p, above = w.in_features, 1 + 1e-12
-    whole = certify(w, tighten_jointly(w)).bound
+    whole = certify(w, tighten_diagonal(w)).bound
     pairs = certify_pairs(w, tighten_pairs(w))
-    largest = certify_largest(w, tighten_largest(w))
-    best = certify_largest(w, tighten_largest(w, keep_multiplier=False))
+    largest = certify_linf(w, tighten_linf(w))
+    best = certify_linf(w, tighten_linf(w, fix_multiplier=False))
     assert all(b <= 2**0.5 * whole * above for b in least(pairs))
     assert all(b <= c * above for b, c in zip(least(best), least(largest), strict=True))
     if p:
@@ -106,8 +106,8 @@ def test_every_bound_is_proved_and_they_are_ordered(case, feedthrough):
     intervals = least(interval_bounds(w))
     assert all(b <= c for b, c in zip(least(largest), intervals, strict=True))
     if w.D is None or not bool(w.D.any()):
-        assert whole <= certify(w, tighten(w)).bound * above
-        kept = certify_pairs(w, tighten_pairs(w, keep_multiplier=True))
+        assert whole <= certify(w, tighten_scaled(w)).bound * above
+        kept = certify_pairs(w, tighten_pairs(w, fix_multiplier=True))
         assert all(b <= c * above for b, c in zip(least(pairs), least(kept), strict=True))
         if p:
             assert all(b <= root * c for b, c in zip(least(largest), least(kept), strict=True))
@@ -124,7 +124,7 @@ def test_every_bound_is_proved_and_they_are_ordered(case, feedthrough):
 @pytest.mark.parametrize("gap", [1e-3, 1e-5, 1e-9])
 def test_dead_units_do_not_stop_the_program(rho, gap):
     weights = dead_units(rho)
-    assert certify(weights, tighten_jointly(weights, gap=gap)).bound <= 0.5**0.5 * (1 + 1e-6)
+    assert certify(weights, tighten_diagonal(weights, gap=gap)).bound <= 0.5**0.5 * (1 + 1e-6)
 
 
 def test_the_program_itself_is_not_stopped_by_dead_units():
@@ -137,34 +137,34 @@ def test_the_program_itself_is_not_stopped_by_dead_units():
     W[:4, :4], U[:4], C[:, :4] = alive.W, alive.U, alive.C
     W[4, 5] = W[5, 4] = 0.9
     both = change(alive, W=W, U=U, C=C, b=0 * W[0], Lambda=1 + 0 * W[0])
-    expected = tighten_jointly(alive, gap=1e-7).gamma
-    assert tighten_jointly(both, gap=1e-7).gamma == pytest.approx(expected, rel=1e-5)
-    assert expected < 0.999 * tighten(alive).gamma
+    expected = tighten_diagonal(alive, gap=1e-7).gamma
+    assert tighten_diagonal(both, gap=1e-7).gamma == pytest.approx(expected, rel=1e-5)
+    assert expected < 0.999 * tighten_scaled(alive).gamma
 
 
 def test_a_false_claim_of_the_weights_is_not_proposed():
     honest = layer()
     false = change(honest, gamma=0.01)
-    for propose in (tighten, tighten_jointly):
+    for propose in (tighten_scaled, tighten_diagonal):
         assert certify(false, propose(false)).bound > 0.01
-    kept = tighten_pairs(false, keep_multiplier=True)
+    kept = tighten_pairs(false, fix_multiplier=True)
     assert min(least(certify_pairs(false, kept))) > 0.01
-    certify_largest(false, tighten_largest(false))
+    certify_linf(false, tighten_linf(false))
 
 
 def test_a_true_claim_of_the_weights_is_never_given_up():
     """Here it is the least: another Λ than that of the claim shows no less."""
-    w = ExplicitWeights(
+    w = DenseWeights(
         W=0 * EYE, U=EYE, b=0 * EYE[0], C=EYE, D=None, b_y=0 * EYE[0], Lambda=EYE.sum(0),
         gamma=1 + 1e-10,
     )  # fmt: skip
-    assert tighten(w).gamma == tighten_jointly(w).gamma == 1 + 1e-10
+    assert tighten_scaled(w).gamma == tighten_diagonal(w).gamma == 1 + 1e-10
     assert max(least(certify_pairs(w, tighten_pairs(w)))) <= 2**0.5 * (1 + 2e-7)
 
 
 def test_intervals_have_no_bound_where_the_comparison_matrix_is_singular():
     turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]]).double()
-    w = ExplicitWeights(
+    w = DenseWeights(
         W=turn, U=EYE[:2, :2], b=0 * EYE[0, :2], C=EYE[:2, :2], D=None, b_y=0 * EYE[0, :2],
         Lambda=EYE.sum(0)[:2], gamma=None,
     )  # fmt: skip
@@ -215,12 +215,12 @@ def test_a_classifier_of_constants(what):
 )
 def test_local_proofs_of_constants(what):
     w = CASES[what](layer())
-    local = LocalCertificate(w, ReLU(), certify(w, tighten_jointly(w)).bound)
+    local = LocalCertifier(w, ReLU(), certify(w, tighten_diagonal(w)).bound)
     v = torch.ones(2, w.hidden_features, dtype=torch.float64)
     y = torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
-    anchors = Anchors(v=v, v_error=0 * v, logits=y, logit_error=0 * y[:, 0])
+    operating_points = OperatingPoints(v=v, v_error=0 * v, logits=y, logit_error=0 * y[:, 0])
     labels = y.argmax(1)
     for facts in (False, True):
-        held = local.certifies(anchors, labels, torch.tensor([0.0, math.inf]), facts=facts)
+        held = local.certifies(operating_points, labels, torch.tensor([0.0, math.inf]), facts=facts)
         assert held.tolist() == [True, False]
     assert certify(w, Claim(None, w.Lambda)).bound == math.inf

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from lben import checkpoints, parallel
-from lben.certification import CertificationConfig, certify_model
+from lben import parallel
 from lben.data import load
-from lben.evaluation import EvaluationConfig, evaluate
+from lben.evaluation.accuracy import EvaluationConfig, evaluate
+from lben.evaluation.proofs import CertificationConfig, certify_model
 from lben.models import EquilibriumClassifierConfig
 from lben.parallel import Processes, is_first, processes
-from lben.recipes import EquilibriumTraining
-from lben.training import train
+from lben.training import checkpoints, train
+from lben.training.recipes import EquilibriumTraining
 
 ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
@@ -72,7 +72,7 @@ def test_alone_there_is_nothing_to_wait_for():
         assert team.replicate(model) is model
         assert team.gather(value) is value
         assert torch.equal(team.total(value), torch.ones(3))
-        with team.in_turn(), parallel.unsynchronised(model):
+        with team.in_turn(), parallel.without_synchronisation(model):
             team.wait()
 
 
@@ -181,7 +181,7 @@ def test_two_processes_certify_and_attack_what_one_does(tmp_path):
     for method in (*one["methods"], *two["methods"]):
         assert method.pop("seconds") >= 0
         assert method.pop("seconds_per_image") >= 0
-    for method in (*one["in_largest_norm"], *two["in_largest_norm"]):
+    for method in (*one["in_linf"], *two["in_linf"]):
         del method["seconds"], method["seconds_per_image"]
     assert one == two
     assert 0 < one["methods"][-1]["certified"][1] < one["methods"][-1]["certified"][0] < 1

@@ -15,14 +15,16 @@ from lben import (
     EquilibriumClassifierConfig,
     EquilibriumConv2d,
     EquilibriumLinear,
+    FeedforwardClassifierConfig,
     Normalize,
     NormalizedLinear,
     PooledEquilibriumConv2d,
-    ResidualClassifierConfig,
     SLLConv2d,
     SLLLinear,
 )
-from lben.attacks import (
+from lben.data import Dataset
+from lben.evaluation.accuracy import EvaluationConfig, evaluate
+from lben.evaluation.attacks import (
     across_the_boundary,
     apgd_l2,
     ascend_quotient,
@@ -31,22 +33,20 @@ from lben.attacks import (
     quotients,
     random_pairs,
 )
-from lben.augmentation import Augmentation
-from lben.data import Dataset
-from lben.evaluation import EvaluationConfig, evaluate
 from lben.layers import Flatten, Householder, LipschitzSequential, NormPooling
 from lben.layers.conversion import feedback
 from lben.models.base import Promise
-from tests.lben.test_kept import LAYERS, make
+from lben.training.augmentation import Augmentation
+from tests.lben.layers.test_cache import LAYERS, make
 
 IMAGES = {"shape": (1, 8, 8), "classes": 3, "mean": (0.3,), "std": (0.4,)}
 CONFIGS = {
     "equilibrium": EquilibriumClassifierConfig(**IMAGES, hidden=8),
     "convolutional": ConvolutionalEquilibriumClassifierConfig(**IMAGES, channels=(3, 4)),
-    "residual": ResidualClassifierConfig(
+    "residual": FeedforwardClassifierConfig(
         **IMAGES, channels=(4,), depths=(1,), dense_depth=1, dense_hidden=8, conv_hidden=3
     ),
-    "sandwich": ResidualClassifierConfig(
+    "sandwich": FeedforwardClassifierConfig(
         **IMAGES, channels=(4,), depths=(1,), dense_depth=1, dense_hidden=8, conv_hidden=3,
         block="sandwich",
     ),

@@ -3,7 +3,7 @@
 import pytest
 
 from lben import progress
-from lben.progress import Progress, spoken
+from lben.progress import Progress, format_seconds
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,7 @@ from lben.progress import Progress, spoken
     ],
 )  # fmt: skip
 def test_times_as_people_say_them(seconds, words):
-    assert spoken(seconds) == words
+    assert format_seconds(seconds) == words
 
 
 def clocked(monkeypatch, step):

@@ -258,7 +258,7 @@ def test_enclosures_hold_in_every_floating_point_mode(rounding, flush, exponent)
         A, B, C = map(Enclosure, (a, b, c))
         product, total, least, entries = A @ B, A + C, A - C, A * C
         third, nested = A / 3.0, (A - C) @ B + A @ B
-        scaled = (A * C).scaled(np.full(4, 2.0**-60), np.full(6, 2.0**40))
+        scaled = (A * C).scale(np.full(4, 2.0**-60), np.full(6, 2.0**40))
         rows = norms_up(a, 1)
     exact_a, exact_b, exact_c = map(rational, (a, b, c))
     times = flint.fmpq_mat(

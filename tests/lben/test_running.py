@@ -30,11 +30,11 @@ from lben.certificates import (
     compose,
     sensitivity,
 )
-from lben.certified import Affine, Certified, Stage
-from lben.models import ResidualClassifierConfig
+from lben.models import FeedforwardClassifierConfig
 from lben.parameterizations import FixedWeights
+from lben.radii.error_bounds import Affine, Certified, Stage
 from lben.tightening import tighten_pooled
-from lben.weights import ExplicitWeights
+from lben.weights import DenseWeights
 from solvers import Sigmoid, Softplus, Tanh
 
 F64 = torch.float64
@@ -51,7 +51,7 @@ def slow(rho, dtype, tol, large=0.0):
     W[3, 4] = W[4, 3] = 1 - math.sqrt((1 - rho) * (1 + rho))
     C = torch.zeros(2, 5, dtype=F64)
     C[0, 0], C[1, 0] = -0.5, 0.5
-    weights = ExplicitWeights(
+    weights = DenseWeights(
         W=W, U=torch.tensor([[1.0], [0.0], [0.0], [large], [large]], dtype=F64),
         b=torch.zeros(5, dtype=F64), C=C, D=None, b_y=torch.tensor([0.25, -0.25], dtype=F64),
         Lambda=torch.ones(5, dtype=F64), gamma=None,
@@ -111,7 +111,7 @@ def build(name, dtype):
     return layer, torch.randn(6, *shape, dtype=dtype)
 
 
-def exactly(layer, dtype):
+def read_exactly(layer, dtype):
     """The layer of the very weights that run, in float64 and solved to the end."""
     weights = layer.weights()
     exact = build(next(n for n, make in LAYERS.items() if make is layer.made), dtype)[0]
@@ -126,7 +126,7 @@ def exactly(layer, dtype):
 def test_the_error_is_bounded_all_over_the_ball(name, dtype):
     layer, x = build(name, dtype)
     layer.made = LAYERS[name]
-    proof, exact = layer.certificate(), exactly(layer, dtype)
+    proof, exact = layer.certificate(), read_exactly(layer, dtype)
     assert proof.sensitivity is not None
     seen = 0.0
     for tol in (1e-2, 1e-3, 1e-5):
@@ -150,7 +150,7 @@ def test_gains_hold_for_every_pattern_of_slopes(name):
     weights, proof = layer.weights(), layer.certificate()
     if hasattr(weights, "state"):
         dense = weights.dense()
-    elif isinstance(weights, ExplicitWeights):
+    elif isinstance(weights, DenseWeights):
         dense = weights
     else:
         dense = weights.dense(layer.grid)
@@ -267,7 +267,7 @@ def test_a_bound_ends_where_numbers_may_overflow():
 EQUILIBRIUM = EquilibriumClassifierConfig(
     shape=(1, 4, 4), classes=4, mean=(0.5,), std=(1.0,), hidden=12, tol=1e-6
 )
-RESIDUAL = ResidualClassifierConfig(
+RESIDUAL = FeedforwardClassifierConfig(
     shape=(1, 4, 4), classes=4, mean=(0.5,), std=(1.0,), channels=(4,), depths=(1,), conv_hidden=3,
     pool=2, dense_depth=1, dense_hidden=8,
 )  # fmt: skip
@@ -358,7 +358,7 @@ def flushed():
 
 
 def one_unit(C, Lambda, u=1.0):
-    weights = ExplicitWeights(
+    weights = DenseWeights(
         W=torch.zeros(1, 1), U=torch.tensor([[u]]), b=torch.zeros(1), C=C, D=None,
         b_y=torch.zeros(2), Lambda=torch.tensor([Lambda]), gamma=None,
     )  # fmt: skip
@@ -464,7 +464,7 @@ def test_a_copy_is_the_same_network(config):
     model = config.build().eval()
     x, labels, proof = torch.rand(3, 1, 4, 4), torch.tensor([0, 1, 2]), model.certificate()
     radius = model.certified_radius(x, labels, proof)
-    for other in (copy.deepcopy(model), model.frozen(), pickle.loads(pickle.dumps(model))):
+    for other in (copy.deepcopy(model), model.freeze(), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other.certified_radius(x, labels, proof), radius)
     other = config.build().eval()
     other.load_state_dict(model.state_dict())

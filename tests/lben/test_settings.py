@@ -13,14 +13,14 @@ from lben import (
     certified_radius,
     certify,
     certify_pairs,
-    tighten,
-    tighten_jointly,
+    tighten_diagonal,
     tighten_pairs,
     tighten_pooled,
+    tighten_scaled,
 )
-from lben.certificates import certify_convolution, certify_largest, certify_pooled, interval_bounds
-from lben.local import Anchors, LocalCertificate
-from lben.tightening import tighten_largest
+from lben.certificates import certify_convolution, certify_linf, certify_pooled, interval_bounds
+from lben.radii.local import LocalCertifier, OperatingPoints
+from lben.tightening import tighten_linf
 from solvers import ReLU
 
 torch.manual_seed(0)
@@ -39,25 +39,27 @@ STATES = torch.linspace(-1, 1, 32, dtype=torch.float64).view(4, 8)
 def everything() -> list[float]:
     w, y, labels = DENSE, LOGITS, LOGITS.argmax(1)
     pairs = certify_pairs(w, tighten_pairs(w))
-    local = LocalCertificate(w, ReLU(), 2.0)
-    anchors = Anchors(v=STATES, v_error=0 * STATES, logits=y, logit_error=0 * y[:, 0])
+    local = LocalCertifier(w, ReLU(), 2.0)
+    operating_points = OperatingPoints(
+        v=STATES, v_error=0 * STATES, logits=y, logit_error=0 * y[:, 0]
+    )
     radii = certified_radius(y, labels, 2.0, logit_error=0.01)
     found = [
         certify(w).margin,
         certify(w.to(torch.float32)).m,
-        certify(w, tighten(w)).bound,
-        certify(w, tighten_jointly(w)).bound,
+        certify(w, tighten_scaled(w)).bound,
+        certify(w, tighten_diagonal(w)).bound,
         certify_convolution(KERNELS, (4, 4)).margin,
         certify_pooled(POOLED, tighten_pooled(POOLED)).bound,
         *(b for row in pairs for b in row),
-        *certify_pairs(w, tighten_pairs(w, keep_multiplier=True))[0],
-        *certify_largest(w, tighten_largest(w))[0],
-        *certify_largest(w, tighten_largest(w, keep_multiplier=False))[0],
+        *certify_pairs(w, tighten_pairs(w, fix_multiplier=True))[0],
+        *certify_linf(w, tighten_linf(w))[0],
+        *certify_linf(w, tighten_linf(w, fix_multiplier=False))[0],
         *interval_bounds(w)[0],
         *radii.tolist(),
         *certified_radius(y.float(), labels, pairs, logit_error=0.01).tolist(),
-        *local.radius(anchors, labels, radii, steps=2).tolist(),
-        *map(float, local.certifies(anchors, labels, 0.2, facts=True).tolist()),
+        *local.radius(operating_points, labels, radii, steps=2).tolist(),
+        *map(float, local.certifies(operating_points, labels, 0.2, facts=True).tolist()),
         *(int(text[:12], 16) for text in (w.fingerprint, KERNELS.fingerprint, local.fingerprint)),
     ]
     assert not any(map(math.isnan, found))

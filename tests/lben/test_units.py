@@ -6,7 +6,7 @@ import torch
 from lben import EquilibriumConv2d, EquilibriumLinear, PooledEquilibriumConv2d, certify
 from lben.layers import DenseEquilibriumLayer
 from lben.parameterizations import CompleteParameterization, DirectParameterization
-from lben.weights import ExplicitWeights
+from lben.weights import DenseWeights
 
 GAMMAS = [1e-8, 1e-4, 3.0, 1e5, 1e12]
 
@@ -112,10 +112,10 @@ def test_a_proof_does_not_depend_on_units(feedthrough, factor):
     """y in other units, x in other units, and every unit of z in its own: powers of two."""
     w = dense(1.0, feedthrough=feedthrough).weights().apply(torch.Tensor.detach)
     margin = certify(w).margin
-    assert certify(w.scaled(factor)).margin == pytest.approx(margin, rel=1e-9)
+    assert certify(w.scale(factor)).margin == pytest.approx(margin, rel=1e-9)
     g = torch.Generator().manual_seed(0)
     s = torch.exp2(torch.randint(-200, 200, (12,), generator=g).double())
-    stretched = ExplicitWeights(
+    stretched = DenseWeights(
         W=s[:, None] * w.W / s, U=s[:, None] * w.U, b=s * w.b, C=w.C / s, D=w.D, b_y=w.b_y,
         Lambda=w.Lambda / s / s, gamma=1.0,
     )  # fmt: skip

@@ -7,25 +7,29 @@ import numpy as np
 import pytest
 import torch
 
-from lben.augmentation import Augmentation
-from lben.certification import CertificationConfig
-from lben.evaluation import EvaluationConfig
-from lben.losses import EMMA, CrossEntropy, Hinge
+from lben.evaluation.accuracy import EvaluationConfig
+from lben.evaluation.proofs import CertificationConfig
 from lben.models import (
     ConvolutionalEquilibriumClassifierConfig,
     EquilibriumClassifierConfig,
-    ResidualClassifierConfig,
+    FeedforwardClassifierConfig,
 )
-from lben.optimization import SGD, Adam, AdamW, WarmupCosine
-from lben.recipes import ConvolutionalEquilibriumTraining, EquilibriumTraining, ResidualTraining
 from lben.records import encode, from_json, strict, to_json
+from lben.training.augmentation import Augmentation
+from lben.training.losses import EMMA, CrossEntropy, Hinge
+from lben.training.optimization import SGD, Adam, AdamW, WarmupCosine
+from lben.training.recipes import (
+    ConvolutionalEquilibriumTraining,
+    EquilibriumTraining,
+    FeedforwardTraining,
+)
 
 IMAGES = {"shape": (1, 4, 4), "classes": 3, "mean": (0.25,), "std": (0.5,)}
 NAMES = (
     "Adam AdamW Augmentation CertificationConfig ConvolutionalEquilibriumClassifierConfig "
     "ConvolutionalEquilibriumTraining CrossEntropy EMMA EquilibriumClassifierConfig "
-    "EquilibriumTraining EvaluationConfig Hinge ResidualClassifierConfig ResidualTraining SGD "
-    "WarmupCosine"
+    "EquilibriumTraining EvaluationConfig Hinge FeedforwardClassifierConfig FeedforwardTraining "
+    "SGD WarmupCosine"
 )
 CLASSES = {name: globals()[name] for name in NAMES.split()}
 ODD = {  # what users have at hand, and the plain value that it stands for
@@ -45,9 +49,9 @@ def test_values_of_other_libraries_become_plain(given):
     made = [
         EquilibriumTraining(out=Path("a/b"), gamma=half, epochs=three, feedthrough=true, lr=half),
         ConvolutionalEquilibriumTraining(channels=[three, 4], circular=true),
-        ResidualTraining(channels=np.array([8]), depths=[three]),
+        FeedforwardTraining(channels=np.array([8]), depths=[three]),
         EquilibriumClassifierConfig(**{**IMAGES, "mean": two[:1], "std": [half]}, hidden=three),
-        ResidualClassifierConfig(**{**IMAGES, "shape": [1, 4, 4]}, depths=[three]),
+        FeedforwardClassifierConfig(**{**IMAGES, "shape": [1, 4, 4]}, depths=[three]),
         ConvolutionalEquilibriumClassifierConfig(**IMAGES, channels=[three]),
         EvaluationConfig(radii=two, pairs=three, tol=half),
         CertificationConfig(radii=two, samples=three, local=true),
@@ -127,7 +131,7 @@ def test_other_kinds_are_refused_by_name(make, message):
     "kind",
     [
         EquilibriumClassifierConfig, ConvolutionalEquilibriumClassifierConfig,
-        ResidualClassifierConfig,
+        FeedforwardClassifierConfig,
     ],
 )  # fmt: skip
 def test_images_and_classes_must_fit(kind, changes, message):
@@ -143,8 +147,8 @@ def test_images_and_classes_must_fit(kind, changes, message):
         (lambda: EquilibriumClassifierConfig(**IMAGES, gamma=0), "gamma must be a positive"),
         (lambda: ConvolutionalEquilibriumClassifierConfig(**IMAGES, kernel_size=2), "be odd"),
         (lambda: ConvolutionalEquilibriumClassifierConfig(**IMAGES, channels=(4, 0)), "channels"),
-        (lambda: ResidualClassifierConfig(**IMAGES, dense_hidden=0), "dense_hidden must be pos"),
-        (lambda: ResidualClassifierConfig(**IMAGES, head="columns"), "head must be one of rows"),
+        (lambda: FeedforwardClassifierConfig(**IMAGES, dense_hidden=0), "dense_hidden must be pos"),
+        (lambda: FeedforwardClassifierConfig(**IMAGES, head="columns"), "head must be one of rows"),
     ],
 )
 def test_sizes_of_models_are_checked_at_construction(make, message):

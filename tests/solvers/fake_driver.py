@@ -68,7 +68,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
 @contextmanager
 def forgotten() -> Iterator[None]:
     """Keep failures of these launches from other tests, and those of others from these."""
-    modules = [module for name, module in sys.modules.items() if name.startswith("solvers.fused")]
+    modules = [
+        module for name, module in sys.modules.items() if name.startswith("solvers.backends")
+    ]
     forget = [module.forget_failures for module in modules if hasattr(module, "forget_failures")]
     for call in forget:
         call()

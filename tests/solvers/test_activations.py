@@ -110,7 +110,7 @@ def test_chords_bound_every_slope_within_reach(activation):
     """Slopes between points around an uncertain v, and approached where σ has a kink."""
     v, p = points().clamp(-20, 20), torch.rand(200, 5, dtype=torch.float64)
     reach, error = 3 * torch.rand_like(v) * v.abs(), 0.1 * torch.rand_like(v) * v.abs()
-    low, high = activation.chords(v, reach, error)
+    low, high = activation.slope_bounds(v, reach, error)
     assert bool(((low >= 0) & (low <= high) & (high <= 1)).all())
     for t in (-reach, reach, (2 * p - 1) * reach):
         start = v + (2 * torch.rand_like(v) - 1) * error
@@ -124,8 +124,8 @@ def test_chords_bound_every_slope_within_reach(activation):
 
 def test_chords_of_units_that_stay_are_exact():
     v = torch.tensor([2.0, -2.0], dtype=torch.float64)
-    low, high = ReLU().chords(v, torch.ones_like(v), 0.5 * torch.ones_like(v))
+    low, high = ReLU().slope_bounds(v, torch.ones_like(v), 0.5 * torch.ones_like(v))
     assert low.tolist() == high.tolist() == [1.0, 0.0]
-    low, high = ReLU().chords(v, 4 * torch.ones_like(v), torch.zeros_like(v))
+    low, high = ReLU().slope_bounds(v, 4 * torch.ones_like(v), torch.zeros_like(v))
     assert low.tolist() == pytest.approx([0.5, 0.0])
     assert high.tolist() == pytest.approx([1.0, 0.5])

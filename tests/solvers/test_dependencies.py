@@ -21,7 +21,7 @@ from solvers import (
     equilibrium,
     solve,
 )
-from solvers.dependencies import Snapshot, all_same, nothing_may_be_kept, read
+from solvers.dependencies import Snapshot, all_same, must_not_cache, read
 from solvers.operators import base
 from tests.problems import (
     block_triangular_operator,
@@ -166,7 +166,7 @@ def test_nothing_is_kept_in_a_transform():
 
     def look(x):
         W.memo("marker", lambda: built.append(1) or torch.ones(1))
-        assert nothing_may_be_kept()
+        assert must_not_cache()
         return x * W.metric.sum()
 
     torch.func.grad(lambda x: look(x).sum())(torch.ones(2, dtype=torch.float64))
@@ -174,7 +174,7 @@ def test_nothing_is_kept_in_a_transform():
     with torch.autograd.forward_ad.dual_level():
         look(torch.ones(2, dtype=torch.float64))
     assert len(built) == 3
-    assert not nothing_may_be_kept()
+    assert not must_not_cache()
     assert W.memo("marker", lambda: 7) == 7
 
 

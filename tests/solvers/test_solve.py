@@ -10,6 +10,7 @@ from torch import nn
 
 from solvers import (
     Anderson,
+    BlockSubstitution,
     DenseOperator,
     DouglasRachford,
     ForwardBackward,
@@ -24,7 +25,6 @@ from solvers import (
     SolveError,
     SolveWarning,
     Status,
-    Sweep,
     Tanh,
     ZeroOperator,
     equilibrium,
@@ -150,7 +150,7 @@ def test_sweeps_report_what_is_left():
     operator = block_triangular_operator(monotone=True, dtype=torch.float32)
     v = torch.randn(8, operator.n, generator=torch.Generator().manual_seed(0))
     problem = Inclusion(operator, v, ReLU())
-    solution = solve(problem, Sweep(), tol=1e-5, on_failure="raise")
+    solution = solve(problem, BlockSubstitution(), tol=1e-5, on_failure="raise")
     assert true_residual(problem, solution.value) <= 1e-5 * (1 + 1e-2)
 
 
@@ -253,9 +253,9 @@ def test_numbers_of_numpy_are_numbers():
     ("make", "named"),
     [
         (lambda: SemismoothNewton(method=PeacemanRachford), r"method must.*PeacemanRachford\(\)"),
-        (lambda: Sweep(method="newton"), "method must be a solvers.Method"),
+        (lambda: BlockSubstitution(method="newton"), "method must be a solvers.Method"),
         (lambda: Anderson(method=SemismoothNewton()), "method must be a splitting"),
-        (lambda: ImplicitGradient(method=Sweep), r"method must.*Sweep\(\)"),
+        (lambda: ImplicitGradient(method=BlockSubstitution), r"method must.*BlockSubstitution\(\)"),
         (lambda: PeacemanRachford(step_size="best"), "step_size must be a number or"),
         (lambda: ForwardBackward(step_size=True), "step_size must be a number or"),
     ],

@@ -1,0 +1,139 @@
+"""Which bound do the weights of a layer of images have?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lben.certificates.certificate import Certificate, Claim
+from lben.certificates.frequencies import at_frequencies
+from lben.certificates.proof import check_multiplier, numbers_of, prove, read_exactly, require
+from lben.rigorous import Enclosure, down, norm_bound, sum_up, up
+from lben.weights import ConvolutionalWeights, PooledWeights, check_gamma
+
+
+def certify_convolution(weights: ConvolutionalWeights, image: tuple[int, int]) -> Certificate:
+    """Prove M(Λ, γ) ⪰ 0 for a convolutional layer at every frequency of its grid, or raise.
+
+    On a torus all convolutions become block diagonal under the Fourier transform, M(Λ, γ) with
+    them, and its blocks are the same inequality for the symbols of W, U, C and D. Zero padding
+    embeds the image into a torus of (height + k − 1) × (width + k − 1), and cuts the result out: M
+    of the layer is M of the torus compressed, plus the positive semi-definite part of
+    [D C]ᵀ[D C]/γ that was cut off. So the proof holds for every smaller image and every padding.
+    With circular padding it holds for images of exactly this size.
+
+    Args:
+        weights: as they run.
+        image: height and width.
+
+    Raises:
+        ValueError: if a circular image is smaller than the kernel, or the weights are neither
+            float32 nor float64.
+        CertificateError: if the proof fails, with the smallest eigenvalue found.
+    """
+    if min(image) < 1:
+        raise ValueError(f"height and width of an image must be at least 1, got {image}")
+    return _prove_frequencies(weights, read_exactly(weights), image, weights.gamma)
+
+
+def certify_pooled(weights: PooledWeights, claim: Claim | None = None) -> Certificate:
+    """Prove M(Λ, γ) ⪰ 0 for a convolutional layer with a pooled-linear read-out, or raise.
+
+    The claim is the weights' own γ and Λ when omitted. With F = −ΛAᵀ − Cᵀ/2γ the Schur complement
+    of M is that of the state alone, without outputs, plus FC + CᵀFᵀ: zero where A = −CΛ⁻¹/2γ, and
+    otherwise (A is rounded) at least −2‖F‖‖C‖. So the frequencies of the state prove the whole,
+    when that much is taken off. Another claim is proved with CᵀC ⪯ ‖CΛ^(−½)‖²Λ in place of CᵀC, at
+    every frequency.
+
+    Args:
+        weights: as they run.
+        claim: γ and one multiplier per channel, for weights that claim no bound of their own.
+
+    Raises:
+        ValueError: if a circular image is smaller than the kernel, or the weights claim a bound and
+            another is to be proved.
+        CertificateError: if the proof fails, with the smallest eigenvalue found.
+    """
+    if claim is not None:
+        return _certify_through_state(weights, claim)
+    exact = read_exactly(weights)
+    proof = _prove_frequencies(weights, exact.state, weights.image, weights.gamma)
+    root = Enclosure(exact.state.Lambda.numpy()[:, None]).sqrt()
+    A, C = _by_channel(exact.A) * root, _by_channel(exact.C) * root.reciprocal()
+    F = A if weights.gamma is None else A + C / weights.gamma / 2.0
+    size, excess = _frobenius(C), _frobenius(F)
+    # The scale of `margin` is within a factor √2 of Λ^(−½).
+    excess = up(2 * excess * size * (1 + 2.0**-48))
+    margin = down(proof.margin - 2 * excess)
+    require(margin, lambda: proof.smallest_eigenvalue - excess, weights.gamma)
+    return replace(
+        proof,
+        margin=margin,
+        m=max(down(proof.m - excess), 0.0),
+        L=up(proof.L + up(_frobenius(A) * size * (1 + 2.0**-48))),
+        output_gain=up(size * (1 + 2.0**-48)),
+    )
+
+
+def _certify_through_state(weights: PooledWeights, claim: Claim) -> Certificate:
+    exact = read_exactly(weights)
+    gamma = check_gamma(claim.gamma)
+    multiplier = torch.from_numpy(numbers_of("Lambda", claim.Lambda, len(exact.state.Lambda)))
+    check_multiplier(multiplier)
+    if bool((exact.A != 0).any()):
+        raise ValueError("another claim can only be proved for weights that claim no bound (A = 0)")
+    root = exact.state.Lambda.sqrt()
+    inverse = Enclosure(exact.state.Lambda.numpy()[:, None]).sqrt().reciprocal()
+    scaled = _by_channel(exact.C) * inverse
+    rows = (len(exact.C), -1)  # one per output: the norm is that of a short matrix
+    gain = norm_bound(
+        Enclosure(
+            *(
+                t.reshape(len(root), len(exact.C), -1).swapaxes(0, 1).reshape(rows)
+                for t in (scaled.mid, scaled.radius)
+            )
+        )
+    )
+    # Larger outputs are harder to bound: rounded up, and never so small that they vanish.
+    outputs = torch.diag((gain * root * (1 + 2.0**-48)).clamp_min(2.0**-800))[:, :, None, None]
+    state = replace(exact.state, C=outputs, b_y=root, Lambda=multiplier)
+    proof = _prove_frequencies(weights, state, weights.image, gamma, exact.state)
+    return replace(proof, output_gain=gain)
+
+
+def _by_channel(t: Tensor) -> Enclosure:
+    """Return q × n × height × width numbers with one row per channel n."""
+    return Enclosure(t.transpose(0, 1).flatten(1).numpy())
+
+
+def _frobenius(matrix: Enclosure) -> float:
+    return up(math.sqrt(float(sum_up(matrix.magnitude**2 * (1 + 2.0**-50)))))
+
+
+def _prove_frequencies(
+    weights: ConvolutionalWeights | PooledWeights,
+    state: ConvolutionalWeights,
+    image: tuple[int, int],
+    gamma: float | None,
+    own: ConvolutionalWeights | None = None,
+) -> Certificate:
+    """Prove the inequality of the state at every frequency of its grid.
+
+    State and `own` are float64; `own` has the Λ in which the layer is solved, where that of the
+    claim is another.
+    """
+    blocks = at_frequencies(state, state.grid(image))
+    solved = blocks if own is None else at_frequencies(own, state.grid(image))
+    kind = "exactly" if state.circular else "at most"
+    proof = prove(
+        weights,
+        gamma,
+        blocks,
+        solved,
+        f"Cholesky of a shifted Schur complement at {len(blocks)} frequencies, verified "
+        f"a posteriori in float64; images of {kind} {image[0]} × {image[1]} pixels",
+    )
+    return replace(proof, image=(image[0], image[1]))

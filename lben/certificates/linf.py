@@ -1,0 +1,143 @@
+"""How far do outputs move when no input moves by more than ε?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from lben.certificates.certificate import CertificateError, PairCertificate
+from lben.certificates.certify import METHOD, difference, pair_certificate
+from lben.certificates.inequality import Inequality
+from lben.certificates.proof import check_multiplier, numbers_of, read_exactly, require
+from lben.rigorous import TINY, Array, Enclosure, sum_up, up
+from lben.weights import DenseWeights
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LinfClaim:
+    """That an output changes by at most √(Σ τₖ Δxₖ²), and so by at most √Στ · max |Δxₖ|.
+
+    Attributes:
+        tau: τ, one positive number per input.
+        Lambda: the multiplier that is said to show it, n positive numbers.
+    """
+
+    tau: Array
+    Lambda: Array
+
+
+def certify_linf(
+    weights: DenseWeights, claims: Mapping[tuple[int, int], LinfClaim]
+) -> PairCertificate:
+    """Prove a bound of |Δyᵢ − Δyⱼ| ÷ max |Δxₖ| for every pair of outputs, or raise.
+
+    It is M(Λ, 1) for inputs in units of τ^(−½). Where intervals show less, that is returned.
+
+    Args:
+        weights: exactly as they run.
+        claims: for every pair i < j.
+
+    Returns:
+        The less of √Στ and `interval_bounds` for every pair, q × q, with 1 on the diagonal.
+
+    Raises:
+        ValueError: if a pair has no claim, a claim's τ or Λ another size, or the weights are
+            neither float32 nor float64.
+        CertificateError: if a τ or Λ is not positive and finite, or a proof fails.
+    """
+    exact, q = read_exactly(weights), weights.out_features
+    bounds = [list(row) for row in _by_intervals(exact)]
+    for i in range(q):
+        for j in range(i + 1, q):
+            if (i, j) not in claims:
+                raise ValueError(f"nothing is claimed for the outputs {i} and {j}")
+            claim = claims[i, j]
+            tau = numbers_of("τ", claim.tau, weights.in_features)
+            Lambda = torch.from_numpy(numbers_of("Λ", claim.Lambda, weights.hidden_features))
+            check_multiplier(Lambda)
+            if not (np.isfinite(tau).all() and (tau >= TINY).all()):
+                raise CertificateError(
+                    "τ must be positive and finite in every entry: normal numbers from "
+                    f"{TINY:.3g}, it ranges from {tau.min():.3g} to {tau.max():.3g} for the "
+                    f"outputs {i} and {j}"
+                )
+            block = _in_units(difference(exact, Lambda, i, j), tau)
+            require(block.margin(1.0), partial(block.smallest_eigenvalue, 1.0), 1.0)
+            proved = up(math.sqrt(float(sum_up(tau))), 2)
+            bounds[i][j] = bounds[j][i] = min(bounds[i][j], proved)
+    return pair_certificate(weights, bounds, "linf", METHOD)
+
+
+def _in_units(block: Inequality, tau: Array) -> Inequality:
+    unit = Enclosure(tau[None, :]).sqrt().reciprocal()
+    D = block.D * unit if isinstance(block.D, Enclosure) else None
+    return replace(block, U=block.U * unit, D=D)
+
+
+def interval_bounds(weights: DenseWeights) -> PairCertificate:
+    """Bound |Δyᵢ − Δyⱼ| ÷ max |Δxₖ| by intervals: the cheap baseline.
+
+    With slopes in [0, 1], (1 − Wᵢᵢ)|Δzᵢ| ≤ Σ |Wᵢⱼ||Δzⱼ| + Σ |Uᵢₖ||Δxₖ|. Where the matrix of the
+    left side less the right is an M-matrix, which a w > 0 with a positive image proves, |Δz| ≤ εw.
+
+    Returns:
+        q × q, with 1 on the diagonal; infinite where it is no M-matrix.
+
+    Raises:
+        ValueError: if the weights are neither float32 nor float64.
+        CertificateError: if they contain NaN or Inf.
+    """
+    bounds = _by_intervals(read_exactly(weights))
+    return pair_certificate(weights, bounds, "linf", "intervals, with rounding enclosed")
+
+
+def _by_intervals(exact: DenseWeights) -> list[list[float]]:
+    """Return the bounds of `interval_bounds` for float64 weights."""
+    W, U, C = (t.numpy() for t in (exact.W, exact.U, exact.C))
+    q = len(C)
+    bounds = np.full((q, q), math.inf)
+    np.fill_diagonal(bounds, 1.0)
+    sizes = np.asarray(sum_up(np.abs(U), axis=1))
+    with np.errstate(all="ignore"):
+        w = _positive_vector(W, sizes)
+        if w is not None:
+            for i in range(q):
+                for j in range(i + 1, q):
+                    bounds[i, j] = bounds[j, i] = _change(exact, w, i, j)
+    return [[float(b) for b in row] for row in bounds]
+
+
+def _positive_vector(W: Array, sizes: Array) -> Array | None:
+    """Return w ≥ |Δz| for every |Δx| ≤ 1, or None where none can be proved."""
+    n = len(W)
+    comparison = -np.abs(W)
+    np.fill_diagonal(comparison, 1 - np.diag(W))
+    try:
+        w = np.abs(np.linalg.solve(comparison, sizes + 1e-300)) * (1 + 1e-9) + 2 * TINY
+    except np.linalg.LinAlgError:
+        return None
+    if not np.isfinite(w).all():
+        return None
+    column = Enclosure(w[:, None])
+    off_diagonal = Enclosure(-np.abs(W) * (1 - np.eye(n)))
+    own = (Enclosure(np.ones((n, 1))) - Enclosure(np.diag(W)[:, None])) * column
+    image = own + off_diagonal @ column
+    held = (image.mid - image.radius)[:, 0] * (1 - 2.0**-50) > sizes
+    return w if held.all() else None
+
+
+def _change(exact: DenseWeights, w: Array, i: int, j: int) -> float:
+    """Bound |Δyᵢ − Δyⱼ| where |Δz| ≤ w and |Δx| ≤ 1."""
+
+    def size(rows: Array) -> Array:
+        return (Enclosure(rows[i : i + 1]) - Enclosure(rows[j : j + 1])).magnitude[0]
+
+    change = float(sum_up(size(exact.C.numpy()) * w * (1 + 2.0**-50)))
+    if exact.D is not None:
+        change = up(change + float(sum_up(size(exact.D.numpy()))))
+    return change if math.isfinite(change) else math.inf

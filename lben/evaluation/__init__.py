@@ -1,0 +1,1 @@
+"""What a trained model holds: accuracy, proofs, attacks, and their reports."""

@@ -1,0 +1,250 @@
+"""When may what a layer computed from its parameters be used again?
+
+As long as all that it depends on has its value still: see `solvers.dependencies`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lben.layers.lasting import Lasting, make_lasting
+from solvers import LinearOperator, LinearSlope, Masked, ProximalActivation
+from solvers.activations import check_activation
+from solvers.dependencies import Snapshot, outside_transforms, read
+from solvers.precision import full_precision
+
+T_ = TypeVar("T_")
+
+
+class Kept:
+    """What was computed from a parameterization as it was: weights, factors, the tensors that run.
+
+    A layer that finds other values makes a new record, and a thread that is still at work with the
+    old one has all of it. Everything is computed by a twin of the parameterization on the copies of
+    the snapshot: so the values fit each other, whatever another thread writes meanwhile, they
+    outlive what the parameters become, and the parameterization is not touched.
+
+    Attributes:
+        snapshot: of the parameterization.
+        parameters: the copies of its parameters by name.
+        twin: the parameterization on them.
+    """
+
+    def __init__(
+        self, parameterization: nn.Module, tensors: tuple[Tensor, ...], settings: Any
+    ) -> None:
+        self.snapshot = Snapshot.of(tensors, settings)
+        copies = {id(t): c for t, c in zip(tensors, self.snapshot.copies, strict=True)}
+        names = parameterization.named_parameters()
+        self.parameters = {name: copies[id(p)] for name, p in names}
+        self.twin = twin(parameterization, self.parameters)
+        self._values: dict[Any, Any] = {}
+
+    def get(
+        self, key: Any, build: Callable[[], T_], fits: Callable[[T_], bool] | None = None
+    ) -> T_:
+        """Return what `build` returned on the last call with this key, built anew if it misfits."""
+        value: T_ | None = self._values.get(key)
+        if value is None or (fits is not None and not fits(value)):
+            device = self.snapshot.copies[0].device.type
+            with outside_transforms(device):
+                value = build()
+            self._values[key] = value
+        return value
+
+
+class CachedWeights:
+    """Weights that are kept, and whether somebody to whom they were given has written to them."""
+
+    def __init__(self, weights: Any) -> None:
+        self.weights = weights.apply(Tensor.detach)
+        self._snapshot = Snapshot.of(self._tensors())
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return tuple(self.weights.tensors().values())
+
+    def is_untouched(self) -> bool:
+        """Say whether the tensors are as they were made."""
+        return self._snapshot.fits(self._tensors())
+
+
+class Running:
+    """The tensors with which a layer runs, with their graph back to copies of the parameters.
+
+    Args:
+        kept: the record of the parameters.
+        run: the precision.
+        tracked: of each parameter whether it has a gradient; none without a graph.
+    """
+
+    def __init__(self, kept: Kept, run: torch.dtype, tracked: tuple[bool, ...]) -> None:
+        self.run, self.tracked, self.twin = run, tracked, kept.twin
+        # What is kept is no part of what a checkpointed block saves. Saved results are detached: a
+        # node that held its own result would never be freed.
+        with (
+            torch.set_grad_enabled(any(tracked)),
+            torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _same),
+        ):
+            wanted = tracked or (False,) * len(kept.parameters)
+            self.leaves = {
+                name: copy.detach().requires_grad_(has)
+                for (name, copy), has in zip(kept.parameters.items(), wanted, strict=True)
+            }
+            self.outputs = tuple(twin(self.twin, self.leaves)(run))
+        self.values = tuple(t.detach() for t in self.outputs)
+
+    def attach(self, parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the values as functions of the parameters."""
+        return _Attach.apply(self, *parameters)  # type: ignore[no-untyped-call]
+
+    def pull(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the parameters from those of the values."""
+        return _pull(self.outputs, gradients, tuple(self.leaves.values()), again=False)
+
+    def pull_again(
+        self, parameters: tuple[Tensor, ...], gradients: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Return the same as functions of the parameters and of the gradients of the values."""
+        outputs = twin(self.twin, dict(zip(self.leaves, parameters, strict=True)))(self.run)
+        return _pull(outputs, gradients, parameters, again=True)
+
+
+def _pull(
+    outputs: tuple[Tensor, ...],
+    gradients: tuple[Tensor, ...],
+    inputs: tuple[Tensor, ...],
+    *,
+    again: bool,
+) -> tuple[Tensor | None, ...]:
+    pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
+    roots, received = zip(*pairs, strict=True)
+    wanted = [t for t in inputs if t.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            roots, wanted, received, retain_graph=True, create_graph=again, allow_unused=True
+        )
+    )
+    return tuple(next(found) if t.requires_grad else None for t in inputs)
+
+
+class _Attach(torch.autograd.Function):
+    """Values computed before, with the gradient of the graph that computed them.
+
+    Its leaves are copies. A gradient that is to be differentiated again (create_graph) is computed
+    from the parameters themselves, with a graph of its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, running: Running, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.running = running
+        ctx.save_for_backward(*parameters)
+        return tuple(v.view_as(v) for v in running.values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        with full_precision(gradients[0]):
+            if torch.is_grad_enabled():
+                return None, *ctx.running.pull_again(ctx.saved_tensors, gradients)
+            return None, *ctx.running.pull(gradients)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def twin(module: nn.Module, parameters: Mapping[str, Tensor]) -> Any:
+    """Return a module that shares everything with another but its parameters.
+
+    torch.func.functional_call puts the other parameters into the module itself meanwhile, where
+    threads find them.
+
+    Args:
+        parameters: by name, as `named_parameters` has them.
+    """
+    names = {id(p): name for name, p in module.named_parameters()}
+
+    def copied(original: nn.Module) -> nn.Module:
+        result = original.__new__(type(original))
+        result.__dict__ = {
+            **original.__dict__,
+            "_parameters": {
+                name: None if p is None else parameters[names[id(p)]]
+                for name, p in original._parameters.items()
+            },
+            "_modules": {
+                name: None if m is None else copied(m) for name, m in original._modules.items()
+            },
+        }
+        return result
+
+    return copied(module)
+
+
+class CachingLayer(Lasting):
+    """A layer that computes its weights once per change of what they depend on.
+
+    Args:
+        parameterization: of the weights.
+    """
+
+    def __init__(self, parameterization: nn.Module) -> None:
+        super().__init__()
+        self.parameterization: Any = parameterization
+        make_lasting(self)
+        self._kept: Kept | None = None
+        self._last: LinearOperator | None = None  # the last operator, for its factors
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; an activation whose slopes are not known to lie in [0, 1] is refused.
+
+        Raises:
+            TypeError: for an activation that is no `ProximalActivation`.
+            ValueError: for one whose slopes are numbers in a tensor, which may be written to.
+        """
+        if name == "activation":
+            value = _sector(value)
+        super().__setattr__(name, value)
+
+    def _is_tracked(self) -> bool:
+        """Say whether the weights get a gradient now."""
+        return torch.is_grad_enabled() and (
+            any(p.requires_grad for p in self.parameterization.parameters())
+            or any(t.requires_grad for t in read(self.parameterization)[0])
+        )
+
+    def _record(self) -> Kept:
+        """Return the record of the parameterization as it is now."""
+        tensors, settings = read(self.parameterization)
+        kept = self._kept  # another thread may drop it meanwhile
+        if kept is None or not kept.snapshot.fits(tensors, settings):
+            kept = Kept(self.parameterization, tensors, settings)
+            self._kept = kept
+        return kept
+
+    def _reference(self) -> Tensor:
+        """Return a tensor that says in which precision and where the layer is."""
+        first = next(self.parameters(), None)  # a replica has none, but has their copies
+        return read(self.parameterization)[0][0] if first is None else first
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None, "_last": None}
+
+
+def _sector(activation: ProximalActivation) -> ProximalActivation:
+    """Return σ of slopes in [0, 1], which is what every bound is for."""
+    try:
+        check_activation(activation)
+    except TypeError as error:
+        words = str(error).replace("a ProximalActivation", "a solvers.ProximalActivation")
+        raise TypeError(f"the bound is for slopes in [0, 1]: the {words}") from None
+    inner = activation.activation if isinstance(activation, Masked) else activation
+    if isinstance(inner, LinearSlope):
+        raise ValueError(
+            "LinearSlope is the σ of adjoint problems, whose slopes may be written to: a layer "
+            "takes an activation of fixed slopes in [0, 1], such as solvers.LeakyReLU(0.1)"
+        )
+    return activation

@@ -1,0 +1,411 @@
+"""How is an explicit 1-Lipschitz layer evaluated at the cost of its products alone?"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lben import precision
+from lben.certificates import Certificate, CertificateError, certify, certify_convolution
+from lben.layers.cache import CachingLayer, Running
+from lben.layers.graphs import Owner, check_kind, graph_is_made
+from lben.layers.growth import (
+    Growth,
+    absolute_norm,
+    add_up,
+    largest_up,
+    norm_up,
+    norms_up,
+    times_up,
+)
+from lben.layers.linear_maps import Convolution, LinearMap
+from lben.layers.roundoff import Signal, Units, columns, rows
+from lben.parameterizations import (
+    ContractionParameterization,
+    FeedforwardParameterization,
+    ResidualParameterization,
+    SandwichParameterization,
+)
+from lben.parameterizations.sizes import image_size
+from lben.weights import ConvolutionalWeights, DenseWeights
+from solvers import ProximalActivation, ReLU, backends
+from solvers.dependencies import must_not_cache, read
+from solvers.precision import full_precision, in_autocast, leave_autocast
+
+
+class FeedforwardLayer(CachingLayer, Owner, ABC):
+    """A layer whose multiplier T is computed once per change of its parameters.
+
+    In eval mode a call is the layer's products and one pointwise pass. In training T is computed
+    for the first forward pass after a step of the optimizer and kept with its graph, so that
+    gradient accumulation pays for it once; a gradient to be differentiated again computes it anew.
+    In graphs (`torch.compile`, tracing, export) nothing is kept; T is computed at every call, by
+    the same code.
+
+    float32 runs in float32, whatever torch allows its products to be rounded to (TF32 convolutions
+    are torch's default on CUDA); a compiled or traced graph obeys the settings of torch.backends,
+    and refuses to run unless they are "ieee". Under autocast weights are rounded to bfloat16 first,
+    and T is that of the rounded weights: the exact layer with these weights has the bound; what
+    runs rounds activations to bfloat16 as well, and its quotients over small distances have none.
+    The skip connection keeps the precision of the input; layers without one return bfloat16.
+    Whatever claims something (`weights`, `certificate`, `rounding`) is refused under autocast.
+
+    Args:
+        parameterization: of the weights.
+        map: how they act.
+        inputs: features or channels of x.
+    """
+
+    def __init__(
+        self, parameterization: FeedforwardParameterization, map: LinearMap, inputs: int
+    ) -> None:
+        super().__init__(parameterization)
+        self.map, self.inputs = map, inputs
+        self.enter()
+
+    def source(self) -> nn.Module:
+        """Return the parameterization."""
+        return self.parameterization
+
+    def blank(self, like: Tensor) -> list[Tensor]:
+        """Return tensors shaped as those that run, without numbers."""
+        return self.parameterization.blank(like)
+
+    @abstractmethod
+    def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
+        """Return y from the tensors that run, with products in the precision `run`."""
+
+    @abstractmethod
+    def _roundoff(self, x: Signal, tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> Growth:
+        """Bound the rounding error of y, from the tensors that run and the shape of a sample."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y.
+
+        Raises:
+            ValueError: for a wrong shape, device or dtype, or parameters in half precision.
+        """
+        check_kind(x)
+        self.map.check(tuple(x.shape), self.inputs)
+        run = self._precision(x)
+        if x.ndim > 1 and self.map.dims == 3 and x.ndim != 4:
+            batch = x.shape[:-3]
+            y = self(x.reshape(math.prod(batch), *x.shape[-3:]))
+            return y.reshape(*batch, *y.shape[1:])
+        with leave_autocast(x.device.type):
+            if graph_is_made():
+                return self.evaluate(x, run, tuple(self.in_graph(run)))
+            with full_precision(self._reference()):
+                return self.evaluate(x, run, self._tensors(run))
+
+    def _has_one_pass(
+        self, x: Tensor, run: torch.dtype, activation: ProximalActivation | None
+    ) -> bool:
+        """Say whether `_in_one_pass` runs on products of x: on a GPU, outside of graphs."""
+        return not self._is_composed(x, run) and backends.activates(x, activation)
+
+    def _is_composed(self, x: Tensor, run: torch.dtype) -> bool:
+        """Say whether PyTorch's operations are asked for: by a graph, a transform or autocast."""
+        return graph_is_made() or must_not_cache() or run != x.dtype
+
+    def _in_one_pass(
+        self,
+        u: Tensor,
+        bias: Tensor | None,
+        scale: Tensor,
+        activation: ProximalActivation | None,
+        inner: Tensor | None = None,
+    ) -> Tensor:
+        """Return σ(su + b)t with s, b and t by unit or channel; b and σ may be left out.
+
+        Without a gradient it may lie in the memory of u where there is a σ: u is a product then.
+        """
+        rows = u if isinstance(self.map, Convolution) else u.reshape(-1, u.shape[-1])
+        h = backends.activate(
+            rows, bias, scale, activation, inner=inner, overwrite=activation is not None
+        )
+        return h.view_as(u) if h.shape != u.shape else h
+
+    def _precision(self, x: Tensor) -> torch.dtype:
+        own, reference = self._own(), self._reference()
+        if x.device != reference.device:
+            raise ValueError(f"x is on {x.device}, the layer on {reference.device}")
+        if in_autocast(x.device.type):
+            run = torch.get_autocast_dtype(x.device.type)
+            if run != torch.bfloat16:
+                raise ValueError(f"autocast to {run} overflows in T⁻¹: use bfloat16")
+            if not x.is_floating_point():
+                raise ValueError(f"x is {x.dtype}, expected floating-point numbers: convert it")
+            return run
+        if x.dtype != own:
+            raise ValueError(
+                f"x is {x.dtype}, the layer is {own}: convert one of them, or use torch.autocast"
+            )
+        return own
+
+    def _run(self, run: torch.dtype | None) -> torch.dtype:
+        """Return the precision of a proof, the layer's own when None."""
+        own = self._own()
+        if run not in (None, own, torch.bfloat16):
+            raise ValueError(
+                f"the layer runs in {own}, and under autocast in torch.bfloat16: {run} is neither"
+            )
+        return own if run is None else run
+
+    def _own(self) -> torch.dtype:
+        """Return the dtype of the parameters, float32 or float64."""
+        own = self._reference().dtype
+        if own not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"parameters must be float32 or float64, got {own}: T cannot be bounded in it; "
+                "use torch.autocast with bfloat16 for speed"
+            )
+        return own
+
+    def _tensors(self, run: torch.dtype) -> tuple[Tensor, ...]:
+        """Return what runs, computed or kept."""
+        track = self._is_tracked()
+        parameters = tuple(self.parameterization.parameters())
+        own = {id(p) for p in parameters}
+        if must_not_cache() or (track and self._has_strays(own)):
+            return self.parameterization(run)
+        running = self._running(run, tuple(p.requires_grad for p in parameters) if track else ())
+        return running.attach(parameters) if track else running.values
+
+    def _running(self, run: torch.dtype, tracked: tuple[bool, ...] = ()) -> Running:
+        kept = self._record()
+        return kept.get(
+            ("runs", run),
+            lambda: Running(kept, run, tracked),
+            lambda running: tracked in ((), running.tracked),
+        )
+
+    def _has_strays(self, parameters: set[int]) -> bool:
+        """Say whether another tensor than the parameters is to get a gradient."""
+        tensors, _ = read(self.parameterization)
+        return any(t.requires_grad and id(t) not in parameters for t in tensors)
+
+    def weights(self, run: torch.dtype | None = None) -> DenseWeights | ConvolutionalWeights:
+        """Return the float64 weights of the exact layer: what is proved, and what errors are of.
+
+        They are those that run, in the precision `run` (the layer's own if None): what T makes is
+        computed in one place, and converted. In float64 a product of two of them is rounded once
+        more than in the layer; `rounding` counts that.
+
+        Raises:
+            ValueError: if no proof is possible in the dtype; under autocast.
+        """
+        precision.refuse_autocast()
+        return self._weights(self.parameterization, self._run(run))
+
+    @torch.no_grad()
+    def _weights(
+        self, parameterization: FeedforwardParameterization, run: torch.dtype
+    ) -> DenseWeights | ConvolutionalWeights:
+        with full_precision(self._reference()):
+            if isinstance(self.map, Convolution):
+                kernels = parameterization.convolutional(run, circular=self.map.circular)
+                return kernels.apply(Tensor.detach)
+            return parameterization.dense(run).apply(Tensor.detach)
+
+    def certificate(
+        self, image: tuple[int, int] | None = None, *, run: torch.dtype | None = None
+    ) -> Certificate:
+        """Prove the layer's bound for `weights()`.
+
+        A stride leaves rows of the map out, which changes no bound.
+
+        With run=torch.bfloat16 it is proved of the exact layer whose weights are rounded to
+        bfloat16. What runs under autocast rounds the activations, too: its distance to that layer
+        has no bound here, nor have its quotients, and no radius is given for it. Such a
+        certificate is refused where one of the layer in its own precision is asked for.
+
+        Args:
+            image: height and width of the images, for a convolution.
+            run: precision; that of the parameters when None.
+
+        Raises:
+            ValueError: if a convolution is given no image size, or no proof is possible in the
+                dtype; under autocast.
+            CertificateError: if the proof fails.
+        """
+        run = self._run(run)
+        weights = self.weights(run)
+        if isinstance(weights, DenseWeights):
+            proof = certify(weights)
+        elif image is None:
+            raise ValueError("a convolution is proved for a size: certificate((height, width))")
+        else:
+            proof = certify_convolution(weights, image_size(image))
+        return replace(proof, dtype=str(run).removeprefix("torch."))
+
+    def check(self, proof: Certificate, x: Tensor) -> None:
+        """Refuse a certificate of other weights, or of other images than x.
+
+        Raises:
+            CertificateError: naming the difference.
+        """
+        _refuse_rounded(proof)
+        run = self._own()
+        kept = self._record()
+        fingerprint = kept.get(
+            ("fingerprint", self.map), lambda: self._weights(kept.twin, run).fingerprint
+        )
+        proof.check_fingerprint(fingerprint)
+        if isinstance(self.map, Convolution):
+            proof.check_image((x.shape[-2], x.shape[-1]), exactly=self.map.circular)
+
+    @torch.no_grad()
+    def rounding_growth(self, shape: tuple[int, ...], dtype: torch.dtype) -> Growth:
+        """Bound ‖fl(y) − y‖₂ affinely in ‖x‖₂; y is that of `weights()`, exactly.
+
+        It holds for every order of summation, see Note [Rounding model]; of convolutions for the
+        direct and im2col algorithms, which torch runs on a CPU.
+
+        Args:
+            shape: of one sample: (p,), or (channels, height, width).
+            dtype: in which the layer runs.
+
+        Raises:
+            ValueError: if the shape or dtype does not fit, or the device may run convolutions by
+                other algorithms; under autocast.
+        """
+        precision.refuse_autocast()
+        own = self._own()
+        if dtype != own:
+            raise ValueError(
+                "rounding is bounded in the layer's own precision, float32 or float64: it is "
+                f"{own}, asked for {dtype}"
+            )
+        shape = tuple(shape)
+        if len(shape) != self.map.dims:
+            raise ValueError(f"one sample has {self.map.dims} dimensions, got the shape {shape}")
+        self.map.check(shape, self.inputs)
+        tensors = self._tensors(own)
+        self.map.refuse_other_sums(tensors[0])
+        return self._roundoff(Signal.input(own), tensors, shape)
+
+    def rounding(self, x: Tensor) -> Tensor:
+        """Bound ‖fl(y) − y‖₂ per sample in float64, see `rounding_growth`."""
+        dims = self.map.dims
+        growth = self.rounding_growth(tuple(x.shape[x.ndim - min(dims, x.ndim) :]), x.dtype)
+        return growth.at(norms_up(x, dims))
+
+    def train(self, mode: bool = True) -> FeedforwardLayer:
+        """Set the mode, and forget what was kept."""
+        self._kept = None
+        super().train(mode)
+        return self
+
+    def extra_repr(self) -> str:
+        """Describe the layer in `repr`."""
+        return f"{self.map}"
+
+
+class ResidualLayer(FeedforwardLayer):
+    """y = x − 2UᵀT⁻¹σ(Ux + b). Araujo et al. (2023), Theorem 1."""
+
+    def __init__(
+        self,
+        parameterization: ResidualParameterization,
+        map: LinearMap,
+        activation: ProximalActivation | None = None,
+    ) -> None:
+        super().__init__(parameterization, map, parameterization.shape[1])
+        self.activation = ReLU() if activation is None else activation
+
+    def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
+        U, b, scale = tensors
+        U = U.to(run)
+        lasting = torch.is_grad_enabled() or self._is_composed(x, run)
+        if self._has_one_pass(x, run, self.activation):
+            h = self._in_one_pass(self.map.apply(x, U), b, scale, self.activation)
+        elif lasting:
+            h = self.activation(self.map.apply(x.to(run), U, b.to(run)))
+            h = (h * self.map.spread(scale)).to(run)
+        else:
+            h = self.activation(self.map.apply(x, U, b)).mul_(self.map.spread(scale))
+        y = self.map.adjoint(h, U).to(x.dtype)
+        return x - y if lasting else torch.sub(x, y, out=y)  # else nobody else holds y
+
+    def _roundoff(self, x: Signal, tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> Growth:
+        U, b, scale = tensors
+        # Units are measured in T^(−½): one of large rows has a small T⁻¹.
+        w = scale.double().sqrt()
+        units = Units(self.map, shape, U, w)
+        h = units.enter(x, U, rows(w, U) * U, b, self.activation)
+        back = rows(scale, U) * U.double()
+        y = units.leave(h, U, back, rows(w, U) * U, scale / w)
+        size = Growth(0.0, absolute_norm(U)).plus(units.norm(b))
+        sizes = (size, size.times(largest_up(scale)))
+        return x.plus(y, math.prod(shape)).below(*sizes)
+
+
+class ContractionLayer(FeedforwardLayer):
+    """y = V T^(−½) x + b with T ⪰ VᵀV."""
+
+    def __init__(self, parameterization: ContractionParameterization, map: LinearMap) -> None:
+        super().__init__(parameterization, map, parameterization.shape[1])
+
+    def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
+        V, b, scale = tensors
+        if torch.is_grad_enabled() and self._has_one_pass(x, run, None):
+            return self.map.apply(self._in_one_pass(x, None, scale, None), V, b)
+        return self.map.apply((x * self.map.spread(scale)).to(run), V.to(run), b.to(run))
+
+    def _roundoff(self, x: Signal, tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> Growth:
+        V, b, scale = tensors
+        outputs = self.map.outputs(shape, len(V))
+        norm = absolute_norm(columns(scale, V) * V.double())
+        y = x.linear(
+            norm, terms=V[0].numel() + 2, inputs=math.prod(shape), ones=math.prod(outputs) ** 0.5,
+            bias=times_up(norm_up(b), math.prod(outputs[1:]) ** 0.5),
+            unweighted=add_up(norm, absolute_norm(V)), share=largest_up(scale),
+        )  # fmt: skip
+        return y.below(Growth(0.0, largest_up(scale)))
+
+
+class SandwichLayer(FeedforwardLayer):
+    """y = √2 AᵀSΨσ(√2 Ψ⁻¹S Bx + b) + b_y. Wang and Manchester (2023)."""
+
+    def __init__(
+        self,
+        parameterization: SandwichParameterization,
+        map: LinearMap,
+        activation: ProximalActivation | None = None,
+    ) -> None:
+        inputs = parameterization.shape[1] - parameterization.outputs
+        super().__init__(parameterization, map, inputs)
+        self.activation = ReLU() if activation is None else activation
+
+    def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
+        A, B, b, b_y, inner, outer = tensors
+        if self._has_one_pass(x, run, self.activation):
+            u = self.map.apply(x, B)
+            return self.map.adjoint(self._in_one_pass(u, b, outer, self.activation, inner), A, b_y)
+        v = self.map.apply(x.to(run), B.to(run)) * self.map.spread(inner)
+        h = self.activation(v + self.map.spread(b)) * self.map.spread(outer)
+        return self.map.adjoint(h.to(run), A.to(run), b_y.to(run))
+
+    def _roundoff(self, x: Signal, tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> Growth:
+        A, B, b, b_y, inner, outer = tensors
+        w = (outer.double() / inner).sqrt()  # Λ^½, in which both products have like norms
+        units = Units(self.map, shape, B, w, inner)
+        forth = rows(w * inner, B) * B.double()
+        h = units.enter(x, B, forth, b, self.activation)
+        y = units.leave(h, A, rows(outer, A) * A.double(), rows(outer / w, A) * A, outer / w, b_y)
+        product = Growth(0.0, absolute_norm(B))
+        hidden = product.times(largest_up(inner)).plus(units.norm(b))
+        return y.below(product, hidden, hidden.times(largest_up(outer)))
+
+
+def _refuse_rounded(proof: Certificate) -> None:
+    if proof.dtype not in ("float32", "float64"):
+        raise CertificateError(
+            f"this certificate is of weights rounded to {proof.dtype}, the layer runs in float32 "
+            "or float64: prove it with certificate(), without run"
+        )

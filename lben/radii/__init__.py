@@ -1,0 +1,1 @@
+"""From logits, their error and a proved bound to radii within which a prediction cannot change."""

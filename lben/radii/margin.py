@@ -1,0 +1,177 @@
+"""Within which radius can a prediction not change? From logits, their error and a proved bound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lben.certificates import Certificate, PairCertificate
+from lben.radii.error_bounds import Affine
+from lben.rigorous import TINY, up
+from lben.weights import as_number, convert
+
+ROOT2 = up(math.sqrt(2.0))
+_LEAST = 2.0**-960
+"""A smaller radius is returned as 0: none is near the numbers that underflow."""
+
+
+def certified_radius(
+    logits: Float[Tensor, "batch classes"],
+    labels: Int[Tensor, " batch"] | Bool[Tensor, " batch"],
+    bound: float | PairCertificate | Sequence[Sequence[float]] | Float[Tensor, "classes classes"],
+    *,
+    logit_error: Float[Tensor, " batch"] | float = 0.0,
+    elsewhere: Affine | None = None,
+) -> Float[Tensor, " batch"]:
+    """Return a radius in the l2 norm of raw inputs within which the prediction cannot change.
+
+    r = max(0, min over j ≠ i of (yᵢ − yⱼ − √2 e) / Lᵢⱼ), rounded downwards, where Lᵢⱼ bounds
+    (eᵢ − eⱼ)ᵀy: √2γ for every pair, or the pair's own bound. An error of at most e in y moves the
+    difference by at most √2e. 0 for a sample that is misclassified. With bounds of pairs in the
+    l∞ norm it is a radius in the l∞ norm.
+
+    This is a radius of the exact network. At another input of the ball a network that runs has an
+    error of its own, at most a + kr; with it in `elsewhere` the radius is that of the network as it
+    runs: (yᵢ − yⱼ − √2 (e + a)) / (Lᵢⱼ + √2k).
+
+    Args:
+        logits: y.
+        labels: i, integers of any type in [0, classes).
+        bound: γ of the whole network from raw input to logits, or Lᵢⱼ of every pair: what
+            `certify_pairs` returns, a table of numbers, or a tensor.
+        logit_error: e, a bound of ‖y − y*‖₂ per sample (solver and rounding).
+        elsewhere: a bound of the same distance at every input within a radius.
+
+    Raises:
+        ValueError: if shapes disagree, a label is out of range, there are fewer than two classes,
+            logits are not finite, or a bound is not positive.
+    """
+    labels = check_labels(logits, labels)
+    pairs = pair_bounds(bound, logits.shape[1])
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError("logits contain NaN or Inf")
+    y = convert(logits, torch.float64)
+    error = logit_error
+    if not isinstance(error, Tensor):
+        error = torch.as_tensor(error, dtype=torch.float64, device="cpu")
+    if error.is_complex() or not bool((error >= 0).all()):
+        raise ValueError("logit_error must be at least 0 and not NaN")
+    error = convert(error, torch.float64).expand(len(y))[:, None]
+    if elsewhere is not None:
+        error = error + convert(elsewhere.constant, torch.float64)[:, None]
+        pairs = (pairs + ROOT2 * elsewhere.slope) * (1 + 2.0**-48)
+    index = labels.cpu()
+    # Note [Radii at every magnitude]: an eighth of all cannot overflow, and what underflows is
+    # below 2⁻¹⁰²², a few of which are taken off. The subtractions and the quotient round by under
+    # 8u of the largest number each, with u = 2⁻⁵² in any rounding mode.
+    y, error = y / 8, ROOT2 * error / 8 * (1 + 2.0**-48)
+    margin = y.gather(1, index[:, None]) - y - error
+    slack = 2.0**-48 * (y.abs().amax(1, keepdim=True) + error) + 16 * TINY
+    radius = (margin - slack) / pairs[index].clamp_min(TINY) * (1 - 2.0**-48)
+    radius = torch.where(radius > _LEAST, 8 * radius, 0.0)  # NaN, an infinite quotient, is 0
+    radius = radius.scatter(1, index[:, None], math.inf).amin(1)
+    if elsewhere is not None:
+        limit = torch.as_tensor(elsewhere.limit, dtype=torch.float64, device="cpu")
+        radius = torch.minimum(radius, limit * (1 - 2.0**-48)).clamp_min(0.0)
+    return radius.clamp_max(torch.finfo(torch.float64).max).to(logits.device)
+
+
+def pair_bounds(
+    bound: float | PairCertificate | Sequence[Sequence[float]] | Float[Tensor, "classes classes"],
+    classes: int,
+) -> Float[Tensor, "classes classes"]:
+    """Return a bound of yᵢ − yⱼ for every pair: √2 times that of all of y, or those given.
+
+    Raises:
+        ValueError: if a bound is not a positive number, or pairs have another number of classes.
+    """
+    number = as_number(bound)
+    if number is not None:
+        if not number > 0:
+            raise ValueError(f"bound must be positive, got {bound}")
+        if number != bound:  # an integer, say, that no float64 is equal to
+            number = up(number)
+        size, value = (classes, classes), up(ROOT2 * number)
+        return torch.full(size, value, dtype=torch.float64, device="cpu")
+    table = _table(bound)
+    if table.shape != (classes, classes):
+        raise ValueError(f"pair bounds must be {classes} × {classes}, got {tuple(table.shape)}")
+    if not bool((table > 0).all()):
+        raise ValueError(f"bound must be positive, got {table}")
+    return table
+
+
+def _table(bound: object) -> Tensor:
+    """Return a table of numbers in float64, on the CPU."""
+    if isinstance(bound, PairCertificate):
+        return bound.tensor()
+    if not isinstance(bound, Tensor):
+        try:
+            bound = torch.from_numpy(np.array(bound, dtype=np.float64))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"bound must be a number or a table of numbers, got {type(bound).__name__}"
+            ) from error
+    if bound.is_complex() or bound.dtype == torch.bool:
+        raise ValueError(f"bound must be real, got {bound.dtype}")
+    return convert(bound, torch.float64)
+
+
+def check_labels(logits: Tensor, labels: Tensor) -> Int[Tensor, " batch"]:
+    """Return labels as int64, where the logits are.
+
+    Args:
+        logits: batch × classes.
+        labels: integers of any type, or truth values, in [0, classes), one per row of logits.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(f"logits must be (batch, classes ≥ 2), got {tuple(logits.shape)}")
+    if not logits.is_floating_point():
+        raise ValueError(f"logits must be real floating-point numbers, got {logits.dtype}")
+    if not isinstance(labels, Tensor):
+        raise ValueError(
+            f"labels must be a Tensor of {logits.shape[0]} integers, got a "
+            f"{type(labels).__name__}: take torch.as_tensor(labels)"
+        )
+    inexact = labels.is_floating_point() or labels.is_complex()
+    if labels.shape != logits.shape[:1] or inexact:
+        raise ValueError(
+            f"labels must be {logits.shape[0]} integers, got {tuple(labels.shape)} {labels.dtype}"
+        )
+    classes, labels = logits.shape[1], labels.detach().to(torch.int64)
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(
+            f"labels must lie in [0, {classes}), "
+            f"got values from {int(labels.min())} to {int(labels.max())}"
+        )
+    return labels if logits.is_meta else labels.to(logits.device)
+
+
+def logit_error(
+    certificate: Certificate,
+    state_error: Float[Tensor, " batch"],
+    bias_error: Float[Tensor, " batch"],
+    output_error: Float[Tensor, " batch"],
+) -> Float[Tensor, " batch"]:
+    """Bound ‖y − y*‖₂ for y evaluated in float64 from an inexact state z.
+
+    y* is the output at the exact equilibrium. Three parts: the state error as the solver saw it,
+    through ‖CΛ^(−½)‖; rounding of v = Ux + b, which moves z* by at most ‖δv‖_Λ / m; and rounding of
+    Cz + Dx + b_y. The factors 2 and 4 cover the rounding of the last two themselves.
+
+    Args:
+        certificate: of the same weights.
+        state_error: bound of ‖z − z*‖_Λ for the problem with the rounded v.
+        bias_error: bound of the rounding of v, in the Λ norm.
+        output_error: bound of the rounding of y for given z, in l2.
+    """
+    state = state_error + 2 * bias_error / certificate.m
+    return (certificate.output_gain * state + 4 * output_error) * (1 + 1e-9)

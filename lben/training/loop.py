@@ -1,0 +1,274 @@
+"""How is a model trained? One seeded loop: interruptible, and resumable to the same weights.
+
+Of a model it uses `model(x)` and `model.certificate()`; everything else is in the configuration.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lben.data import Dataset, load, pixels
+from lben.models import Classifier
+from lben.parallel import Processes, processes, without_synchronisation
+from lben.progress import Progress
+from lben.radii.margin import check_labels
+from lben.records import encode
+from lben.training import checkpoints
+from lben.training.optimization import EMA
+from lben.training.recipes import TrainingConfig, read
+
+
+class Interrupted(Exception):
+    """Training was stopped by Ctrl-C; the last checkpoint is whole."""
+
+
+def train(config: TrainingConfig, *, resume: bool = False, overwrite: bool = False) -> Classifier:
+    """Train a model into the folder `config.out`, or continue there.
+
+    Resuming after the k-th epoch gives bit for bit the weights of an uninterrupted run on the
+    same machine: order and augmentation are drawn from (seed, epoch). With a moving average the
+    model that is returned, saved and certified has the averaged weights. Processes that torchrun
+    started share every batch; the first of them writes. What is refused is refused before anything
+    is written: data, device, model and loss are tried first.
+
+    Args:
+        config: of the run.
+        resume: continue the run in the folder.
+        overwrite: start afresh where the folder already holds a run.
+
+    Raises:
+        CheckpointError: if the folder already holds a run or a file of its name and neither resume
+            nor overwrite is asked for, or holds none and resume is True, or its files are damaged,
+            or it cannot be made or written to, or something else is in the place of a file.
+        DataError: if the data cannot be read.
+        Interrupted: on Ctrl-C, after which `resume` continues from the last whole checkpoint.
+        ValueError: if augmentation, batches or labels do not suit the data.
+    """
+    with processes(config.device) as team:
+        folder = Path(config.out)
+        checkpoints.check_folder(folder, checkpoints.RUN, fresh=not (resume or overwrite))
+        run = _start(config, team)
+        done = _open(run, resume)
+        try:
+            _fit(run, done)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"interrupted; the last checkpoint is whole, continue with `lben resume "
+                f"{run.folder}`"
+            ) from None
+        if run.ema is not None:
+            run.ema.copy_to(run.model)
+        if team.first:
+            checkpoints.save_model(run.folder, run.model)
+            certificate = run.model.eval().certificate()
+            checkpoints.write_json(run.folder / checkpoints.CERTIFICATE, certificate)
+        team.wait()
+        return run.model.eval()
+
+
+def resume(folder: Path | str, *, root: str | None = None) -> Classifier:
+    """Continue the run in a folder with the configuration stored there.
+
+    Args:
+        folder: of the run.
+        root: another place of the data files, if they have moved.
+    """
+    _, record = checkpoints.load_config(folder)
+    try:
+        config = read(record)
+    except (TypeError, ValueError) as error:
+        raise checkpoints.CheckpointError(
+            f"{Path(folder) / checkpoints.CONFIG} lacks a field or has one too many: {error}"
+        ) from error
+    return train(replace(config, out=str(folder), root=root or config.root), resume=True)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Run:
+    """What is trained, on what, by what."""
+
+    config: TrainingConfig
+    team: Processes
+    data: Dataset
+    model: Classifier
+    replica: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: EMA | None
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.out)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.data.train_labels) / self.config.batch_size)
+
+    def save(self, epoch: int) -> None:
+        checkpoints.save_training(self.folder, self.model, self.optimizer, epoch, self.ema)
+
+
+def _start(config: TrainingConfig, team: Processes) -> _Run:
+    with team.in_turn():  # the first process downloads
+        data = load(config.data, config.root, download=config.download)
+    config.check(data)
+    team.check_batches(len(data.train_labels), config.batch_size)
+    torch.manual_seed(config.seed)
+    model = config.model(data).build().to(team.device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return _Run(
+        config=config,
+        team=team,
+        data=data,
+        model=model,
+        replica=team.replicate(model),
+        optimizer=config.optimizer.build(model),
+        ema=None if config.ema is None else EMA(model, config.ema),
+    )
+
+
+def _open(run: _Run, resume: bool) -> int:
+    """Prepare the folder and return the number of epochs that it holds."""
+    folder, done = run.folder, 0
+    if resume:
+        done = checkpoints.load_training(folder, run.model, run.optimizer, run.ema)
+    _try(run)
+    run.team.wait()  # all have looked before the first one writes
+    if run.team.first:
+        if not resume:
+            with checkpoints.open_folder(folder):
+                checkpoints.save_config(folder, run.config.model(run.data), encode(run.config))
+                run.save(0)
+            for name in (checkpoints.METRICS, checkpoints.MODEL, checkpoints.CERTIFICATE):
+                (folder / name).unlink(missing_ok=True)  # of a run that stood here
+        _trim_metrics(folder, done)
+    return done
+
+
+@torch.no_grad()
+def _try(run: _Run) -> None:
+    """Evaluate the loss of one image, so that what does not fit is refused before it costs."""
+    run.model.eval()
+    x, y = pixels(run.data.train_images[:1]), run.data.train_labels[:1]
+    run.config.loss(run.model(x.to(run.team.device)).float(), y.to(run.team.device))
+
+
+def _fit(run: _Run, done: int) -> None:
+    config, team, device = run.config, run.team, run.team.device
+    images, labels = run.data.train_images.to(device), run.data.train_labels.to(device)
+    labels = check_labels(torch.empty(len(labels), run.data.classes, device="meta"), labels)
+    total = config.epochs * run.steps_per_epoch
+    writer = _tensorboard(run.folder) if team.first else None
+    progress = Progress(
+        total, f"train {config.data}", "steps", team.quiet, initial=done * run.steps_per_epoch
+    )
+    with progress:
+        for epoch in range(done, config.epochs):
+            started = time.perf_counter()
+            run.model.train()
+            loss_sum = torch.zeros((), device=device)
+            correct = torch.zeros((), dtype=torch.long, device=device)
+            for step, (x, y) in enumerate(_batches(images, labels, config, epoch)):
+                share = config.schedule(epoch * run.steps_per_epoch + step, total)
+                for group in run.optimizer.param_groups:
+                    group["lr"] = config.lr * share
+                for loss, hits in _step(run, x, y):
+                    loss_sum += loss
+                    correct += hits
+                progress.update()
+            loss_sum, correct = team.total(loss_sum), team.total(correct)
+            if not team.first:
+                continue
+            metrics = {
+                "epoch": epoch + 1,
+                "loss": float(loss_sum) / len(images),
+                "train_error_percent": 100 * (1 - int(correct) / len(images)),
+                "test_error_percent": 100 * _test_error(run),
+                "seconds": round(time.perf_counter() - started, 2),
+            }
+            progress.note(test_error=f"{metrics['test_error_percent']:.2f}%")
+            checkpoints.append_json(run.folder / checkpoints.METRICS, metrics)
+            if writer is not None:
+                for name, value in metrics.items():
+                    writer.add_scalar(name, value, epoch + 1)
+            run.save(epoch + 1)
+    if writer is not None:
+        writer.close()
+
+
+def _step(run: _Run, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Move the weights once; return the sum of losses and the number of hits of every part.
+
+    Every process takes its share of the batch and every part of it a forward and backward pass;
+    the factor makes the sum of what they contribute the gradient of the batch's mean.
+    """
+    config, team = run.config, run.team
+    parts = list(zip(*(team.share(t).chunk(config.accumulate) for t in (x, y)), strict=True))
+    seen = []
+    run.optimizer.zero_grad(set_to_none=True)
+    for index, (x_part, y_part) in enumerate(parts):
+        last = index == len(parts) - 1
+        with nullcontext() if last else without_synchronisation(run.replica):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=config.autocast):
+                logits = run.replica(x_part)
+            loss = config.loss(logits.float(), y_part)
+            (loss * (len(y_part) * team.count / len(y))).backward()
+        hits = (logits.detach().argmax(1) == y_part).sum()
+        seen.append((loss.detach() * len(y_part), hits))
+    run.optimizer.step()
+    if run.ema is not None:
+        run.ema.update(run.model)
+    return seen
+
+
+def _batches(
+    images: Tensor, labels: Tensor, config: TrainingConfig, epoch: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    generator = torch.Generator("cpu").manual_seed(config.seed * 1_000_003 + epoch)
+    order = torch.randperm(len(images), generator=generator, device="cpu").to(images.device)
+    for index in order.split(config.batch_size):
+        batch = config.augmentation(images[index], generator)
+        yield batch.contiguous(memory_format=layout), labels[index]
+
+
+def _test_error(run: _Run) -> float:
+    with nullcontext() if run.ema is None else run.ema.swap(run.model):
+        return error_rate(run.model, run.data)
+
+
+@torch.no_grad()
+def error_rate(model: nn.Module, data: Dataset, batch: int = 2000) -> float:
+    """Return the share of test images that the model misclassifies."""
+    model.eval()
+    parameter = next(model.parameters())
+    wrong = 0
+    for x, y in zip(data.test_images.split(batch), data.test_labels.split(batch), strict=True):
+        logits = model(pixels(x.to(parameter.device), parameter.dtype))
+        wrong += int((logits.argmax(1).cpu() != y).sum())
+    return wrong / len(data.test_labels)
+
+
+def _trim_metrics(folder: Path, done: int) -> None:
+    """Drop metrics of epochs that the checkpoint does not hold."""
+    path = folder / checkpoints.METRICS
+    if path.exists():
+        lines = path.read_bytes().splitlines(keepends=True)[:done]
+        checkpoints.write_atomically(path, b"".join(lines))
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / checkpoints.TENSORBOARD))

@@ -1,0 +1,28 @@
+"""What a layer is once its parameterization is gone: one class of weights per structure."""
+
+from lben.weights.base import (
+    as_number,
+    check_dimensions,
+    check_epsilon,
+    check_gamma,
+    check_tensors,
+    convert,
+    digest,
+)
+from lben.weights.convolutional import ConvolutionalWeights
+from lben.weights.dense import DenseWeights, stack
+from lben.weights.pooled import PooledWeights
+
+__all__ = [
+    "ConvolutionalWeights",
+    "DenseWeights",
+    "PooledWeights",
+    "as_number",
+    "check_dimensions",
+    "check_epsilon",
+    "check_gamma",
+    "check_tensors",
+    "convert",
+    "digest",
+    "stack",
+]

@@ -1,5 +1,0 @@
-"""What is compiled for this machine's processor, and is it there?"""
-
-from solvers.compiled.kernels import Build, build, status
-
-__all__ = ["Build", "build", "status"]

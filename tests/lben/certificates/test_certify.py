@@ -1,0 +1,289 @@
+import dataclasses
+import json
+import math
+
+import flint
+import pytest
+import torch
+
+from lben import (
+    CertificateError,
+    Claim,
+    DenseWeights,
+    EquilibriumLinear,
+    certified_radius,
+    certify,
+    compose,
+    tighten_scaled,
+)
+from lben.parameterizations import DirectParameterization
+from solvers import DenseOperator, Inclusion, ReLU, solve
+
+
+def random_weights(gamma=1.0, seed=0, dtype=torch.float64, sizes=(7, 6, 3), **options):
+    torch.manual_seed(seed)
+    parameterization = DirectParameterization(*sizes, dtype=dtype, gamma=gamma, **options)
+    with torch.no_grad():
+        for parameter in parameterization.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        return parameterization().apply(torch.Tensor.detach)
+
+
+def exact_schur(weights: DenseWeights, gamma: float, Lambda: torch.Tensor) -> flint.fmpq_mat:
+    """γ(2Λ − ΛW − WᵀΛ) − CᵀC − ΛUUᵀΛ in exact rational arithmetic."""
+
+    def rational(t):
+        t = t.double()
+        values = [flint.fmpq(*float(x).as_integer_ratio()) for x in t.ravel()]
+        return flint.fmpq_mat(*t.shape, values)
+
+    L, W = rational(torch.diag(Lambda)), rational(weights.W)
+    U, C = rational(weights.U), rational(weights.C)
+    G, g = L * U, flint.fmpq(*gamma.as_integer_ratio())
+    LW = L * W
+    return (L * 2 - LW - LW.transpose()) * g - C.transpose() * C - G * G.transpose()
+
+
+def positive_definite(a: flint.fmpq_mat) -> bool:
+    n = a.nrows()
+    return all(
+        flint.fmpq_mat(k, k, [a[i, j] for i in range(k) for j in range(k)]).det() > 0
+        for k in range(1, n + 1)
+    )
+
+
+def forward(weights: DenseWeights, x: torch.Tensor) -> torch.Tensor:
+    operator = DenseOperator(weights.W, weights.Lambda)
+    v = x @ weights.U.T + weights.b
+    z = solve(Inclusion(operator, v, ReLU()), tol=1e-12, max_steps=5000, on_failure="raise").value
+    y = z @ weights.C.T + weights.b_y
+    return y if weights.D is None else y + x @ weights.D.T
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_proof_agrees_with_exact_rational_arithmetic(seed, dtype):
+    weights = random_weights(seed=seed, dtype=dtype)
+    certify(weights)
+    assert positive_definite(exact_schur(weights, 1.0, weights.Lambda))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_claim_below_the_least_gamma_is_refused(seed):
+    # The least γ that Λ supports, bracketed by exact arithmetic to 1e-12; 1e-9 below is refused.
+    weights = random_weights(seed=seed)
+    low, high = 1e-3, 1.0
+    while high / low > 1 + 1e-12:
+        middle = math.sqrt(low * high)
+        if positive_definite(exact_schur(weights, middle, weights.Lambda)):
+            high = middle
+        else:
+            low = middle
+    assert certify(weights, Claim(high * (1 + 1e-9), weights.Lambda)).bound == high * (1 + 1e-9)
+    for false in (low * (1 - 1e-9), low * (1 - 1e-12), 0.5 * low):
+        with pytest.raises(CertificateError, match="could not be proved"):
+            certify(weights, Claim(false, weights.Lambda))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tightened_claims_are_proved_and_no_worse(seed):
+    weights = random_weights(seed=seed)
+    claim = tighten_scaled(weights)
+    assert claim.gamma < weights.gamma
+    assert certify(weights, claim).bound == claim.gamma
+    assert positive_definite(exact_schur(weights, claim.gamma, claim.Lambda))
+    x, y = torch.randn(2, 2000, 7, dtype=torch.float64)
+    y = x + 0.1 * y
+    quotient = (forward(weights, x) - forward(weights, y)).norm(dim=1) / (x - y).norm(dim=1)
+    assert quotient.max() <= claim.gamma
+    assert quotient.max() > 0.3 * claim.gamma
+
+
+def test_tightening_a_layer_that_claims_no_bound():
+    weights = random_weights(gamma=None, epsilon=0.5)
+    assert certify(weights).bound == math.inf
+    assert 0 < certify(weights, tighten_scaled(weights)).bound < math.inf
+
+
+def test_tighten_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="without feed-through"):
+        tighten_scaled(random_weights(feedthrough=True))
+    weights = random_weights()
+    broken = dataclasses.replace(weights, W=3 * torch.eye(6, dtype=torch.float64))
+    with pytest.raises(CertificateError, match="not positive definite"):
+        tighten_scaled(broken)
+
+
+@pytest.mark.parametrize("options", [{}, {"feedthrough": True}, {"gamma": None}], ids=repr)
+def test_constants_of_a_certificate_are_proved_bounds(options):
+    weights = random_weights(**options)
+    certificate = certify(weights)
+    root = weights.Lambda.sqrt()
+    H = root[:, None] * (torch.eye(6, dtype=torch.float64) - weights.W) / root
+    assert certificate.m <= float(torch.linalg.eigvalsh((H + H.T) / 2)[0])
+    assert float(torch.linalg.matrix_norm(H, 2)) <= certificate.L
+    assert certificate.output_gain >= float(torch.linalg.matrix_norm(weights.C / root, 2))
+    assert certificate.m == pytest.approx(float(torch.linalg.eigvalsh((H + H.T) / 2)[0]))
+
+
+def sll(n=5, p=4, seed=0, scale=1.0):
+    """SLL with all q = 1, as an equilibrium layer with W = 0 and D = I."""
+    g = torch.Generator().manual_seed(seed)
+    K = scale * torch.randn(p, n, generator=g, dtype=torch.float64)
+    T = (K.T @ K).abs().sum(1)
+    return explicit(K, T)
+
+
+def cpl(n=5, p=4, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    K = torch.randn(p, n, generator=g, dtype=torch.float64)
+    T = torch.full((n,), float(torch.linalg.matrix_norm(K, 2)) ** 2, dtype=torch.float64)
+    return explicit(K, T)
+
+
+def explicit(K, T):
+    p, n = K.shape
+    zeros = torch.zeros(n, dtype=torch.float64)
+    return DenseWeights(
+        W=torch.zeros(n, n, dtype=torch.float64),
+        U=K.T,
+        b=zeros,
+        C=-2 * K / T,
+        D=torch.eye(p, dtype=torch.float64),
+        b_y=torch.zeros(p, dtype=torch.float64),
+        Lambda=2 / T,
+        gamma=1.0,
+    )
+
+
+@pytest.mark.parametrize("make", [sll, cpl])
+def test_residual_layers_are_instances_of_the_same_certificate(make):
+    # At γ = 1 the corner γI − DᵀD/γ and the side block vanish, so M ⪰ 0 is singular. Just above,
+    # the Schur complement is 2Λ − (2/(γ + 1)) ΛKᵀKΛ, strictly positive when T ⪰ KᵀK.
+    weights = make()
+    M = assemble(weights, 1.0)
+    assert torch.linalg.eigvalsh(M)[0] > -1e-12
+    for gamma in (1.0 + 1e-3, 1.5):
+        assert certify(weights, Claim(gamma, weights.Lambda)).bound == gamma
+    with pytest.raises(CertificateError):
+        certify(weights, Claim(1 - 1e-6, weights.Lambda))
+
+
+def assemble(w, gamma):
+    """M(Λ, γ) as it stands in the definition."""
+    L = torch.diag(w.Lambda)
+    corner = gamma * torch.eye(w.in_features, dtype=torch.float64) - w.D.T @ w.D / gamma
+    side = -(w.U.T @ L + w.D.T @ w.C / gamma)
+    rest = 2 * L - L @ w.W - w.W.T @ L - w.C.T @ w.C / gamma
+    return torch.cat([torch.cat([corner, side], 1), torch.cat([side.T, rest], 1)])
+
+
+def test_smallest_eigenvalue_is_that_of_the_whole_matrix():
+    for sizes in ((7, 6, 3), (40, 6, 3), (3, 6, 5)):
+        weights = random_weights(sizes=sizes, feedthrough=True)
+        expected = float(torch.linalg.eigvalsh(assemble(weights, 1.0))[0])
+        assert certify(weights).smallest_eigenvalue == pytest.approx(expected, abs=1e-10)
+
+
+def test_a_certificate_is_tied_to_its_weights():
+    weights = random_weights()
+    certificate = certify(weights)
+    certificate.check(weights)
+    moved = dataclasses.replace(weights, W=weights.W + 1e-16 * weights.W.abs())
+    moved.W[0, 0] = torch.nextafter(moved.W[0, 0], torch.tensor(9.0, dtype=torch.float64))
+    with pytest.raises(CertificateError, match="for other weights"):
+        certificate.check(moved)
+
+
+def test_certificates_are_json():
+    record = json.loads(compose([certify(random_weights(gamma=None))], 2.0).to_json())
+    assert record["bound"] is None
+    assert record["layers"][0]["m"] > 0
+
+
+def test_composition_multiplies_upwards():
+    certificate = certify(random_weights(gamma=0.1))
+    network = compose([certificate, certificate], input_gain=3.0)
+    assert network.bound >= 3.0 * 0.1 * 0.1
+    assert network.bound <= 0.03 * (1 + 1e-14)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["W", "U", "C", "Lambda"])
+def test_non_finite_weights_are_refused(name, bad):
+    weights = random_weights()
+    weights.tensors()[name].view(-1)[0] = bad
+    with pytest.raises(CertificateError, match="NaN or Inf"):
+        certify(weights)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan])
+def test_multipliers_must_be_positive(bad):
+    weights = random_weights()
+    Lambda = weights.Lambda.clone()
+    Lambda[2] = bad
+    with pytest.raises(CertificateError, match="Λ must be positive"):
+        certify(weights, Claim(1.0, Lambda))
+
+
+def test_bad_claims_are_refused():
+    weights = random_weights()
+    with pytest.raises(ValueError, match="gamma must be a positive"):
+        certify(weights, Claim(-1.0, weights.Lambda))
+    with pytest.raises(ValueError, match=r"Lambda must have shape \(6,\)"):
+        certify(weights, Claim(1.0, weights.Lambda[:5]))
+
+
+def test_radius_is_the_margin_over_root_two_gamma():
+    logits = torch.tensor([[3.0, 1.0, 0.0], [1.0, 2.0, 0.0], [1.0, 1.0, 0.0]])
+    labels = torch.tensor([0, 0, 1])
+    radius = certified_radius(logits, labels, 2.0)
+    expected = flint.arb(1) / flint.arb(2).sqrt()
+    assert radius[0] == pytest.approx(2 / (2 * math.sqrt(2)))
+    assert flint.arb(float(radius[0])) < expected
+    assert radius[1:].tolist() == [0.0, 0.0]
+
+
+def test_radius_pays_for_the_error_of_the_logits():
+    logits, labels = torch.tensor([[3.0, 1.0]]), torch.tensor([0])
+    error = torch.tensor([0.5], dtype=torch.float64)
+    radius = certified_radius(logits, labels, 1.0, logit_error=error)
+    assert float(radius) == pytest.approx((2 - math.sqrt(2) * 0.5) / math.sqrt(2))
+    assert certified_radius(logits, labels, 1.0, logit_error=10.0).item() == 0
+    assert certified_radius(logits, labels, math.inf).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 3]), r"labels must lie in \[0, 3\), got values from 0 to 3"),
+        (torch.tensor([-1, 0]), r"got values from -1 to 0"),
+        (torch.tensor([0]), "labels must be 2 integers"),
+        (torch.tensor([0.0, 1.0]), r"labels must be 2 integers.*float32"),
+    ],
+)
+def test_bad_labels_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        certified_radius(torch.randn(2, 3), labels, 1.0)
+
+
+def test_bad_logits_and_bounds_are_refused():
+    labels = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="logits contain NaN"):
+        certified_radius(torch.full((2, 3), math.nan), labels, 1.0)
+    with pytest.raises(ValueError, match="bound must be positive"):
+        certified_radius(torch.randn(2, 3), labels, 0.0)
+    with pytest.raises(ValueError, match="classes ≥ 2"):
+        certified_radius(torch.randn(2, 1), labels, 1.0)
+
+
+@pytest.mark.parametrize("tol", [1e-2, 1e-6, 1e-12])
+def test_logit_error_covers_an_inexact_solve_and_is_not_idle(tol):
+    weights = random_weights(feedthrough=True)
+    layer = EquilibriumLinear(7, 6, 3, gamma=weights.gamma, feedthrough=True, tol=tol).double()
+    layer.parameterization.forward = lambda: weights
+    x = torch.randn(200, 7, dtype=torch.float64)
+    y, bound, _ = layer.with_error(x, certify(weights))
+    true_error = (y - forward(weights, x)).norm(dim=1)
+    assert (true_error <= bound + 1e-11).all()
+    assert (bound <= 1000 * true_error.max() + 1e-9).all()

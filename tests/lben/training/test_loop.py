@@ -1,0 +1,205 @@
+"""The training loop with a model that it has never heard of."""
+
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from lben.certificates import NetworkCertificate
+from lben.data import load
+from lben.models import Classifier
+from lben.training import checkpoints, recipes
+from lben.training.augmentation import Augmentation
+from lben.training.checkpoints import CheckpointError
+from lben.training.loop import Interrupted, _batches, error_rate, resume, train
+from lben.training.losses import CrossEntropy
+from lben.training.optimization import SGD, PiecewiseLinear
+from lben.training.recipes import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyConfig:
+    classes: int
+
+    def build(self):
+        return Tiny(self)
+
+
+class Tiny(Classifier):
+    """Two convolutions and a matrix, with a running mean and a count in buffers."""
+
+    gamma, bounds, _certified = None, ("promised",), None
+
+    def __init__(self, config):
+        super().__init__((1, 8, 8), (0.0,), (1.0,))
+        self.config = config
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten()
+        )
+        self.matrix = nn.Linear(16, config.classes)
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("seen", torch.tensor(0))
+        self.dtypes = set()
+
+    def logits(self, x):
+        if self.training:
+            self.mean += 0.1 * (x.mean() - self.mean)
+            self.seen += len(x)
+        logits = self.matrix(self.convolutions(x))
+        self.dtypes.add((self.training, logits.dtype))
+        return logits
+
+    def _certificate(self, bound):
+        return NetworkCertificate(bound=99.0, input_gain=1.0, layers=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyTraining(TrainingConfig):
+    supports: ClassVar[frozenset[str]] = frozenset({"channels_last", "autocast"})
+
+    def model(self, data):
+        return TinyConfig(classes=data.classes)
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch):
+    monkeypatch.setitem(checkpoints.MODELS, "tiny", TinyConfig)
+    monkeypatch.setitem(recipes.RECIPES, "TinyTraining", TinyTraining)
+
+
+def config(folder, **changes):
+    options = {"out": str(folder), "epochs": 2, "batch_size": 100, "lr": 0.02}
+    return TinyTraining(**{**options, **changes})
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def distance(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return max(float((a[k] - b[k]).abs().max()) for k in a)
+
+
+def test_it_learns_and_its_folder_says_what_it_is(tmp_path):
+    model = train(config(tmp_path, epochs=4))
+    metrics = read_metrics(tmp_path)
+    assert metrics[-1]["loss"] < 0.7 * metrics[0]["loss"]
+    assert json.loads((tmp_path / "certificate.json").read_text())["bound"] == 99.0
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert (content["model"]["kind"], content["training"]["kind"]) == ("tiny", "TinyTraining")
+    assert distance(checkpoints.load_model(tmp_path), model) == 0
+    assert int(model.seen) == 4 * 1437
+
+
+@pytest.mark.parametrize("steps", [0, 20, 31])
+def test_weights_buffers_momentum_and_average_resume_to_the_same_bits(tmp_path, monkeypatch, steps):
+    options = {"optimizer": SGD(), "schedule": PiecewiseLinear(), "ema": 0.95, "epochs": 3}
+    whole = train(config(tmp_path / "whole", **options))
+    original, count = PiecewiseLinear.__call__, [0]
+
+    def stop(*arguments):
+        count[0] += 1
+        if count[0] > steps:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PiecewiseLinear, "__call__", stop)
+        with pytest.raises(Interrupted):
+            train(config(tmp_path / "part", **options))
+    assert distance(resume(tmp_path / "part"), whole) == 0
+    a, b = (load_file(tmp_path / name / "training.safetensors") for name in ("part", "whole"))
+    assert a.keys() == b.keys()
+    assert {"optimizer.0.momentum_buffer", "model.seen", "ema.steps"} < set(a)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_average_is_what_is_evaluated_and_saved(tmp_path):
+    averaged = train(config(tmp_path / "averaged", ema=0.9))
+    last = train(config(tmp_path / "last"))
+    assert 1e-4 < distance(averaged, last) < 1
+    data = load("digits")
+    for name, model in (("averaged", averaged), ("last", last)):
+        assert distance(checkpoints.load_model(tmp_path / name), model) == 0
+        assert read_metrics(tmp_path / name)[-1]["test_error_percent"] == 100 * error_rate(
+            model, data
+        )
+    raw = config(tmp_path).model(data).build()
+    checkpoints.load_training(tmp_path / "last", raw, config(tmp_path).optimizer.build(raw))
+    assert distance(raw, last) == 0
+    with pytest.raises(CheckpointError, match="holds no average of this model: 'steps'"):
+        train(config(tmp_path / "last", ema=0.9), resume=True)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 100])
+def test_a_batch_in_parts_is_the_same_step(tmp_path, parts):
+    """1437 samples end in a batch of 37, and 37 in parts of at most ⌈37/parts⌉."""
+    options = {"optimizer": SGD(momentum=0.5), "loss": CrossEntropy(temperature=0.5, offset=0.5)}
+    whole = train(config(tmp_path / "whole", **options))
+    split = train(config(tmp_path / "split", accumulate=parts, **options))
+    for name, value in whole.named_parameters():
+        torch.testing.assert_close(split.get_parameter(name), value, atol=2e-5, rtol=0)
+    losses = [read_metrics(tmp_path / name)[-1]["loss"] for name in ("whole", "split")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_channels_last_is_another_order_of_the_same_numbers(tmp_path):
+    plain = train(config(tmp_path / "plain", epochs=1))
+    moved = train(config(tmp_path / "moved", epochs=1, channels_last=True))
+    kernel = moved.convolutions[2].weight
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+    assert not plain.convolutions[2].weight.is_contiguous(memory_format=torch.channels_last)
+    assert distance(plain, moved) < 1e-3
+    images, labels = torch.zeros(4, 3, 5, 5, dtype=torch.uint8), torch.arange(4)
+    for recipe, layout in (
+        (config(tmp_path, channels_last=True), torch.channels_last),
+        (config(tmp_path, augmentation=Augmentation(shift=1)), torch.contiguous_format),
+    ):
+        ((x, _),) = _batches(images, labels, recipe, 0)
+        assert x.is_contiguous(memory_format=layout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InFull(CrossEntropy):
+    def __call__(self, logits, labels):
+        assert logits.dtype == torch.float32
+        return super().__call__(logits, labels)
+
+
+def test_autocast_trains_in_bfloat16_and_evaluates_in_float32(tmp_path):
+    model = train(config(tmp_path / "half", epochs=1, autocast=True, loss=InFull()))
+    assert model.dtypes == {(True, torch.bfloat16), (False, torch.float32)}
+    assert model.matrix.weight.dtype == torch.float32
+    plain = train(config(tmp_path / "plain", epochs=1))
+    assert plain.dtypes == {(True, torch.float32), (False, torch.float32)}
+    assert 0 < distance(model, plain) < 0.1
+
+
+def test_what_does_not_suit_the_data_is_refused_before_a_folder_is_made(tmp_path):
+    with pytest.raises(ValueError, match="hue needs images of 3 channels, got 1"):
+        train(config(tmp_path / "run", augmentation=Augmentation(hue=0.1)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_could_not_be_loaded_again_is_not_trained(tmp_path, monkeypatch):
+    monkeypatch.delitem(checkpoints.MODELS, "tiny")
+    with pytest.raises(CheckpointError, match=r"TinyConfig has no name in lben\.checkpoints"):
+        train(config(tmp_path))
+
+
+@pytest.mark.gpu
+def test_a_cuda_device_trains_with_everything_on_and_resumes(tmp_path):
+    options = {
+        "device": "cuda", "channels_last": True, "autocast": True, "accumulate": 2, "ema": 0.9,
+        "augmentation": Augmentation(shift=1, reflect=True, flip=True, brightness=0.1),
+    }  # fmt: skip
+    whole = train(config(tmp_path / "whole", **options)).cpu()
+    model = resume(tmp_path / "whole")  # already done: reads everything back
+    assert next(model.parameters()).is_cuda
+    assert (True, torch.bfloat16) in whole.dtypes
+    assert distance(model.cpu(), whole) == 0

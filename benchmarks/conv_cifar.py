@@ -117,7 +117,7 @@ def _figures(
 
 def _attacked(model: Classifier, data: Dataset, pairs: int, bound: float) -> tuple[float, int]:
     """Return the largest quotient of attacked pairs, and how many exceed the bound in float64."""
-    exact, generator = model.exact(1e-9), torch.Generator().manual_seed(0)
+    exact, generator = model.to_exact(1e-9), torch.Generator().manual_seed(0)
     device, largest, violations = next(model.parameters()).device, 0.0, 0
     for part in torch.arange(pairs).split(250):
         images = pixels(data.test_images[part % len(data.test_images)], torch.float32).to(device)

@@ -28,6 +28,7 @@ from lben.radii.margin import certified_radius
 from lben.training.augmentation import Augmentation
 from lben.training.losses import CrossEntropy
 from lben.training.optimization import PiecewiseLinear
+from lben.weights import DenseWeights
 
 SEED, BATCH, HIDDEN, DEPTH = 0, 256, 64, 3
 RADII = (0.0, 0.5, 1.0, 1.5)
@@ -90,7 +91,7 @@ def _train(
     steps: int,
     lr: float,
     seed: int,
-    core: EquilibriumLayer | None = None,
+    core: EquilibriumLayer[DenseWeights] | None = None,
 ) -> None:
     """Adam over random batches; with an equilibrium core its feedback is penalised."""
     model.train()
@@ -115,18 +116,19 @@ def _train(
 def _certify(
     model: FeedforwardClassifier, data: Dataset, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    exact = model.exact(1e-8)
+    exact = model.to_exact(1e-8)
     certificate = exact.certificate()
     count = 500 if arguments.quick else len(data.test_labels)
     radii = []
     for start in range(0, count, 1000):
         part = slice(start, min(start + 1000, count))
         labels = data.test_labels[part]
-        result = exact.certified_logits(pixels(data.test_images[part], torch.float64), certificate)
+        images = pixels(data.test_images[part], torch.float64)
+        result = exact.forward_with_error(images, certificate)
         radius = certified_radius(
-            result.logits, labels, certificate.radius_bound(), logit_error=result.error
+            result.value, labels, certificate.radius_bound(), logit_error=result.error
         )
-        radii.append(torch.where(result.logits.argmax(1) == labels, radius, -1.0))
+        radii.append(torch.where(result.value.argmax(1) == labels, radius, -1.0))
     found: Tensor = torch.cat(radii)
     return {
         "certified": [float((found >= 0 if r == 0 else found > r).double().mean()) for r in RADII],

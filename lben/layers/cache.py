@@ -1,29 +1,34 @@
-"""When may what a layer computed from its parameters be used again?
+"""When may weights that a layer computed from its parameters be used again?
 
-As long as all that it depends on has its value still: see `solvers.dependencies`.
+As long as everything that they depend on still has its value: see `solvers.dependencies`, Note
+[Values decide], whose snapshots this cache and that of operators have in common.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lben.layers.lasting import Lasting, make_lasting
+from lben.weights import Weights
 from solvers import LinearOperator, LinearSlope, Masked, ProximalActivation
 from solvers.activations import check_activation
 from solvers.dependencies import Snapshot, outside_transforms, read
 from solvers.precision import full_precision
 
 T_ = TypeVar("T_")
+M_ = TypeVar("M_", bound=nn.Module)
+N_ = TypeVar("N_", bound=nn.Module)
+W_ = TypeVar("W_", bound=Weights)
 
 
-class Kept:
+class Cache:
     """What was computed from a parameterization as it was: weights, factors, the tensors that run.
 
-    A layer that finds other values makes a new record, and a thread that is still at work with the
+    A layer that finds other values makes a new cache, and a thread that is still at work with the
     old one has all of it. Everything is computed by a twin of the parameterization on the copies of
     the snapshot: so the values fit each other, whatever another thread writes meanwhile, they
     outlive what the parameters become, and the parameterization is not touched.
@@ -57,10 +62,10 @@ class Kept:
         return value
 
 
-class CachedWeights:
-    """Weights that are kept, and whether somebody to whom they were given has written to them."""
+class CachedWeights(Generic[W_]):
+    """Weights, and whether somebody to whom they were given has written to them."""
 
-    def __init__(self, weights: Any) -> None:
+    def __init__(self, weights: W_) -> None:
         self.weights = weights.apply(Tensor.detach)
         self._snapshot = Snapshot.of(self._tensors())
 
@@ -76,23 +81,23 @@ class Running:
     """The tensors with which a layer runs, with their graph back to copies of the parameters.
 
     Args:
-        kept: the record of the parameters.
+        cache: of the parameters.
         run: the precision.
         tracked: of each parameter whether it has a gradient; none without a graph.
     """
 
-    def __init__(self, kept: Kept, run: torch.dtype, tracked: tuple[bool, ...]) -> None:
-        self.run, self.tracked, self.twin = run, tracked, kept.twin
-        # What is kept is no part of what a checkpointed block saves. Saved results are detached: a
-        # node that held its own result would never be freed.
+    def __init__(self, cache: Cache, run: torch.dtype, tracked: tuple[bool, ...]) -> None:
+        self.run, self.tracked, self.twin = run, tracked, cache.twin
+        # What is cached is no part of what a checkpointed block saves. Saved results are detached:
+        # a node that held its own result would never be freed.
         with (
             torch.set_grad_enabled(any(tracked)),
             torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _same),
         ):
-            wanted = tracked or (False,) * len(kept.parameters)
+            wanted = tracked or (False,) * len(cache.parameters)
             self.leaves = {
                 name: copy.detach().requires_grad_(has)
-                for (name, copy), has in zip(kept.parameters.items(), wanted, strict=True)
+                for (name, copy), has in zip(cache.parameters.items(), wanted, strict=True)
             }
             self.outputs = tuple(twin(self.twin, self.leaves)(run))
         self.values = tuple(t.detach() for t in self.outputs)
@@ -156,7 +161,7 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def twin(module: nn.Module, parameters: Mapping[str, Tensor]) -> Any:
+def twin(module: M_, parameters: Mapping[str, Tensor]) -> M_:
     """Return a module that shares everything with another but its parameters.
 
     torch.func.functional_call puts the other parameters into the module itself meanwhile, where
@@ -167,7 +172,7 @@ def twin(module: nn.Module, parameters: Mapping[str, Tensor]) -> Any:
     """
     names = {id(p): name for name, p in module.named_parameters()}
 
-    def copied(original: nn.Module) -> nn.Module:
+    def copied(original: N_) -> N_:
         result = original.__new__(type(original))
         result.__dict__ = {
             **original.__dict__,
@@ -193,9 +198,9 @@ class CachingLayer(Lasting):
 
     def __init__(self, parameterization: nn.Module) -> None:
         super().__init__()
-        self.parameterization: Any = parameterization
+        self.parameterization = parameterization
         make_lasting(self)
-        self._kept: Kept | None = None
+        self._cached: Cache | None = None
         self._last: LinearOperator | None = None  # the last operator, for its factors
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -216,14 +221,14 @@ class CachingLayer(Lasting):
             or any(t.requires_grad for t in read(self.parameterization)[0])
         )
 
-    def _record(self) -> Kept:
-        """Return the record of the parameterization as it is now."""
+    def _cache(self) -> Cache:
+        """Return the cache of the parameterization as it is now."""
         tensors, settings = read(self.parameterization)
-        kept = self._kept  # another thread may drop it meanwhile
-        if kept is None or not kept.snapshot.fits(tensors, settings):
-            kept = Kept(self.parameterization, tensors, settings)
-            self._kept = kept
-        return kept
+        cache = self._cached  # another thread may drop it meanwhile
+        if cache is None or not cache.snapshot.fits(tensors, settings):
+            cache = Cache(self.parameterization, tensors, settings)
+            self._cached = cache
+        return cache
 
     def _reference(self) -> Tensor:
         """Return a tensor that says in which precision and where the layer is."""
@@ -231,7 +236,7 @@ class CachingLayer(Lasting):
         return read(self.parameterization)[0][0] if first is None else first
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None, "_last": None}
+        return {**self.__dict__, "_cached": None, "_last": None}
 
 
 def _sector(activation: ProximalActivation) -> ProximalActivation:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lben.layers.equilibrium_dense import DenseEquilibriumLayer
+from lben.layers.equilibrium import EquilibriumLayer, SolveOptions
 from lben.parameterizations import CompleteParameterization
 from lben.weights import ConvolutionalWeights, DenseWeights, stack
 
 
 def from_weights(
-    weights: DenseWeights | Sequence[DenseWeights], **options: Any
-) -> DenseEquilibriumLayer:
+    weights: DenseWeights | Sequence[DenseWeights], **options: Unpack[SolveOptions]
+) -> EquilibriumLayer[DenseWeights]:
     """Return a trainable equilibrium layer with the function and the bound of explicit weights.
 
     A residual, sandwich, linear or equilibrium layer is one set of weights; a stack of them is
@@ -28,7 +28,7 @@ def from_weights(
 
     Args:
         weights: of one layer, or of several, first to last; `layer.weights()` in float64.
-        options: of `DenseEquilibriumLayer`; the activation must be that of the explicit layers.
+        options: of `EquilibriumLayer`; the activation must be that of the explicit layers.
 
     Raises:
         ValueError: if the weights claim no bound or do not satisfy the certificate, do not fit
@@ -45,7 +45,7 @@ def from_weights(
         raise ValueError("the weights have no hidden units: there is nothing to solve for")
     with torch.no_grad():
         parameterization = CompleteParameterization(whole)
-    return DenseEquilibriumLayer(parameterization, **options)
+    return EquilibriumLayer(parameterization, **options)
 
 
 def feedback(W: Float[Tensor, "n n"], sizes: Sequence[int]) -> Float[Tensor, ""]:

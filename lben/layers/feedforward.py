@@ -7,13 +7,25 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lben import precision
-from lben.certificates import Certificate, CertificateError, certify, certify_convolution
+from lben.certificates import Certificate, CertificateError, LayerCertificate, certify
+from lben.layers.bounded import height_and_width, with_roundoff
 from lben.layers.cache import CachingLayer, Running
 from lben.layers.graphs import Owner, check_kind, graph_is_made
-from lben.layers.growth import (
+from lben.layers.hooks import refuse_hooks
+from lben.layers.roundoff import Signal, Units, columns, rows
+from lben.parameterizations import (
+    ContractionParameterization,
+    FeedforwardParameterization,
+    ResidualParameterization,
+    SandwichParameterization,
+)
+from lben.radii.error_bounds import Certified
+from lben.weights import ConvolutionalWeights, DenseWeights
+from lben.weights.growth import (
     Growth,
     absolute_norm,
     add_up,
@@ -22,16 +34,7 @@ from lben.layers.growth import (
     norms_up,
     times_up,
 )
-from lben.layers.linear_maps import Convolution, LinearMap
-from lben.layers.roundoff import Signal, Units, columns, rows
-from lben.parameterizations import (
-    ContractionParameterization,
-    FeedforwardParameterization,
-    ResidualParameterization,
-    SandwichParameterization,
-)
-from lben.parameterizations.sizes import image_size
-from lben.weights import ConvolutionalWeights, DenseWeights
+from lben.weights.linear_maps import Convolution, LinearMap
 from solvers import ProximalActivation, ReLU, backends
 from solvers.dependencies import must_not_cache, read
 from solvers.precision import full_precision, in_autocast, leave_autocast
@@ -41,9 +44,9 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
     """A layer whose multiplier T is computed once per change of its parameters.
 
     In eval mode a call is the layer's products and one pointwise pass. In training T is computed
-    for the first forward pass after a step of the optimizer and kept with its graph, so that
+    for the first forward pass after a step of the optimizer and cached with its graph, so that
     gradient accumulation pays for it once; a gradient to be differentiated again computes it anew.
-    In graphs (`torch.compile`, tracing, export) nothing is kept; T is computed at every call, by
+    In graphs (`torch.compile`, tracing, export) nothing is cached; T is computed at every call, by
     the same code.
 
     float32 runs in float32, whatever torch allows its products to be rounded to (TF32 convolutions
@@ -59,6 +62,8 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
         map: how they act.
         inputs: features or channels of x.
     """
+
+    parameterization: FeedforwardParameterization
 
     def __init__(
         self, parameterization: FeedforwardParameterization, map: LinearMap, inputs: int
@@ -167,7 +172,7 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
         return own
 
     def _tensors(self, run: torch.dtype) -> tuple[Tensor, ...]:
-        """Return what runs, computed or kept."""
+        """Return what runs, computed or cached."""
         track = self._is_tracked()
         parameters = tuple(self.parameterization.parameters())
         own = {id(p) for p in parameters}
@@ -177,10 +182,10 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
         return running.attach(parameters) if track else running.values
 
     def _running(self, run: torch.dtype, tracked: tuple[bool, ...] = ()) -> Running:
-        kept = self._record()
-        return kept.get(
+        cache = self._cache()
+        return cache.get(
             ("runs", run),
-            lambda: Running(kept, run, tracked),
+            lambda: Running(cache, run, tracked),
             lambda running: tracked in ((), running.tracked),
         )
 
@@ -212,9 +217,14 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
                 return kernels.apply(Tensor.detach)
             return parameterization.dense(run).apply(Tensor.detach)
 
+    @property
+    def sample_shape(self) -> tuple[int | None, ...]:
+        """The shape of one x; None for the height and width of images."""
+        return (self.inputs, *[None] * (self.map.dims - 1))
+
     def certificate(
-        self, image: tuple[int, int] | None = None, *, run: torch.dtype | None = None
-    ) -> Certificate:
+        self, image: tuple[int, ...] | None = None, *, run: torch.dtype | None = None
+    ) -> LayerCertificate:
         """Prove the layer's bound for `weights()`.
 
         A stride leaves rows of the map out, which changes no bound.
@@ -225,7 +235,7 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
         certificate is refused where one of the layer in its own precision is asked for.
 
         Args:
-            image: height and width of the images, for a convolution.
+            image: height and width of the images, for a convolution; or the shape of one sample.
             run: precision; that of the parameters when None.
 
         Raises:
@@ -234,14 +244,31 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
             CertificateError: if the proof fails.
         """
         run = self._run(run)
-        weights = self.weights(run)
-        if isinstance(weights, DenseWeights):
-            proof = certify(weights)
-        elif image is None:
-            raise ValueError("a convolution is proved for a size: certificate((height, width))")
-        else:
-            proof = certify_convolution(weights, image_size(image))
+        proof = certify(self.weights(run), image=height_and_width(image))
         return replace(proof, dtype=str(run).removeprefix("torch."))
+
+    @torch.no_grad()
+    def forward_with_error(
+        self, x: Tensor, certificate: Certificate, error_in: Float[Tensor, "*batch"] | float = 0.0
+    ) -> Certified:
+        """Return y as the layer runs, with bounds of its distance to the exact y, here and around.
+
+        The exact y is that of `weights()`, see `rounding_growth`.
+
+        Args:
+            x: as the layer takes it.
+            certificate: for these weights and images of this size.
+            error_in: bound of the l2 distance of x to the exact input, per sample.
+
+        Raises:
+            CertificateError: if the certificate is for something else, or the layer has hooks.
+            ValueError: as `rounding_growth`.
+        """
+        refuse_hooks(self)
+        self.check(certificate, x)
+        dims = self.map.dims
+        growth = self.rounding_growth(tuple(x.shape[x.ndim - min(dims, x.ndim) :]), x.dtype)
+        return with_roundoff(self(x), x, growth, dims).after(error_in, certificate.bound)
 
     def check(self, proof: Certificate, x: Tensor) -> None:
         """Refuse a certificate of other weights, or of other images than x.
@@ -251,9 +278,11 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
         """
         _refuse_rounded(proof)
         run = self._own()
-        kept = self._record()
-        fingerprint = kept.get(
-            ("fingerprint", self.map), lambda: self._weights(kept.twin, run).fingerprint
+        cache = self._cache()
+        twin = cache.twin
+        assert isinstance(twin, FeedforwardParameterization)
+        fingerprint = cache.get(
+            ("fingerprint", self.map), lambda: self._weights(twin, run).fingerprint
         )
         proof.check_fingerprint(fingerprint)
         if isinstance(self.map, Convolution):
@@ -296,8 +325,8 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
         return growth.at(norms_up(x, dims))
 
     def train(self, mode: bool = True) -> FeedforwardLayer:
-        """Set the mode, and forget what was kept."""
-        self._kept = None
+        """Set the mode, and forget what was cached."""
+        self._cached = None
         super().train(mode)
         return self
 

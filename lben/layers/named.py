@@ -8,7 +8,6 @@ import torch
 from torch.nn.utils.parametrize import register_parametrization
 
 from lben.layers.feedforward import ContractionLayer, ResidualLayer, SandwichLayer
-from lben.layers.linear_maps import Convolution, Dense
 from lben.parameterizations import (
     CayleyRows,
     ContractionParameterization,
@@ -20,7 +19,8 @@ from lben.parameterizations import (
     Spectral,
 )
 from lben.parameterizations.orthogonal import register_orthogonal
-from lben.parameterizations.sizes import real
+from lben.weights.linear_maps import Convolution, Dense
+from lben.weights.sizes import real
 from solvers import ProximalActivation
 
 

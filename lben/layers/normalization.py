@@ -11,12 +11,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lben import precision
-from lben.certificates import CertificateError
+from lben.certificates import Certificate, CertificateError
+from lben.layers.bounded import with_roundoff
+from lben.layers.fingerprint import fingerprint
 from lben.layers.graphs import check_kind, check_numbers
-from lben.layers.growth import Growth, add_up, norm_up, norms_up, times_up
+from lben.layers.hooks import refuse_hooks
 from lben.layers.lasting import Lasting, make_lasting
 from lben.layers.roundoff import Signal
+from lben.radii.error_bounds import Certified
 from lben.rigorous import up
+from lben.weights.growth import Growth, add_up, norm_up, norms_up, times_up
 
 
 class Normalize(Lasting):
@@ -92,6 +96,49 @@ class Normalize(Lasting):
                 f"number, got {std.flatten().tolist()}: set it to that of the images again"
             )
         return up(1 / float(std.min()))
+
+    @property
+    def sample_shape(self) -> tuple[int | None, ...]:
+        """The shape of one image; None for its height and width."""
+        return (len(self.mean), None, None)
+
+    def certificate(self, image: tuple[int, ...] | None = None) -> Certificate:
+        """Return the bound 1 / smallest std.
+
+        Raises:
+            CertificateError: as `gain`; for a class that extends this one without a certificate of
+                its own.
+        """
+        if type(self) is not Normalize:
+            raise CertificateError(
+                f"{type(self).__name__} extends Normalize, and what it computes is not known: give "
+                "it a method certificate(image=None) of its own"
+            )
+        return Certificate(
+            bound=self.gain, margin=None, fingerprint=fingerprint(self),
+            dtype=str(self.mean.dtype).removeprefix("torch."),
+            method="1 / smallest std, rounded upwards",
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def forward_with_error(
+        self, x: Tensor, certificate: Certificate, error_in: Float[Tensor, "*batch"] | float = 0.0
+    ) -> Certified:
+        """Return the normalised images, with bounds of their distance to the exact ones.
+
+        Args:
+            x: batch × channels × height × width.
+            certificate: of this normalisation.
+            error_in: bound of the l2 distance of x to the exact images, per image.
+
+        Raises:
+            CertificateError: if the certificate is of something else, or the module has hooks.
+            ValueError: as `rounding_growth`.
+        """
+        refuse_hooks(self)
+        certificate.check_fingerprint(self.certificate().fingerprint)
+        growth = self.rounding_growth(tuple(x.shape[1:]), x.dtype)
+        return with_roundoff(self(x), x, growth).after(error_in, certificate.bound)
 
     def forward(
         self, x: Float[Tensor, "batch channels height width"]

@@ -8,12 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lben.certificates import Certificate
+from lben.certificates import LayerCertificate
+from lben.layers.bounded import refuse_other_image
 from lben.layers.feedforward import FeedforwardLayer
-from lben.layers.growth import Growth, add_up, norm_up, norms_up, times_up
-from lben.layers.linear_maps import Convolution
 from lben.layers.roundoff import Signal
 from lben.parameterizations.orthogonal import CayleyConvolution
+from lben.weights.growth import Growth, add_up, norm_up, norms_up, times_up
+from lben.weights.linear_maps import Convolution
 
 
 class OrthogonalConv2d(FeedforwardLayer):
@@ -49,20 +50,19 @@ class OrthogonalConv2d(FeedforwardLayer):
             Convolution(kernel_size=kernel_size, padding=kernel_size // 2, circular=True),
             in_channels,
         )
-        self.image = tuple(image)
+        self.image = (image[0], image[1])
 
     def certificate(
-        self, image: tuple[int, int] | None = None, *, run: torch.dtype | None = None
-    ) -> Certificate:
+        self, image: tuple[int, ...] | None = None, *, run: torch.dtype | None = None
+    ) -> LayerCertificate:
         """Prove the bound, for images of the layer's own size.
 
         Raises:
             ValueError: for another size.
             CertificateError: if the proof fails.
         """
-        if image is not None and tuple(image) != self.image:
-            raise ValueError(f"the layer was made for images of {self.image}, got {tuple(image)}")
-        return super().certificate((self.image[0], self.image[1]), run=run)
+        refuse_other_image(image, self.image, "the layer")
+        return super().certificate(self.image, run=run)
 
     def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
         if tuple(x.shape[-2:]) != self.image:

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from lben.certificates import NetworkCertificate, compose
 from lben.layers import (
     AOLConv2d,
     AOLLinear,
@@ -32,10 +30,8 @@ from lben.layers import (
     SpectralConv2d,
     SpectralLinear,
 )
-from lben.layers.sequential import certified
-from lben.models.base import Bound, Classifier
+from lben.models.base import Classifier
 from lben.models.checks import check_channels, check_kernel, check_model
-from lben.radii.error_bounds import Stage
 
 Block = Literal["sll", "cpl", "aol", "spectral", "sandwich"]
 Head = Literal["rows", "orthonormal"]
@@ -142,30 +138,14 @@ class FeedforwardClassifier(Classifier):
             size = self.features(start).shape[1]
         self.head = NormalizedLinear(size, config.classes, kind=config.head)
 
-    def logits(self, x: Float[Tensor, "batch channels height width"]) -> Tensor:
-        return self.head(self.features(x))
+    @property
+    def stages(self) -> tuple[nn.Module, ...]:
+        return self.normalize, self.features, self.head
 
     @property
     def gamma(self) -> float | None:
         """‖Q‖₂ of the last layer, every other bound being 1."""
         return self.head.weights().gamma
-
-    @property
-    def bounds(self) -> tuple[Bound, ...]:
-        return ("promised",)
-
-    def _certificate(self, bound: Bound) -> NetworkCertificate:
-        """Prove every layer; the bound is the product of theirs, per pair of logits as well."""
-        layers = [*self.features.certificates(self.shape), self.head.certificate()]
-        return compose(layers, self.normalize.gain, self.head.pair_bounds().tolist())
-
-    def _certified(
-        self, x: Tensor, stage: Stage, certificate: NetworkCertificate
-    ) -> tuple[Tensor, Stage]:
-        *layers, head = certificate.layers
-        features, stage = self.features.certified(x, layers, stage)
-        found = certified(self.head, features, [head])
-        return found.value, stage.then(found, head.bound)
 
 
 def _features(config: FeedforwardClassifierConfig) -> Iterator[nn.Module]:

@@ -7,6 +7,7 @@ from lben.parameterizations.convolutional import (
     PooledParameterization,
 )
 from lben.parameterizations.direct import DirectParameterization
+from lben.parameterizations.equilibrium import EquilibriumParameterization
 from lben.parameterizations.feedforward import FeedforwardParameterization
 from lben.parameterizations.fixed import FixedWeights
 from lben.parameterizations.multipliers import Gershgorin, MultiplierRule, Orthonormal
@@ -21,6 +22,7 @@ __all__ = [
     "ContractionParameterization",
     "ConvolutionalParameterization",
     "DirectParameterization",
+    "EquilibriumParameterization",
     "FeedforwardParameterization",
     "FixedWeights",
     "Gershgorin",

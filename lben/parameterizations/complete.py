@@ -10,11 +10,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lben.parameterizations.equilibrium import EquilibriumParameterization
 from lben.parameterizations.feedforward import UNIT_BOUND
 from lben.weights import DenseWeights
 
 
-class CompleteParameterization(nn.Module):
+class CompleteParameterization(EquilibriumParameterization[DenseWeights]):
     """Unconstrained parameters of every layer that the certificate admits at γ.
 
     With [Q₁; Q₂] = F R⁻¹, RᵀR = FᵀF (orthonormal columns), γ₀ just below γ and Λ = diag eᵈ,
@@ -38,7 +39,7 @@ class CompleteParameterization(nn.Module):
         super().__init__()
         if weights.gamma is None:
             raise ValueError("weights without a bound cannot be parameterized by one")
-        self.gamma = weights.gamma
+        self.gamma = self._bound = weights.gamma
         w = weights.apply(Tensor.detach).divide(self.gamma)
         gamma, identity = self._inner(), _identity(w.in_features, w.U)
         D = w.C.new_zeros(w.out_features, w.in_features) if w.D is None else w.D
@@ -83,7 +84,7 @@ class CompleteParameterization(nn.Module):
         return DenseWeights(
             W=W, U=U, b=self.b, C=self.C, D=gamma * Q[:q], b_y=self.b_y,
             Lambda=Lambda[:, 0], gamma=1.0,
-        ).scale(self.gamma)  # fmt: skip
+        ).scale(self._bound)  # fmt: skip
 
 
 def _identity(n: int, like: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from lben.parameterizations.feedforward import (
     UNIT_BOUND,
     FeedforwardParameterization,
     compute,
-    taps,
 )
 from lben.parameterizations.multipliers import MultiplierRule
 from lben.weights import ConvolutionalWeights, DenseWeights
+from lben.weights.linear_maps import taps
 
 
 class ContractionParameterization(FeedforwardParameterization):
@@ -75,11 +75,11 @@ class ContractionParameterization(FeedforwardParameterization):
         return [like.new_empty(shape) for shape in (self.shape, self.shape[:1], self.shape[1:2])]
 
     def dense(self, run: torch.dtype) -> DenseWeights:
-        V, b_y, scale = self.exact(run)
+        V, b_y, scale = self.to_exact(run)
         return DenseWeights.affine(V * scale, b_y, UNIT_BOUND)
 
     def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
-        V, b_y, scale = self.exact(run)
+        V, b_y, scale = self.to_exact(run)
         q, p = V.shape[:2]
         return ConvolutionalWeights(
             U=V.new_zeros(0, p, 1, 1), b=V.new_zeros(0), C=V.new_zeros(q, 0, 1, 1),

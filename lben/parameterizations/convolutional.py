@@ -15,13 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lben.parameterizations.feedforward import UNIT_BOUND, mirror, taps
+from lben.parameterizations.equilibrium import EquilibriumParameterization
+from lben.parameterizations.feedforward import UNIT_BOUND
 from lben.parameterizations.multipliers import gram
 from lben.parameterizations.polyphase import Polyphase
-from lben.weights import ConvolutionalWeights, PooledWeights, check_epsilon, check_gamma
+from lben.weights import (
+    ConvolutionalWeights,
+    ImageGeometry,
+    PooledWeights,
+    check_epsilon,
+    check_gamma,
+)
+from lben.weights.linear_maps import mirror, taps
 
 
-class ConvolutionalParameterization(nn.Module):
+class ConvolutionalParameterization(EquilibriumParameterization[ConvolutionalWeights]):
     """Images to images: every matrix of the direct parameterization is a k × k convolution.
 
     With one entry of Λ per channel, G = ΛU + sCᵀ/γ and r = γ − s²/γ,
@@ -38,6 +46,9 @@ class ConvolutionalParameterization(nn.Module):
         hidden_channels: n.
         out_channels: q; None for y = z (C = I).
         kernel_size: k, odd.
+        image: height and width of x; None for weights of every image size, which can be proved and
+            not evaluated.
+        stride: x is down-sampled first, each stride × stride block of pixels into channels.
         gamma: l2 Lipschitz bound of x ↦ y, or None.
         skip: s in [0, γ]; 0 for no feed-through.
         learn_metric: whether Λ is trained; otherwise it is that of Λ = I at γ = 1.
@@ -47,7 +58,8 @@ class ConvolutionalParameterization(nn.Module):
 
     Raises:
         ValueError: if a size, gamma or epsilon is not positive, the kernel size even, or a skip
-            lies outside [0, γ], has no γ, or joins unequal numbers of channels.
+            lies outside [0, γ], has no γ, or joins unequal numbers of channels; if the image is no
+            multiple of the stride, or smaller than a kernel.
     """
 
     def __init__(
@@ -57,6 +69,8 @@ class ConvolutionalParameterization(nn.Module):
         out_channels: int | None,
         kernel_size: int = 3,
         *,
+        image: tuple[int, int] | None = None,
+        stride: int = 1,
         gamma: float | None = 1.0,
         skip: float = 0.0,
         learn_metric: bool = True,
@@ -79,16 +93,22 @@ class ConvolutionalParameterization(nn.Module):
         # At s = γ the room between γ and s is for the proof in floating point.
         self.skip = skip / math.sqrt(UNIT_BOUND) if skip == gamma else skip
         self.gamma, self.epsilon, self.circular = gamma, epsilon, circular
-        k, n = kernel_size, hidden_channels
+        k, n, inputs = kernel_size, hidden_channels, in_channels * stride**2
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
         self.C = None if out_channels is None else parameter(outputs, n, k, k)
-        self.U = None if skip == gamma else parameter(n, in_channels, k, k)
+        self.U = None if skip == gamma else parameter(n, inputs, k, k)
         self.V, self.N = parameter(n, n, k, k), parameter(n, n, k, k)
         self.b, self.b_y = parameter(n), None if self.C is None else parameter(outputs)
         self.log_metric = parameter(n) if learn_metric else None
+        self.geometry = None
+        if image is not None:
+            self.geometry = ImageGeometry(
+                image, stride=stride, circular=circular, state_channels=n,
+                state_kernel=2 * k - 1, input_kernel=k, device=device,
+            )  # fmt: skip
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -119,7 +139,8 @@ class ConvolutionalParameterization(nn.Module):
             C, b_y, Lambda = unit * C, unit * b_y, unit * Lambda
         return ConvolutionalWeights(
             W=W, U=U, b=b, C=C, D=self.skip or None, b_y=b_y, Lambda=Lambda,
-            gamma=self.gamma, circular=self.circular,
+            gamma=self.gamma, circular=self.circular, geometry=self.geometry,
+            reads_state=self.C is None,
         )  # fmt: skip
 
     def _bound_terms(self, Lambda: Tensor, C: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -141,7 +162,7 @@ _GAIN = 2.0
 """Of U and of the read-out of `PooledParameterization` at the start."""
 
 
-class PooledParameterization(nn.Module):
+class PooledParameterization(EquilibriumParameterization[PooledWeights]):
     """Images to numbers: states at one or more resolutions, averaged over windows, then a matrix.
 
         y = Cz + b_y,   C = G · (sum over windows ÷ side of the windows),
@@ -222,6 +243,10 @@ class PooledParameterization(nn.Module):
         self.G = parameter(out_features, sum(scales), *windows)
         self.b, self.b_y = parameter(sum(scales)), parameter(out_features)
         self.log_metric = parameter(sum(scales)) if learn_metric else None
+        self.geometry = ImageGeometry(
+            image, stride=coarsest, circular=circular, state_channels=self.layout.units,
+            state_kernel=2 * k - 1, input_kernel=k, device=device,
+        )  # fmt: skip
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -264,7 +289,7 @@ class PooledParameterization(nn.Module):
             C, b_y, Lambda = self.gamma * C, self.gamma * b_y, self.gamma * Lambda
         state = ConvolutionalWeights(
             W=W, U=U, b=b, C=W.new_zeros(0, len(b), 1, 1), D=None, b_y=b.new_zeros(0),
-            Lambda=Lambda, gamma=None, circular=self.circular,
+            Lambda=Lambda, gamma=None, circular=self.circular, geometry=self.geometry,
         )  # fmt: skip
         return PooledWeights(
             state=state, A=torch.zeros_like(C) if A is None else A, C=C, b_y=b_y,

@@ -11,10 +11,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lben.parameterizations.equilibrium import EquilibriumParameterization
 from lben.weights import DenseWeights, check_epsilon, check_gamma
 
 
-class DirectParameterization(nn.Module):
+class DirectParameterization(EquilibriumParameterization[DenseWeights]):
     """Unconstrained parameters of a Lipschitz, well-posed or monotone equilibrium layer.
 
     With Λ = diag eᵈ, R = γI − DᵀD/γ and G = ΛU + CᵀD/γ,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lben.parameterizations.parametrized import PicklableParametrized
-from lben.parameterizations.sizes import integer
 from lben.weights import ConvolutionalWeights, DenseWeights
+from lben.weights.sizes import integer
 from solvers.precision import cast
 
 # Note [Room for the proof]
@@ -59,7 +59,7 @@ class FeedforwardParameterization(PicklableParametrized, ABC):
     def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
         """Return the float64 weights of a convolutional layer that runs in a precision, exactly."""
 
-    def exact(self, run: torch.dtype) -> tuple[Tensor, ...]:
+    def to_exact(self, run: torch.dtype) -> tuple[Tensor, ...]:
         """Return what runs, in float64: products of two float32 numbers are exact there."""
         return tuple(cast(t, torch.float64) for t in self(run))
 
@@ -111,13 +111,3 @@ def _out_of_range(dtype: torch.dtype) -> str:
         "the weights contain NaN or Inf, or numbers so large or small that T leaves the range of "
         f"{dtype}: did training diverge? Scale the weights towards 1, or use float64"
     )
-
-
-def taps(vector: Tensor) -> Tensor:
-    """Return one number per channel, shaped to scale the pixels of images and kernels."""
-    return vector[:, None, None]
-
-
-def mirror(kernel: Tensor) -> Tensor:
-    """Return the kernel of the adjoint convolution."""
-    return kernel.transpose(0, 1).flip(2, 3)

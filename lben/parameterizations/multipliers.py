@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lben import precision
-from lben.parameterizations.sizes import flag, integer
+from lben.weights.sizes import flag, integer
 from solvers.dependencies import transforms_are_active
 from solvers.precision import full_precision
 

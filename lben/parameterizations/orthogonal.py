@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from lben.parameterizations.feedforward import ROOM, UNIT_BOUND, FeedforwardParameterization
-from lben.parameterizations.sizes import image_size
 from lben.weights import ConvolutionalWeights, DenseWeights
+from lben.weights.sizes import image_size
 from solvers.precision import cast
 
 
@@ -143,7 +143,7 @@ class CayleyConvolution(FeedforwardParameterization):
         raise ValueError("a convolution has no weights without its image: use convolutional()")
 
     def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
-        Q, b_y, s = self.exact(run)
+        Q, b_y, s = self.to_exact(run)
         D = torch.fft.irfft2((Q * s).permute(2, 3, 0, 1), s=self.image)
         q, p = D.shape[:2]
         return ConvolutionalWeights(

@@ -38,18 +38,18 @@ class Polyphase:
 
     def spread(self, values: Float[Tensor, " channels"]) -> Float[Tensor, " n"]:
         """Return one number per channel of the coarsest grid from one per channel of the scales."""
-        return values.repeat_interleave(self._counts(values), 0, output_size=self._units)
+        return values.repeat_interleave(self._counts(values), 0, output_size=self.units)
 
     def spread_channels(self, G: Float[Tensor, "q channels h w"]) -> Float[Tensor, "q n h w"]:
         """Return G with every channel repeated as often as `spread` does."""
-        return G.repeat_interleave(self._counts(G), 1, output_size=self._units)
+        return G.repeat_interleave(self._counts(G), 1, output_size=self.units)
 
     def sides(self, like: Tensor) -> Float[Tensor, " channels"]:
         """Return the factor of every channel of the scales."""
         return self._counts(like).to(like.dtype).sqrt()
 
     @property
-    def _units(self) -> int:
+    def units(self) -> int:
         """Channels of the coarsest grid."""
         return sum(n * f * f for n, f in zip(self.scales, self.factors, strict=True))
 
@@ -60,7 +60,7 @@ class Polyphase:
     def input(self, U: Float[Tensor, "n p k k"]) -> Float[Tensor, "m r k k"]:
         """Return the convolution from the input to the state; only the finest scale receives."""
         fine = phases(U, self.factors[0], self.factors[0])
-        rest = U.new_zeros(self._units - len(fine), *fine.shape[1:])
+        rest = U.new_zeros(self.units - len(fine), *fine.shape[1:])
         return torch.cat([fine, rest]) if len(rest) else fine
 
     def state(self, kernels: Sequence[Tensor]) -> Float[Tensor, "n n k k"]:

@@ -15,11 +15,10 @@ from lben.parameterizations.feedforward import (
     ROOM,
     UNIT_BOUND,
     FeedforwardParameterization,
-    mirror,
-    taps,
 )
 from lben.parameterizations.multipliers import MultiplierRule
 from lben.weights import ConvolutionalWeights, DenseWeights
+from lben.weights.linear_maps import mirror, taps
 
 
 class ResidualParameterization(FeedforwardParameterization):
@@ -66,7 +65,7 @@ class ResidualParameterization(FeedforwardParameterization):
         return [like.new_empty(shape) for shape in (self.shape, n, n)]
 
     def dense(self, run: torch.dtype) -> DenseWeights:
-        U, b, scale = self.exact(run)
+        U, b, scale = self.to_exact(run)
         p = U.shape[1]
         return DenseWeights(
             W=U.new_zeros(len(U), len(U)), U=U, b=b, C=-U.T * scale,
@@ -75,7 +74,7 @@ class ResidualParameterization(FeedforwardParameterization):
         )  # fmt: skip
 
     def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
-        U, b, scale = self.exact(run)
+        U, b, scale = self.to_exact(run)
         return ConvolutionalWeights(
             U=U, b=b, C=-mirror(U) * taps(scale), D=1.0, b_y=U.new_zeros(U.shape[1]),
             Lambda=scale, gamma=UNIT_BOUND, circular=circular,

@@ -17,12 +17,11 @@ from lben.parameterizations.feedforward import (
     ROOM,
     UNIT_BOUND,
     FeedforwardParameterization,
-    mirror,
-    taps,
 )
 from lben.parameterizations.multipliers import MultiplierRule
-from lben.parameterizations.sizes import integer
 from lben.weights import ConvolutionalWeights, DenseWeights
+from lben.weights.linear_maps import mirror, taps
+from lben.weights.sizes import integer
 
 
 class SandwichParameterization(FeedforwardParameterization):
@@ -95,14 +94,14 @@ class SandwichParameterization(FeedforwardParameterization):
         return [like.new_empty(shape) for shape in shapes]
 
     def dense(self, run: torch.dtype) -> DenseWeights:
-        A, B, b, b_y, inner, outer = self.exact(run)
+        A, B, b, b_y, inner, outer = self.to_exact(run)
         return DenseWeights(
             W=A.new_zeros(len(A), len(A)), U=inner[:, None] * B, b=b, C=A.T * outer, D=None,
             b_y=b_y, Lambda=outer / inner, gamma=UNIT_BOUND,
         )  # fmt: skip
 
     def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
-        A, B, b, b_y, inner, outer = self.exact(run)
+        A, B, b, b_y, inner, outer = self.to_exact(run)
         return ConvolutionalWeights(
             U=taps(inner)[:, None] * B, b=b, C=mirror(A) * taps(outer), D=None, b_y=b_y,
             Lambda=outer / inner, gamma=UNIT_BOUND, circular=circular,

@@ -16,7 +16,7 @@ from lben.parameterizations.multipliers import (
     power_of_two,
     root,
 )
-from lben.parameterizations.sizes import integer
+from lben.weights.sizes import integer
 
 
 class Spectral(MultiplierRule):

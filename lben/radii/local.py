@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lben.certificates import CertificateError
+from lben.certificates import CertificateError, PairCertificate
 from lben.certificates.local import LocalClaim, fewer_inputs, is_proved_locally
 from lben.certificates.proof import read_exactly
 from lben.radii.error_bounds import Affine
@@ -136,7 +136,7 @@ class LocalCertifier:
         self,
         weights: DenseWeights,
         activation: ProximalActivation,
-        bound: float | Float[Tensor, "q q"] = math.inf,
+        bound: float | PairCertificate | Float[Tensor, "q q"] = math.inf,
         *,
         input_gain: float = 1.0,
     ) -> None:

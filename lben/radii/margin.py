@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lben.certificates import Certificate, PairCertificate
+from lben.certificates import LayerCertificate, PairCertificate
 from lben.radii.error_bounds import Affine
 from lben.rigorous import TINY, up
 from lben.weights import as_number, convert
@@ -156,7 +156,7 @@ def check_labels(logits: Tensor, labels: Tensor) -> Int[Tensor, " batch"]:
 
 
 def logit_error(
-    certificate: Certificate,
+    certificate: LayerCertificate,
     state_error: Float[Tensor, " batch"],
     bias_error: Float[Tensor, " batch"],
     output_error: Float[Tensor, " batch"],

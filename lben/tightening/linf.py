@@ -8,8 +8,7 @@ import numpy as np
 import scipy.optimize
 import torch
 
-from lben.certificates import CertificateError, Claim
-from lben.certificates.linf import LinfClaim
+from lben.certificates import CertificateError, Claim, LinfClaim
 from lben.certificates.proof import read_exactly
 from lben.rigorous import Array
 from lben.tightening.diagonal import pair_claim, tighten_pairs

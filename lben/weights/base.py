@@ -1,18 +1,179 @@
-"""What do the weights of every kind of layer have in common?"""
+"""What do the weights of every kind of layer have in common?
+
+A layer is z = σ(Wz + Ux + b), y = Cz + Dx + b_y. Its weights answer everything that depends on how
+W, U, C and D are stored: products with them, the rounding of these products, and who they are.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import numbers
-from collections.abc import Mapping
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from solvers import LinearOperator, ProximalActivation
+from solvers.dependencies import Sendable
 from solvers.precision import cast
+
+
+class Rounding(NamedTuple):
+    """How far v = Ux + b and y, evaluated in float64, may be from the exact ones.
+
+    Attributes:
+        drive: bound of the error of v in the Λ norm, per sample.
+        output: bound of the error of y in l2 for a given z, per sample.
+    """
+
+    drive: Float[Tensor, " batch"]
+    output: Float[Tensor, " batch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """How sizes and roundings grow with the input and the state, states in the Λ norm.
+
+    Attributes:
+        drive: ‖v‖ per ‖x‖₂.
+        drive_rounding: the rounding of v per ‖x‖₂.
+        readout: the rounding of Cz per ‖z‖.
+        through: the rounding of Dx per ‖x‖₂.
+    """
+
+    drive: float
+    drive_rounding: float
+    readout: float
+    through: float = 0.0
+
+
+class Weights(Sendable, ABC):
+    """The weights of one layer, without a trace of how they were parameterized.
+
+    Subclasses are frozen dataclasses of tensors. Nothing here is proved: `gamma` is a claim, and
+    `lben.certify` proves it from the tensors alone.
+
+    Attributes:
+        gamma: γ, the l2 Lipschitz bound of x ↦ y that is claimed; None for no claim.
+        b_y: the bias of y.
+    """
+
+    gamma: float | None
+    b_y: Tensor
+    entry: ClassVar[str]
+    """What one number of x is called."""
+
+    @property
+    @abstractmethod
+    def sample_shape(self) -> tuple[int, ...]:
+        """The shape of one x."""
+
+    @property
+    @abstractmethod
+    def multiplier(self) -> Float[Tensor, " n"]:
+        """Λ, one positive number per unit or channel."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name; absent ones are left out."""
+
+    @abstractmethod
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """Return the weights with these tensors in place of those of the same names."""
+
+    @abstractmethod
+    def operator(self) -> LinearOperator:
+        """Return W as an operator on states, cut from the graph."""
+
+    @abstractmethod
+    def operator_tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors that define W, with their graph: see `LinearOperator.tensors`."""
+
+    @abstractmethod
+    def drive(self, x: Tensor) -> Float[Tensor, "*batch n"]:
+        """Return v = Ux + b."""
+
+    @abstractmethod
+    def readout(self, x: Tensor, z: Float[Tensor, "*batch n"]) -> Tensor:
+        """Return y = Cz + Dx + b_y."""
+
+    @abstractmethod
+    def rounding(self, x: Tensor, z: Float[Tensor, "*batch n"]) -> Rounding:
+        """Bound the rounding of `drive` and `readout` in float64."""
+
+    @abstractmethod
+    def rates(self, unit: float) -> Rates:
+        """Return how sizes and roundings grow where products run with a unit roundoff.
+
+        Args:
+            unit: of the precision that runs; the weights themselves are float64.
+        """
+
+    @abstractmethod
+    def largest(self) -> float:
+        """Return an upper bound of the sum of the largest entries of U, C and D."""
+
+    @abstractmethod
+    def check_input(self, x: Tensor) -> None:
+        """Refuse inputs of another shape.
+
+        Raises:
+            ValueError: naming the shape that is expected.
+        """
+
+    @abstractmethod
+    def header(self) -> str:
+        """Return what is part of the fingerprint besides the tensors."""
+
+    def proved_size(self) -> tuple[tuple[int, int], bool] | None:
+        """Return the image size that a proof has to cover, and whether it must be exactly this one.
+
+        None for weights that know of no image size.
+        """
+        return None
+
+    def restrict(self, activation: ProximalActivation) -> ProximalActivation:
+        """Return σ as it acts on states: units that are no part of the layer stay at 0."""
+        return activation
+
+    def check_values(self) -> None:
+        """Refuse tensors that contradict what else the weights say.
+
+        Raises:
+            ValueError: naming the contradiction.
+        """
+        return
+
+    def check_sums(self) -> None:
+        """Refuse devices that may sum products in ways whose rounding is not bounded.
+
+        Raises:
+            ValueError: naming the library and the cure.
+        """
+        return
+
+    def apply(self, transform: Callable[[Tensor], Tensor]) -> Self:
+        """Return the weights with every tensor transformed."""
+        return self.with_tensors({name: transform(t) for name, t in self.tensors().items()})
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """Return the weights in another precision, cut from the graph, on the CPU."""
+        return self.apply(lambda t: convert(t, dtype))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of names, shapes, dtypes, bits and gamma: ties a certificate to its weights.
+
+        0.0 and −0.0 are two numbers here. Device, memory layout, and whether a gradient is asked
+        for are not part of it.
+        """
+        return digest(self.header(), self.tensors())
 
 
 def digest(header: str, tensors: Mapping[str, Tensor]) -> str:

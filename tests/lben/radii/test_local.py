@@ -35,7 +35,7 @@ def model(seed=0, activation="relu", feedthrough=False):
     with torch.no_grad():
         for p in built.parameters():
             p.add_(torch.randn_like(p), alpha=0.3)
-    return built.exact(1e-9).requires_grad_(False)
+    return built.to_exact(1e-9).requires_grad_(False)
 
 
 @pytest.fixture(params=[("relu", False), ("leaky_relu", False), ("tanh", False), ("relu", True)])
@@ -43,7 +43,7 @@ def case(request):
     net = model(3, *request.param)
     x = torch.rand(60, 1, 4, 4, dtype=torch.float64)
     labels = net(x).argmax(1)
-    certificate = net.certificate("diagonal")
+    certificate = net.certificate(bound="diagonal")
     local = net.local_certifier(certificate)
     operating_points = net.operating_points(x, certificate, local)
     start = certified_radius(
@@ -73,7 +73,7 @@ def test_local_certificates_are_not_far_from_attacks():
     net = model(1)
     x = torch.rand(40, 1, 4, 4, dtype=torch.float64)
     labels = net(x).argmax(1)
-    certificate = net.certificate("diagonal")
+    certificate = net.certificate(bound="diagonal")
     local = net.local_certifier(certificate)
     operating_points = net.operating_points(x, certificate, local)
     start = certified_radius(operating_points.logits, labels, certificate.radius_bound())
@@ -89,7 +89,7 @@ def test_lines_enlarge_radii_that_withstand_attacks():
     """Nothing but σ is one-sided here: the inputs may go anywhere."""
     net = model(3)
     x = torch.rand(60, 1, 4, 4, dtype=torch.float64)
-    labels, certificate = net(x).argmax(1), net.certificate("diagonal")
+    labels, certificate = net(x).argmax(1), net.certificate(bound="diagonal")
     local = net.local_certifier(certificate)
     operating_points = net.operating_points(x, certificate, local)
     start = certified_radius(operating_points.logits, labels, certificate.radius_bound()) * (
@@ -199,7 +199,7 @@ def test_images_that_stay_in_their_range_have_larger_radii(case):
     """Attacks stay in [0, 1] too; half of the pixels are 0 or 1."""
     net, x, _, local, *_ = case
     x = (1.6 * x - 0.3).clamp(0, 1)
-    labels, certificate = net(x).argmax(1), net.certificate("diagonal")
+    labels, certificate = net(x).argmax(1), net.certificate(bound="diagonal")
     anywhere = net.operating_points(x, certificate, local)
     inside = net.operating_points(x, certificate, local, pixels=True)
     start = certified_radius(anywhere.logits, labels, certificate.radius_bound())
@@ -260,7 +260,7 @@ def test_errors_of_the_anchor_cost_radius(case):
 
 def test_gains_bound_every_pre_activation(case):
     net, x, _, local, operating_points, _ = case
-    certificate = net.certificate("diagonal")
+    certificate = net.certificate(bound="diagonal")
     moved = x + 0.3 * torch.randn_like(x)
     other = net.operating_points(moved, certificate, local)
     distance = (moved - x).flatten(1).norm(dim=1) * net.normalize.gain
@@ -361,7 +361,7 @@ def test_units_that_see_no_input_have_proofs():
 
 def pieces(seed=0):
     net = model(seed)
-    certificate = net.certificate("scaled")
+    certificate = net.certificate(bound="scaled")
     local = net.local_certifier(certificate)
     x = torch.rand(5, 1, 4, 4, dtype=torch.float64)
     return net, certificate, local, x, net(x).argmax(1)
@@ -383,7 +383,7 @@ def test_local_proofs_are_of_one_activation_and_normalisation(what):
     REPLACED[what](net)
     with pytest.raises(CertificateError, match="for another network"):
         net.operating_points(x, certificate, local)
-    other = net.local_certifier(net.certificate("scaled"))
+    other = net.local_certifier(net.certificate(bound="scaled"))
     assert other.fingerprint != local.fingerprint
     with pytest.raises(CertificateError, match="another activation or another normalisation"):
         other.certifies(before, labels, 1e-3)

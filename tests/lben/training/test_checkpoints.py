@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lben import EquilibriumLinear, certify_pairs, interval_bounds
-from lben.certificates import Certificate, NetworkCertificate, PairCertificate
+from lben import EquilibriumLinear, IntervalClaim
+from lben.certificates import Certificate, ChainCertificate, PairCertificate
 from lben.models import EquilibriumClassifierConfig, FeedforwardClassifierConfig
 from lben.tightening import tighten_pairs
 from lben.training import checkpoints
@@ -113,21 +113,21 @@ def test_a_foreign_state_of_training_is_refused(run, tmp_path, change, message):
 
 def test_a_certificate_is_read_back_equal(run):
     text = (run / "certificate.json").read_text(encoding="utf-8")
-    found = NetworkCertificate.from_json(text)
+    found = ChainCertificate.from_json(text)
     assert found.to_json() + "\n" == text
-    assert NetworkCertificate.from_json(found.to_json()) == found
+    assert ChainCertificate.from_json(found.to_json()) == found
     layer = found.layers[0]
     assert Certificate.from_json(layer.to_json()) == layer
     unbounded = EquilibriumClassifierConfig(**IMAGES, hidden=6, gamma=None).build().certificate()
     assert json.loads(unbounded.to_json())["bound"] is None
-    assert NetworkCertificate.from_json(unbounded.to_json()) == unbounded
+    assert ChainCertificate.from_json(unbounded.to_json()) == unbounded
     with pytest.raises(ValueError, match="margin and m must be numbers"):
         Certificate.from_json(layer.to_json().replace(f'"m": {layer.m!r}', '"m": null'))
 
 
 @pytest.mark.parametrize("bad", ["0.0", "-1.0", "NaN", "-Infinity"])
 def test_a_certificate_whose_numbers_bound_nothing_is_refused_by_name(bad):
-    found = EquilibriumClassifierConfig(**IMAGES, hidden=6).build().certificate("pairs")
+    found = EquilibriumClassifierConfig(**IMAGES, hidden=6).build().certificate(bound="pairs")
     for change, name in {
         lambda record: record.update(bound=bad): "bound must be positive",
         lambda record: record.update(input_gain=bad): "input_gain must be positive",
@@ -137,8 +137,8 @@ def test_a_certificate_whose_numbers_bound_nothing_is_refused_by_name(bad):
         record = json.loads(found.to_json())
         change(record)
         text = json.dumps(record).replace(f'"{bad}"', bad)
-        with pytest.raises(ValueError, match=f"this is no NetworkCertificate: {name}"):
-            NetworkCertificate.from_json(text)
+        with pytest.raises(ValueError, match=f"this is no ChainCertificate: {name}"):
+            ChainCertificate.from_json(text)
     layer = found.layers[0]
     with pytest.raises(ValueError, match="this is no Certificate: bound must be positive"):
         Certificate.from_json(
@@ -149,8 +149,8 @@ def test_a_certificate_whose_numbers_bound_nothing_is_refused_by_name(bad):
 def test_bounds_of_pairs_are_read_back_equal():
     torch.manual_seed(0)
     weights = EquilibriumLinear(6, 9, 3, gamma=2.0).weights()
-    pairs = certify_pairs(weights, tighten_pairs(weights))
-    for found in (pairs, interval_bounds(weights)):
+    pairs = certify(weights, tighten_pairs(weights))
+    for found in (pairs, certify(weights, IntervalClaim())):
         again = PairCertificate.from_json(found.to_json())
         assert again == found
         assert torch.equal(again.tensor(), found.tensor())
@@ -168,7 +168,7 @@ def test_bounds_of_pairs_are_read_back_equal():
 @pytest.mark.parametrize("less", [1e-12, 1e-3])
 def test_bounds_that_rounding_moves_are_proved_anew_without_a_word(run, tmp_path, less):
     model = checkpoints.load_model(run)
-    proved = model.certificate("diagonal pairs")
+    proved = model.certificate(bound="diagonal pairs")
     (layer,) = proved.layers
     claimed = replace(
         proved, bound=proved.bound * (1 - less),
@@ -178,7 +178,7 @@ def test_bounds_that_rounding_moves_are_proved_anew_without_a_word(run, tmp_path
     checkpoints.write_json(path, claimed)
     found, doubts = checkpoints.prove_again(tmp_path, model)
     assert (doubts is None) == (less < 1e-6)
-    kept = NetworkCertificate.from_json(path.read_text(encoding="utf-8"))
+    kept = ChainCertificate.from_json(path.read_text(encoding="utf-8"))
     assert kept.bound == (found.bound if less < 1e-6 else claimed.bound)
     assert bool(found.shortfall(claimed))
     assert bool(found.shortfall(claimed, 1e-6)) == (less > 1e-6)
@@ -187,7 +187,7 @@ def test_bounds_that_rounding_moves_are_proved_anew_without_a_word(run, tmp_path
 def test_what_a_certificate_claims_beyond_a_proof_is_named(run, tmp_path):
     folder = copied(run, tmp_path)
     model = checkpoints.load_model(folder)
-    best = model.certificate("diagonal pairs")
+    best = model.certificate(bound="diagonal pairs")
     pairs = [[0.01 * b for b in row] for row in best.pairs]
     for changes, name in (
         ({"bound": 1e-3}, "it claims 0.001 as the bound, and only"),
@@ -203,7 +203,7 @@ def test_what_a_certificate_claims_beyond_a_proof_is_named(run, tmp_path):
     checkpoints.write_json(folder / "certificate.json", replace(best, pairs=larger))
     assert "it is of 11 outputs, and there are 10" in checkpoints.prove_again(folder, model)[1]
     for bound in model.bounds:
-        found = model.certificate(bound)
+        found = model.certificate(bound=bound)
         checkpoints.write_json(folder / "certificate.json", found)
         proved, doubts = checkpoints.prove_again(folder, model)
         assert doubts is None
@@ -214,7 +214,7 @@ def test_a_certificate_is_checked_against_the_model_beside_it(run, tmp_path):
     folder = copied(run, tmp_path)
     model = checkpoints.load_model(folder)
     assert checkpoints.certificate_doubts(folder, model.certificate()) is None
-    assert checkpoints.certificate_doubts(folder, model.certificate("scaled")) is None
+    assert checkpoints.certificate_doubts(folder, model.certificate(bound="scaled")) is None
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.layer.parameterization.b[0] += 2.0**-10

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lben.certificates import NetworkCertificate
+from lben.certificates import ChainCertificate
 from lben.data import load
 from lben.models import Classifier
 from lben.training import checkpoints, recipes
@@ -54,7 +54,7 @@ class Tiny(Classifier):
         return logits
 
     def _certificate(self, bound):
-        return NetworkCertificate(bound=99.0, input_gain=1.0, layers=())
+        return ChainCertificate(bound=99.0, input_gain=1.0, layers=())
 
 
 @dataclass(frozen=True, kw_only=True)

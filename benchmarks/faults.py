@@ -336,7 +336,7 @@ def _code_faults(bench: Bench) -> Iterator[tuple[str, Callable[[], bool]]]:
         bench.pairs,
         (models, "tighten_pairs", lambda *a, **k: {
             pair: Claim(0.5 * (c.gamma or 0.0), c.Lambda) for pair, c in propose(*a, **k).items()}),
-        (pairs_proof, "require", lambda *a: None),
+        (pairs_proof, "require", lambda margin, *a: margin),
     )  # fmt: skip
     gains = local.LocalCertifier._prove_gains
     yield (

@@ -6,11 +6,12 @@ As long as everything that they depend on still has its value: see `solvers.depe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from lben.layers.lasting import Lasting, make_lasting
 from lben.weights import Weights
@@ -40,17 +41,17 @@ class Cache:
     """
 
     def __init__(
-        self, parameterization: nn.Module, tensors: tuple[Tensor, ...], settings: Any
+        self, parameterization: nn.Module, tensors: tuple[Tensor, ...], settings: object
     ) -> None:
         self.snapshot = Snapshot.of(tensors, settings)
         copies = {id(t): c for t, c in zip(tensors, self.snapshot.copies, strict=True)}
         names = parameterization.named_parameters()
         self.parameters = {name: copies[id(p)] for name, p in names}
         self.twin = twin(parameterization, self.parameters)
-        self._values: dict[Any, Any] = {}
+        self._values: dict[Hashable, Any] = {}
 
     def get(
-        self, key: Any, build: Callable[[], T_], fits: Callable[[T_], bool] | None = None
+        self, key: Hashable, build: Callable[[], T_], fits: Callable[[T_], bool] | None = None
     ) -> T_:
         """Return what `build` returned on the last call with this key, built anew if it misfits."""
         value: T_ | None = self._values.get(key)
@@ -82,12 +83,12 @@ class Running:
 
     Args:
         cache: of the parameters.
-        run: the precision.
+        compute_dtype: in which products run.
         tracked: of each parameter whether it has a gradient; none without a graph.
     """
 
-    def __init__(self, cache: Cache, run: torch.dtype, tracked: tuple[bool, ...]) -> None:
-        self.run, self.tracked, self.twin = run, tracked, cache.twin
+    def __init__(self, cache: Cache, compute_dtype: torch.dtype, tracked: tuple[bool, ...]) -> None:
+        self.compute_dtype, self.tracked, self.twin = compute_dtype, tracked, cache.twin
         # What is cached is no part of what a checkpointed block saves. Saved results are detached:
         # a node that held its own result would never be freed.
         with (
@@ -99,7 +100,7 @@ class Running:
                 name: copy.detach().requires_grad_(has)
                 for (name, copy), has in zip(cache.parameters.items(), wanted, strict=True)
             }
-            self.outputs = tuple(twin(self.twin, self.leaves)(run))
+            self.outputs = tuple(twin(self.twin, self.leaves)(compute_dtype))
         self.values = tuple(t.detach() for t in self.outputs)
 
     def attach(self, parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -114,7 +115,9 @@ class Running:
         self, parameters: tuple[Tensor, ...], gradients: tuple[Tensor, ...]
     ) -> tuple[Tensor | None, ...]:
         """Return the same as functions of the parameters and of the gradients of the values."""
-        outputs = twin(self.twin, dict(zip(self.leaves, parameters, strict=True)))(self.run)
+        outputs = twin(self.twin, dict(zip(self.leaves, parameters, strict=True)))(
+            self.compute_dtype
+        )
         return _pull(outputs, gradients, parameters, again=True)
 
 
@@ -136,6 +139,11 @@ def _pull(
     return tuple(next(found) if t.requires_grad else None for t in inputs)
 
 
+class _AttachContext(FunctionCtx):
+    running: Running
+    saved_tensors: tuple[Tensor, ...]
+
+
 class _Attach(torch.autograd.Function):
     """Values computed before, with the gradient of the graph that computed them.
 
@@ -144,13 +152,13 @@ class _Attach(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, running: Running, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: _AttachContext, running: Running, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.running = running
         ctx.save_for_backward(*parameters)
         return tuple(v.view_as(v) for v in running.values)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _AttachContext, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         with full_precision(gradients[0]):
             if torch.is_grad_enabled():
                 return None, *ctx.running.pull_again(ctx.saved_tensors, gradients)
@@ -203,7 +211,7 @@ class CachingLayer(Lasting):
         self._cached: Cache | None = None
         self._last: LinearOperator | None = None  # the last operator, for its factors
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         """Set an attribute; an activation whose slopes are not known to lie in [0, 1] is refused.
 
         Raises:
@@ -212,7 +220,7 @@ class CachingLayer(Lasting):
         """
         if name == "activation":
             value = _sector(value)
-        super().__setattr__(name, value)
+        super().__setattr__(name, value)  # type: ignore[arg-type]
 
     def _is_tracked(self) -> bool:
         """Say whether the weights get a gradient now."""
@@ -235,11 +243,11 @@ class CachingLayer(Lasting):
         first = next(self.parameters(), None)  # a replica has none, but has their copies
         return read(self.parameterization)[0][0] if first is None else first
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_cached": None, "_last": None}
 
 
-def _sector(activation: ProximalActivation) -> ProximalActivation:
+def _sector(activation: object) -> ProximalActivation:
     """Return σ of slopes in [0, 1], which is what every bound is for."""
     try:
         check_activation(activation)
@@ -252,4 +260,5 @@ def _sector(activation: ProximalActivation) -> ProximalActivation:
             "LinearSlope is the σ of adjoint problems, whose slopes may be written to: a layer "
             "takes an activation of fixed slopes in [0, 1], such as solvers.LeakyReLU(0.1)"
         )
+    assert isinstance(activation, ProximalActivation)
     return activation

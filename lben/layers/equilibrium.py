@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypedDict, TypeVar
+from typing import Generic, TypedDict, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.autograd.function import FunctionCtx
 
 from lben import precision
 from lben.certificates import (
@@ -460,17 +461,17 @@ class _InFull(torch.autograd.Function):
     """x itself, refused at every run of a trace in which products would be shortened."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
         precision.refuse_reduced(x.device.type, convolution=x.ndim > 2)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
+    def backward(ctx: FunctionCtx, g: Tensor) -> Tensor:
         return g
 
 
 @_disable_dynamo
-def _as_it_is(layer: EquilibriumLayer[Any], x: Tensor) -> Tensor:
+def _as_it_is(layer: EquilibriumLayer[W_], x: Tensor) -> Tensor:
     """Return the layer's output, which a compiler leaves alone: a solve looks at numbers."""
     y: Tensor = layer(x)
     return y

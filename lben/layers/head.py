@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -111,7 +111,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
         q, p = self.out_features, self.in_features
         return [like.new_empty(q, p), like.new_empty(q)]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
         # torch's own for modules with a parametrization passes __setstate__ by.
         copied = self.__new__(type(self))
         memo[id(self)] = copied
@@ -228,5 +228,5 @@ class _Running(nn.Module):
         super().__init__()
         self.head = head
 
-    def forward(self, run: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(self, compute_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return self.head.matrix(), self.head.bias

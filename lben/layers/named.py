@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch.nn.utils.parametrize import register_parametrization
@@ -22,6 +22,13 @@ from lben.parameterizations.orthogonal import register_orthogonal
 from lben.weights.linear_maps import Convolution, Dense
 from lben.weights.sizes import real
 from solvers import ProximalActivation
+
+
+class _Factory(TypedDict):
+    """Where parameters are made, and in which precision."""
+
+    device: torch.device | str | None
+    dtype: torch.dtype | None
 
 
 class SLLLinear(ResidualLayer):
@@ -386,7 +393,7 @@ class SandwichConv2d(SandwichLayer):
         )
 
 
-def _factory(device: torch.device | str | None, dtype: torch.dtype | None) -> dict[str, Any]:
+def _factory(device: torch.device | str | None, dtype: torch.dtype | None) -> _Factory:
     return {"device": device, "dtype": real(dtype)}
 
 
@@ -402,6 +409,6 @@ def _convolution(
 
 
 def _contraction(
-    shape: tuple[int, ...], rule: MultiplierRule, factory: dict[str, Any]
+    shape: tuple[int, ...], rule: MultiplierRule, factory: _Factory
 ) -> ContractionParameterization:
     return ContractionParameterization(shape, rule, **factory)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -65,7 +64,7 @@ class Normalize(Lasting):
                     new.copy_(self._configured(name) if old.is_meta else old)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], *options: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], *options: object) -> None:
         super()._load_from_state_dict(state_dict, *options)
         # Loaded by assignment, parameters leave the meta device without a move.
         for name in self._settings:

@@ -53,7 +53,7 @@ class OrthogonalConv2d(FeedforwardLayer):
         self.image = (image[0], image[1])
 
     def certificate(
-        self, image: tuple[int, ...] | None = None, *, run: torch.dtype | None = None
+        self, image: tuple[int, ...] | None = None, *, compute_dtype: torch.dtype | None = None
     ) -> LayerCertificate:
         """Prove the bound, for images of the layer's own size.
 
@@ -62,9 +62,11 @@ class OrthogonalConv2d(FeedforwardLayer):
             CertificateError: if the proof fails.
         """
         refuse_other_image(image, self.image, "the layer")
-        return super().certificate(self.image, run=run)
+        return super().certificate(self.image, compute_dtype=compute_dtype)
 
-    def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
+    def evaluate(
+        self, x: Tensor, compute_dtype: torch.dtype, tensors: tuple[Tensor, ...]
+    ) -> Tensor:
         if tuple(x.shape[-2:]) != self.image:
             raise ValueError(
                 f"the layer was made for images of {self.image[0]} × {self.image[1]} pixels, "

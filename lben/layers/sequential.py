@@ -171,7 +171,12 @@ def stage_after(
     Raises:
         CertificateError: if the certificate is of other modules.
     """
-    proofs = certificate.layers if isinstance(certificate, ChainCertificate) else ()
+    if not isinstance(certificate, ChainCertificate):
+        raise CertificateError(
+            f"a chain needs its ChainCertificate, got {type(certificate).__name__}: take "
+            "chain.certificate(shape of a sample)"
+        )
+    proofs = certificate.layers
     if len(proofs) != len(layers):
         raise CertificateError(
             f"this certificate is of {len(proofs)} modules one after the other, there are "

@@ -12,7 +12,7 @@ import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -198,7 +198,7 @@ def convert(t: Tensor, dtype: torch.dtype) -> Tensor:
     return cast(t.to(torch.float32) if dtype == torch.float64 and narrow else t, dtype)
 
 
-def check_tensors(values: Mapping[str, Any]) -> None:
+def check_tensors(values: Mapping[str, object]) -> None:
     """Raise ValueError unless every value is None or a tensor."""
     for name, value in values.items():
         if value is not None and not isinstance(value, Tensor):
@@ -214,7 +214,7 @@ def check_dimensions(name: str, value: Tensor, count: int) -> None:
         raise ValueError(f"{name} must have {count} dimensions, got shape {tuple(value.shape)}")
 
 
-def check_gamma(gamma: Any) -> float | None:
+def check_gamma(gamma: object) -> float | None:
     """Return gamma as a float, or None for None.
 
     Raises:
@@ -229,7 +229,7 @@ def check_gamma(gamma: Any) -> float | None:
     return number
 
 
-def check_epsilon(epsilon: Any) -> float:
+def check_epsilon(epsilon: object) -> float:
     """Return epsilon as a float.
 
     Raises:
@@ -241,7 +241,7 @@ def check_epsilon(epsilon: Any) -> float:
     return number
 
 
-def as_number(value: Any) -> float | None:
+def as_number(value: object) -> float | None:
     """Return a real number of Python, NumPy or torch as a float; None for all else, and bool."""
     if isinstance(value, Tensor | np.ndarray) and value.ndim:
         return None

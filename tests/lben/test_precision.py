@@ -73,7 +73,9 @@ def test_layers_run_within(reduced):
 CLAIMS = {
     "weights": lambda layer, x: layer.weights(),
     "certificate": lambda layer, x: layer.certificate(),
-    "certificate of rounded weights": lambda layer, x: layer.certificate(run=torch.bfloat16),
+    "certificate of rounded weights": lambda layer, x: layer.certificate(
+        compute_dtype=torch.bfloat16
+    ),
     "rounding": lambda layer, x: layer.rounding(x),
     "growth": lambda layer, x: layer.rounding_growth((6,), torch.float32),
     "chain": lambda layer, x: LipschitzSequential(layer).certificate((6,)),
@@ -100,7 +102,8 @@ def test_nothing_is_claimed_under_autocast(make, claim):
 
 @pytest.mark.parametrize("call", [
     lambda x: NormalizedLinear(6, 4).weights(), lambda x: NormalizedLinear(6, 4).certificate(),
-    lambda x: NormalizedLinear(6, 4).pair_certificate(), lambda x: NormalizedLinear(6, 4).rounding(x),
+    lambda x: NormalizedLinear(6, 4).pair_certificate(),
+    lambda x: NormalizedLinear(6, 4).rounding(x),
     lambda x: NormPooling(2).rounding(x[None]), lambda x: Normalize((0.5,), (1.0,)).rounding(
         x[None]
     ),
@@ -137,7 +140,7 @@ def test_a_certificate_of_rounded_weights_does_not_serve_the_layer():
     with torch.no_grad():
         for p in layer.parameters():
             p.copy_(p.bfloat16())  # the weights, and so their fingerprint, are the same
-    proof = layer.certificate(run=torch.bfloat16)
+    proof = layer.certificate(compute_dtype=torch.bfloat16)
     assert proof.dtype == "bfloat16"
     assert proof.fingerprint == layer.certificate().fingerprint
     for call in (

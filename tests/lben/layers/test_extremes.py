@@ -134,7 +134,7 @@ def test_the_rounded_weights_are_proved_too(kind):
     with torch.no_grad():
         weight(layer).copy_(scale(28, weight(layer)))
     image = (4, 4) if "images" in kind else None
-    assert layer.certificate(image, run=torch.bfloat16).bound == UNIT_BOUND
+    assert layer.certificate(image, compute_dtype=torch.bfloat16).bound == UNIT_BOUND
 
 
 @pytest.mark.parametrize("kind", ["SLL", "SLL squared", "AOL", "CPL", "SLL of images"])

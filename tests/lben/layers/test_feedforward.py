@@ -536,7 +536,7 @@ def test_autocast_runs_and_certifies_the_rounded_weights():
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, layer(x), rtol=0, atol=0.1)
     assert not torch.equal(y, layer(x))
-    certificate = layer.certificate(run=torch.bfloat16)
+    certificate = layer.certificate(compute_dtype=torch.bfloat16)
     assert certificate.bound == UNIT_BOUND
     assert certificate.fingerprint != layer.certificate().fingerprint
     # A T of the weights before rounding does not hold for those after it.

@@ -33,31 +33,19 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """A proved statement: x ↦ y is γ-Lipschitz.
-
-    A module of a user's own that proves its bound in another way returns one of these.
+    """A proved statement about something with a fingerprint.
 
     Attributes:
-        bound: γ, in l2; infinite where nothing but the existence of y is proved.
         margin: by how much the proof succeeded, a proved lower bound (> 0) of the smallest
-            eigenvalue that has to be positive; None where γ was evaluated and not compared.
+            eigenvalue that has to be positive; None where a bound was evaluated, not compared.
         fingerprint: SHA-256 of what the statement is about.
         dtype: in which it runs.
         method: how it was proved.
         versions: of the libraries that ran the proof.
         image: height and width of images that the statement is for: exactly these where it is
             circular, at most these where it is not; None where it is for every input.
-
-    Example:
-        >>> from lben import EquilibriumLinear, certify
-        >>> certificate = certify(EquilibriumLinear(4, 6, 2, gamma=3.0))
-        >>> certificate.bound, certificate.margin > 0
-        (3.0, True)
-        >>> type(certificate).from_json(certificate.to_json()) == certificate
-        True
     """
 
-    bound: float
     margin: float | None
     fingerprint: str
     dtype: str
@@ -128,7 +116,32 @@ class Certificate:
         """
         if self.margin is not None and not math.isfinite(self.margin):
             raise ValueError(f"this is no {type(self).__name__}: margin must be a number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LipschitzCertificate(Certificate):
+    """The statement that x ↦ y is γ-Lipschitz in l2.
+
+    A module of a user's own that proves its bound in another way returns one of these.
+
+    Attributes:
+        bound: γ; infinite where nothing but the existence of y is proved.
+
+    Example:
+        >>> from lben import EquilibriumLinear, certify
+        >>> certificate = certify(EquilibriumLinear(4, 6, 2, gamma=3.0))
+        >>> certificate.bound, certificate.margin > 0
+        (3.0, True)
+        >>> LipschitzCertificate.from_json(certificate.to_json()) == certificate
+        True
+    """
+
+    bound: float
+
+    def check_values(self) -> None:
+        """As `Certificate.check_values`; the bound is positive."""
         _check_positive(type(self), bound=self.bound)
+        super().check_values()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +171,7 @@ class Sensitivity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerCertificate(Certificate):
+class LayerCertificate(LipschitzCertificate):
     """A statement about one set of weights, with the constants that a solver of it needs.
 
     Attributes:
@@ -200,7 +213,6 @@ class PairCertificate(Certificate, Sequence[tuple[float, ...]]):
     `certified_radius` and `compose` take it as it is.
 
     Attributes:
-        bound: the largest of the table, the diagonal aside.
         margin: the least of all pairs.
         bounds: q × q, with 1 on the diagonal.
         norm: of the change of x that the bounds multiply: "l2", or "linf" for max |Δxₖ|.
@@ -219,12 +231,16 @@ class PairCertificate(Certificate, Sequence[tuple[float, ...]]):
         margin: float | None,
     ) -> PairCertificate:
         """Return what was proved of every pair of outputs, tied to the weights."""
-        table = tuple(tuple(map(float, row)) for row in bounds)
-        pairs = [b for i, row in enumerate(table) for j, b in enumerate(row) if i != j]
         return cls(
-            bound=max(pairs, default=1.0), margin=margin, fingerprint=weights.fingerprint,
-            dtype=name_of_dtype(weights), method=method, bounds=table, norm=norm,
+            bounds=tuple(tuple(map(float, row)) for row in bounds), norm=norm, margin=margin,
+            fingerprint=weights.fingerprint, dtype=name_of_dtype(weights), method=method,
         )  # fmt: skip
+
+    @property
+    def largest(self) -> float:
+        """The largest bound of a pair; 1 for a single output."""
+        pairs = (b for i, row in enumerate(self.bounds) for j, b in enumerate(row) if i != j)
+        return max(pairs, default=1.0)
 
     def __len__(self) -> int:
         return len(self.bounds)
@@ -243,7 +259,7 @@ class PairCertificate(Certificate, Sequence[tuple[float, ...]]):
     def scale(self, factor: float) -> PairCertificate:
         """Return the bounds in terms of the input of something that is factor-Lipschitz before."""
         bounds = tuple(tuple(up(factor * b) for b in row) for row in self.bounds)
-        return replace(self, bounds=bounds, bound=up(factor * self.bound))
+        return replace(self, bounds=bounds)
 
     def check_values(self) -> None:
         """As `Certificate.check_values`; the table is square, its numbers positive."""
@@ -254,7 +270,7 @@ class PairCertificate(Certificate, Sequence[tuple[float, ...]]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChainCertificate(Certificate):
+class ChainCertificate(LipschitzCertificate):
     """The bound of modules one after the other: the product of theirs, rounded upwards.
 
     Attributes:
@@ -268,7 +284,7 @@ class ChainCertificate(Certificate):
             by hand.
     """
 
-    layers: tuple[Certificate, ...]
+    layers: tuple[LipschitzCertificate, ...]
     pairs: PairCertificate | None = None
     network: str | None = None
 
@@ -285,7 +301,7 @@ class ChainCertificate(Certificate):
                 f"{network[:12]}…"
             )
 
-    def leaves(self) -> list[Certificate]:
+    def leaves(self) -> list[LipschitzCertificate]:
         """Return the certificates of the modules that are no chains, in order."""
         inner = (x.leaves() if isinstance(x, ChainCertificate) else [x] for x in self.layers)
         return [certificate for part in inner for certificate in part]
@@ -367,7 +383,7 @@ def _short(value: object) -> str:
 
 
 def compose(
-    layers: Sequence[Certificate], pairs: PairCertificate | None = None
+    layers: Sequence[LipschitzCertificate], pairs: PairCertificate | None = None
 ) -> ChainCertificate:
     """Bound modules one after the other by the product of their bounds.
 
@@ -377,7 +393,7 @@ def compose(
 
     Raises:
         CertificateError: if the pairs are of other weights than the last layer's, or not in l2.
-        TypeError: if something is no certificate.
+        TypeError: if something is no such certificate.
 
     Example:
         >>> from lben import SLLLinear, certify
@@ -385,13 +401,15 @@ def compose(
         >>> round(compose(proofs).bound, 4)
         1.0
     """
-    for item in (*layers, *(() if pairs is None else (pairs,))):
-        if not isinstance(item, Certificate):
+    for layer in layers:
+        if not isinstance(layer, LipschitzCertificate):
             raise TypeError(
-                f"compose takes certificates, got {type(item).__name__}: what has a bound that is "
-                "proved elsewhere needs a Certificate of its own"
+                f"compose takes certificates of modules, got {type(layer).__name__}: a bound that "
+                "is proved elsewhere needs a LipschitzCertificate"
             )
     if pairs is not None:
+        if not isinstance(pairs, PairCertificate):
+            raise TypeError(f"pairs must be a PairCertificate, got {type(pairs).__name__}")
         _check_pairs(layers, pairs)
     bound = before = 1.0
     for layer in layers:
@@ -415,7 +433,7 @@ def _product(a: float, b: float) -> float:
     return up(a * b)
 
 
-def _check_pairs(layers: Sequence[Certificate], pairs: PairCertificate) -> None:
+def _check_pairs(layers: Sequence[LipschitzCertificate], pairs: PairCertificate) -> None:
     if pairs.norm != "l2":
         raise CertificateError(
             f"bounds of pairs in {pairs.norm} do not compose with bounds in l2: claim pairs by "

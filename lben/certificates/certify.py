@@ -6,7 +6,12 @@ from collections.abc import Mapping
 from functools import singledispatch
 from typing import Protocol, overload
 
-from lben.certificates.certificate import Certificate, LayerCertificate, PairCertificate
+from lben.certificates.certificate import (
+    Certificate,
+    LayerCertificate,
+    LipschitzCertificate,
+    PairCertificate,
+)
 from lben.certificates.claims import Claim, IntervalClaim, LinfClaim
 from lben.certificates.convolutional import prove_convolutional, prove_pooled
 from lben.certificates.dense import prove_dense
@@ -21,7 +26,7 @@ PairClaims = Mapping[tuple[int, int], Claim] | Mapping[tuple[int, int], LinfClai
 class Certifiable(Protocol):
     """What proves its own bound: a layer, a chain, a classifier, a module of a user's own."""
 
-    def certificate(self, image: tuple[int, ...] | None = None) -> Certificate:
+    def certificate(self, image: tuple[int, ...] | None = None) -> LipschitzCertificate:
         """Prove the bound."""
         ...
 
@@ -33,7 +38,9 @@ def certify(
 @overload
 def certify(thing: Weights, claim: PairClaims | IntervalClaim) -> PairCertificate: ...
 @overload
-def certify(thing: Certifiable, *, image: tuple[int, ...] | None = None) -> Certificate: ...
+def certify(
+    thing: Certifiable, *, image: tuple[int, ...] | None = None
+) -> LipschitzCertificate: ...
 def certify(
     thing: Weights | Certifiable,
     claim: Claim | PairClaims | IntervalClaim | None = None,
@@ -76,7 +83,7 @@ def certify(
         2.0
         >>> weights = layer.weights()
         >>> pairs = certify(weights, tighten_pairs(weights))
-        >>> len(pairs), pairs.bound < 2.0 * 2**0.5
+        >>> len(pairs), pairs.largest < 2.0 * 2**0.5
         (3, True)
         >>> round(certify(SLLConv2d(3, 5), image=(8, 8)).bound, 4)
         1.0

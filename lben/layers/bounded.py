@@ -6,15 +6,20 @@ has them takes part in chains and classifiers like those of this package.
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
-from lben.certificates import Certificate
+from lben.certificates import CertificateError, LipschitzCertificate
 from lben.radii.error_bounds import Affine, Certified
 from lben.weights.growth import Growth, norms_up
 from lben.weights.sizes import image_size
+
+ErrorIn = Float[Tensor, "*batch"] | float
+"""A bound of the l2 distance of an input to the exact one, per sample or of all."""
+
+C_ = TypeVar("C_", bound=LipschitzCertificate)
 
 
 @runtime_checkable
@@ -26,7 +31,7 @@ class BoundedModule(Protocol):
         ...     def forward(self, x):
         ...         return 2 * x  # exact in floating point
         ...     def certificate(self, image=None):
-        ...         return Certificate(
+        ...         return LipschitzCertificate(
         ...             bound=2.0, margin=None, fingerprint="2x", dtype="float32", method="by hand"
         ...         )
         ...     def forward_with_error(self, x, certificate, error_in=0.0):
@@ -41,7 +46,7 @@ class BoundedModule(Protocol):
         2.0
     """
 
-    def certificate(self, image: tuple[int, ...] | None = None) -> Certificate:
+    def certificate(self, image: tuple[int, ...] | None = None) -> LipschitzCertificate:
         """Prove a bound of the exact module, with the weights that run now.
 
         Args:
@@ -53,7 +58,10 @@ class BoundedModule(Protocol):
         ...
 
     def forward_with_error(
-        self, x: Tensor, certificate: Certificate, error_in: Float[Tensor, "*batch"] | float = 0.0
+        self,
+        x: Tensor,
+        certificate: LipschitzCertificate,
+        error_in: ErrorIn = 0.0,
     ) -> Certified:
         """Return the output as the module runs, with bounds of its distance to the exact output.
 
@@ -66,6 +74,20 @@ class BoundedModule(Protocol):
             CertificateError: if the certificate is of something else.
         """
         ...
+
+
+def require_kind(certificate: LipschitzCertificate, kind: type[C_], what: str) -> C_:
+    """Return a certificate of the kind that a module needs.
+
+    Raises:
+        CertificateError: if it is of another kind.
+    """
+    if not isinstance(certificate, kind):
+        raise CertificateError(
+            f"{what} needs its {kind.__name__}, got {type(certificate).__name__}: take that of "
+            "certificate()"
+        )
+    return certificate
 
 
 def height_and_width(image: tuple[int, ...] | None) -> tuple[int, int] | None:

@@ -18,14 +18,13 @@ from torch.autograd.function import FunctionCtx
 
 from lben import precision
 from lben.certificates import (
-    Certificate,
-    CertificateError,
     LayerCertificate,
+    LipschitzCertificate,
     certify,
     sensitivity,
 )
 from lben.layers.autocast import leave_half, outside_autocast
-from lben.layers.bounded import refuse_other_image
+from lben.layers.bounded import ErrorIn, refuse_other_image, require_kind
 from lben.layers.cache import CachedWeights, CachingLayer
 from lben.layers.graphs import is_traced, refuse_graphs
 from lben.layers.hooks import refuse_hooks
@@ -203,7 +202,10 @@ class EquilibriumLayer(CachingLayer, Generic[W_]):
 
     @torch.no_grad()
     def forward_with_error(
-        self, x: Tensor, certificate: Certificate, error_in: Float[Tensor, "*batch"] | float = 0.0
+        self,
+        x: Tensor,
+        certificate: LipschitzCertificate,
+        error_in: ErrorIn = 0.0,
     ) -> Certified:
         """Return y as the layer runs, with bounds of its distance to the exact y, here and around.
 
@@ -227,7 +229,7 @@ class EquilibriumLayer(CachingLayer, Generic[W_]):
 
     @torch.no_grad()
     def operating_points(
-        self, x: Float[Tensor, "batch p"], certificate: Certificate
+        self, x: Float[Tensor, "batch p"], certificate: LipschitzCertificate
     ) -> OperatingPoints:
         """Return what is known of the layer at some inputs, for proofs around them.
 
@@ -344,18 +346,14 @@ class EquilibriumLayer(CachingLayer, Generic[W_]):
             largest=torch.finfo(dtype).max / 16 * min(1.0, float(root.min())),
         )
 
-    def _check(self, certificate: Certificate) -> LayerCertificate:
+    def _check(self, proof: LipschitzCertificate) -> LayerCertificate:
         """Refuse a certificate that is not for the weights that run now, or hooks.
 
         Raises:
             CertificateError: naming the difference.
         """
         refuse_hooks(self)
-        if not isinstance(certificate, LayerCertificate):
-            raise CertificateError(
-                f"an equilibrium layer needs its LayerCertificate, got "
-                f"{type(certificate).__name__}: take layer.certificate()"
-            )
+        certificate = require_kind(proof, LayerCertificate, "an equilibrium layer")
         weights = self._weights()
         certificate.check(weights)
         weights.check_sums()

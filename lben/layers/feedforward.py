@@ -7,12 +7,11 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lben import precision
-from lben.certificates import Certificate, CertificateError, LayerCertificate, certify
-from lben.layers.bounded import height_and_width, with_roundoff
+from lben.certificates import CertificateError, LayerCertificate, LipschitzCertificate, certify
+from lben.layers.bounded import ErrorIn, height_and_width, require_kind, with_roundoff
 from lben.layers.cache import CachingLayer, Running
 from lben.layers.graphs import Owner, check_kind, graph_is_made
 from lben.layers.hooks import refuse_hooks
@@ -256,7 +255,10 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
 
     @torch.no_grad()
     def forward_with_error(
-        self, x: Tensor, certificate: Certificate, error_in: Float[Tensor, "*batch"] | float = 0.0
+        self,
+        x: Tensor,
+        certificate: LipschitzCertificate,
+        error_in: ErrorIn = 0.0,
     ) -> Certified:
         """Return y as the layer runs, with bounds of its distance to the exact y, here and around.
 
@@ -277,13 +279,13 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
         growth = self.rounding_growth(tuple(x.shape[x.ndim - min(dims, x.ndim) :]), x.dtype)
         return with_roundoff(self(x), x, growth, dims).after(error_in, certificate.bound)
 
-    def check(self, proof: Certificate, x: Tensor) -> None:
+    def check(self, proof: LipschitzCertificate, x: Tensor) -> None:
         """Refuse a certificate of other weights, or of other images than x.
 
         Raises:
             CertificateError: naming the difference.
         """
-        _refuse_rounded(proof)
+        _refuse_rounded(require_kind(proof, LayerCertificate, "a layer"))
         compute_dtype = self._own()
         cache = self._cache()
         twin = cache.twin
@@ -447,7 +449,7 @@ class SandwichLayer(FeedforwardLayer):
         return y.below(product, hidden, hidden.times(largest_up(outer)))
 
 
-def _refuse_rounded(proof: Certificate) -> None:
+def _refuse_rounded(proof: LipschitzCertificate) -> None:
     if proof.dtype not in ("float32", "float64"):
         raise CertificateError(
             f"this certificate is of weights rounded to {proof.dtype}, the layer runs in float32 "

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lben import precision
-from lben.certificates import Certificate, CertificateError
-from lben.layers.bounded import with_roundoff
+from lben.certificates import CertificateError, LipschitzCertificate
+from lben.layers.bounded import ErrorIn, with_roundoff
 from lben.layers.fingerprint import fingerprint
 from lben.layers.graphs import check_numbers
 from lben.layers.hooks import refuse_hooks
@@ -36,7 +36,7 @@ class FixedMap(Lasting):
     sample_shape: tuple[int | None, ...] | None = None
     """The shape of one x as far as it is given; None where it may have any."""
 
-    def certificate(self, image: tuple[int, ...] | None = None) -> Certificate:
+    def certificate(self, image: tuple[int, ...] | None = None) -> LipschitzCertificate:
         """Return the bound 1.
 
         Raises:
@@ -47,14 +47,17 @@ class FixedMap(Lasting):
                 f"{type(self).__name__} extends a map of lben, and what it computes is not known: "
                 "give it a method certificate(image=None) of its own"
             )
-        return Certificate(
+        return LipschitzCertificate(
             bound=1.0, margin=None, fingerprint=fingerprint(self), dtype="any",
             method=f"{type(self).__name__} is 1-Lipschitz, whatever its parameters",
         )  # fmt: skip
 
     @torch.no_grad()
     def forward_with_error(
-        self, x: Tensor, certificate: Certificate, error_in: Float[Tensor, "*batch"] | float = 0.0
+        self,
+        x: Tensor,
+        certificate: LipschitzCertificate,
+        error_in: ErrorIn = 0.0,
     ) -> Certified:
         """Return the output as the map runs, with bounds of its distance to the exact output.
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lben import precision
-from lben.certificates import Certificate, LayerCertificate, PairCertificate, certify
-from lben.layers.bounded import with_roundoff
+from lben.certificates import LayerCertificate, LipschitzCertificate, PairCertificate, certify
+from lben.layers.bounded import ErrorIn, require_kind, with_roundoff
 from lben.layers.graphs import Owner, check_kind, graph_is_made
 from lben.layers.hooks import refuse_hooks
 from lben.layers.lasting import Lasting, make_lasting
@@ -170,7 +170,10 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
 
     @torch.no_grad()
     def forward_with_error(
-        self, x: Tensor, certificate: Certificate, error_in: Float[Tensor, "*batch"] | float = 0.0
+        self,
+        x: Tensor,
+        certificate: LipschitzCertificate,
+        error_in: ErrorIn = 0.0,
     ) -> Certified:
         """Return logits as the layer runs, with bounds of their distance to the exact ones.
 
@@ -184,7 +187,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
             ValueError: as `rounding_growth`.
         """
         refuse_hooks(self)
-        certificate.check(self.weights())
+        require_kind(certificate, LayerCertificate, "a head").check(self.weights())
         growth = self.rounding_growth(tuple(x.shape[-1:]), x.dtype)
         return with_roundoff(self(x), x, growth, 1).after(error_in, certificate.bound)
 

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lben import precision
-from lben.certificates import Certificate, CertificateError
-from lben.layers.bounded import with_roundoff
+from lben.certificates import CertificateError, LipschitzCertificate
+from lben.layers.bounded import ErrorIn, with_roundoff
 from lben.layers.fingerprint import fingerprint
 from lben.layers.graphs import check_kind, check_numbers
 from lben.layers.hooks import refuse_hooks
@@ -101,7 +101,7 @@ class Normalize(Lasting):
         """The shape of one image; None for its height and width."""
         return (len(self.mean), None, None)
 
-    def certificate(self, image: tuple[int, ...] | None = None) -> Certificate:
+    def certificate(self, image: tuple[int, ...] | None = None) -> LipschitzCertificate:
         """Return the bound 1 / smallest std.
 
         Raises:
@@ -113,7 +113,7 @@ class Normalize(Lasting):
                 f"{type(self).__name__} extends Normalize, and what it computes is not known: give "
                 "it a method certificate(image=None) of its own"
             )
-        return Certificate(
+        return LipschitzCertificate(
             bound=self.gain, margin=None, fingerprint=fingerprint(self),
             dtype=str(self.mean.dtype).removeprefix("torch."),
             method="1 / smallest std, rounded upwards",
@@ -121,7 +121,10 @@ class Normalize(Lasting):
 
     @torch.no_grad()
     def forward_with_error(
-        self, x: Tensor, certificate: Certificate, error_in: Float[Tensor, "*batch"] | float = 0.0
+        self,
+        x: Tensor,
+        certificate: LipschitzCertificate,
+        error_in: ErrorIn = 0.0,
     ) -> Certified:
         """Return the normalised images, with bounds of their distance to the exact ones.
 

@@ -6,12 +6,11 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lben import precision
-from lben.certificates import Certificate, CertificateError, ChainCertificate, compose
-from lben.layers.bounded import BoundedModule
+from lben.certificates import CertificateError, ChainCertificate, LipschitzCertificate, compose
+from lben.layers.bounded import BoundedModule, ErrorIn, require_kind
 from lben.layers.fixed import Flatten
 from lben.layers.hooks import refuse_hooks
 from lben.radii.error_bounds import Certified, Stage
@@ -88,7 +87,10 @@ class LipschitzSequential(nn.Sequential):
 
     @torch.no_grad()
     def forward_with_error(
-        self, x: Tensor, certificate: Certificate, error_in: Float[Tensor, "*batch"] | float = 0.0
+        self,
+        x: Tensor,
+        certificate: LipschitzCertificate,
+        error_in: ErrorIn = 0.0,
     ) -> Certified:
         """Return y as the chain runs, with bounds of its distance to the exact y, here and around.
 
@@ -140,7 +142,7 @@ def certify_chain(
     layers = list(layers)
     reference = next((p for layer in layers for p in layer.parameters()), torch.zeros(()))
     x = torch.zeros(1, *shape, dtype=reference.dtype, device=reference.device)
-    proofs: list[Certificate] = []
+    proofs: list[LipschitzCertificate] = []
     for layer in layers:
         assert isinstance(layer, BoundedModule)
         proofs.append(layer.certificate(tuple(x.shape[1:])))
@@ -149,7 +151,9 @@ def certify_chain(
     return compose(proofs, None if pairs is None else pairs())
 
 
-def evaluate_chain(layers: Sequence[nn.Module], x: Tensor, certificate: Certificate) -> Certified:
+def evaluate_chain(
+    layers: Sequence[nn.Module], x: Tensor, certificate: LipschitzCertificate
+) -> Certified:
     """Return the output of modules one after the other, with bounds of its distance to the exact.
 
     As `stage_after`.
@@ -159,7 +163,7 @@ def evaluate_chain(layers: Sequence[nn.Module], x: Tensor, certificate: Certific
 
 
 def stage_after(
-    layers: Sequence[nn.Module], x: Tensor, certificate: Certificate
+    layers: Sequence[nn.Module], x: Tensor, certificate: LipschitzCertificate
 ) -> tuple[Tensor, Stage]:
     """Return the output of modules one after the other, and what is known of it.
 
@@ -171,12 +175,7 @@ def stage_after(
     Raises:
         CertificateError: if the certificate is of other modules.
     """
-    if not isinstance(certificate, ChainCertificate):
-        raise CertificateError(
-            f"a chain needs its ChainCertificate, got {type(certificate).__name__}: take "
-            "chain.certificate(shape of a sample)"
-        )
-    proofs = certificate.layers
+    proofs = require_kind(certificate, ChainCertificate, "a chain").layers
     if len(proofs) != len(layers):
         raise CertificateError(
             f"this certificate is of {len(proofs)} modules one after the other, there are "

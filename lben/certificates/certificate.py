@@ -23,7 +23,19 @@ from solvers import Constants
 
 
 class CertificateError(RuntimeError):
-    """A claimed bound could not be proved, or a certificate is of something else."""
+    """A claimed bound could not be proved, or a certificate is of something else.
+
+    Example:
+        >>> import torch
+        >>> from dataclasses import replace
+        >>> from lben import EquilibriumLinear, certify
+        >>> weights = EquilibriumLinear(4, 6, 2).weights()
+        >>> try:
+        ...     certify(replace(weights, C=10 * weights.C))
+        ... except CertificateError as error:
+        ...     print(str(error)[:48])
+        the Lipschitz bound γ = 1 could not be proved: M
+    """
 
 
 def versions() -> dict[str, str]:
@@ -184,6 +196,12 @@ class LayerCertificate(LipschitzCertificate):
         output_gain: proved upper bound of ‖CΛ^(−½)‖₂: what an error of z costs in y.
         fingerprint: of the weights, see `Weights.fingerprint`.
         sensitivity: what errors within an equilibrium layer do, where that was asked for.
+
+    Example:
+        >>> from lben import EquilibriumLinear, certify
+        >>> certificate = certify(EquilibriumLinear(4, 6, 2, epsilon=0.1))
+        >>> certificate.m >= 0.1 * (1 - 1e-4), certificate.L > certificate.m
+        (True, True)
     """
 
     margin: float
@@ -216,6 +234,13 @@ class PairCertificate(Certificate, Sequence[tuple[float, ...]]):
         margin: the least of all pairs.
         bounds: q × q, with 1 on the diagonal.
         norm: of the change of x that the bounds multiply: "l2", or "linf" for max |Δxₖ|.
+
+    Example:
+        >>> from lben import EquilibriumLinear, certify, tighten_pairs
+        >>> weights = EquilibriumLinear(4, 6, 3).weights()
+        >>> pairs = certify(weights, tighten_pairs(weights))
+        >>> len(pairs), pairs[0][1] == pairs[1][0], pairs.tensor().shape
+        (3, True, torch.Size([3, 3]))
     """
 
     bounds: tuple[tuple[float, ...], ...]
@@ -282,6 +307,13 @@ class ChainCertificate(LipschitzCertificate):
         network: fingerprint of the network that this is about: its modules in order with their
             settings and tensors, image size and dtype. None for a chain that `compose` was given
             by hand.
+
+    Example:
+        >>> from lben import LipschitzSequential, SLLLinear
+        >>> chain = LipschitzSequential(SLLLinear(4, 6), SLLLinear(4, 6))
+        >>> certificate = chain.certificate((4,))
+        >>> len(certificate.layers), round(certificate.bound, 4)
+        (2, 1.0)
     """
 
     layers: tuple[LipschitzCertificate, ...]

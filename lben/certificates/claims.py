@@ -40,6 +40,14 @@ class LinfClaim:
     Attributes:
         tau: τ, one positive number per input.
         Lambda: the multiplier that is said to show it, n positive numbers.
+
+    Example:
+        >>> import numpy as np
+        >>> from lben import EquilibriumLinear, certify, tighten_linf
+        >>> weights = EquilibriumLinear(4, 6, 2).weights()
+        >>> claims = tighten_linf(weights)
+        >>> isinstance(claims[0, 1], LinfClaim), certify(weights, claims).norm
+        (True, 'linf')
     """
 
     tau: Array
@@ -48,4 +56,10 @@ class LinfClaim:
 
 @dataclass(frozen=True)
 class IntervalClaim:
-    """That intervals bound differences of outputs per max |Δxₖ|: whatever they show is proved."""
+    """That intervals bound differences of outputs per max |Δxₖ|: whatever they show is proved.
+
+    Example:
+        >>> from lben import EquilibriumLinear, certify
+        >>> certify(EquilibriumLinear(4, 6, 2).weights(), IntervalClaim()).method
+        'intervals, with rounding enclosed'
+    """

@@ -40,6 +40,13 @@ def sensitivity(weights: Weights, proof: LayerCertificate) -> Sensitivity:
 
     Raises:
         CertificateError: if the proof is of other weights, or has no positive m.
+
+    Example:
+        >>> from lben import EquilibriumLinear, certify
+        >>> weights = EquilibriumLinear(4, 6, 2).weights()
+        >>> gains = sensitivity(weights, certify(weights))
+        >>> gains.drive_to_output > 0, gains.state_to_output > 0
+        (True, True)
     """
     proof.check(weights)
     if not proof.m > 0:

@@ -27,6 +27,7 @@ class BoundedModule(Protocol):
     """A torch.nn.Module with a proved bound.
 
     Example:
+        >>> import torch
         >>> class Double(torch.nn.Module):
         ...     def forward(self, x):
         ...         return 2 * x  # exact in floating point

@@ -33,6 +33,15 @@ def from_weights(
     Raises:
         ValueError: if the weights claim no bound or do not satisfy the certificate, do not fit
             each other, or have no hidden units.
+
+    Example:
+        >>> import torch
+        >>> from lben import SLLLinear, from_weights
+        >>> parts = [SLLLinear(4, 6, dtype=torch.float64) for _ in range(2)]
+        >>> layer = from_weights([part.weights() for part in parts], tol=1e-9)
+        >>> x = torch.randn(3, 4, dtype=torch.float64)
+        >>> torch.allclose(layer(x), parts[1](parts[0](x)), atol=1e-5), round(layer.gamma, 4)
+        (True, 1.0)
     """
     layers = [weights] if isinstance(weights, DenseWeights | ConvolutionalWeights) else weights
     if not layers or any(isinstance(layer, ConvolutionalWeights) for layer in layers):
@@ -56,6 +65,14 @@ def feedback(W: Float[Tensor, "n n"], sizes: Sequence[int]) -> Float[Tensor, ""]
 
     Raises:
         ValueError: if the sizes do not add up to n.
+
+    Example:
+        >>> import torch
+        >>> from lben import feedback
+        >>> feedback(torch.tensor([[0.0, 0.0], [3.0, 0.0]]), [1, 1])  # one layer after the other
+        tensor(0.)
+        >>> feedback(torch.tensor([[0.0, 2.0], [3.0, 0.0]]), [1, 1])
+        tensor(4.)
     """
     if sum(sizes) != len(W):
         raise ValueError(f"sizes {tuple(sizes)} do not add up to the {len(W)} units of W")

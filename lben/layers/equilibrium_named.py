@@ -39,6 +39,15 @@ class EquilibriumLinear(EquilibriumLayer[DenseWeights]):
         ValueError: for sizes, gamma or epsilon that are not positive.
 
     Reference: Revay, Wang and Manchester (2020), arXiv 2010.01732.
+
+    Example:
+        >>> import torch
+        >>> from lben import EquilibriumLinear
+        >>> layer = EquilibriumLinear(4, 6, 2, gamma=0.5)
+        >>> y = layer(torch.ones(3, 4))
+        >>> y.sum().backward()  # the implicit gradient
+        >>> y.shape, layer.certificate().bound
+        (torch.Size([3, 2]), 0.5)
     """
 
     def __init__(
@@ -103,6 +112,13 @@ class EquilibriumConv2d(EquilibriumLayer[ConvolutionalWeights]):
             unequal numbers of channels or with a stride.
 
     Reference: Revay, Wang and Manchester (2020), section 5.
+
+    Example:
+        >>> import torch
+        >>> from lben import EquilibriumConv2d
+        >>> layer = EquilibriumConv2d(3, 4, 2, image=(8, 8), gamma=2.0)
+        >>> layer(torch.ones(1, 3, 8, 8)).shape, layer.certificate().bound
+        (torch.Size([1, 2, 8, 8]), 2.0)
     """
 
     def __init__(
@@ -180,6 +196,13 @@ class PooledEquilibriumConv2d(EquilibriumLayer[PooledWeights]):
 
     Reference: Revay, Wang and Manchester (2020), section 5; Winston and Kolter (2020), section 5,
     for several scales.
+
+    Example:
+        >>> import torch
+        >>> from lben import PooledEquilibriumConv2d
+        >>> layer = PooledEquilibriumConv2d(3, (4, 8), 10, image=(8, 8))
+        >>> layer(torch.ones(1, 3, 8, 8)).shape, layer.certificate().bound
+        (torch.Size([1, 10]), 1.0)
     """
 
     def __init__(

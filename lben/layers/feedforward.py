@@ -60,6 +60,14 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
         parameterization: of the weights.
         map: how they act.
         inputs: features or channels of x.
+
+    Example:
+        >>> import torch
+        >>> from lben import SLLLinear
+        >>> layer, x = SLLLinear(4, 6), torch.ones(1, 4)
+        >>> found = layer.forward_with_error(x, layer.certificate())
+        >>> torch.equal(found.value, layer(x)), bool(found.error < 1e-3)
+        (True, True)
     """
 
     parameterization: FeedforwardParameterization
@@ -345,7 +353,13 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
 
 
 class ResidualLayer(FeedforwardLayer):
-    """y = x − 2UᵀT⁻¹σ(Ux + b). Araujo et al. (2023), Theorem 1."""
+    """y = x − 2UᵀT⁻¹σ(Ux + b). Araujo et al. (2023), Theorem 1.
+
+    Example:
+        >>> from lben import CPLLinear
+        >>> isinstance(CPLLinear(4, 6), ResidualLayer)
+        True
+    """
 
     def __init__(
         self,
@@ -386,7 +400,13 @@ class ResidualLayer(FeedforwardLayer):
 
 
 class ContractionLayer(FeedforwardLayer):
-    """y = V T^(−½) x + b with T ⪰ VᵀV."""
+    """y = V T^(−½) x + b with T ⪰ VᵀV.
+
+    Example:
+        >>> from lben import AOLLinear
+        >>> isinstance(AOLLinear(4, 3), ContractionLayer)
+        True
+    """
 
     def __init__(self, parameterization: ContractionParameterization, map: LinearMap) -> None:
         super().__init__(parameterization, map, parameterization.shape[1])
@@ -414,7 +434,13 @@ class ContractionLayer(FeedforwardLayer):
 
 
 class SandwichLayer(FeedforwardLayer):
-    """y = √2 AᵀSΨσ(√2 Ψ⁻¹S Bx + b) + b_y. Wang and Manchester (2023)."""
+    """y = √2 AᵀSΨσ(√2 Ψ⁻¹S Bx + b) + b_y. Wang and Manchester (2023).
+
+    Example:
+        >>> from lben import SandwichLinear
+        >>> isinstance(SandwichLinear(4, 3), SandwichLayer)
+        True
+    """
 
     def __init__(
         self,

@@ -31,6 +31,11 @@ class FixedMap(Lasting):
     """A map that is 1-Lipschitz by what it is: its certificate says so for the classes here alone.
 
     A class that extends one of them computes something else, and needs a certificate of its own.
+
+    Example:
+        >>> from lben import AveragePooling
+        >>> AveragePooling(2).certificate().bound
+        1.0
     """
 
     sample_shape: tuple[int | None, ...] | None = None
@@ -123,7 +128,14 @@ class FixedImageMap(FixedMap):
 
 
 class Flatten(FixedMap):
-    """Images to features."""
+    """Images to features.
+
+    Example:
+        >>> import torch
+        >>> from lben import Flatten
+        >>> Flatten()(torch.zeros(2, 3, 4, 4)).shape
+        torch.Size([2, 48])
+    """
 
     def forward(self, x: Float[Tensor, batch * features]) -> Float[Tensor, "batch p"]:
         """Return the features."""
@@ -141,6 +153,12 @@ class ChannelPadding(FixedImageMap):
 
     Raises:
         ValueError: if channels is not positive.
+
+    Example:
+        >>> import torch
+        >>> from lben import ChannelPadding
+        >>> ChannelPadding(5)(torch.zeros(2, 3, 4, 4)).shape
+        torch.Size([2, 5, 4, 4])
     """
 
     def __init__(self, channels: int) -> None:
@@ -173,6 +191,12 @@ class InvertibleDownsampling(FixedImageMap):
 
     Raises:
         ValueError: if stride is not positive.
+
+    Example:
+        >>> import torch
+        >>> from lben import InvertibleDownsampling
+        >>> InvertibleDownsampling(2)(torch.zeros(2, 3, 4, 4)).shape
+        torch.Size([2, 12, 2, 2])
     """
 
     def __init__(self, stride: int = 2) -> None:
@@ -199,6 +223,13 @@ class AveragePooling(FixedImageMap):
 
     Raises:
         ValueError: if size is not positive.
+
+    Example:
+        >>> import torch
+        >>> from lben import AveragePooling
+        >>> AveragePooling(2)(torch.ones(1, 1, 4, 4))
+        tensor([[[[2., 2.],
+                  [2., 2.]]]])
     """
 
     def __init__(self, size: int) -> None:
@@ -229,6 +260,13 @@ class NormPooling(FixedImageMap):
 
     Raises:
         ValueError: if size is not positive.
+
+    Example:
+        >>> import torch
+        >>> from lben import NormPooling
+        >>> NormPooling(2)(torch.ones(1, 1, 4, 4))
+        tensor([[[[2., 2.],
+                  [2., 2.]]]])
     """
 
     def __init__(self, size: int) -> None:
@@ -260,6 +298,12 @@ class GroupSort(FixedMap):
 
     Raises:
         ValueError: if group is below 2.
+
+    Example:
+        >>> import torch
+        >>> from lben import GroupSort
+        >>> GroupSort(2)(torch.tensor([[3.0, 1.0, 2.0, 5.0]]))
+        tensor([[1., 3., 2., 5.]])
     """
 
     def __init__(self, group: int = 2) -> None:
@@ -294,6 +338,13 @@ class Householder(FixedMap):
 
     Raises:
         ValueError: if channels is odd or not positive.
+
+    Example:
+        >>> import torch
+        >>> from lben import Householder
+        >>> x = torch.randn(2, 4)
+        >>> torch.allclose(Householder(4)(x).norm(dim=1), x.norm(dim=1))
+        True
     """
 
     def __init__(

@@ -44,6 +44,15 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
 
     Raises:
         ValueError: if a size is not positive, or orthonormal rows do not fit into p features.
+
+    Example:
+        >>> import torch
+        >>> from lben import NormalizedLinear
+        >>> head = NormalizedLinear(4, 3, kind="orthonormal")
+        >>> head(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
+        >>> round(head.pair_certificate()[0][1], 4)  # √2
+        1.4142
     """
 
     def __init__(

@@ -43,6 +43,15 @@ class SLLLinear(ResidualLayer):
 
     Raises:
         ValueError: if a size is not positive.
+
+    Example:
+        >>> import torch
+        >>> from lben import SLLLinear
+        >>> layer = SLLLinear(4, 6)
+        >>> layer(torch.zeros(2, 4)).shape
+        torch.Size([2, 4])
+        >>> round(layer.certificate().bound, 4)
+        1.0
     """
 
     def __init__(
@@ -76,6 +85,15 @@ class CPLLinear(ResidualLayer):
 
     Raises:
         ValueError: if a size is not positive.
+
+    Example:
+        >>> import torch
+        >>> from lben import CPLLinear
+        >>> layer = CPLLinear(4, 6)
+        >>> layer(torch.zeros(2, 4)).shape
+        torch.Size([2, 4])
+        >>> round(layer.certificate().bound, 4)
+        1.0
     """
 
     def __init__(
@@ -107,6 +125,15 @@ class AOLLinear(ContractionLayer):
 
     Raises:
         ValueError: if a size is not positive.
+
+    Example:
+        >>> import torch
+        >>> from lben import AOLLinear
+        >>> layer = AOLLinear(4, 3)
+        >>> layer(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
+        >>> round(layer.certificate().bound, 4)
+        1.0
     """
 
     def __init__(
@@ -134,6 +161,15 @@ class SpectralLinear(ContractionLayer):
 
     Raises:
         ValueError: if a size is not positive.
+
+    Example:
+        >>> import torch
+        >>> from lben import SpectralLinear
+        >>> layer = SpectralLinear(4, 3)
+        >>> layer(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
+        >>> round(layer.certificate().bound, 4)
+        1.0
     """
 
     def __init__(
@@ -161,6 +197,15 @@ class OrthogonalLinear(ContractionLayer):
 
     Raises:
         ValueError: if a size is not positive or the map unknown.
+
+    Example:
+        >>> import torch
+        >>> from lben import OrthogonalLinear
+        >>> layer = OrthogonalLinear(4, 3)
+        >>> layer(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
+        >>> round(layer.certificate().bound, 4)
+        1.0
     """
 
     def __init__(
@@ -190,6 +235,15 @@ class SandwichLinear(SandwichLayer):
 
     Raises:
         ValueError: if a size is not positive, or n > p + q.
+
+    Example:
+        >>> import torch
+        >>> from lben import SandwichLinear
+        >>> layer = SandwichLinear(4, 3)
+        >>> layer(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
+        >>> round(layer.certificate().bound, 4)
+        1.0
     """
 
     def __init__(
@@ -230,6 +284,15 @@ class SLLConv2d(ResidualLayer):
 
     Raises:
         ValueError: for sizes that are not positive, or a padding that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from lben import SLLConv2d
+        >>> layer = SLLConv2d(3, 5)
+        >>> layer(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 3, 8, 8])
+        >>> round(layer.certificate((8, 8)).bound, 4)
+        1.0
     """
 
     def __init__(
@@ -259,6 +322,15 @@ class CPLConv2d(ResidualLayer):
     """Convolutional convex potential layer, T = τI with τ ≥ ‖U‖₂². Meunier et al. (2022).
 
     Args: as `SLLConv2d`; squarings are those of the bound of ‖U‖₂².
+
+    Example:
+        >>> import torch
+        >>> from lben import CPLConv2d
+        >>> layer = CPLConv2d(3, 5)
+        >>> layer(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 3, 8, 8])
+        >>> round(layer.certificate((8, 8)).bound, 4)
+        1.0
     """
 
     def __init__(
@@ -300,6 +372,15 @@ class AOLConv2d(ContractionLayer):
 
     Raises:
         ValueError: for sizes that are not positive, or stride or padding that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from lben import AOLConv2d
+        >>> layer = AOLConv2d(3, 4, stride=2)
+        >>> layer(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 4, 4, 4])
+        >>> round(layer.certificate((8, 8)).bound, 4)
+        1.0
     """
 
     def __init__(
@@ -327,6 +408,15 @@ class SpectralConv2d(ContractionLayer):
     """Convolution divided by an upper bound of its spectral norm.
 
     Args: as `AOLConv2d`, with the squarings of the bound in place of q.
+
+    Example:
+        >>> import torch
+        >>> from lben import SpectralConv2d
+        >>> layer = SpectralConv2d(3, 4)
+        >>> layer(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 4, 8, 8])
+        >>> round(layer.certificate((8, 8)).bound, 4)
+        1.0
     """
 
     def __init__(
@@ -366,6 +456,15 @@ class SandwichConv2d(SandwichLayer):
 
     Raises:
         ValueError: for sizes that are not positive, or a padding that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from lben import SandwichConv2d
+        >>> layer = SandwichConv2d(3, 4)
+        >>> layer(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 4, 8, 8])
+        >>> round(layer.certificate((8, 8)).bound, 4)
+        1.0
     """
 
     def __init__(

@@ -31,6 +31,13 @@ class Normalize(Lasting):
 
     Raises:
         ValueError: if lengths differ or a std is not positive.
+
+    Example:
+        >>> import torch
+        >>> from lben import Normalize
+        >>> normalize = Normalize((0.5,), (0.25,))
+        >>> normalize(torch.full((1, 1, 1, 2), 0.75)), normalize.certificate().bound
+        (tensor([[[[1., 1.]]]]), 4.000000000000001)
     """
 
     mean: Tensor

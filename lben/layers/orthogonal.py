@@ -32,6 +32,15 @@ class OrthogonalConv2d(FeedforwardLayer):
 
     Raises:
         ValueError: if a size is not positive, or the image smaller than the kernel.
+
+    Example:
+        >>> import torch
+        >>> from lben import OrthogonalConv2d
+        >>> layer = OrthogonalConv2d(3, 4, image=(8, 8))
+        >>> layer(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 4, 8, 8])
+        >>> round(layer.certificate().bound, 4)
+        1.0
     """
 
     def __init__(

@@ -39,7 +39,19 @@ Bound = Literal["promised", "scaled", "pairs", "diagonal", "diagonal pairs"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CertifiedLogits(Certified):
-    """Logits with a proved bound of their distance to the exact network's: see `Certified`."""
+    """Logits with a proved bound of their distance to the exact network's: see `Certified`.
+
+    Example:
+        >>> import torch
+        >>> from lben import EquilibriumClassifierConfig
+        >>> model = EquilibriumClassifierConfig(
+        ...     shape=(1, 4, 4), classes=3, mean=(0.5,), std=(0.25,), hidden=8
+        ... ).build()
+        >>> certificate = model.certificate()
+        >>> found = model.forward_with_error(torch.rand(2, 1, 4, 4), certificate)
+        >>> found.radius(found.value.argmax(1), certificate).shape
+        torch.Size([2])
+    """
 
     uniform: Affine
 
@@ -83,6 +95,23 @@ class Classifier(nn.Module, ABC):
     Args:
         shape: channels, height, width of the images.
         mean, std: per channel, of the normalisation.
+
+    Example:
+        >>> import torch
+        >>> from lben import NormalizedLinear, Flatten
+        >>> class Linear(Classifier):
+        ...     def __init__(self):
+        ...         super().__init__((1, 2, 2), mean=(0.5,), std=(0.25,))
+        ...         self.flatten, self.head = Flatten(), NormalizedLinear(4, 3)
+        ...     @property
+        ...     def stages(self):
+        ...         return self.normalize, self.flatten, self.head
+        ...     @property
+        ...     def gamma(self):
+        ...         return self.head.weights().gamma
+        >>> model = Linear()
+        >>> model(torch.rand(2, 1, 2, 2)).shape, len(model.certificate().layers)
+        (torch.Size([2, 3]), 3)
     """
 
     config: Any

@@ -54,6 +54,14 @@ class EquilibriumClassifierConfig:
         epsilon: slack of the certificate.
         tol: relative tolerance of the solver during training.
         max_steps: iteration limit of the solver.
+
+    Example:
+        >>> config = EquilibriumClassifierConfig(
+        ...     shape=(1, 4, 4), classes=3, mean=(0.5,), std=(0.25,), hidden=8
+        ... )
+        >>> model = config.build()
+        >>> model.certificate().bound  # γ / std
+        4.000000000000001
     """
 
     shape: tuple[int, int, int]
@@ -101,6 +109,13 @@ class ConvolutionalEquilibriumClassifierConfig:
         epsilon: slack of the certificate.
         tol: relative tolerance of the solver during training.
         max_steps: iteration limit of the solver.
+
+    Example:
+        >>> config = ConvolutionalEquilibriumClassifierConfig(
+        ...     shape=(1, 8, 8), classes=3, mean=(0.5,), std=(0.25,), channels=(4,)
+        ... )
+        >>> config.build().certificate().bound
+        4.000000000000001
     """
 
     shape: tuple[int, int, int]
@@ -148,7 +163,18 @@ class SingleLayerClassifier(Classifier):
 
 
 class EquilibriumClassifier(SingleLayerClassifier):
-    """Normalisation, flattening and one `EquilibriumLinear`: images in [0, 1] to logits."""
+    """Normalisation, flattening and one `EquilibriumLinear`: images in [0, 1] to logits.
+
+    Example:
+        >>> import torch
+        >>> from lben import EquilibriumClassifierConfig
+        >>> model = EquilibriumClassifierConfig(
+        ...     shape=(1, 4, 4), classes=3, mean=(0.5,), std=(0.25,), hidden=8
+        ... ).build()
+        >>> x, labels = torch.rand(5, 1, 4, 4), torch.zeros(5, dtype=torch.long)
+        >>> model(x).shape, model.certified_radius(x, labels).shape
+        (torch.Size([5, 3]), torch.Size([5]))
+    """
 
     layer: EquilibriumLinear
 
@@ -256,7 +282,17 @@ class EquilibriumClassifier(SingleLayerClassifier):
 
 
 class ConvolutionalEquilibriumClassifier(SingleLayerClassifier):
-    """Normalisation and one `PooledEquilibriumConv2d`: images in [0, 1] to logits."""
+    """Normalisation and one `PooledEquilibriumConv2d`: images in [0, 1] to logits.
+
+    Example:
+        >>> import torch
+        >>> from lben import ConvolutionalEquilibriumClassifierConfig
+        >>> model = ConvolutionalEquilibriumClassifierConfig(
+        ...     shape=(1, 8, 8), classes=3, mean=(0.5,), std=(0.25,), channels=(4, 8)
+        ... ).build()
+        >>> model(torch.rand(2, 1, 8, 8)).shape
+        torch.Size([2, 3])
+    """
 
     def __init__(self, config: ConvolutionalEquilibriumClassifierConfig) -> None:
         super().__init__(config.shape, config.mean, config.std)

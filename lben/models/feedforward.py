@@ -69,6 +69,14 @@ class FeedforwardClassifierConfig:
         dense_hidden: hidden units of residual and sandwich dense layers.
         head: rows of the last layer, each normalised or orthonormal.
         core: hidden channels of a residual equilibrium convolution after the last stage, or 0.
+
+    Example:
+        >>> config = FeedforwardClassifierConfig(
+        ...     shape=(3, 8, 8), classes=10, mean=(0.5,) * 3, std=(0.25,) * 3, channels=(6,),
+        ...     depths=(2,), dense_depth=1, dense_hidden=16,
+        ... )
+        >>> len(config.build().stages)
+        3
     """
 
     shape: tuple[int, int, int]
@@ -115,6 +123,10 @@ def published_architecture(size: Size) -> dict[str, Any]:
 
     Araujo, Havens, Delattre, Allauzen and Hu (2023), Table 2 and section 4: 3 × 3 convolutions with
     5 hidden channels, 4 × 4 pooling, dense layers with 2048 hidden units, normalised rows.
+
+    Example:
+        >>> published_architecture("small")["channels"]
+        (45,)
     """
     if size not in _PUBLISHED:
         raise ValueError(f"size must be one of {', '.join(_PUBLISHED)}, got {size!r}")
@@ -127,7 +139,18 @@ def published_architecture(size: Size) -> dict[str, Any]:
 
 
 class FeedforwardClassifier(Classifier):
-    """Normalisation, a chain of 1-Lipschitz layers and normalised logits."""
+    """Normalisation, a chain of 1-Lipschitz layers and normalised logits.
+
+    Example:
+        >>> import torch
+        >>> from lben import FeedforwardClassifierConfig
+        >>> model = FeedforwardClassifierConfig(
+        ...     shape=(3, 8, 8), classes=10, mean=(0.5,) * 3, std=(0.25,) * 3, channels=(6,),
+        ...     depths=(2,), dense_depth=1, dense_hidden=16,
+        ... ).build()
+        >>> model(torch.rand(2, 3, 8, 8)).shape, len(model.certificate().pairs)
+        (torch.Size([2, 10]), 10)
+    """
 
     def __init__(self, config: FeedforwardClassifierConfig) -> None:
         super().__init__(config.shape, config.mean, config.std)

@@ -29,6 +29,12 @@ class Affine:
         constant: per sample, float64.
         slope: the same for all samples.
         limit: per sample, the largest r for which it holds: beyond, a number may overflow.
+
+    Example:
+        >>> import torch
+        >>> bound = Affine(torch.tensor([1.0], dtype=torch.float64), 2.0)
+        >>> bound.at(3.0).round(decimals=6)
+        tensor([7.], dtype=torch.float64)
     """
 
     constant: Float[Tensor, " batch"]
@@ -98,6 +104,14 @@ class Certified:
             input), for a layer that runs there with the same settings and meets its tolerance; None
             where nothing is known of other inputs: then no radius is certified of what runs.
         steps: most solver iterations that a sample needed; 0 for a layer without a solve.
+
+    Example:
+        >>> import torch
+        >>> from lben import SLLLinear
+        >>> layer = SLLLinear(4, 6)
+        >>> found = layer.forward_with_error(torch.ones(2, 4), layer.certificate())
+        >>> found.value.shape, found.error.shape, found.steps
+        (torch.Size([2, 4]), torch.Size([2]), 0)
     """
 
     value: Tensor
@@ -133,6 +147,14 @@ class Stage:
         gain: a Lipschitz bound of the exact chain so far.
         error, uniform: as of `Certified`, for the chain so far.
         steps: most solver iterations so far.
+
+    Example:
+        >>> import torch
+        >>> start = Stage.start(torch.zeros(1, 4))
+        >>> error = torch.tensor([0.5], dtype=torch.float64)
+        >>> layer = Certified(value=torch.zeros(1, 4), error=error, uniform=Affine(error, 0.0))
+        >>> start.then(layer, bound=2.0).then(layer, bound=2.0).error.round(decimals=6)  # 2 · ½ + ½
+        tensor([1.5000], dtype=torch.float64)
     """
 
     gain: float

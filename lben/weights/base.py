@@ -62,6 +62,15 @@ class Weights(Sendable, ABC):
     Attributes:
         gamma: γ, the l2 Lipschitz bound of x ↦ y that is claimed; None for no claim.
         b_y: the bias of y.
+
+    Example:
+        >>> import torch
+        >>> from lben import EquilibriumLinear
+        >>> weights = EquilibriumLinear(4, 6, 2).weights()
+        >>> x = torch.ones(3, 4)
+        >>> v = weights.drive(x)
+        >>> weights.readout(x, torch.relu(v)).shape
+        torch.Size([3, 2])
     """
 
     gamma: float | None
@@ -177,7 +186,13 @@ class Weights(Sendable, ABC):
 
 
 def digest(header: str, tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of a header and of names, shapes, dtypes and bits of tensors."""
+    """Return the SHA-256 of a header and of names, shapes, dtypes and bits of tensors.
+
+    Example:
+        >>> import torch
+        >>> digest("γ", {"W": torch.zeros(2)})[:12]
+        '572a66e2576c'
+    """
     result = hashlib.sha256(header.encode())
     for name, value in sorted(tensors.items()):
         array = value.detach().cpu().resolve_neg().contiguous()
@@ -191,6 +206,11 @@ def convert(t: Tensor, dtype: torch.dtype) -> Tensor:
 
     To float64 it is exact, also where the process reads denormal numbers as zero: those of float32
     are an integer times 2⁻¹⁴⁹.
+
+    Example:
+        >>> import torch
+        >>> convert(torch.tensor([0.5], dtype=torch.bfloat16), torch.float64)
+        tensor([0.5000], dtype=torch.float64)
     """
     t = t.detach().to("cpu")
     # bfloat16 and float16 to float32: a matter of bits.
@@ -219,6 +239,10 @@ def check_gamma(gamma: object) -> float | None:
 
     Raises:
         ValueError: unless gamma is None or a positive, finite real number.
+
+    Example:
+        >>> check_gamma(2), check_gamma(None)
+        (2.0, None)
     """
     number = None if gamma is None else as_number(gamma)
     if gamma is not None and (number is None or not 0 < number < math.inf):
@@ -234,6 +258,10 @@ def check_epsilon(epsilon: object) -> float:
 
     Raises:
         ValueError: unless it is a positive, finite real number.
+
+    Example:
+        >>> check_epsilon(1)
+        1.0
     """
     number = as_number(epsilon)
     if number is None or not 0 < number < math.inf:
@@ -242,7 +270,13 @@ def check_epsilon(epsilon: object) -> float:
 
 
 def as_number(value: object) -> float | None:
-    """Return a real number of Python, NumPy or torch as a float; None for all else, and bool."""
+    """Return a real number of Python, NumPy or torch as a float; None for all else, and bool.
+
+    Example:
+        >>> import torch
+        >>> as_number(torch.tensor(2)), as_number("2"), as_number(True)
+        (2.0, None, None)
+    """
     if isinstance(value, Tensor | np.ndarray) and value.ndim:
         return None
     if isinstance(value, Tensor | np.ndarray | np.generic):

@@ -57,6 +57,14 @@ class ConvolutionalWeights(Weights):
     Raises:
         ValueError: if something is not a tensor, the shapes do not fit each other, or gamma is not
             positive and finite.
+
+    Example:
+        >>> from lben import SLLConv2d, certify
+        >>> weights = SLLConv2d(3, 5).weights()
+        >>> weights.U.shape, weights.D
+        (torch.Size([5, 3, 3, 3]), 1.0)
+        >>> weights.dense((4, 4)).U.shape  # as a matrix on images of 4 × 4 pixels
+        torch.Size([80, 48])
     """
 
     entry: ClassVar[str] = "entry"

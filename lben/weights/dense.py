@@ -43,6 +43,16 @@ class DenseWeights(Weights):
     Raises:
         ValueError: if something is not a tensor, the shapes do not fit each other, or gamma is not
             positive and finite.
+
+    Example:
+        >>> import torch
+        >>> from lben import DenseWeights, certify
+        >>> one = torch.ones(1, 1)
+        >>> weights = DenseWeights(
+        ...     W=-one, U=one, b=one[0], C=one, D=None, b_y=0 * one[0], Lambda=one[0], gamma=1.0
+        ... )  # z = σ(−z + x + 1), y = z
+        >>> certify(weights).bound
+        1.0
     """
 
     entry: ClassVar[str] = "feature"
@@ -245,6 +255,12 @@ def stack(first: DenseWeights, second: DenseWeights) -> DenseWeights:
     Raises:
         ValueError: if the sizes, dtypes or devices do not fit, or only one of the two claims a
             bound.
+
+    Example:
+        >>> from lben import SLLLinear, certify, stack
+        >>> both = stack(SLLLinear(4, 6).weights(), SLLLinear(4, 5).weights())
+        >>> both.hidden_features, round(certify(both).bound, 4)
+        (11, 1.0)
     """
     a, b = first, second
     if a.out_features != b.in_features:

@@ -43,6 +43,12 @@ class PooledWeights(Weights):
     Raises:
         ValueError: if the shapes do not fit each other, the state has outputs or a claim, or gamma
             is not positive and finite.
+
+    Example:
+        >>> from lben import PooledEquilibriumConv2d
+        >>> weights = PooledEquilibriumConv2d(3, 4, 10, image=(8, 8)).weights()
+        >>> weights.C.shape, weights.dense().W.shape
+        (torch.Size([10, 4, 8, 8]), torch.Size([256, 256]))
     """
 
     entry: ClassVar[str] = "entry"

@@ -1,4 +1,4 @@
-"""What does an explicit network gain when it is trained on as an equilibrium network?
+"""What does a feed-forward network gain when it is trained on as an equilibrium network?
 
     python -m benchmarks.finetune [--quick] [--out FILE] [--root FOLDER]
 
@@ -39,7 +39,7 @@ RATE = 5e-4  # of both, after the first training
 
 def main() -> None:
     """Run the benchmark."""
-    options = parser("explicit training against fine-tuning as an equilibrium network")
+    options = parser("feed-forward training against fine-tuning as an equilibrium network")
     options.add_argument("--root", help="folder that holds MNIST/raw")
     arguments = options.parse_args()
     _, data = mnist_of(arguments.root, "finetune")
@@ -50,7 +50,7 @@ def main() -> None:
         pool=1, dense_depth=DEPTH, dense_hidden=HIDDEN,
     ).build()  # fmt: skip
     _train(model, data, steps, 1e-2, 0)
-    rows: dict[str, dict[str, Any]] = {"explicit": _certify(model, data, arguments)}
+    rows: dict[str, dict[str, Any]] = {"feed-forward": _certify(model, data, arguments)}
 
     equilibrium = copy.deepcopy(model)
     layers = [
@@ -63,7 +63,7 @@ def main() -> None:
     rows["converted"] = _certify(equilibrium, data, arguments)
 
     _train(model, data, more, RATE, 1)
-    rows["explicit, trained on"] = _certify(model, data, arguments)
+    rows["feed-forward, trained on"] = _certify(model, data, arguments)
     _train(equilibrium, data, more, RATE, 1, core)
     rows["equilibrium, trained on"] = _certify(equilibrium, data, arguments)
     structure = float(feedback(core.weights().W.detach(), [HIDDEN] * DEPTH))
@@ -76,7 +76,7 @@ def main() -> None:
     gain = {
         f"{r:g}": round(
             100 * (rows["equilibrium, trained on"]["certified"][i]
-                   - rows["explicit, trained on"]["certified"][i]), 2)
+                   - rows["feed-forward, trained on"]["certified"][i]), 2)
         for i, r in enumerate(RADII)
     }  # fmt: skip
     finish(

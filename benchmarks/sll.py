@@ -1,4 +1,4 @@
-"""Are the explicit layers proved, and do they cost more than their products?
+"""Are the feed-forward layers proved, and do they cost more than their products?
 
     python -m benchmarks.sll [--quick] [--out FILE]
 
@@ -72,7 +72,7 @@ FAMILY: dict[str, Callable[[], FeedforwardLayer]] = {
 
 def main() -> None:
     """Run the benchmark."""
-    arguments = parser("explicit 1-Lipschitz layers: proofs, attacks and costs").parse_args()
+    arguments = parser("feed-forward 1-Lipschitz layers: proofs, attacks and costs").parse_args()
     torch.manual_seed(SEED)
     proved, violations, family = _prove(arguments)
     joint = _joint()

@@ -1,4 +1,4 @@
-"""How does an explicit layer, or a stack of them, become an equilibrium layer to be trained on?"""
+"""How does a feed-forward layer, or a stack of them, become an equilibrium layer to be trained on?"""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def from_weights(
 
     Args:
         weights: of one layer, or of several, first to last; `layer.weights()` in float64.
-        options: of `EquilibriumLayer`; the activation must be that of the explicit layers.
+        options: of `EquilibriumLayer`; the activation must be that of the feed-forward layers.
 
     Raises:
         ValueError: if the weights claim no bound or do not satisfy the certificate, do not fit
@@ -60,7 +60,7 @@ def from_weights(
 def feedback(W: Float[Tensor, "n n"], sizes: Sequence[int]) -> Float[Tensor, ""]:
     """Return the squared Frobenius norm of what W has beyond a strictly block lower triangle.
 
-    It is 0 for a stack of explicit layers with these numbers of units; as a penalty it keeps a
+    It is 0 for a stack of feed-forward layers with these numbers of units; as a penalty it keeps a
     layer near the structure that it came from.
 
     Raises:

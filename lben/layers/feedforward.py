@@ -1,4 +1,4 @@
-"""How is an explicit 1-Lipschitz layer evaluated at the cost of its products alone?"""
+"""How is a feed-forward 1-Lipschitz layer evaluated at the cost of its products alone?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which explicit 1-Lipschitz networks have a name, and what do they prove?"""
+"""Which feed-forward 1-Lipschitz networks have a name, and what do they prove?"""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _PUBLISHED = {
 
 @dataclass(frozen=True, kw_only=True)
 class FeedforwardClassifierConfig:
-    """An explicit network whose every layer is 1-Lipschitz on the normalised image.
+    """A feed-forward network whose every layer is 1-Lipschitz on the normalised image.
 
     The image is down-sampled, if asked for, and zero channels are appended; then come stages of
     convolutions with invertible down-sampling between them, norm-preserving pooling, dense layers

@@ -1,4 +1,4 @@
-"""What has every parameterization of an explicit layer (W = 0)?"""
+"""What has every parameterization of a feed-forward layer (W = 0)?"""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ from solvers.dependencies import must_not_cache
 from solvers.gradient import check_gradient
 from solvers.methods.base import check_method
 from solvers.operators.base import is_finite
-from solvers.precision import cast, full_precision, in_autocast
+from solvers.precision import cast, in_autocast, use_full_precision
 from solvers.solution import OnFailure, check_options
 
 
@@ -386,7 +386,7 @@ class EquilibriumLayer(CachingLayer, ABC):
         return operator.rebuild(self._operator_tensors(weights))
 
     def _outside_autocast(self) -> AbstractContextManager[None]:
-        return full_precision(self._reference())
+        return use_full_precision(self._reference())
 
     def _check_input(self, x: Tensor) -> None:
         self._check_shape(tensor(x))

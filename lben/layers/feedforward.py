@@ -33,8 +33,8 @@ from lben.parameterizations import (
 from lben.parameterizations.sizes import image_size
 from lben.weights import ConvolutionalWeights, DenseWeights
 from solvers import ProximalActivation, ReLU, backends
-from solvers.dependencies import must_not_cache, read
-from solvers.precision import full_precision, in_autocast, leave_autocast
+from solvers.dependencies import collect_dependencies, must_not_cache
+from solvers.precision import in_autocast, leave_autocast, use_full_precision
 
 
 class FeedforwardLayer(CachingLayer, Owner, ABC):
@@ -99,7 +99,7 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
         with leave_autocast(x.device.type):
             if graph_is_made():
                 return self.evaluate(x, run, tuple(self.in_graph(run)))
-            with full_precision(self._reference()):
+            with use_full_precision(self._reference()):
                 return self.evaluate(x, run, self._tensors(run))
 
     def _has_one_pass(
@@ -186,7 +186,7 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
 
     def _has_strays(self, parameters: set[int]) -> bool:
         """Say whether another tensor than the parameters is to get a gradient."""
-        tensors, _ = read(self.parameterization)
+        tensors, _ = collect_dependencies(self.parameterization)
         return any(t.requires_grad and id(t) not in parameters for t in tensors)
 
     def weights(self, run: torch.dtype | None = None) -> DenseWeights | ConvolutionalWeights:
@@ -206,7 +206,7 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
     def _weights(
         self, parameterization: FeedforwardParameterization, run: torch.dtype
     ) -> DenseWeights | ConvolutionalWeights:
-        with full_precision(self._reference()):
+        with use_full_precision(self._reference()):
             if isinstance(self.map, Convolution):
                 kernels = parameterization.convolutional(run, circular=self.map.circular)
                 return kernels.apply(Tensor.detach)

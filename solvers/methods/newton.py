@@ -49,8 +49,9 @@ class SemismoothNewton(Method):
     Example:
         >>> from solvers import DenseOperator, Inclusion, ReLU, solve
         >>> W, v = torch.tensor([[0.0, -0.5], [0.5, 0.0]]), torch.ones(1, 2)
-        >>> solve(Inclusion(DenseOperator(W), v, ReLU()), SemismoothNewton(patience=0),
-        tol=1e-6).value tensor([[0.4000, 1.2000]])
+        >>> problem = Inclusion(DenseOperator(W), v, ReLU())
+        >>> solve(problem, SemismoothNewton(patience=0), tol=1e-6).value
+        tensor([[0.4000, 1.2000]])
     """
 
     method: Method = PeacemanRachford()

@@ -39,17 +39,6 @@ METHODS = [PeacemanRachford, DouglasRachford, ForwardBackward]
 SIZES = [(3, 5), (16, 18), (21, 17), (27, 18)]
 
 
-@pytest.mark.parametrize(("n", "capability", "resident"), [
-    (80, (8, 9), True), (80, (10, 0), False), (81, (8, 9), False), (81, (9, 4), False),
-    (128, (8, 0), True), (129, (8, 0), False), (256, (9, 0), True), (257, (9, 0), False),
-])  # fmt: skip
-def test_what_stays_on_the_chip_depends_on_the_chip(n, capability, resident):
-    found = CUT(n, torch.float32, tiles.most_resident(capability))
-    assert found.resident == resident
-    assert found.width >= n
-    assert CUT(n, torch.float64).resident == (n <= 128)
-
-
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Odd sizes meet every boundary of a tile, and the interpreter stays quick."""

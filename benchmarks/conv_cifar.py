@@ -5,7 +5,7 @@
 
 Without arguments: one small network (48 channels on 8 × 8 pixels after invertible down-sampling)
 at γ = 1 and 3 on the normalised image and without a bound, for a budget of minutes each. `--models
-single-1 multi-1 hybrid --device cuda` trains the published sizes and a hybrid with feed-forward layers;
+single-1 multi-1 hybrid --device cuda` trains the published sizes and a hybrid with SLL layers;
 a run that was cut off continues when the same command is given again.
 
 Beside certified and attacked accuracy it reports the largest quotient that gradient ascent found,

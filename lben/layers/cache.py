@@ -17,8 +17,8 @@ from lben.layers.lasting import Lasting, make_lasting
 from lben.weights import Weights
 from solvers import LinearOperator, LinearSlope, Masked, ProximalActivation
 from solvers.activations import check_activation
-from solvers.dependencies import Snapshot, outside_transforms, read
-from solvers.precision import full_precision
+from solvers.dependencies import Snapshot, collect_dependencies, leave_modes
+from solvers.precision import use_full_precision
 
 T_ = TypeVar("T_")
 M_ = TypeVar("M_", bound=nn.Module)
@@ -43,7 +43,7 @@ class Cache:
     def __init__(
         self, parameterization: nn.Module, tensors: tuple[Tensor, ...], settings: object
     ) -> None:
-        self.snapshot = Snapshot.of(tensors, settings)
+        self.snapshot = Snapshot.take(tensors, settings)
         copies = {id(t): c for t, c in zip(tensors, self.snapshot.copies, strict=True)}
         names = parameterization.named_parameters()
         self.parameters = {name: copies[id(p)] for name, p in names}
@@ -57,7 +57,7 @@ class Cache:
         value: T_ | None = self._values.get(key)
         if value is None or (fits is not None and not fits(value)):
             device = self.snapshot.copies[0].device.type
-            with outside_transforms(device):
+            with leave_modes(device):
                 value = build()
             self._values[key] = value
         return value
@@ -68,7 +68,7 @@ class CachedWeights(Generic[W_]):
 
     def __init__(self, weights: W_) -> None:
         self.weights = weights.apply(Tensor.detach)
-        self._snapshot = Snapshot.of(self._tensors())
+        self._snapshot = Snapshot.take(self._tensors())
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return tuple(self.weights.tensors().values())
@@ -159,7 +159,7 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _AttachContext, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        with full_precision(gradients[0]):
+        with use_full_precision(gradients[0]):
             if torch.is_grad_enabled():
                 return None, *ctx.running.pull_again(ctx.saved_tensors, gradients)
             return None, *ctx.running.pull(gradients)
@@ -226,12 +226,12 @@ class CachingLayer(Lasting):
         """Say whether the weights get a gradient now."""
         return torch.is_grad_enabled() and (
             any(p.requires_grad for p in self.parameterization.parameters())
-            or any(t.requires_grad for t in read(self.parameterization)[0])
+            or any(t.requires_grad for t in collect_dependencies(self.parameterization)[0])
         )
 
     def _cache(self) -> Cache:
         """Return the cache of the parameterization as it is now."""
-        tensors, settings = read(self.parameterization)
+        tensors, settings = collect_dependencies(self.parameterization)
         cache = self._cached  # another thread may drop it meanwhile
         if cache is None or not cache.snapshot.fits(tensors, settings):
             cache = Cache(self.parameterization, tensors, settings)
@@ -241,7 +241,7 @@ class CachingLayer(Lasting):
     def _reference(self) -> Tensor:
         """Return a tensor that says in which precision and where the layer is."""
         first = next(self.parameters(), None)  # a replica has none, but has their copies
-        return read(self.parameterization)[0][0] if first is None else first
+        return collect_dependencies(self.parameterization)[0][0] if first is None else first
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_cached": None, "_last": None}

@@ -1,4 +1,4 @@
-"""How does a feed-forward layer, or a stack of them, become an equilibrium layer to be trained on?"""
+"""How do layers without a solve become an equilibrium layer to be trained on?"""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ from solvers.dependencies import must_not_cache
 from solvers.gradient import check_gradient
 from solvers.methods import check_method
 from solvers.operators.base import is_finite
-from solvers.precision import cast, full_precision, in_autocast
+from solvers.precision import cast, in_autocast, use_full_precision
 from solvers.solution import OnFailure, check_options
 
 W_ = TypeVar("W_", bound=Weights)
@@ -434,7 +434,7 @@ class EquilibriumLayer(CachingLayer, Generic[W_]):
         return operator.rebuild(weights.operator_tensors())
 
     def _outside_autocast(self) -> AbstractContextManager[None]:
-        return full_precision(self._reference())
+        return use_full_precision(self._reference())
 
     def _check_input(self, weights: Weights, x: Tensor) -> None:
         weights.check_input(tensor(x))

@@ -35,8 +35,8 @@ from lben.weights.growth import (
 )
 from lben.weights.linear_maps import Convolution, LinearMap
 from solvers import ProximalActivation, ReLU, backends
-from solvers.dependencies import must_not_cache, read
-from solvers.precision import full_precision, in_autocast, leave_autocast
+from solvers.dependencies import collect_dependencies, must_not_cache
+from solvers.precision import in_autocast, leave_autocast, use_full_precision
 
 
 class FeedforwardLayer(CachingLayer, Owner, ABC):
@@ -113,7 +113,7 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
         with leave_autocast(x.device.type):
             if graph_is_made():
                 return self.evaluate(x, compute_dtype, tuple(self.in_graph(compute_dtype)))
-            with full_precision(self._reference()):
+            with use_full_precision(self._reference()):
                 return self.evaluate(x, compute_dtype, self._tensors(compute_dtype))
 
     def _has_one_pass(
@@ -203,7 +203,7 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
 
     def _has_strays(self, parameters: set[int]) -> bool:
         """Say whether another tensor than the parameters is to get a gradient."""
-        tensors, _ = read(self.parameterization)
+        tensors, _ = collect_dependencies(self.parameterization)
         return any(t.requires_grad and id(t) not in parameters for t in tensors)
 
     def weights(
@@ -225,7 +225,7 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
     def _weights(
         self, parameterization: FeedforwardParameterization, compute_dtype: torch.dtype
     ) -> DenseWeights | ConvolutionalWeights:
-        with full_precision(self._reference()):
+        with use_full_precision(self._reference()):
             if isinstance(self.map, Convolution):
                 kernels = parameterization.convolutional(compute_dtype, circular=self.map.circular)
                 return kernels.apply(Tensor.detach)

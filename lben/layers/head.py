@@ -26,7 +26,7 @@ from lben.rigorous import Enclosure, norm_bound, sum_up, up
 from lben.weights import DenseWeights
 from lben.weights.growth import Growth, absolute_norm, norm_up, norms_up
 from lben.weights.sizes import integer, real
-from solvers.precision import cast, full_precision, in_autocast, leave_autocast
+from solvers.precision import cast, in_autocast, leave_autocast, use_full_precision
 
 
 class NormalizedLinear(Lasting, PicklableParametrized, Owner):
@@ -86,7 +86,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
     def matrix(self) -> Float[Tensor, "q p"]:
         """Return Q, in the precision of the parameters also under autocast."""
         weight = compute(self, "weight")
-        with full_precision(self.bias):
+        with use_full_precision(self.bias):
             return functional.normalize(weight, dim=1) if self.kind == "rows" else weight
 
     def forward(self, x: Float[Tensor, "*batch p"]) -> Float[Tensor, "*batch q"]:
@@ -108,7 +108,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
         with leave_autocast(x.device.type):
             if graph_is_made():
                 return functional.linear(x.to(own), *self.in_graph(own))
-            with full_precision(self.bias):
+            with use_full_precision(self.bias):
                 return functional.linear(x.to(own), self.matrix(), self.bias)
 
     def source(self) -> nn.Module:
@@ -150,7 +150,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
         precision.refuse_autocast()
         if self.bias.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"parameters must be float32 or float64, got {self.bias.dtype}")
-        with full_precision(self.bias):
+        with use_full_precision(self.bias):
             Q = cast(self.matrix(), torch.float64)
         if not bool(Q.isfinite().all() and self.bias.isfinite().all()):
             raise ValueError("the weights contain NaN or Inf: did training diverge?")

@@ -1,4 +1,4 @@
-"""Which feed-forward 1-Lipschitz layers have a name? Each is a parameterization, a rule and a map."""
+"""Which feed-forward layers have a name? Each is a parameterization, a rule and a map."""
 
 from __future__ import annotations
 

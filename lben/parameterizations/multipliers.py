@@ -19,7 +19,7 @@ from torch.nn import functional
 from lben import precision
 from lben.weights.sizes import flag, integer
 from solvers.dependencies import transforms_are_active
-from solvers.precision import full_precision
+from solvers.precision import use_full_precision
 
 # Entries of T below it are raised to it: T⁻¹ stays finite, and rounding below the smallest normal
 # number (2⁻¹²⁶ in float32) stays below its rounding.
@@ -48,7 +48,7 @@ class MultiplierRule(nn.Module, ABC):
         Args:
             U: float32 or float64.
         """
-        with full_precision(U):
+        with use_full_precision(U):
             other_sums = U.ndim > 2 and not precision.sums_plainly(U)
             T = self.multiplier(U.double() if other_sums else U).clamp_min(FLOOR)
             return T if T.dtype == U.dtype else T.to(U.dtype) * (1 + 2 * torch.finfo(U.dtype).eps)

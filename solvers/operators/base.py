@@ -23,9 +23,9 @@ from solvers.activations import Step
 from solvers.dependencies import (
     Sendable,
     Snapshot,
-    all_same,
+    are_identical,
+    leave_modes,
     must_not_cache,
-    outside_transforms,
 )
 from solvers.precision import cast
 
@@ -137,11 +137,11 @@ class LinearOperator(Sendable, ABC):
             if key in memo:
                 tensors += own
                 copies += memo[key].copies
-        if len(tensors) != len(copies) or not all_same(tensors, copies):
+        if len(tensors) != len(copies) or not are_identical(tensors, copies):
             return self._settle_apart()
         for memo, key, own in values:
             if key not in memo:
-                memo[key] = Snapshot.of(own)
+                memo[key] = Snapshot.take(own)
         return None
 
     def _values(self) -> list[tuple[dict[Hashable, Any], Hashable, tuple[Tensor, ...]]]:
@@ -163,7 +163,7 @@ class LinearOperator(Sendable, ABC):
                 object.__setattr__(self, "_memo", {})
                 return self._settle()
             if snapshot is None:
-                memo[key] = Snapshot.of(tensors)
+                memo[key] = Snapshot.take(tensors)
         return None
 
     def adopt(self, other: LinearOperator) -> None:
@@ -372,7 +372,7 @@ class LinearOperator(Sendable, ABC):
         memo = self._memo
         if key not in memo:
             trusting = nullcontext() if trusts else _Trusting(self._memos())
-            with trusting, outside_transforms(self.device.type):
+            with trusting, leave_modes(self.device.type):
                 value = build()
             # Of several threads that build at once, all return what the first has stored.
             return memo.setdefault(key, value)

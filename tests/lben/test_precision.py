@@ -20,7 +20,7 @@ from lben import (
     precision,
 )
 from solvers import ReLU
-from solvers.precision import full_precision
+from solvers.precision import use_full_precision
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def reduced():
 
 
 def test_reduced_products_are_seen_and_switched_off(reduced):
-    with precision.full(), precision.full():
+    with precision.use_float32_products(), precision.use_float32_products():
         assert torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
         assert torch.backends.cudnn.conv.fp32_precision in ("none", "ieee")
     assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
@@ -43,8 +43,8 @@ def test_reduced_products_are_seen_and_switched_off(reduced):
 def test_what_one_has_set_does_not_end_under_another(reduced):
     matmul = torch.backends.mkldnn.matmul
     first, second = contextlib.ExitStack(), contextlib.ExitStack()
-    first.enter_context(precision.full())
-    second.enter_context(full_precision(torch.ones(1)))  # finds full products, and not its own
+    first.enter_context(precision.use_float32_products())
+    second.enter_context(use_full_precision(torch.ones(1)))  # finds full products, and not its own
     first.close()
     assert matmul.fp32_precision in ("none", "ieee")
     second.close()
@@ -52,7 +52,7 @@ def test_what_one_has_set_does_not_end_under_another(reduced):
 
 
 def test_settings_come_back_after_an_error(reduced):
-    with pytest.raises(ZeroDivisionError), precision.full():
+    with pytest.raises(ZeroDivisionError), precision.use_float32_products():
         raise ZeroDivisionError
     assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
 
@@ -168,5 +168,5 @@ def test_reduced_precision_is_named(reduced):
         precision.refuse_reduced("cpu", convolution=False)
     with pytest.raises(ValueError, match=r"cudnn\.conv"):
         precision.refuse_reduced("cuda", convolution=True)
-    with precision.full():
+    with precision.use_float32_products():
         precision.refuse_reduced("cpu", convolution=True)

@@ -19,7 +19,7 @@ from lben import (
 )
 from lben.certificates import CertificateError
 from solvers import LeakyReLU, LinearSlope, Masked
-from solvers.dependencies import read
+from solvers.dependencies import collect_dependencies
 
 FACTOR = 0.3
 
@@ -166,9 +166,9 @@ def test_a_global_number_of_a_function_is_seen(monkeypatch):
 
 def test_what_cannot_be_read_is_different_from_itself():
     part = Scaled(types.SimpleNamespace(scale=1.0))
-    assert read(part)[1] == read(part)[1]
+    assert collect_dependencies(part)[1] == collect_dependencies(part)[1]
     part.generator = torch.Generator()
-    assert read(part)[1] != read(part)[1]
+    assert collect_dependencies(part)[1] != collect_dependencies(part)[1]
 
 
 LAYERS = {

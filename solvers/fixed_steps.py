@@ -23,7 +23,7 @@ from solvers.backends import Iteration
 from solvers.gradient import attach_gradient
 from solvers.inclusion import Inclusion
 from solvers.operators import DenseOperator
-from solvers.operators.dense import DenseResolvent
+from solvers.operators.matrix import DenseResolvent
 from solvers.precision import full_precision
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from solvers.backends.step import STALL, Iteration, coefficients, plain
 from solvers.inclusion import Inclusion
 from solvers.operators import DenseOperator
-from solvers.operators.dense import DenseMap
+from solvers.operators.matrix import DenseMap
 
 
 def interpreted() -> bool:

@@ -441,7 +441,9 @@ class TransposedOperator(LinearOperator):
         return TransposedOperator(self.of.rebuild(tensors))
 
     def to(self, dtype: torch.dtype) -> LinearOperator:
-        return self if dtype == self.dtype else self.of.to(dtype).T
+        if dtype == self.dtype:
+            return self
+        return self.memo(("to", dtype, self.transposed), lambda: self.of.to(dtype).T)
 
     def mv(self, z: Tensor) -> Tensor:
         return self.of.rmv(z)
@@ -475,9 +477,13 @@ class TransposedOperator(LinearOperator):
 
 
 def _evaluate(product: Callable[[Tensor], Tensor], size: Tensor) -> roundoff.Magnitude:
+    """Return the magnitude of a product for |z| ≤ size."""
+    rows = size.reshape(-1, size.shape[-1])
     with torch.no_grad():
-        found = product(roundoff.leaf(size))
-    return roundoff.read(found)
+        found = roundoff.read(product(roundoff.leaf(rows)))
+    return roundoff.Magnitude(
+        found.bound.reshape(size.shape), found.lost.reshape(size.shape), found.depth
+    )
 
 
 def _contents(value: Any) -> Iterator[Tensor | LinearOperator]:

@@ -52,7 +52,7 @@ from solvers.acceptance import check_rounding
 from solvers.dependencies import must_not_cache
 from solvers.gradient import check_gradient
 from solvers.methods import check_method
-from solvers.operators.base import is_finite
+from solvers.operators.matrix import is_finite
 from solvers.precision import cast, in_autocast, use_full_precision
 from solvers.solution import OnFailure, check_options
 

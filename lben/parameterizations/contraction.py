@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lben.parameterizations.feedforward import (
-    ROOM,
+    PROOF_SLACK,
     UNIT_BOUND,
     FeedforwardParameterization,
     compute,
@@ -65,21 +65,21 @@ class ContractionParameterization(FeedforwardParameterization):
                 centre.copy_(nn.init.orthogonal_(torch.empty_like(centre)))
         nn.init.uniform_(self.b_y, -bound, bound)
 
-    def forward(self, run: torch.dtype) -> tuple[Tensor, ...]:
-        V = self.rounded(compute(self, "V"), run)
+    def forward(self, compute_dtype: torch.dtype) -> tuple[Tensor, ...]:
+        V = self.rounded(compute(self, "V"), compute_dtype)
         T = self.rule(V.transpose(0, 1))
-        (scale,) = self.in_range([(1 - ROOM / 2) * T.rsqrt()], [self.b_y])
+        (scale,) = self.in_range([(1 - PROOF_SLACK / 2) * T.rsqrt()], [self.b_y])
         return V, self.b_y, scale
 
     def blank(self, like: Tensor) -> list[Tensor]:
         return [like.new_empty(shape) for shape in (self.shape, self.shape[:1], self.shape[1:2])]
 
-    def dense(self, run: torch.dtype) -> DenseWeights:
-        V, b_y, scale = self.exact(run)
+    def dense(self, compute_dtype: torch.dtype) -> DenseWeights:
+        V, b_y, scale = self.exact(compute_dtype)
         return DenseWeights.affine(V * scale, b_y, UNIT_BOUND)
 
-    def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
-        V, b_y, scale = self.exact(run)
+    def convolutional(self, compute_dtype: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
+        V, b_y, scale = self.exact(compute_dtype)
         q, p = V.shape[:2]
         return ConvolutionalWeights(
             U=V.new_zeros(0, p, 1, 1), b=V.new_zeros(0), C=V.new_zeros(q, 0, 1, 1),

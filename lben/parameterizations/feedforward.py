@@ -20,7 +20,7 @@ from solvers.precision import cast
 # room, so the claim is a millionth above 1, and T⁻¹ is two millionths smaller than it may be (which
 # also covers the few roundings of its evaluation in float32).
 UNIT_BOUND = 1.0 + 1e-6
-ROOM = 2.0**-19
+PROOF_SLACK = 2.0**-19
 
 
 class FeedforwardParameterization(PicklableParametrized, ABC):
@@ -40,10 +40,10 @@ class FeedforwardParameterization(PicklableParametrized, ABC):
         self.shape = tuple(integer(f"every size of the weight {shape}", n) for n in shape)
 
     @abstractmethod
-    def forward(self, run: torch.dtype) -> tuple[Tensor, ...]:
+    def forward(self, compute_dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return the tensors with which the layer runs in a precision, differentiable.
 
-        They keep the precision of the parameters; a weight is rounded to `run` before its
+        They keep the precision of the parameters; a weight is rounded to `compute_dtype` before its
         multiplier is computed, so that the bound is that of the rounded weight.
         """
 
@@ -52,16 +52,16 @@ class FeedforwardParameterization(PicklableParametrized, ABC):
         """Return contiguous tensors of the shapes and dtypes that `forward` returns, unset."""
 
     @abstractmethod
-    def dense(self, run: torch.dtype) -> DenseWeights:
+    def dense(self, compute_dtype: torch.dtype) -> DenseWeights:
         """Return the float64 weights of a linear layer that runs in a precision, exactly."""
 
     @abstractmethod
-    def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
+    def convolutional(self, compute_dtype: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
         """Return the float64 weights of a convolutional layer that runs in a precision, exactly."""
 
-    def exact(self, run: torch.dtype) -> tuple[Tensor, ...]:
+    def exact(self, compute_dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return what runs, in float64: products of two float32 numbers are exact there."""
-        return tuple(cast(t, torch.float64) for t in self(run))
+        return tuple(cast(t, torch.float64) for t in self(compute_dtype))
 
     @staticmethod
     def in_range(scales: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
@@ -87,9 +87,11 @@ class FeedforwardParameterization(PicklableParametrized, ABC):
         return checked
 
     @staticmethod
-    def rounded(weight: Tensor, run: torch.dtype) -> Tensor:
+    def rounded(weight: Tensor, compute_dtype: torch.dtype) -> Tensor:
         """Return the weight rounded to a precision, in its own."""
-        return weight if run == weight.dtype else weight.to(run).to(weight.dtype)
+        return (
+            weight if compute_dtype == weight.dtype else weight.to(compute_dtype).to(weight.dtype)
+        )
 
 
 def compute(module: nn.Module, name: str) -> Tensor:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from lben.parameterizations.feedforward import ROOM, UNIT_BOUND, FeedforwardParameterization
+from lben.parameterizations.feedforward import PROOF_SLACK, UNIT_BOUND, FeedforwardParameterization
 from lben.parameterizations.sizes import image_size
 from lben.weights import ConvolutionalWeights, DenseWeights
 from solvers.precision import cast
@@ -109,7 +109,7 @@ class CayleyConvolution(FeedforwardParameterization):
         self.b_y = nn.Parameter(torch.zeros(shape[0], device=device, dtype=dtype))
         nn.init.xavier_normal_(self.V)
 
-    def forward(self, run: torch.dtype) -> tuple[Tensor, ...]:
+    def forward(self, compute_dtype: torch.dtype) -> tuple[Tensor, ...]:
         V = torch.fft.rfft2(self.V, s=self.image).permute(2, 3, 0, 1)
         wide = V.shape[2] < V.shape[3]
         V = V.mH if wide else V
@@ -125,7 +125,7 @@ class CayleyConvolution(FeedforwardParameterization):
         # An entry of the product misses at most 8m roundings of Σ|Q||Q|, a row n entries of that.
         size = Q.abs().square().sum((-2, -1)).amax().clamp_min(1)
         defect = gap.abs().sum(-1).amax() + 64 * Q.shape[-2] ** 2 * 2.0**-52 * size
-        return ((1 - ROOM / 4) / (1 + defect).sqrt()).to(torch.float32).double()
+        return ((1 - PROOF_SLACK / 4) / (1 + defect).sqrt()).to(torch.float32).double()
 
     def blank(self, like: Tensor) -> list[Tensor]:
         rows, columns = self.image
@@ -135,15 +135,15 @@ class CayleyConvolution(FeedforwardParameterization):
         b = like.new_empty(self.shape[:1])
         return [symbols, b, like.new_empty((), dtype=torch.float64)]
 
-    def exact(self, run: torch.dtype) -> tuple[Tensor, ...]:
-        Q, b_y, s = self(run)
+    def exact(self, compute_dtype: torch.dtype) -> tuple[Tensor, ...]:
+        Q, b_y, s = self(compute_dtype)
         return Q.to(torch.complex128), cast(b_y, torch.float64), s
 
-    def dense(self, run: torch.dtype) -> DenseWeights:
+    def dense(self, compute_dtype: torch.dtype) -> DenseWeights:
         raise ValueError("a convolution has no weights without its image: use convolutional()")
 
-    def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
-        Q, b_y, s = self.exact(run)
+    def convolutional(self, compute_dtype: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
+        Q, b_y, s = self.exact(compute_dtype)
         D = torch.fft.irfft2((Q * s).permute(2, 3, 0, 1), s=self.image)
         q, p = D.shape[:2]
         return ConvolutionalWeights(

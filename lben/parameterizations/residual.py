@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lben.parameterizations.feedforward import (
-    ROOM,
+    PROOF_SLACK,
     UNIT_BOUND,
     FeedforwardParameterization,
     mirror,
@@ -56,17 +56,17 @@ class ResidualParameterization(FeedforwardParameterization):
         bound = 1 / math.sqrt(self.U[0].numel())
         nn.init.uniform_(self.b, -bound, bound)
 
-    def forward(self, run: torch.dtype) -> tuple[Tensor, ...]:
-        U = self.rounded(self.U, run)
-        (scale,) = self.in_range([2 * (1 - ROOM) / self.rule(U)], [self.b])
+    def forward(self, compute_dtype: torch.dtype) -> tuple[Tensor, ...]:
+        U = self.rounded(self.U, compute_dtype)
+        (scale,) = self.in_range([2 * (1 - PROOF_SLACK) / self.rule(U)], [self.b])
         return U, self.b, scale
 
     def blank(self, like: Tensor) -> list[Tensor]:
         n = self.shape[:1]
         return [like.new_empty(shape) for shape in (self.shape, n, n)]
 
-    def dense(self, run: torch.dtype) -> DenseWeights:
-        U, b, scale = self.exact(run)
+    def dense(self, compute_dtype: torch.dtype) -> DenseWeights:
+        U, b, scale = self.exact(compute_dtype)
         p = U.shape[1]
         return DenseWeights(
             W=U.new_zeros(len(U), len(U)), U=U, b=b, C=-U.T * scale,
@@ -74,8 +74,8 @@ class ResidualParameterization(FeedforwardParameterization):
             Lambda=scale, gamma=UNIT_BOUND,
         )  # fmt: skip
 
-    def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
-        U, b, scale = self.exact(run)
+    def convolutional(self, compute_dtype: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
+        U, b, scale = self.exact(compute_dtype)
         return ConvolutionalWeights(
             U=U, b=b, C=-mirror(U) * taps(scale), D=1.0, b_y=U.new_zeros(U.shape[1]),
             Lambda=scale, gamma=UNIT_BOUND, circular=circular,

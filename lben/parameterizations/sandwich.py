@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lben.parameterizations.feedforward import (
-    ROOM,
+    PROOF_SLACK,
     UNIT_BOUND,
     FeedforwardParameterization,
     mirror,
@@ -81,9 +81,9 @@ class SandwichParameterization(FeedforwardParameterization):
         bound = 1 / math.sqrt(self.AB[0].numel())
         nn.init.uniform_(self.b, -bound, bound)
 
-    def forward(self, run: torch.dtype) -> tuple[Tensor, ...]:
-        AB = self.rounded(self.AB, run)
-        S = math.sqrt(2.0) * (1 - ROOM / 2) * self.rule(AB).rsqrt()
+    def forward(self, compute_dtype: torch.dtype) -> tuple[Tensor, ...]:
+        AB = self.rounded(self.AB, compute_dtype)
+        S = math.sqrt(2.0) * (1 - PROOF_SLACK / 2) * self.rule(AB).rsqrt()
         psi = self.log_psi.exp()
         A, B = AB[:, : self.outputs], AB[:, self.outputs :]
         inner, outer = self.in_range([S / psi, S * psi], [self.b, self.b_y])
@@ -94,15 +94,15 @@ class SandwichParameterization(FeedforwardParameterization):
         shapes = (n, q, *kernel), (n, columns - q, *kernel), (n,), (q,), (n,), (n,)
         return [like.new_empty(shape) for shape in shapes]
 
-    def dense(self, run: torch.dtype) -> DenseWeights:
-        A, B, b, b_y, inner, outer = self.exact(run)
+    def dense(self, compute_dtype: torch.dtype) -> DenseWeights:
+        A, B, b, b_y, inner, outer = self.exact(compute_dtype)
         return DenseWeights(
             W=A.new_zeros(len(A), len(A)), U=inner[:, None] * B, b=b, C=A.T * outer, D=None,
             b_y=b_y, Lambda=outer / inner, gamma=UNIT_BOUND,
         )  # fmt: skip
 
-    def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
-        A, B, b, b_y, inner, outer = self.exact(run)
+    def convolutional(self, compute_dtype: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
+        A, B, b, b_y, inner, outer = self.exact(compute_dtype)
         return ConvolutionalWeights(
             U=taps(inner)[:, None] * B, b=b, C=mirror(A) * taps(outer), D=None, b_y=b_y,
             Lambda=outer / inner, gamma=UNIT_BOUND, circular=circular,

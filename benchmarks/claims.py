@@ -320,7 +320,7 @@ def faults() -> Iterator[tuple[str, Callable[[], bool]]]:
     yield "errors said of a chain under autocast", planted(
         autocast, (precision, "refuse_autocast", lambda: None))  # fmt: skip
     yield "caches that look at shapes", planted(
-        caches, (dependencies, "_told_by_host", lambda a, b: a.shape == b.shape))  # fmt: skip
+        caches, (dependencies, "_compare_on_host", lambda a, b: a.shape == b.shape))  # fmt: skip
 
 
 def _real(weights: Any) -> Any:

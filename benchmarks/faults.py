@@ -98,8 +98,8 @@ class Bench:
         operating_points = local.OperatingPoints(v=v, v_error=0 * v, logits=y, logit_error=0 * v[0])
         proof = local.LocalCertifier(weights, ReLU())
         label, start = torch.tensor([0]), torch.tensor([0.07], dtype=torch.float64)
-        room = torch.tensor([[[0.0], [math.inf]]]).double()
-        there = replace(operating_points, room=room)  # x cannot fall, nor has it to
+        box_slack = torch.tensor([[[0.0], [math.inf]]]).double()
+        there = replace(operating_points, box_slack=box_slack)  # x cannot fall, nor has it to
         radii = [proof.radius(a, label, start, steps=12) for a in (operating_points, there)]
         return sum(int((radius > 1.1).sum()) for radius in radii)
 
@@ -360,15 +360,15 @@ def _code_faults(bench: Bench) -> Iterator[tuple[str, Callable[[], bool]]]:
     )
     yield "local proofs that are not checked, of bounds too small", planted(
         bench.local,
-        (local, "is_proved_locally", lambda *a: True),
+        (local, "can_prove_local_claim", lambda *a: True),
         (local, "tighten_locally", lambda problem, target=None: (
             target if target is not None else 13 + 0 * problem.low[:, 0], 1 + 0 * problem.low)),
     )  # fmt: skip
-    facts = local.LocalCertifier._hold_with_facts
+    prove = local.LocalCertifier._prove_with_constraints
     yield "room on the other side", planted(
         bench.local,
-        (local.LocalCertifier, "_hold_with_facts", lambda self, operating_points, *a: facts(
-            self, replace(operating_points, room=operating_points.room.flip(1)), *a)),
+        (local.LocalCertifier, "_prove_with_constraints", lambda self, operating_points, *a: prove(
+            self, replace(operating_points, box_slack=operating_points.box_slack.flip(1)), *a)),
     )  # fmt: skip
     yield "facts that nothing supports", planted(
         bench.local,

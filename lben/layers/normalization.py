@@ -197,7 +197,7 @@ class Normalize(Lasting):
         growth = self.rounding_growth(tuple(x.shape[x.ndim - min(3, x.ndim) :]), x.dtype)
         return growth.at(norms_up(x, 3))
 
-    def room(
+    def box_slack(
         self, x: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch 2 channels height width"]:
         """Bound how far each input can fall and rise, once normalised, by images in [0, 1]."""

@@ -261,7 +261,7 @@ class EquilibriumClassifier(SingleLayerClassifier):
             v_error=found.v_error + 2 * start.error[:, None] * local.gains,
             logit_error=stage.error,
             elsewhere=stage.uniform if promise == "running" else None,
-            room=self.normalize.room(x).flatten(2) if pixels else None,
+            box_slack=self.normalize.box_slack(x).flatten(2) if pixels else None,
         )
 
     @property

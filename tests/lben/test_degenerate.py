@@ -219,7 +219,9 @@ def test_local_proofs_of_constants(what):
     y = torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
     operating_points = OperatingPoints(v=v, v_error=0 * v, logits=y, logit_error=0 * y[:, 0])
     labels = y.argmax(1)
-    for facts in (False, True):
-        held = local.certifies(operating_points, labels, torch.tensor([0.0, math.inf]), facts=facts)
+    for constraints in (False, True):
+        held = local.certifies(
+            operating_points, labels, torch.tensor([0.0, math.inf]), constraints=constraints
+        )
         assert held.tolist() == [True, False]
     assert certify(w, Claim(None, w.Lambda)).bound == math.inf

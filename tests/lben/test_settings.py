@@ -58,7 +58,7 @@ def everything() -> list[float]:
         *radii.tolist(),
         *certified_radius(y.float(), labels, pairs, logit_error=0.01).tolist(),
         *local.radius(operating_points, labels, radii, steps=2).tolist(),
-        *map(float, local.certifies(operating_points, labels, 0.2, facts=True).tolist()),
+        *map(float, local.certifies(operating_points, labels, 0.2, constraints=True).tolist()),
         *(int(text[:12], 16) for text in (w.fingerprint, KERNELS.fingerprint, local.fingerprint)),
     ]
     assert not any(map(math.isnan, found))

@@ -24,7 +24,7 @@ from lben import (
 from lben.certificates import (
     LinfClaim,
 )
-from lben.certificates.local import LocalClaim, is_proved_locally
+from lben.certificates.local import LocalClaim, can_prove_local_claim
 from lben.rigorous import Enclosure
 from lben.tightening import tighten_linf
 from lben.weights import convert
@@ -319,7 +319,7 @@ def test_a_local_claim_needs_slopes_between_zero_and_one():
 
     def holds(**values):
         claim = {"gamma": 1.1, "Lambda": one, "low": 0 * one, "high": one, **values}
-        return is_proved_locally(W, U, Enclosure(U), Enclosure(W), LocalClaim(**claim))
+        return can_prove_local_claim(W, U, Enclosure(U), Enclosure(W), LocalClaim(**claim))
 
     assert holds()
     for bad in ({"low": one, "high": 0 * one}, {"high": 2 * one}, {"low": -one},

@@ -17,6 +17,7 @@ from lben.certificates import CertificateError, NetworkCertificate
 from lben.layers import EquilibriumLayer, Normalize
 from lben.layers.hooks import refuse_hooks
 from lben.layers.sequential import rounded
+from lben.models.configuration import Images
 from lben.models.fingerprint import fingerprint
 from lben.parameterizations import FixedWeights
 from lben.radii.error_bounds import Affine, Stage
@@ -83,9 +84,33 @@ class CertifiedLogits:
 class ClassifierConfig(Protocol):
     """What training and checkpoints need of a configuration: a frozen dataclass that builds."""
 
+    @property
+    def architecture(self) -> Architecture:
+        """The part that is not the data's."""
+
     def build(self) -> Classifier:
         """Return a freshly initialised model."""
         ...
+
+
+class Architecture(ABC):
+    """What a classifier is, whatever its images are: a frozen dataclass of its own options.
+
+    Attributes:
+        supports: which of the options channels_last and autocast a training run may use.
+    """
+
+    @property
+    def supports(self) -> frozenset[str]:
+        return frozenset()
+
+    @abstractmethod
+    def for_data(self, data: Images) -> ClassifierConfig:
+        """Return the configuration of a classifier of such images.
+
+        Args:
+            data: a `Dataset`, or whatever else has shape, classes, mean and std.
+        """
 
 
 class Classifier(nn.Module, ABC):

@@ -36,7 +36,7 @@ from lben.models import (
 from lben.records import decode, encode, to_json
 from lben.training.optimization import EMA
 
-FORMAT = 2
+FORMAT = 3
 CONFIG, MODEL, CERTIFICATE = "config.json", "model.safetensors", "certificate.json"
 TRAINING, METRICS = "training.safetensors", "metrics.jsonl"
 TENSORBOARD = "tensorboard"  # a folder

@@ -63,7 +63,7 @@ def train(
             run that is resumed was trained on other data.
         DataError: if the data cannot be read.
         Interrupted: on Ctrl-C, after which `resume` continues from the last whole checkpoint.
-        ValueError: if augmentation, batches or labels do not suit the data.
+        ValueError: if data is no `Dataset`, or augmentation, batches or labels do not suit it.
 
     Example:
         >>> import tempfile
@@ -79,6 +79,11 @@ def train(
         >>> train(config, data)(torch.rand(3, 1, 4, 4)).shape
         torch.Size([3, 2])
     """
+    if not isinstance(data, Dataset | None):
+        raise ValueError(
+            f"data of your own must be a Dataset, got a {type(data).__name__}: make one with "
+            "lben.data.Dataset.from_tensors"
+        )
     with processes(config.device) as team:
         folder = Path(config.out)
         checkpoints.check_folder(folder, checkpoints.RUN, fresh=not (resume or overwrite))

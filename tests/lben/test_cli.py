@@ -1,5 +1,6 @@
 """The terminal: one line and the next step for every error, any encoding, and strict files."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -15,6 +16,11 @@ from lben import cli
 from lben.data import load
 from lben.evaluation.accuracy import Report, evaluate
 from lben.evaluation.proofs import Certification
+from lben.models import (
+    ConvolutionalEquilibriumArchitecture,
+    EquilibriumArchitecture,
+    FeedforwardArchitecture,
+)
 from lben.training import checkpoints, train
 from lben.training.augmentation import Augmentation
 from lben.training.losses import EMMA, CrossEntropy
@@ -557,3 +563,31 @@ def test_a_convolutional_run_learns_and_is_evaluated(tmp_path):
     assert report.clean_accuracy > 0.7
     assert report.violations == 0
     assert report.certified_accuracy[1] <= report.pgd_accuracy[1]
+
+
+def test_data_of_ones_own_are_asked_for_in_python(tmp_path, capsys):
+    train(config(tmp_path, epochs=1, hidden=5), runs.stripes(name="stripes"))
+    before = contents(tmp_path)
+    for command, words in {
+        "resume": "continue it in Python with lben.training.resume(folder, data)",
+        "evaluate": "data of your own ('stripes'), which it does not keep",
+        "certify": "data of your own ('stripes'), which it does not keep",
+    }.items():
+        assert cli.main([command, str(tmp_path)]) == 1
+        assert words in one_line(capsys)
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 1
+    assert "holds a run on data of your own, which the demo would replace" in one_line(capsys)
+    assert contents(tmp_path) == before
+
+
+def test_every_option_of_an_architecture_is_an_option_of_the_command_line(capsys):
+    for command, architecture in {
+        "train": EquilibriumArchitecture,
+        "train-conv": ConvolutionalEquilibriumArchitecture,
+        "train-feedforward": FeedforwardArchitecture,
+    }.items():
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        out = capsys.readouterr().out
+        for field in dataclasses.fields(architecture):
+            assert f"--{field.name.replace('_', '-')} " in out.replace(",", " ")

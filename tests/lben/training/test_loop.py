@@ -1,5 +1,6 @@
 """The training loop with a model that it has never heard of, and with one of the library."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +12,12 @@ from torch import nn
 
 from lben.certificates import NetworkCertificate
 from lben.data import load
-from lben.models import Architecture, Classifier
+from lben.models import (
+    Architecture,
+    Classifier,
+    ConvolutionalEquilibriumArchitecture,
+    FeedforwardArchitecture,
+)
 from lben.training import checkpoints
 from lben.training.augmentation import Augmentation
 from lben.training.checkpoints import CheckpointError
@@ -19,7 +25,7 @@ from lben.training.loop import Interrupted, _batches, error_rate, resume, train
 from lben.training.losses import CrossEntropy, Hinge
 from lben.training.optimization import SGD, Adam, AdamW, Constant, PiecewiseLinear, WarmupCosine
 from lben.training.recipes import TrainingConfig
-from tests.lben.runs import config
+from tests.lben.runs import config, stripes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,3 +308,87 @@ def test_order_and_shifts_are_drawn_from_seed_and_epoch(tmp_path):
     assert torch.equal(draw_report(1, 2), draw_report(1, 2))
     assert not torch.equal(draw_report(1, 2), draw_report(1, 3))
     assert not torch.equal(draw_report(1, 2), draw_report(2, 2))
+
+
+# --- data of one's own ------------------------------------------------------------------------
+
+
+def own(folder, **changes):
+    options = {"epochs": 3, "hidden": 5, "batch_size": 20}
+    return config(folder, **{**options, **changes})
+
+
+def test_own_data_take_the_place_of_named_ones(tmp_path):
+    data = stripes(name="stripes")
+    model = train(own(tmp_path, epochs=20), data)
+    assert model.config == own(tmp_path).model.for_data(data)
+    assert (model.shape, model.config.classes) == ((1, 4, 4), 3)
+    assert error_rate(model, data) < 0.3
+    record = json.loads((tmp_path / "config.json").read_text())["training"]
+    assert record["own_data"] == {"name": "stripes", "fingerprint": data.fingerprint}
+    assert not {"data", "root", "download", "model"} & set(record)
+    same(checkpoints.load_model(tmp_path), model)
+
+
+@pytest.mark.parametrize("steps", [0, 4, 8])
+def test_a_run_on_own_data_resumes_to_the_same_weights(tmp_path, monkeypatch, steps):
+    data = stripes()
+    whole = train(own(tmp_path / "whole"), data)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, steps)
+        with pytest.raises(Interrupted):
+            train(own(tmp_path / "part"), data)
+    again = dataclasses.replace(data, name="renamed")
+    same(resume(tmp_path / "part", again), whole)
+    same(train(own(tmp_path / "part"), data, resume=True), whole)
+
+
+def test_a_run_is_continued_on_its_data_alone(tmp_path, digits_run):
+    data = stripes()
+    train(own(tmp_path), data)
+    before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    other = dataclasses.replace(data, test_labels=data.test_labels.flip(0))
+    for call, message in (
+        (lambda: resume(tmp_path), r"data of your own \('own', fingerprint .*resume\(folder, data"),
+        (lambda: train(own(tmp_path), resume=True), "which it does not keep"),
+        (
+            lambda: resume(tmp_path, other),
+            "on other data: expected 'own', .*, got 'own'",
+        ),
+        (lambda: resume(digits_run, data), "a run on digits, which it reads itself"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            call()
+    assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [("train", "stripes has no train images"), ("test", "stripes has no test images")],
+)
+def test_own_data_without_images_are_refused_before_a_folder_is_made(tmp_path, part, message):
+    data = stripes(name="stripes")
+    empty = {f"{part}_{what}": getattr(data, f"{part}_{what}")[:0] for what in ("images", "labels")}
+    with pytest.raises(ValueError, match=message):
+        train(own(tmp_path / "run"), dataclasses.replace(data, **empty))
+    assert not (tmp_path / "run").exists()
+
+
+def test_own_data_are_a_data_set(tmp_path):
+    with pytest.raises(ValueError, match=r"must be a Dataset, got a tuple: make one"):
+        train(own(tmp_path / "run"), (torch.zeros(3), torch.zeros(3)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_architecture_trains_on_own_data(tmp_path):
+    data = stripes()
+    for model in (
+        ConvolutionalEquilibriumArchitecture(channels=(4,), pool=2),
+        FeedforwardArchitecture(
+            channels=(4,), depths=(1,), conv_hidden=4, pool=2, dense_depth=1, dense_hidden=8
+        ),
+    ):
+        recipe = dataclasses.replace(own(tmp_path / type(model).__name__, epochs=1), model=model)
+        trained = train(recipe, data)
+        assert trained.config.architecture == model
+        same(resume(recipe.out, data), trained)

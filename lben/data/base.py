@@ -15,7 +15,15 @@ from lben.values import conform
 
 
 class DataError(Exception):
-    """A data file is missing, truncated or corrupt, or what reads it is not installed."""
+    """A data file is missing, truncated or corrupt, or what reads it is not installed.
+
+    Example:
+        >>> from lben.data import load
+        >>> load("mnist")
+        Traceback (most recent call last):
+        ...
+        lben.data.base.DataError: mnist is read from files: give the folder that holds them (--root)
+    """
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -276,7 +276,7 @@ def prove_again(folder: Path | str, model: Classifier) -> tuple[NetworkCertifica
 
     Returns:
         What was proved, and `certificate_doubts` of it: where no bound of the model shows all that
-        the file claims, what the dearest of them shows.
+        the file claims, what the most expensive of them shows.
 
     Raises:
         CertificateError: if not even the promised bound can be proved.
@@ -286,7 +286,7 @@ def prove_again(folder: Path | str, model: Classifier) -> tuple[NetworkCertifica
     if isinstance(kept, NetworkCertificate):
         for bound in model.bounds:
             if bound != "promised" and proved.shortfall(kept, _MACHINES):
-                with suppress(CertificateError):  # a dear bound may fail where a cheap one holds
+                with suppress(CertificateError):  # may fail where a cheaper one holds
                     proved = model.certificate(bound)
         if proved.shortfall(kept) and not proved.shortfall(kept, _MACHINES):
             write_json(Path(folder) / CERTIFICATE, proved)

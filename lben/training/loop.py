@@ -28,7 +28,12 @@ from lben.training.recipes import TrainingConfig, read
 
 
 class Interrupted(Exception):
-    """Training was stopped by Ctrl-C; the last checkpoint is whole."""
+    """Training was stopped by Ctrl-C; the last checkpoint is whole.
+
+    Example:
+        >>> issubclass(Interrupted, Exception)  # other than KeyboardInterrupt
+        True
+    """
 
 
 def train(
@@ -353,7 +358,25 @@ def _test_error(run: _Run) -> float:
 
 @torch.no_grad()
 def error_rate(model: nn.Module, data: Dataset, batch: int = 2000) -> float:
-    """Return the share of test images that the model misclassifies."""
+    """Return the share of test images that the model misclassifies.
+
+    Args:
+        model: images in [0, 1] to logits; it is put into eval mode.
+        data: whose test images are taken.
+        batch: images at once.
+
+    Returns:
+        A share in [0, 1].
+
+    Example:
+        >>> class Zero(nn.Linear):
+        ...     def forward(self, x):
+        ...         return torch.eye(2)[torch.zeros(len(x), dtype=torch.long)]
+        >>> images, labels = torch.arange(64, dtype=torch.uint8).reshape(4, 1, 4, 4), [0, 1, 1, 1]
+        >>> data = Dataset.from_tensors(images, torch.tensor(labels), images, torch.tensor(labels))
+        >>> error_rate(Zero(1, 1), data)
+        0.75
+    """
     model.eval()
     parameter = next(model.parameters())
     wrong = 0

@@ -9,7 +9,6 @@ import pytest
 from benchmarks.mnist import MODELS, RECIPE
 from lben.models import (
     ConvolutionalEquilibriumArchitecture,
-    EquilibriumArchitecture,
     FeedforwardArchitecture,
 )
 from lben.records import encode
@@ -57,14 +56,6 @@ def test_a_record_names_its_classes():
     assert record["model"]["kind"] == "EquilibriumArchitecture"
     assert record["loss"] == {"kind": "EMMA", "radius": 0.1, "bound": 2.0}
     assert record["optimizer"]["betas"] == [0.5, 0.9]
-
-
-def test_what_the_data_decide_is_taken_from_them():
-    dense = EquilibriumArchitecture(hidden=7, gamma=3.0).for_data(DATA)
-    assert (dense.shape, dense.classes) == ((1, 4, 4), 3)
-    assert (dense.mean, dense.std) == (DATA.mean, DATA.std)
-    assert dense.architecture == EquilibriumArchitecture(hidden=7, gamma=3.0)
-    assert FeedforwardArchitecture(pool=2).for_data(DATA).std == (1.0,)  # shifted alone
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -51,10 +51,10 @@ from lben.data import Dataset, load, pixels
 from lben.evaluation.attacks import across_the_boundary, ascend_quotient, corner_pairs, random_pairs
 from lben.evaluation.proofs import CertificationConfig, certify_model
 from lben.evaluation.reports import certification_table
-from lben.models import Classifier, EquilibriumClassifier
+from lben.models import Classifier, EquilibriumArchitecture, EquilibriumClassifier
 from lben.training.loop import train
 from lben.training.optimization import Adam
-from lben.training.recipes import EquilibriumTraining
+from lben.training.recipes import TrainingConfig
 
 SEED = 0
 PLAIN = "MNIST, γ = 1, plainly trained"
@@ -286,9 +286,10 @@ def certified(mnist: Dataset, plainly: Classifier, quick: bool) -> dict[str, dic
 
 def plain_model(root: str) -> Classifier:
     """Train 80 units at γ = 1 without what `benchmarks.mnist` does for accuracy."""
-    recipe = EquilibriumTraining(
-        data="mnist", root=root, gamma=1.0, epochs=10, lr=1e-3, optimizer=Adam(), seed=SEED
-    )
+    recipe = TrainingConfig(
+        model=EquilibriumArchitecture(gamma=1.0), data="mnist", root=root, epochs=10, lr=1e-3,
+        optimizer=Adam(), seed=SEED,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         return train(replace(recipe, out=folder)).eval()
 

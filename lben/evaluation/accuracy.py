@@ -37,6 +37,13 @@ class EvaluationConfig:
         ascent_steps: steps of that ascent.
         bound: that is certified with; "scaled" where the model has it, else "promised", when None.
         seed: of all draws.
+
+    Raises:
+        ValueError: naming the field, what it must be, and what was given.
+
+    Example:
+        >>> EvaluationConfig(radii=(0.0, 0.5), pairs=100).pgd_steps
+        20
     """
 
     radii: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -95,6 +102,12 @@ class Report:
         seconds: of the whole evaluation.
         config: of the evaluation.
         environment: versions and hardware.
+
+    Example:
+        >>> Report.from_json("{}")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        ValueError: this is no Report: ...
     """
 
     data: str
@@ -172,10 +185,24 @@ def evaluate(
         team: processes that share images and pairs; each returns the report. It is that of one
             process but for random pairs and random starts of attacks.
 
+    Returns:
+        The report: accuracies are shares of images, radii and quotients in the l2 norm of pixels.
+
     Raises:
         CertificateError: if the bound cannot be proved.
         SolveError: if a solve of a test image misses the tolerance.
         ValueError: if there are fewer images or pairs than processes.
+
+    Example:
+        >>> from lben.models import EquilibriumArchitecture
+        >>> images = torch.arange(160, dtype=torch.uint8).reshape(10, 1, 4, 4)
+        >>> labels = torch.arange(10) % 2
+        >>> data = Dataset.from_tensors(images, labels, images, labels)
+        >>> model = EquilibriumArchitecture(hidden=4).for_data(data).build()
+        >>> config = EvaluationConfig(radii=(0.0, 0.1), pairs=10, ascent_pairs=2, ascent_steps=2)
+        >>> report = evaluate(model, data, config)
+        >>> report.violations, report.quotient <= report.bound
+        (0, True)
     """
     started = time.perf_counter()
     attacked = min(config.attack_samples, len(data.test_images))

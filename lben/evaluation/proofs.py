@@ -46,6 +46,13 @@ class CertificationConfig:
         attack_steps: of PGD and of APGD.
         attack_restarts: runs of each.
         seed: of the attacks.
+
+    Raises:
+        ValueError: naming the field, what it must be, and what was given.
+
+    Example:
+        >>> CertificationConfig(radii=(0.5, 1.0), local=False).samples
+        40
     """
 
     radii: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -85,6 +92,12 @@ class Method:
         seconds: of the proof, in the slowest process.
         seconds_per_image: of the images, the attacked ones not counted: of the slowest process,
             divided by the images of all.
+
+    Example:
+        >>> Method(
+        ...     name="scaled", bound=5.0, certified=(0.4,), seconds=0.5, seconds_per_image=0.002
+        ... ).certified
+        (0.4,)
     """
 
     name: str
@@ -106,13 +119,19 @@ class Certification:
         clean_accuracy: share classified correctly.
         dtype: that the network runs in.
         tol: relative tolerance of its solver; None where it has none.
-        methods: from cheap to dear; local ones try what those before them leave.
+        methods: from cheap to expensive; local ones try what those before them leave.
         attacked: share that no attack broke, at each radius.
         violations: images broken within a certified radius. Anything but 0 is a defect.
         in_linf: the same in the l∞ norm, for the radii that the configuration names.
         seconds: of the whole certification, in the first process.
         config: of the certification.
         environment: versions and hardware.
+
+    Example:
+        >>> Certification.from_json("{}")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        ValueError: this is no Certification: ...
     """
 
     data: str
@@ -182,6 +201,17 @@ def certify_model(
         CertificateError: if a bound cannot be proved.
         SolveError: if a solve misses the tolerance.
         ValueError: if there are fewer images than processes.
+
+    Example:
+        >>> from lben.models import EquilibriumArchitecture
+        >>> images = torch.arange(160, dtype=torch.uint8).reshape(10, 1, 4, 4)
+        >>> labels = torch.arange(10) % 2
+        >>> data = Dataset.from_tensors(images, labels, images, labels)
+        >>> model = EquilibriumArchitecture(hidden=4).for_data(data).build()
+        >>> config = CertificationConfig(radii=(0.1,), samples=4, attack_steps=2, local=False)
+        >>> certificate, report = certify_model(model, data, config)
+        >>> report.violations, [method.name for method in report.sound][:3]
+        (0, ['promised', 'scaled', 'pairs'])
     """
     started = time.perf_counter()
     samples = min(config.samples, len(data.test_images))

@@ -19,6 +19,7 @@ from lben.layers.bounded import refuse_other_image
 from lben.layers.fingerprint import fingerprint
 from lben.layers.hooks import refuse_hooks
 from lben.layers.sequential import certify_chain, check_bounded, stage_after
+from lben.models.configuration import Images
 from lben.parameterizations import FixedWeights
 from lben.radii.error_bounds import Affine, Certified
 from lben.radii.margin import certified_radius
@@ -84,9 +85,33 @@ class CertifiedLogits(Certified):
 class ClassifierConfig(Protocol):
     """What training and checkpoints need of a configuration: a frozen dataclass that builds."""
 
+    @property
+    def architecture(self) -> Architecture:
+        """The part that is not the data's."""
+
     def build(self) -> Classifier:
         """Return a freshly initialised model."""
         ...
+
+
+class Architecture(ABC):
+    """What a classifier is, whatever its images are: a frozen dataclass of its own options.
+
+    Attributes:
+        supports: which of the options channels_last and autocast a training run may use.
+    """
+
+    @property
+    def supports(self) -> frozenset[str]:
+        return frozenset()
+
+    @abstractmethod
+    def for_data(self, data: Images) -> ClassifierConfig:
+        """Return the configuration of a classifier of such images.
+
+        Args:
+            data: a `Dataset`, or whatever else has shape, classes, mean and std.
+        """
 
 
 class Classifier(nn.Module, ABC):

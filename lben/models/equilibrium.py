@@ -27,32 +27,28 @@ from lben.layers import (
     PooledEquilibriumConv2d,
 )
 from lben.layers.sequential import certify_chain, stage_after
-from lben.models.base import Bound, Classifier, Promise
-from lben.models.checks import check_channels, check_kernel, check_model
+from lben.models.base import Architecture, Bound, Classifier, Promise
+from lben.models.configuration import Images, ImageTask, check_channels, check_kernel, fields_of
 from lben.radii.error_bounds import Certified
 from lben.radii.local import LocalCertifier, OperatingPoints, network_fingerprint
 from lben.tightening import tighten_diagonal, tighten_pairs, tighten_pooled, tighten_scaled
+from lben.values import check_positive, check_tol, conform
+from lben.weights import check_gamma
 from solvers import LeakyReLU, ProximalActivation, ReLU, Tanh
 
 ActivationName = Literal["relu", "leaky_relu", "tanh"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EquilibriumClassifierConfig:
-    """A fully connected equilibrium classifier of images in [0, 1].
+class SingleLayerArchitecture(Architecture):
+    """What all classifiers of one equilibrium layer have.
 
     Attributes:
-        shape: channels, height, width.
-        classes: number of classes.
-        mean: per channel, subtracted from the pixels.
-        std: per channel, divides them; the bound in pixels is gamma / min(std).
-        hidden: equilibrium units n.
         gamma: l2 Lipschitz bound on the normalised input; None for no bound.
-        learn_metric: whether Λ is trained (False with gamma None is monDEQ).
-        feedthrough: whether the output has a direct term Dx.
-        activation: σ.
+        learn_metric: train Λ (with gamma None and this off: monDEQ).
+        activation: σ: relu, leaky_relu or tanh.
         epsilon: slack of the certificate.
-        tol: relative tolerance of the solver during training.
+        tol: relative tolerance of forward and backward solves.
         max_steps: iteration limit of the solver.
 
     Example:
@@ -64,21 +60,71 @@ class EquilibriumClassifierConfig:
         4.000000000000001
     """
 
-    shape: tuple[int, int, int]
-    classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    hidden: int = 80
     gamma: float | None = 1.0
     learn_metric: bool = True
-    feedthrough: bool = False
     activation: ActivationName = "relu"
     epsilon: float = 1e-3
     tol: float = 1e-4
     max_steps: int = 5000
 
     def __post_init__(self) -> None:
-        check_model(self, "hidden", "epsilon", "tol", "max_steps")
+        conform(self)
+        check_positive(self, "epsilon", "tol", "max_steps")
+        check_tol(self.tol)
+        check_gamma(self.gamma)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EquilibriumArchitecture(SingleLayerArchitecture):
+    """A fully connected equilibrium layer, whatever its images are.
+
+    Attributes:
+        hidden: equilibrium units n.
+        feedthrough: give the output a direct term Dx.
+
+    Example:
+        >>> from lben.data import load
+        >>> model = EquilibriumArchitecture(hidden=20, gamma=2.0).for_data(load("digits")).build()
+        >>> model.shape, model.gamma
+        ((1, 8, 8), 2.0)
+    """
+
+    hidden: int = 80
+    feedthrough: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "hidden")
+
+    def for_data(self, data: Images) -> EquilibriumClassifierConfig:
+        return EquilibriumClassifierConfig(
+            **fields_of(EquilibriumArchitecture, self), **fields_of(ImageTask, data)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EquilibriumClassifierConfig(EquilibriumArchitecture, ImageTask):
+    """A fully connected equilibrium classifier of images in [0, 1].
+
+    Its fields are those of `EquilibriumArchitecture` and `ImageTask`; its bound in pixels is
+    gamma / min(std).
+
+    Example:
+        >>> config = EquilibriumClassifierConfig(
+        ...     shape=(1, 8, 8), classes=10, mean=(0.3,), std=(0.4,), hidden=20
+        ... )
+        >>> config.build()(torch.rand(5, 1, 8, 8)).shape
+        torch.Size([5, 10])
+    """
+
+    def __post_init__(self) -> None:
+        EquilibriumArchitecture.__post_init__(self)
+        ImageTask.__post_init__(self)
+
+    @property
+    def architecture(self) -> EquilibriumArchitecture:
+        """The part that is not the data's."""
+        return EquilibriumArchitecture(**fields_of(EquilibriumArchitecture, self))
 
     def build(self) -> EquilibriumClassifier:
         """Return a freshly initialised model."""
@@ -86,58 +132,69 @@ class EquilibriumClassifierConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvolutionalEquilibriumClassifierConfig:
-    """A convolutional equilibrium classifier of images in [0, 1].
+class ConvolutionalEquilibriumArchitecture(SingleLayerArchitecture):
+    """A convolutional equilibrium layer with pooled output, whatever its images are.
 
     The defaults are the single convolution of the papers (81 channels, 3 × 3, 4 × 4 pooling and a
     matrix; Winston and Kolter 2020, Revay, Wang and Manchester 2020), here with one bound of the
     whole; several numbers of channels are the multi-tier network.
 
     Attributes:
-        shape: channels, height, width.
-        classes: number of classes.
-        mean: per channel, subtracted from the pixels.
-        std: per channel, divides them; the bound in pixels is gamma / min(std).
-        channels: hidden channels of every scale, finest first.
+        channels: hidden channels of every scale, finest first, each of half the resolution.
         stem: invertible down-sampling of the image before all else; 1 for none.
         kernel_size: of all convolutions, odd.
         pool: size of the pooling windows in pixels after the stem.
-        circular: whether the image is a torus; otherwise it is surrounded by zeros.
-        gamma: l2 Lipschitz bound on the normalised input; None for no bound.
-        learn_metric: whether Λ is trained (False with gamma None is monDEQ).
-        activation: σ.
-        epsilon: slack of the certificate.
-        tol: relative tolerance of the solver during training.
-        max_steps: iteration limit of the solver.
+        circular: the image is a torus; otherwise it is surrounded by zeros.
 
     Example:
-        >>> config = ConvolutionalEquilibriumClassifierConfig(
-        ...     shape=(1, 8, 8), classes=3, mean=(0.5,), std=(0.25,), channels=(4,)
-        ... )
-        >>> config.build().certificate().bound
-        4.000000000000001
+        >>> ConvolutionalEquilibriumArchitecture(channels=(16, 32, 64)).epsilon
+        0.1
     """
 
-    shape: tuple[int, int, int]
-    classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     channels: tuple[int, ...] = (81,)
     stem: int = 1
     kernel_size: int = 3
     pool: int = 4
     circular: bool = False
-    gamma: float | None = 1.0
-    learn_metric: bool = True
-    activation: ActivationName = "relu"
     epsilon: float = 0.1
     tol: float = 1e-3
-    max_steps: int = 5000
 
     def __post_init__(self) -> None:
-        check_model(self, "stem", "pool", "epsilon", "tol", "max_steps")
+        super().__post_init__()
+        check_positive(self, "stem", "pool")
         check_channels(self.channels)
         check_kernel(self.kernel_size)
+
+    def for_data(self, data: Images) -> ConvolutionalEquilibriumClassifierConfig:
+        return ConvolutionalEquilibriumClassifierConfig(
+            **fields_of(ConvolutionalEquilibriumArchitecture, self), **fields_of(ImageTask, data)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvolutionalEquilibriumClassifierConfig(ConvolutionalEquilibriumArchitecture, ImageTask):
+    """A convolutional equilibrium classifier of images in [0, 1].
+
+    Its fields are those of `ConvolutionalEquilibriumArchitecture` and `ImageTask`; its bound in
+    pixels is gamma / min(std).
+
+    Example:
+        >>> config = ConvolutionalEquilibriumClassifierConfig(
+        ...     shape=(1, 8, 8), classes=10, mean=(0.3,), std=(0.4,), channels=(6,), pool=2
+        ... )
+        >>> config.build()(torch.rand(5, 1, 8, 8)).shape
+        torch.Size([5, 10])
+    """
+
+    def __post_init__(self) -> None:
+        ConvolutionalEquilibriumArchitecture.__post_init__(self)
+        ImageTask.__post_init__(self)
+
+    @property
+    def architecture(self) -> ConvolutionalEquilibriumArchitecture:
+        """The part that is not the data's."""
+        own = fields_of(ConvolutionalEquilibriumArchitecture, self)
+        return ConvolutionalEquilibriumArchitecture(**own)
 
     def build(self) -> ConvolutionalEquilibriumClassifier:
         """Return a freshly initialised model."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -30,8 +30,9 @@ from lben.layers import (
     SpectralConv2d,
     SpectralLinear,
 )
-from lben.models.base import Classifier
-from lben.models.checks import check_channels, check_kernel, check_model
+from lben.models.base import Architecture, Classifier
+from lben.models.configuration import Images, ImageTask, check_channels, check_kernel, fields_of
+from lben.values import check_positive, conform
 
 Block = Literal["sll", "cpl", "aol", "spectral", "sandwich"]
 Head = Literal["rows", "orthonormal"]
@@ -44,8 +45,8 @@ _PUBLISHED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeedforwardClassifierConfig:
-    """A feed-forward network whose every layer is 1-Lipschitz on the normalised image.
+class FeedforwardArchitecture(Architecture):
+    """A network whose every layer is 1-Lipschitz on the normalised image, whatever its images are.
 
     The image is down-sampled, if asked for, and zero channels are appended; then come stages of
     convolutions with invertible down-sampling between them, norm-preserving pooling, dense layers
@@ -54,13 +55,9 @@ class FeedforwardClassifierConfig:
     et al. 2023).
 
     Attributes:
-        shape: channels, height, width.
-        classes: number of classes.
-        mean: per channel, subtracted from the pixels.
-        std: per channel, divides them; the bound in pixels is 1 / min(std).
-        block: family of all layers.
+        block: family of all layers: sll, cpl, aol, spectral or sandwich.
         stem: invertible down-sampling of the image before the first stage; 1 for none.
-        channels: of each stage.
+        channels: of each stage of convolutions.
         depths: convolutions of each stage.
         kernel_size: of the convolutions.
         conv_hidden: hidden channels of residual and sandwich convolutions.
@@ -71,18 +68,10 @@ class FeedforwardClassifierConfig:
         core: hidden channels of a residual equilibrium convolution after the last stage, or 0.
 
     Example:
-        >>> config = FeedforwardClassifierConfig(
-        ...     shape=(3, 8, 8), classes=10, mean=(0.5,) * 3, std=(0.25,) * 3, channels=(6,),
-        ...     depths=(2,), dense_depth=1, dense_hidden=16,
-        ... )
-        >>> len(config.build().stages)
-        3
+        >>> FeedforwardArchitecture(block="aol", channels=(32, 64), depths=(3, 3)).depths
+        (3, 3)
     """
 
-    shape: tuple[int, int, int]
-    classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     block: Block = "sll"
     stem: int = 1
     channels: tuple[int, ...] = (45,)
@@ -96,7 +85,8 @@ class FeedforwardClassifierConfig:
     core: int = 0
 
     def __post_init__(self) -> None:
-        check_model(self, "conv_hidden", "dense_hidden")
+        conform(self)
+        check_positive(self, "conv_hidden", "dense_hidden")
         check_kernel(self.kernel_size)
         if not self.channels or len(self.channels) != len(self.depths):
             raise ValueError(
@@ -113,29 +103,72 @@ class FeedforwardClassifierConfig:
                 f"depths must be at least 0, got {self.depths} and dense_depth {self.dense_depth}"
             )
 
+    @property
+    def supports(self) -> frozenset[str]:
+        return frozenset({"channels_last"} if self.core else {"channels_last", "autocast"})
+
+    def for_data(self, data: Images) -> FeedforwardClassifierConfig:
+        """Return the configuration of a classifier of such images, shifted by their mean only."""
+        task = {**fields_of(ImageTask, data), "std": (1.0,) * len(data.mean)}
+        return FeedforwardClassifierConfig(**fields_of(FeedforwardArchitecture, self), **task)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedforwardClassifierConfig(FeedforwardArchitecture, ImageTask):
+    """A classifier of images in [0, 1] whose every layer is 1-Lipschitz on the normalised image.
+
+    Its fields are those of `FeedforwardArchitecture` and `ImageTask`; its bound in pixels is
+    1 / min(std).
+
+    Example:
+        >>> config = FeedforwardClassifierConfig(
+        ...     shape=(1, 8, 8), classes=10, mean=(0.3,), std=(1.0,), channels=(4,), depths=(1,),
+        ...     dense_depth=1, dense_hidden=8
+        ... )
+        >>> config.build()(torch.rand(5, 1, 8, 8)).shape
+        torch.Size([5, 10])
+    """
+
+    def __post_init__(self) -> None:
+        FeedforwardArchitecture.__post_init__(self)
+        ImageTask.__post_init__(self)
+
+    @property
+    def architecture(self) -> FeedforwardArchitecture:
+        """The part that is not the data's."""
+        return FeedforwardArchitecture(**fields_of(FeedforwardArchitecture, self))
+
     def build(self) -> FeedforwardClassifier:
         """Return a freshly initialised model."""
         return FeedforwardClassifier(self)
 
 
-def published_architecture(size: Size) -> dict[str, Any]:
-    """Return the architecture of SLL Small, Medium, Large or X-Large as published.
+def published_architecture(size: Size) -> FeedforwardArchitecture:
+    """Return SLL Small, Medium, Large or X-Large as published.
 
-    Araujo, Havens, Delattre, Allauzen and Hu (2023), Table 2 and section 4: 3 × 3 convolutions with
-    5 hidden channels, 4 × 4 pooling, dense layers with 2048 hidden units, normalised rows.
+    3 × 3 convolutions with 5 hidden channels, 4 × 4 pooling, dense layers with 2048 hidden units,
+    normalised rows.
+
+    Args:
+        size: small, medium, large or xlarge.
+
+    Raises:
+        ValueError: for another size.
+
+    Reference:
+        Araujo, Havens, Delattre, Allauzen and Hu (2023), Table 2 and section 4.
 
     Example:
-        >>> published_architecture("small")["channels"]
-        (45,)
+        >>> published_architecture("medium").depths
+        (30,)
     """
     if size not in _PUBLISHED:
         raise ValueError(f"size must be one of {', '.join(_PUBLISHED)}, got {size!r}")
     convolutions, dense, channels = _PUBLISHED[size]
-    return {
-        "block": "sll", "stem": 1, "channels": (channels,), "depths": (convolutions,),
-        "kernel_size": 3, "conv_hidden": 5, "pool": 4, "dense_depth": dense,
-        "dense_hidden": 2048, "head": "rows",
-    }  # fmt: skip
+    return FeedforwardArchitecture(
+        block="sll", stem=1, channels=(channels,), depths=(convolutions,), kernel_size=3,
+        conv_hidden=5, pool=4, dense_depth=dense, dense_hidden=2048, head="rows",
+    )  # fmt: skip
 
 
 class FeedforwardClassifier(Classifier):

@@ -36,7 +36,7 @@ from lben.models import (
 from lben.records import decode, encode, to_json
 from lben.training.optimization import EMA
 
-FORMAT = 2
+FORMAT = 3
 CONFIG, MODEL, CERTIFICATE = "config.json", "model.safetensors", "certificate.json"
 TRAINING, METRICS = "training.safetensors", "metrics.jsonl"
 TENSORBOARD = "tensorboard"  # a folder
@@ -276,7 +276,7 @@ def prove_again(folder: Path | str, model: Classifier) -> tuple[ChainCertificate
 
     Returns:
         What was proved, and `certificate_doubts` of it: where no bound of the model shows all that
-        the file claims, what the dearest of them shows.
+        the file claims, what the most expensive of them shows.
 
     Raises:
         CertificateError: if not even the promised bound can be proved.
@@ -286,7 +286,7 @@ def prove_again(folder: Path | str, model: Classifier) -> tuple[ChainCertificate
     if isinstance(kept, ChainCertificate):
         for bound in model.bounds:
             if bound != "promised" and proved.shortfall(kept, _MACHINES):
-                with suppress(CertificateError):  # a dear bound may fail where a cheap one holds
+                with suppress(CertificateError):  # may fail where a cheaper one holds
                     proved = model.certificate(bound=bound)
         if proved.shortfall(kept) and not proved.shortfall(kept, _MACHINES):
             write_json(Path(folder) / CERTIFICATE, proved)

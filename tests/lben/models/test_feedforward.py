@@ -6,7 +6,7 @@ import torch
 from lben import FeedforwardClassifierConfig
 from lben.evaluation.attacks import pgd_l2
 from lben.layers import AveragePooling, SLLConv2d, SLLLinear
-from lben.models import published_architecture
+from lben.models import ImageTask, published_architecture
 from lben.training import checkpoints
 
 SMALL = {
@@ -49,30 +49,21 @@ def test_a_radius_is_approached():
     assert sum(broken) > 15  # a linear network: the pair bound is exact
 
 
+IMAGES_32 = ImageTask(shape=(3, 32, 32), classes=10, mean=(0.0,) * 3, std=(1.0,) * 3)
+
+
 @pytest.mark.parametrize(
     ("size", "convolutions", "dense", "channels"),
     [("small", 20, 7, 45), ("medium", 30, 10, 60), ("large", 50, 10, 90), ("xlarge", 70, 15, 120)],
 )
 def test_published_networks(size, convolutions, dense, channels):
-    made = FeedforwardClassifierConfig(
-        shape=(3, 32, 32),
-        classes=10,
-        mean=(0.0,) * 3,
-        std=(1.0,) * 3,
-        **published_architecture(size),
-    )
+    made = published_architecture(size).for_data(IMAGES_32)
     assert (made.depths, made.dense_depth, made.channels) == ((convolutions,), dense, (channels,))
     assert (made.conv_hidden, made.dense_hidden, made.pool) == (5, 2048, 4)
 
 
 def test_sll_small_has_the_published_layers():
-    model = FeedforwardClassifierConfig(
-        shape=(3, 32, 32),
-        classes=10,
-        mean=(0.0,) * 3,
-        std=(1.0,) * 3,
-        **published_architecture("small"),
-    ).build()
+    model = published_architecture("small").for_data(IMAGES_32).build()
     kinds = [type(layer) for layer in model.features]
     assert kinds.count(SLLConv2d) == 20
     assert kinds.count(SLLLinear) == 7

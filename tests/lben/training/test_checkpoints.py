@@ -15,7 +15,7 @@ from lben.tightening import tighten_pairs
 from lben.training import checkpoints
 from lben.training.checkpoints import CheckpointError
 from lben.training.loop import resume, train
-from lben.training.recipes import EquilibriumTraining
+from tests.lben.runs import equilibrium
 
 IMAGES = {"shape": (1, 4, 4), "classes": 3, "mean": (0.3,), "std": (0.4,)}
 CONFIGS = {
@@ -79,7 +79,7 @@ def test_tensors_of_another_kind_are_refused(tmp_path):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    train(EquilibriumTraining(out=folder, hidden=5, epochs=1, batch_size=500))
+    train(equilibrium(out=folder, hidden=5, epochs=1, batch_size=500))
     return folder
 
 
@@ -104,7 +104,7 @@ def copied(run, folder):
 )
 def test_a_foreign_state_of_training_is_refused(run, tmp_path, change, message):
     folder = copied(run, tmp_path)
-    tensors, metadata = load_file(folder / "training.safetensors"), {"format": "2", "epoch": "1"}
+    tensors, metadata = load_file(folder / "training.safetensors"), {"format": "3", "epoch": "1"}
     change(tensors, metadata)
     save_file(tensors, folder / "training.safetensors", metadata=metadata)
     with pytest.raises(CheckpointError, match=message):
@@ -245,7 +245,7 @@ def test_a_failed_start_leaves_everything_as_it_was(tmp_path, monkeypatch, whole
     for folder in (tmp_path / "new" / "run", tmp_path / "here", tmp_path / "here" / "below"):
         written.clear()
         with pytest.raises(OSError, match="No space left on device"):
-            train(EquilibriumTraining(out=folder, hidden=5, epochs=1))
+            train(equilibrium(out=folder, hidden=5, epochs=1))
         assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -255,14 +255,14 @@ def test_a_failed_start_leaves_everything_as_it_was(tmp_path, monkeypatch, whole
 )
 def test_a_refused_run_makes_no_folder(tmp_path, changes):
     with pytest.raises(Exception, match=r"below what|device must be|mnist is read|no folder"):
-        train(EquilibriumTraining(out=tmp_path / "run", hidden=5, epochs=1, **changes))
+        train(equilibrium(out=tmp_path / "run", hidden=5, epochs=1, **changes))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_trained_model_is_not_replaced_unasked(run, tmp_path):
     folder = copied(run, tmp_path)
     (folder / "training.safetensors").unlink()
-    config = EquilibriumTraining(out=folder, hidden=5, epochs=1, batch_size=500, seed=1)
+    config = equilibrium(out=folder, hidden=5, epochs=1, batch_size=500, seed=1)
     with pytest.raises(CheckpointError, match="already holds a trained model"):
         train(config)
     train(config, overwrite=True)
@@ -270,7 +270,7 @@ def test_a_trained_model_is_not_replaced_unasked(run, tmp_path):
 
 
 def test_resuming_reaches_the_same_weights_bit_for_bit(tmp_path, monkeypatch):
-    config = EquilibriumTraining(out=tmp_path / "a", hidden=5, epochs=2, batch_size=500)
+    config = equilibrium(out=tmp_path / "a", hidden=5, epochs=2, batch_size=500)
     whole = train(config)
     original = checkpoints.append_json
     monkeypatch.setattr(
@@ -278,9 +278,61 @@ def test_resuming_reaches_the_same_weights_bit_for_bit(tmp_path, monkeypatch):
         lambda *_: (_ for _ in ()).throw(KeyboardInterrupt) if _[1]["epoch"] == 2 else None,
     )  # fmt: skip
     with pytest.raises(Exception, match="the last checkpoint is whole"):
-        train(EquilibriumTraining(out=tmp_path / "b", hidden=5, epochs=2, batch_size=500))
+        train(equilibrium(out=tmp_path / "b", hidden=5, epochs=2, batch_size=500))
     monkeypatch.setattr(checkpoints, "append_json", original)
     again = resume(tmp_path / "b")
     assert all(
         torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items()
     )
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors"])
+@pytest.mark.parametrize("keep", [0, 7, 300])
+def test_truncated_tensors_are_named(digits_run, tmp_path, name, keep):
+    for path in digits_run.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / name).write_bytes((digits_run / name).read_bytes()[:keep])
+    act = checkpoints.load_model if name.startswith("model") else resume
+    with pytest.raises(CheckpointError, match=f"{name} is truncated or corrupt"):
+        act(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{name} is missing"):
+        act(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(format=2), "has checkpoint format 2, this version of lben reads"),
+        (lambda c: c.pop("format"), "has checkpoint format None"),
+        (lambda c: c["model"].update(kind="mystery"), "unknown kind of model 'mystery'"),
+        (lambda c: c["model"].update(colour=1), "lacks a field or has one too many"),
+        (lambda c: c["model"].pop("shape"), "lacks a field or has one too many"),
+        (lambda c: c["model"].update(hidden=11), "does not fit its config"),
+    ],
+)
+def test_checkpoints_of_another_kind_are_refused(digits_run, tmp_path, change, message):
+    content = json.loads((digits_run / "config.json").read_text())
+    change(content)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "model.safetensors").write_bytes((digits_run / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.load_model(tmp_path)
+
+
+def test_truncated_configuration_is_named(digits_run, tmp_path):
+    (tmp_path / "config.json").write_text((digits_run / "config.json").read_text()[:50])
+    with pytest.raises(CheckpointError, match=r"config\.json is truncated or corrupt"):
+        checkpoints.load_model(tmp_path)
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        checkpoints.load_model(tmp_path / "nowhere")
+
+
+def test_atomic_writes_keep_the_old_content_on_failure(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    checkpoints.write_atomically(path, b"old")
+    monkeypatch.setattr(checkpoints.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        checkpoints.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"

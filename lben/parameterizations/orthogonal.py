@@ -135,7 +135,7 @@ class CayleyConvolution(FeedforwardParameterization):
         b = like.new_empty(self.shape[:1])
         return [symbols, b, like.new_empty((), dtype=torch.float64)]
 
-    def exact(self, run: torch.dtype) -> tuple[Tensor, ...]:
+    def to_exact(self, run: torch.dtype) -> tuple[Tensor, ...]:
         Q, b_y, s = self(run)
         return Q.to(torch.complex128), cast(b_y, torch.float64), s
 

@@ -241,7 +241,10 @@ class CachingLayer(Lasting):
     def _reference(self) -> Tensor:
         """Return a tensor that says in which precision and where the layer is."""
         first = next(self.parameters(), None)  # a replica has none, but has their copies
-        return collect_dependencies(self.parameterization)[0][0] if first is None else first
+        if first is None:
+            tensors = collect_dependencies(self.parameterization)[0]
+            return next(t for t in tensors if t.is_floating_point())
+        return first
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_cached": None, "_last": None}

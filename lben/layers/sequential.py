@@ -140,7 +140,8 @@ def certify_chain(
     Where the last module bounds every pair of its outputs, so does the chain.
     """
     layers = list(layers)
-    reference = next((p for layer in layers for p in layer.parameters()), torch.zeros(()))
+    tensors = (t for layer in layers for t in (*layer.parameters(), *layer.buffers()))
+    reference = next(tensors, torch.zeros((), device="cpu"))
     x = torch.zeros(1, *shape, dtype=reference.dtype, device=reference.device)
     proofs: list[LipschitzCertificate] = []
     for layer in layers:

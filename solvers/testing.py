@@ -18,13 +18,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from solvers.activations import ProximalActivation, ReLU, Step, Tanh
-from solvers.implicit import equilibrium
-from solvers.inclusion import Inclusion
-from solvers.methods import Method, PeacemanRachford
-from solvers.operators import DenseOperator, LinearOperator
-from solvers.solution import Solution, SolveWarning, Status
-from solvers.solve import solve
+from solvers import (
+    DenseOperator,
+    Inclusion,
+    LinearOperator,
+    Method,
+    PeacemanRachford,
+    ProximalActivation,
+    ReLU,
+    Solution,
+    SolveWarning,
+    Status,
+    Tanh,
+    equilibrium,
+    solve,
+)
+from solvers.activations import Step
 
 BOTH = (torch.float32, torch.float64)
 _DOUBLE = torch.float64

@@ -33,7 +33,7 @@ from solvers import (
     equilibrium,
     solve,
 )
-from solvers.activations import Step
+
 
 BOTH = (torch.float32, torch.float64)
 _DOUBLE = torch.float64
@@ -91,7 +91,7 @@ class OperatorLaws(Laws):
         """Return W on tensors of its own, the same W at every call."""
         raise NotImplementedError(f"{type(self).__name__} must define make_operator(dtype)")
 
-    def make_steps(self, W: LinearOperator) -> list[Step]:
+    def make_steps(self, W: LinearOperator) -> list[float | Tensor]:
         """Return the step sizes α that resolvents are tried with."""
         return [0.3, 4.0, torch.linspace(0.2, 3, W.n, dtype=W.dtype, device=W.device)]
 

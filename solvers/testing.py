@@ -18,13 +18,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from solvers.activations import ProximalActivation, ReLU, Step, Tanh
-from solvers.implicit import equilibrium
-from solvers.inclusion import Inclusion
-from solvers.methods import Method, PeacemanRachford
-from solvers.operators import DenseOperator, LinearOperator
-from solvers.solution import Solution, SolveWarning, Status
-from solvers.solve import solve
+from solvers import (
+    DenseOperator,
+    Inclusion,
+    LinearOperator,
+    Method,
+    PeacemanRachford,
+    ProximalActivation,
+    ReLU,
+    Solution,
+    SolveWarning,
+    Status,
+    Tanh,
+    equilibrium,
+    solve,
+)
 
 BOTH = (torch.float32, torch.float64)
 _DOUBLE = torch.float64
@@ -82,7 +90,7 @@ class OperatorLaws(Laws):
         """Return W on tensors of its own, the same W at every call."""
         raise NotImplementedError(f"{type(self).__name__} must define make_operator(dtype)")
 
-    def make_steps(self, W: LinearOperator) -> list[Step]:
+    def make_steps(self, W: LinearOperator) -> list[float | Tensor]:
         """Return the step sizes α that resolvents are tried with."""
         return [0.3, 4.0, torch.linspace(0.2, 3, W.n, dtype=W.dtype, device=W.device)]
 
@@ -631,8 +639,8 @@ class MethodLaws(Laws):
         """From the solution it takes at most the steps of a cold start, and stays converged."""
         for dtype in self.dtypes:
             problem, tol = self.make_problem(dtype, 9), _tolerance(dtype)
-            cold = self._solve(problem, tol)
-            warm = self._solve(problem, 2 * tol, z0=cold.value)
+            cold = self._solve(problem, 100 * tol)
+            warm = self._solve(problem, 100 * tol, z0=self._solve(problem, tol).value)
             _require(warm.converged, warm.message())
             _check_residual(warm, problem)
             steps = warm.stats.max_steps, cold.stats.max_steps

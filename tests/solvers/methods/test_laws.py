@@ -55,7 +55,7 @@ class TestBlockSubstitution(MethodLaws):
         return BlockSubstitution()
 
     def make_problem(self, dtype, samples):
-        W = block_triangular_operator(monotone=True, dtype=dtype)
+        W = block_triangular_operator(dtype=dtype)
         g = torch.Generator().manual_seed(8)
         v = torch.randn(16, W.n, dtype=torch.float64, generator=g)[:samples]
         return Inclusion(W, v.to(dtype), ReLU())

@@ -32,7 +32,7 @@ def test_without_low_rank_it_is_the_smallest_entry():
     assert bound <= float(D.min())
 
 
-def test_a_proof_is_one_sided():
+def test_what_is_not_so_is_not_proved():
     found = DiagonalPlusLowRank.of(*draw(1))
     smallest = found.smallest()
     assert found.exceeds(smallest - 1e-6)

@@ -18,6 +18,7 @@ from solvers import (
 from solvers.native import spectral
 from solvers.testing import OperatorLaws, written_out
 from tests.problems import (
+    Kronecker,
     SpectralConvolution,
     block_triangular_operator,
     convolution_operator,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from solvers import LinearOperator
-from solvers.operators import roundoff
+from solvers.operators import running_error
 
 PRODUCTS = {
     "two products": lambda A, B, z: (z @ B.T) @ A.T,
@@ -97,7 +97,7 @@ def test_minus_is_read_as_plus():
 
 def test_chains_of_factors_add_and_those_of_summands_compete():
     def depth(function):
-        return roundoff.read(function(roundoff.leaf(torch.ones(2, 3)))).depth
+        return running_error.read(function(running_error.leaf(torch.ones(2, 3)))).depth
 
     assert depth(lambda z: z) == 0
     assert depth(lambda z: z * z) == 1
@@ -112,16 +112,16 @@ def test_chains_of_factors_add_and_those_of_summands_compete():
 @pytest.mark.parametrize("function", [torch.sin, torch.fft.rfft, lambda z: z.relu(), torch.sqrt])
 def test_what_is_not_understood_is_named_with_the_way_out(function):
     with pytest.raises(NotImplementedError, match=r"it calls aten\..*Define magnitude"):
-        function(roundoff.leaf(torch.ones(2, 3)))
+        function(running_error.leaf(torch.ones(2, 3)))
 
 
 def test_dividing_by_what_was_computed_is_refused():
-    z = roundoff.leaf(torch.ones(2, 3))
+    z = running_error.leaf(torch.ones(2, 3))
     with pytest.raises(NotImplementedError, match="divides by a number that it computed"):
         z / (z + z * z)
 
 
 def test_numbers_that_are_read_as_zero_divide_to_infinity():
-    z = roundoff.leaf(torch.ones(2))
-    small = roundoff.leaf(torch.full((2,), torch.finfo(torch.float32).tiny / 2))
+    z = running_error.leaf(torch.ones(2))
+    small = running_error.leaf(torch.full((2,), torch.finfo(torch.float32).tiny / 2))
     assert bool((z / small).bound.isinf().all())

@@ -32,6 +32,20 @@ class ProximalActivation(ABC):
 
     Laws, each tested for every subclass: prox(x, 1) = σ(x); prox(·, α) is firmly non-expansive;
     slope(σ(v)) = σ'(v) wherever σ is differentiable; reflector(α)(x) = 2 prox(x, α) − x.
+    `solvers.testing.ActivationLaws` tries them on an activation of your own.
+
+    Example:
+        >>> import torch
+        >>> from solvers import ProximalActivation
+        >>> class Arctan(ProximalActivation):
+        ...     def __call__(self, v):
+        ...         return torch.atan(v)
+        ...     def slope(self, z):
+        ...         return torch.cos(z).square()
+        >>> x = torch.tensor([1.0], dtype=torch.float64)
+        >>> p = Arctan().prox(x, 0.5).tan()  # prox(x, α) = σ(p)
+        >>> torch.allclose(0.5 * torch.atan(p) + 0.5 * p, x)
+        True
     """
 
     @abstractmethod
@@ -54,7 +68,7 @@ class ProximalActivation(ABC):
     def prox(self, x: Float[Tensor, "*batch n"], step: Step) -> Float[Tensor, "*batch n"]:
         """Return prox_{αf}(x) for step α > 0.
 
-        Solves (1 − α) σ(p) + α p = x by Newton's method kept inside a bracket. The left side has
+        Solves (1 − α) σ(p) + α p = x by Newton's method inside a bracket. The left side has
         slopes in [min(1, α), max(1, α)], so |p − q| ≤ |residual(q)| / min(1, α) brackets p from
         any q, and bisection halves the bracket whenever Newton leaves it.
         """
@@ -145,7 +159,14 @@ def _peaked(activation: ProximalActivation, v: Tensor, reach: Tensor) -> tuple[T
 
 @dataclass(frozen=True)
 class ReLU(ProximalActivation):
-    """σ(v) = max(v, 0), the projection onto the non-negative half-line: its own prox at any α."""
+    """σ(v) = max(v, 0), the projection onto the non-negative half-line: its own prox at any α.
+
+    Example:
+        >>> import torch
+        >>> from solvers import ReLU
+        >>> ReLU()(torch.tensor([-1.0, 2.0])).tolist()
+        [0.0, 2.0]
+    """
 
     @property
     def ulps(self) -> float:
@@ -183,6 +204,19 @@ class LeakyReLU(ProximalActivation):
     """σ(v) = max(v, a·v) with 0 ≤ a ≤ 1.
 
     For x < 0 the scalar equation is linear: prox(x, α) = a x / (a + α(1 − a)).
+
+    Args:
+        negative_slope: a.
+
+    Raises:
+        ValueError: if a lies outside [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from solvers import LeakyReLU
+        >>> x = torch.tensor([-1.0, 2.0])
+        >>> LeakyReLU(0.5)(x).tolist(), LeakyReLU(0.5).prox(x, 3.0).tolist()
+        ([-0.5, 2.0], [-0.25, 2.0])
     """
 
     negative_slope: float = 0.01
@@ -226,7 +260,14 @@ class LeakyReLU(ProximalActivation):
 
 @dataclass(frozen=True)
 class Tanh(ProximalActivation):
-    """σ(v) = tanh(v)."""
+    """σ(v) = tanh(v).
+
+    Example:
+        >>> import torch
+        >>> from solvers import Tanh
+        >>> Tanh().slope(Tanh()(torch.zeros(2))).tolist()  # 1 − z²
+        [1.0, 1.0]
+    """
 
     def __call__(self, v: Tensor) -> Tensor:
         return torch.tanh(v)
@@ -240,7 +281,14 @@ class Tanh(ProximalActivation):
 
 @dataclass(frozen=True)
 class Sigmoid(ProximalActivation):
-    """σ(v) = 1 / (1 + e^(−v)); slopes lie in [0, 1/4]."""
+    """σ(v) = 1 / (1 + e^(−v)); slopes lie in [0, 1/4].
+
+    Example:
+        >>> import torch
+        >>> from solvers import Sigmoid
+        >>> Sigmoid()(torch.zeros(1)).item(), Sigmoid().slope(torch.tensor([0.5])).item()
+        (0.5, 0.25)
+    """
 
     def __call__(self, v: Tensor) -> Tensor:
         return torch.sigmoid(v)
@@ -254,7 +302,15 @@ class Sigmoid(ProximalActivation):
 
 @dataclass(frozen=True)
 class Softplus(ProximalActivation):
-    """σ(v) = log(1 + eᵛ), whose slope in terms of the output is 1 − e^(−z)."""
+    """σ(v) = log(1 + eᵛ), whose slope in terms of the output is 1 − e^(−z).
+
+    Example:
+        >>> import torch
+        >>> from solvers import Softplus
+        >>> z = Softplus()(torch.zeros(1))
+        >>> round(z.item(), 4), round(Softplus().slope(z).item(), 4)
+        (0.6931, 0.5)
+    """
 
     def __call__(self, v: Tensor) -> Tensor:
         # torch's default threshold of 20 makes σ jump down by 2e-9 there; e⁻⁴⁰ is below rounding.
@@ -274,6 +330,15 @@ class LinearSlope(Sendable, ProximalActivation):
 
     prox(x, α) = d x / (d + α(1 − d)), written without dividing by d, so dropped units (d = 0)
     stay exactly zero.
+
+    Args:
+        d: one slope per sample and unit.
+
+    Example:
+        >>> import torch
+        >>> from solvers import LinearSlope
+        >>> LinearSlope(torch.tensor([0.0, 0.5, 1.0])).prox(torch.ones(3), 1.0).tolist()
+        [0.0, 0.5, 1.0]
     """
 
     d: Float[Tensor, "*batch n"]
@@ -315,6 +380,12 @@ class Masked(ProximalActivation):
     Args:
         activation: σ.
         mask: one truth value per unit.
+
+    Example:
+        >>> import torch
+        >>> from solvers import Masked, ReLU
+        >>> Masked(ReLU(), torch.tensor([True, False]))(torch.ones(2)).tolist()
+        [1.0, 0.0]
     """
 
     activation: ProximalActivation

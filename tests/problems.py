@@ -1,5 +1,7 @@
 """Random problems with known properties, shared by the tests."""
 
+from dataclasses import dataclass
+
 import torch
 
 from solvers import (
@@ -7,6 +9,7 @@ from solvers import (
     ConvolutionOperator,
     DenseOperator,
     Inclusion,
+    LinearOperator,
     LowRankOperator,
     LowRankUpdate,
     ProximalActivation,
@@ -121,6 +124,36 @@ def block_triangular_operator(
     if not monotone:
         return operator
     return BlockTriangularOperator(blocks, couplings, operator.monotone_metric())
+
+
+@dataclass(frozen=True, eq=False)
+class Kronecker(LinearOperator):
+    """W = A ⊗ B with what an operator needs, and nothing more."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    metric: torch.Tensor
+
+    def mv(self, z: torch.Tensor) -> torch.Tensor:
+        Z = z.unflatten(-1, (len(self.A), len(self.B)))
+        return (self.A @ Z @ self.B.T).flatten(-2)
+
+    def rmv(self, z: torch.Tensor) -> torch.Tensor:
+        Z = z.unflatten(-1, (len(self.A), len(self.B)))
+        return (self.A.T @ Z @ self.B).flatten(-2)
+
+
+def kronecker_operator(
+    p: int, q: int, *, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> Kronecker:
+    """‖A‖‖B‖ = 0.8 in a metric that is itself a Kronecker product."""
+    g = torch.Generator().manual_seed(seed)
+    left, right = (torch.rand(k, generator=g, dtype=torch.float64) + 0.5 for k in (p, q))
+    A, B = (torch.randn(k, k, generator=g, dtype=torch.float64) for k in (p, q))
+    A, B = A / torch.linalg.matrix_norm(A, 2), 0.8 * B / torch.linalg.matrix_norm(B, 2)
+    A, B = (X * s / s[:, None] for X, s in ((A, left), (B, right)))
+    metric = torch.kron(left, right).square()
+    return Kronecker(A.to(dtype), B.to(dtype), metric.to(dtype))
 
 
 def random_inclusion(

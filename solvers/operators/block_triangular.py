@@ -111,7 +111,7 @@ class BlockTriangularOperator(LinearOperator):
     """W with operators on the diagonal and matrices below it: layers that feed later layers.
 
     Block i sees z_i = σ(W_ii z_i + Σ_{j<i} W_ij z_j + v_i). A block is any operator, also
-    `ZeroOperator`: the explicit layers z₁ = σ(v₁), z₂ = σ(Wz₁ + v₂) are
+    `ZeroOperator`: the layers z₁ = σ(v₁), z₂ = σ(Wz₁ + v₂) are
 
         BlockTriangularOperator([ZeroOperator(ones₁), ZeroOperator(ones₂)], {(1, 0): W}).
 
@@ -126,6 +126,15 @@ class BlockTriangularOperator(LinearOperator):
         TypeError: if a block is no operator, or a coupling or the metric no tensor of real numbers.
         ValueError: if there is no block, a coupling stands elsewhere or has another shape, or
             dtypes or devices differ.
+
+    Example:
+        >>> import torch
+        >>> from solvers import BlockTriangularOperator, Inclusion, ReLU, ZeroOperator, solve
+        >>> layers = [ZeroOperator(torch.ones(2)), ZeroOperator(torch.ones(1))]
+        >>> W = BlockTriangularOperator(layers, {(1, 0): torch.tensor([[1.0, 2.0]])})
+        >>> v = torch.tensor([[1.0, 1.0, 0.5]])
+        >>> solve(Inclusion(W, v, ReLU())).value.tolist()  # z₂ = max(z₁₁ + 2 z₁₂ + ½, 0)
+        [[1.0, 1.0, 3.5]]
     """
 
     blocks: Sequence[LinearOperator]

@@ -93,6 +93,15 @@ class ConvolutionOperator(LinearOperator):
         TypeError: if the kernel or the metric is no tensor of real numbers.
         ValueError: if the kernel is not square, even or larger than the image, or the metric does
             not fit.
+
+    Example:
+        >>> import torch
+        >>> from solvers import ConvolutionOperator
+        >>> kernel = torch.zeros(1, 1, 3, 3)
+        >>> kernel[0, 0, 1, 0] = 1.0  # the left neighbour
+        >>> W = ConvolutionOperator(kernel, (3, 3))
+        >>> W.mv(torch.arange(9.0)).tolist()
+        [2.0, 0.0, 1.0, 5.0, 3.0, 4.0, 8.0, 6.0, 7.0]
     """
 
     kernel: Float[Tensor, "c c k k"]

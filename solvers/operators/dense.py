@@ -29,6 +29,15 @@ class DenseOperator(LinearOperator):
     Raises:
         TypeError: if W or the metric is no tensor of real numbers.
         ValueError: if W is not square, or the metric has another length, dtype or device.
+
+    Example:
+        >>> import torch
+        >>> from solvers import DenseOperator
+        >>> W = DenseOperator(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
+        >>> W.mv(torch.tensor([1.0, 2.0])).tolist(), W.T.mv(torch.tensor([1.0, 2.0])).tolist()
+        ([2.0, -1.0], [-2.0, 1.0])
+        >>> W.is_monotone()  # I − W has the symmetric part I
+        True
     """
 
     W: Float[Tensor, "n n"]

@@ -24,6 +24,13 @@ class Torus:
     Args:
         channels: c.
         height, width: of the image.
+
+    Example:
+        >>> import torch
+        >>> from solvers.operators import Torus
+        >>> torus = Torus(2, 3, 4)
+        >>> torus.n, torus.spectrum(torch.ones(5, torus.n)).shape  # 3 × 3 of 3 × 4 frequencies
+        (24, torch.Size([9, 2, 5]))
     """
 
     channels: int

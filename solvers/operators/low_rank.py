@@ -75,6 +75,15 @@ class LowRankOperator(LinearOperator):
     Raises:
         TypeError: if one of them is no tensor of real numbers.
         ValueError: if the shapes do not fit, r ≥ n, or dtypes or devices differ.
+
+    Example:
+        >>> import torch
+        >>> from solvers import LowRankOperator
+        >>> W = LowRankOperator(torch.zeros(3), torch.ones(3, 1), -torch.ones(3, 1))
+        >>> W.mv(torch.tensor([1.0, 2.0, 3.0])).tolist()  # −Σz in every unit
+        [-6.0, -6.0, -6.0]
+        >>> [round(x, 3) for x in (W.constants().m, W.constants().L)]
+        [1.0, 4.0]
     """
 
     d: Float[Tensor, " n"]

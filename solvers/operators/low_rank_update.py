@@ -65,6 +65,14 @@ class LowRankUpdate(LinearOperator):
     Raises:
         TypeError: if base is another operator, or A or B no tensor of real numbers.
         ValueError: if A or B do not fit the convolution.
+
+    Example:
+        >>> import torch
+        >>> from solvers import ConvolutionOperator, LowRankUpdate
+        >>> W = ConvolutionOperator(torch.zeros(1, 1, 1, 1), (2, 2))
+        >>> column = torch.ones(4, 1)
+        >>> LowRankUpdate(W, -column, column).mv(torch.ones(4)).tolist()
+        [-4.0, -4.0, -4.0, -4.0]
     """
 
     base: ConvolutionOperator

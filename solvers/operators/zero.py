@@ -46,7 +46,7 @@ class DiagonalResolvent(Resolvent):
 
 @dataclass(frozen=True, eq=False)
 class ZeroOperator(LinearOperator):
-    """W = 0, so that z = σ(v): the block of an explicit layer in a block-triangular operator.
+    """W = 0, so that z = σ(v): the block of a layer without a solve in a block-triangular operator.
 
     Args:
         metric: Λ as a vector of n positive numbers, which also says n, dtype and device:
@@ -55,6 +55,14 @@ class ZeroOperator(LinearOperator):
     Raises:
         TypeError: if the metric is no tensor of real numbers.
         ValueError: if the metric is not a vector.
+
+    Example:
+        >>> import torch
+        >>> from solvers import Inclusion, Tanh, ZeroOperator, solve
+        >>> v = torch.ones(1, 2)
+        >>> z = solve(Inclusion(ZeroOperator(torch.ones(2)), v, Tanh())).value
+        >>> torch.allclose(z, torch.tanh(v), atol=1e-3)
+        True
     """
 
     metric: Float[Tensor, " n"]

@@ -131,8 +131,8 @@ def test_a_mask_is_a_prox_like_others():
     inside = torch.tensor([True, False, True])
     sigma, x = Masked(Tanh(), inside), torch.randn(7, 3, dtype=torch.float64)
     torch.testing.assert_close(sigma.prox(x, 1.0), sigma(x))
-    kept = x.clone()
-    torch.testing.assert_close(sigma.reflector(0.7)(kept), 2 * sigma.prox(x, 0.7) - x)
+    given = x.clone()
+    torch.testing.assert_close(sigma.reflector(0.7)(given), 2 * sigma.prox(x, 0.7) - x)
     assert torch.equal(sigma.slope(sigma(x))[:, 1], torch.zeros(7, dtype=x.dtype))
     assert sigma.part(slice(1, 3)).mask.tolist() == [False, True]
 

@@ -1,4 +1,4 @@
-"""Bounds of rounding against rational arithmetic: accumulators, cancellation, extremes of range."""
+"""Norms, and bounds of rounding against rational arithmetic: cancellation, extremes of range."""
 
 from fractions import Fraction
 
@@ -7,10 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solvers import DenseOperator, Inclusion, LowRankOperator, ReLU
+from solvers import (
+    BlockTriangularOperator,
+    ConvolutionOperator,
+    DenseOperator,
+    Inclusion,
+    LowRankOperator,
+    LowRankUpdate,
+    ReLU,
+)
 from tests.problems import (
     block_triangular_operator,
     convolution_operator,
+    kronecker_operator,
     low_rank_operator,
     monotone_operator,
     updated_convolution_operator,
@@ -23,6 +32,7 @@ MAKERS = {
     "low rank": lambda dtype: low_rank_operator(9, 3, dtype=dtype),
     "block triangular": lambda dtype: block_triangular_operator(dtype=dtype),
     "convolution": lambda dtype: convolution_operator(2, 3, (4, 3), dtype=dtype),
+    "of two products": lambda dtype: kronecker_operator(2, 4, dtype=dtype),
     "updated": lambda dtype: updated_convolution_operator(dtype=dtype),
 }
 
@@ -138,3 +148,53 @@ def test_error_bounds_hold_for_entries_of_all_sizes(seed, batch, transposed, spr
         gap = exactly.square(metric, [a - c for a, c in zip(image, x, strict=True)])
         size = sum(abs(w) for row_W in exact_W for w in row_W)
         assert b == float("inf") or gap <= (Fraction(b) * (2 + size)) ** 2
+
+
+def test_norm_survives_extreme_scales():
+    W = monotone_operator(4, dtype=torch.float32, identity_metric=True)
+    assert W.norm(torch.full((1, 4), 1e-30)).item() == pytest.approx(2e-30, rel=1e-5)
+    assert W.norm(torch.full((1, 4), 1e30)).item() == pytest.approx(2e30, rel=1e-5)
+    assert W.norm(torch.zeros(1, 4)).item() == 0
+
+
+def _denormal_operators(dtype):
+    """Operators of which some entries, or what z meets, are denormal; by factors of two."""
+    tiny = torch.finfo(dtype).tiny
+    small, large = tiny / 8, 2.0 ** (60 if dtype == torch.float32 else 400)
+    W = torch.tensor([[0.0, small, 0.0], [0.0, 0.0, large], [0.0, 0.0, 0.0]], dtype=dtype)
+    d = torch.tensor([small, 0.0, 0.0], dtype=dtype)
+    A = torch.tensor([[small], [0.0], [large]], dtype=dtype)
+    B = torch.tensor([[small], [1.0], [0.0]], dtype=dtype)
+    low = LowRankOperator(d, A, B)
+    kernel = torch.zeros(1, 1, 3, 3, dtype=dtype)
+    kernel[0, 0, 1] = torch.tensor([small, 0.0, large], dtype=dtype)
+    convolution = ConvolutionOperator(kernel, (3, 3))
+    wide = torch.zeros(9, 1, dtype=dtype)
+    wide[0] = large
+    return [
+        DenseOperator(W),
+        low,
+        convolution,
+        LowRankUpdate(convolution, wide, wide * 2.0**-120),
+        BlockTriangularOperator((DenseOperator(W), low), {(1, 0): W}),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", range(5))
+def test_rounding_covers_operands_that_are_read_as_zero(kind, dtype):
+    finfo = torch.finfo(dtype)
+    first = _denormal_operators(dtype)[kind]
+    for operator in (first, first.T):
+        W = exactly.rows(exactly.dense(operator))
+        for size in (finfo.tiny / 4, 2.0 ** (20 if dtype == torch.float32 else 100)):
+            z = torch.full((1, operator.n), size, dtype=dtype)
+            (exact_z,) = exactly.rows(z)
+            torch.set_flush_denormal(True)
+            try:
+                product, bound = operator.mv(z), operator.rounding(z)
+            finally:
+                torch.set_flush_denormal(False)
+            (found,) = exactly.rows(product)
+            missed = [a - b for a, b in zip(found, exactly.product(W, exact_z), strict=True)]
+            assert exactly.at_most(sum(a * a for a in missed), float(bound))

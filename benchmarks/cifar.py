@@ -3,7 +3,7 @@
     python -m benchmarks.cifar [--models NAME …] [--minutes M] [--device cuda] [--epochs E]
                                [--root FOLDER] [--out FILE] [--work FOLDER] [--quick]
 
-trains, certifies and attacks explicit networks. Without arguments: one small network per family,
+trains, certifies and attacks feed-forward networks. Without arguments: one small network a family,
 for an equal budget of minutes each on this machine, the number of epochs measured beforehand.
 `--models sll-small --device cuda` trains the published network; a run that was cut off continues
 from its last epoch when the same command is given again. The last line has the figures of each.
@@ -30,19 +30,20 @@ from benchmarks.common import RESULTS, finish, parser
 from lben.data import DataError, Dataset, load
 from lben.evaluation.accuracy import EvaluationConfig, Report, evaluate
 from lben.evaluation.reports import table
+from lben.models import Architecture, FeedforwardArchitecture, Size, published_architecture
 from lben.training import checkpoints
 from lben.training.augmentation import Augmentation
 from lben.training.loop import train
 from lben.training.losses import CrossEntropy
 from lben.training.optimization import Adam, PiecewiseLinear
-from lben.training.recipes import FeedforwardTraining, TrainingConfig
+from lben.training.recipes import TrainingConfig
 
 RADII = (0.0, 36 / 255, 72 / 255, 108 / 255, 1.0)
 NAMES = ("clean", "36/255", "72/255", "108/255", "255/255")
 
 # The loss, optimizer and schedule of Araujo et al. (2023); a batch four times theirs.
-PUBLISHED = FeedforwardTraining(
-    data="cifar10", epochs=1000, batch_size=256, lr=1e-2,
+PUBLISHED = TrainingConfig(
+    model=FeedforwardArchitecture(), data="cifar10", epochs=1000, batch_size=256, lr=1e-2,
     loss=CrossEntropy(temperature=0.25, offset=1.5 * math.sqrt(2)),
     optimizer=Adam(betas=(0.5, 0.9)), schedule=PiecewiseLinear(),
     augmentation=Augmentation(
@@ -51,34 +52,36 @@ PUBLISHED = FeedforwardTraining(
     ),
 )  # fmt: skip
 # Two cores: half the resolution and a tenth of the width; little augmentation for few epochs.
-SMALL = replace(
-    PUBLISHED, batch_size=128, stem=2, channels=(32, 64), depths=(3, 3), conv_hidden=24, pool=2,
-    dense_depth=2, dense_hidden=384, augmentation=Augmentation(shift=2, flip=True),
+SMALL = FeedforwardArchitecture(
+    stem=2, channels=(32, 64), depths=(3, 3), conv_hidden=24, pool=2, dense_depth=2,
+    dense_hidden=384,
 )  # fmt: skip
-MODELS = {
-    "sll": replace(SMALL, block="sll"),
-    "cpl": replace(SMALL, block="cpl"),
-    "aol": replace(SMALL, block="aol"),
-    "spectral": replace(SMALL, block="spectral"),
-    "sandwich": replace(SMALL, block="sandwich", depths=(2, 2), conv_hidden=32, dense_depth=1),
-    **{
-        f"sll-{size}": PUBLISHED.published_architecture(size)
-        for size in ("small", "medium", "large", "xlarge")
-    },
+LIGHT = replace(PUBLISHED, batch_size=128, augmentation=Augmentation(shift=2, flip=True))
+SIZES: tuple[Size, ...] = ("small", "medium", "large", "xlarge")
+MODELS: dict[str, TrainingConfig[Architecture]] = {
+    "sll": replace(LIGHT, model=replace(SMALL, block="sll")),
+    "cpl": replace(LIGHT, model=replace(SMALL, block="cpl")),
+    "aol": replace(LIGHT, model=replace(SMALL, block="aol")),
+    "spectral": replace(LIGHT, model=replace(SMALL, block="spectral")),
+    "sandwich": replace(
+        LIGHT,
+        model=replace(SMALL, block="sandwich", depths=(2, 2), conv_hidden=32, dense_depth=1),
+    ),
+    **{f"sll-{size}": replace(PUBLISHED, model=published_architecture(size)) for size in SIZES},
 }
 FAMILY = ("sll", "cpl", "aol", "spectral", "sandwich")
 
 
 def main() -> None:
     """Run the benchmark."""
-    arguments = options("explicit 1-Lipschitz networks", MODELS, FAMILY).parse_args()
+    arguments = options("feed-forward 1-Lipschitz networks", MODELS, FAMILY).parse_args()
     data = cifar(arguments)
     models = ("sll",) if arguments.quick else arguments.models
     evaluation = EvaluationConfig(
         radii=RADII, pairs=1000, ascent_pairs=20, ascent_steps=40, pgd_restarts=1,
         attack_samples=100 if arguments.quick else 200, bound="promised",
     )  # fmt: skip
-    if not set(models) <= set(FAMILY):  # attacks in float64 on the published sizes are dear
+    if not set(models) <= set(FAMILY):  # attacks in float64 on the published sizes are expensive
         evaluation = replace(evaluation, pairs=200, ascent_pairs=5, attack_samples=50)
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
@@ -128,7 +131,7 @@ def source(arguments: argparse.Namespace) -> str:
 
 
 def run(
-    recipe: TrainingConfig,
+    recipe: TrainingConfig[Architecture],
     data: Dataset,
     arguments: argparse.Namespace,
     folder: Path,
@@ -136,7 +139,7 @@ def run(
 ) -> tuple[Report, float]:
     """Train for the budget of the arguments, or continue, and evaluate; return the seconds too."""
     recipe = replace(recipe, root=arguments.root, out=str(folder), device=arguments.device)
-    if recipe.supports:
+    if recipe.model.supports:
         recipe = replace(
             recipe, autocast=arguments.autocast, channels_last=arguments.device == "cuda"
         )
@@ -157,10 +160,10 @@ def run(
     return report, seconds
 
 
-def _epochs(recipe: TrainingConfig, data: Dataset, budget: float) -> int:
+def _epochs(recipe: TrainingConfig[Architecture], data: Dataset, budget: float) -> int:
     """Return how many epochs fit into a budget of seconds, from some timed steps."""
     torch.manual_seed(0)
-    model = recipe.model(data).build().to(recipe.device)
+    model = recipe.model.for_data(data).build().to(recipe.device)
     optimizer = recipe.optimizer.build(model)
     generator = torch.Generator().manual_seed(0)
     images = data.train_images.to(recipe.device)

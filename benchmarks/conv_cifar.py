@@ -5,7 +5,7 @@
 
 Without arguments: one small network (48 channels on 8 × 8 pixels after invertible down-sampling)
 at γ = 1 and 3 on the normalised image and without a bound, for a budget of minutes each. `--models
-single-1 multi-1 hybrid --device cuda` trains the published sizes and a hybrid with explicit layers;
+single-1 multi-1 hybrid --device cuda` trains the published sizes and a hybrid with SLL layers;
 a run that was cut off continues when the same command is given again.
 
 Beside certified and attacked accuracy it reports the largest quotient that gradient ascent found,
@@ -28,17 +28,24 @@ from benchmarks.common import RESULTS, finish
 from lben.data import Dataset, pixels
 from lben.evaluation.accuracy import EvaluationConfig, Report
 from lben.evaluation.attacks import ascend_quotient, quotients
-from lben.models import Classifier
+from lben.models import (
+    Architecture,
+    Classifier,
+    ConvolutionalEquilibriumArchitecture,
+    FeedforwardArchitecture,
+)
 from lben.training import checkpoints
 from lben.training.augmentation import Augmentation
 from lben.training.losses import CrossEntropy
 from lben.training.optimization import Adam, PiecewiseLinear
-from lben.training.recipes import ConvolutionalEquilibriumTraining, TrainingConfig
+from lben.training.recipes import TrainingConfig
 
 RADII = (0.0, 36 / 255, 72 / 255, 108 / 255, 1.0)
 TOL = 1e-6
 
-SINGLE = ConvolutionalEquilibriumTraining(
+LAYER = ConvolutionalEquilibriumArchitecture()
+SINGLE = TrainingConfig(
+    model=LAYER,
     data="cifar10",
     epochs=60,
     batch_size=128,
@@ -48,17 +55,19 @@ SINGLE = ConvolutionalEquilibriumTraining(
     loss=CrossEntropy(temperature=0.25, offset=2.0),
     augmentation=Augmentation(shift=4, reflect=True, flip=True),
 )
-SMALL = replace(
-    SINGLE, channels=(48,), stem=4, pool=2, augmentation=Augmentation(shift=2, flip=True)
-)
-MODELS: dict[str, TrainingConfig] = {
-    "γ = 1": replace(SMALL, gamma=1.0),
-    "γ = 3": replace(SMALL, gamma=3.0, loss=CrossEntropy(temperature=0.75, offset=6.0)),
-    "no bound": replace(SMALL, gamma=None, loss=CrossEntropy()),
-    **{f"single-{g}": replace(SINGLE, gamma=float(g)) for g in (1, 2, 3, 5)},
-    "single-unbounded": replace(SINGLE, gamma=None, loss=CrossEntropy()),
-    "multi-1": replace(SINGLE, channels=(16, 32, 64)),
-    "hybrid": replace(PUBLISHED, depths=(10,), dense_depth=3, core=64, epochs=100),
+SMALL = ConvolutionalEquilibriumArchitecture(channels=(48,), stem=4, pool=2)
+LIGHT = replace(SINGLE, augmentation=Augmentation(shift=2, flip=True))
+HYBRID = FeedforwardArchitecture(depths=(10,), dense_depth=3, core=64)
+MODELS: dict[str, TrainingConfig[Architecture]] = {
+    "γ = 1": replace(LIGHT, model=replace(SMALL, gamma=1.0)),
+    "γ = 3": replace(
+        LIGHT, model=replace(SMALL, gamma=3.0), loss=CrossEntropy(temperature=0.75, offset=6.0)
+    ),
+    "no bound": replace(LIGHT, model=replace(SMALL, gamma=None), loss=CrossEntropy()),
+    **{f"single-{g}": replace(SINGLE, model=replace(LAYER, gamma=float(g))) for g in (1, 2, 3, 5)},
+    "single-unbounded": replace(SINGLE, model=replace(LAYER, gamma=None), loss=CrossEntropy()),
+    "multi-1": replace(SINGLE, model=replace(LAYER, channels=(16, 32, 64))),
+    "hybrid": replace(PUBLISHED, model=HYBRID, epochs=100),
 }
 DEFAULT = ("γ = 1", "γ = 3", "no bound")
 
@@ -117,7 +126,7 @@ def _figures(
 
 def _attacked(model: Classifier, data: Dataset, pairs: int, bound: float) -> tuple[float, int]:
     """Return the largest quotient of attacked pairs, and how many exceed the bound in float64."""
-    exact, generator = model.exact(1e-9), torch.Generator().manual_seed(0)
+    exact, generator = model.to_exact(1e-9), torch.Generator().manual_seed(0)
     device, largest, violations = next(model.parameters()).device, 0.0, 0
     for part in torch.arange(pairs).split(250):
         images = pixels(data.test_images[part % len(data.test_images)], torch.float32).to(device)

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.cifar import PUBLISHED
 from benchmarks.common import find_root
-from benchmarks.conv_cifar import SINGLE
 from benchmarks.gpu_timing import timed
 from benchmarks.mnist import RECIPE
 from lben.data import DataError, Dataset
+from lben.models import (
+    Architecture,
+    ConvolutionalEquilibriumArchitecture,
+    published_architecture,
+)
 from lben.training import checkpoints
 from lben.training.loop import train
-from lben.training.recipes import TrainingConfig
 
 BATCH = 256
 ERROR = 2.3
@@ -56,9 +58,9 @@ class Products(TorchDispatchMode):
             call()
 
 
-NETWORKS: dict[str, TrainingConfig] = {
-    "SLL Small": PUBLISHED.published_architecture("small"),
-    "convolutional equilibrium, γ = 1": replace(SINGLE, gamma=1.0),
+NETWORKS: dict[str, Architecture] = {
+    "SLL Small": published_architecture("small"),
+    "convolutional equilibrium, γ = 1": ConvolutionalEquilibriumArchitecture(gamma=1.0),
 }
 
 
@@ -70,7 +72,7 @@ def convolutions(name: str, device: str, batch: int = BATCH) -> list[dict[str, A
         name="cifar10", train_images=empty, train_labels=labels, test_images=empty,
         test_labels=labels, mean=(0.5,) * 3, std=(0.25,) * 3, classes=10,
     )  # fmt: skip
-    model = NETWORKS[name].model(data).build().to(device)
+    model = NETWORKS[name].for_data(data).build().to(device)
     return _against_products(name, model, device, batch)
 
 
@@ -116,7 +118,7 @@ def mnist(root: str | None, device: str) -> dict[str, Any]:
         folder = find_root(root)
     except DataError as error:
         return {"not trained": str(error)}
-    recipe = replace(RECIPE, root=folder, device=device, gamma=1.0, epochs=EPOCHS)
+    recipe = replace(RECIPE, root=folder, device=device, epochs=EPOCHS)
     stopped = None
     with tempfile.TemporaryDirectory() as out:
         try:

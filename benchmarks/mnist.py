@@ -19,22 +19,23 @@ from benchmarks.common import RESULTS, finish, mnist_of, parser
 from lben.data import Dataset
 from lben.evaluation.accuracy import EvaluationConfig, Report, evaluate
 from lben.evaluation.reports import table
+from lben.models import EquilibriumArchitecture
 from lben.training import checkpoints
 from lben.training.augmentation import Augmentation
 from lben.training.loop import train
-from lben.training.recipes import EquilibriumTraining
+from lben.training.recipes import TrainingConfig
 
 FOLDER = RESULTS / "mnist"
-RECIPE = EquilibriumTraining(
-    data="mnist", hidden=80, epochs=40, lr=4e-3, augmentation=Augmentation(shift=1), tol=1e-4
-)
-MODELS: dict[str, dict[str, object]] = {
-    "0.2": {"gamma": 0.2},
-    "0.5": {"gamma": 0.5},
-    "1": {"gamma": 1.0},
-    "5": {"gamma": 5.0},
-    "monotone": {"gamma": None, "learn_metric": False},
+MODELS = {
+    "0.2": EquilibriumArchitecture(gamma=0.2),
+    "0.5": EquilibriumArchitecture(gamma=0.5),
+    "1": EquilibriumArchitecture(gamma=1.0),
+    "5": EquilibriumArchitecture(gamma=5.0),
+    "monotone": EquilibriumArchitecture(gamma=None, learn_metric=False),
 }
+RECIPE = TrainingConfig(
+    model=MODELS["1"], data="mnist", epochs=40, lr=4e-3, augmentation=Augmentation(shift=1)
+)
 FULL = EvaluationConfig(
     tol=1e-8, pairs=100_000, ascent_pairs=200, ascent_steps=300, attack_samples=1000
 )
@@ -75,7 +76,7 @@ def main() -> None:
 def _train(name: str, root: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         print(f"training {name}", flush=True)
-        train(replace(RECIPE, root=root, out=folder, **MODELS[name]))  # type: ignore[arg-type]
+        train(replace(RECIPE, model=MODELS[name], root=root, out=folder))
         target = FOLDER / name
         target.mkdir(parents=True, exist_ok=True)
         for file in (checkpoints.MODEL, checkpoints.CERTIFICATE, checkpoints.METRICS):

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from benchmarks.common import trained
 from lben.models import (
+    ActivationName,
+    Architecture,
+    Block,
     Bound,
     Classifier,
+    ConvolutionalEquilibriumArchitecture,
     ConvolutionalEquilibriumClassifierConfig,
+    EquilibriumArchitecture,
     EquilibriumClassifierConfig,
+    FeedforwardArchitecture,
     FeedforwardClassifierConfig,
 )
 from lben.training.loop import train
-from lben.training.recipes import (
-    ConvolutionalEquilibriumTraining,
-    EquilibriumTraining,
-    FeedforwardTraining,
-    TrainingConfig,
-)
+from lben.training.recipes import TrainingConfig
 
 _GRAY: dict[str, Any] = {"shape": (1, 6, 6), "classes": 4, "mean": (0.3,), "std": (0.25,)}
 _COLOURS: dict[str, Any] = {
@@ -102,41 +103,42 @@ def trained_networks(quick: bool) -> Iterator[Network]:
     """Yield the MNIST models of `benchmarks.mnist`, and models of the digits trained here."""
     for name in ("1",) if quick else ("0.2", "0.5", "1", "5", "monotone"):
         yield Network(kind=f"MNIST, γ = {name}", model=trained(name))
-    recipes = list(_recipes())
-    for kind in recipes[:2] if quick else recipes:
+    kinds = list(_architectures())
+    for kind in kinds[:2] if quick else kinds:
         yield Network(kind=f"digits, {kind}", model=trained_on_digits(kind))
 
 
 def trained_on_digits(kind: str) -> Classifier:
     """Train one of the small models of the digits."""
     with tempfile.TemporaryDirectory() as folder:
-        return train(replace(_recipes()[kind], out=folder)).eval()
+        recipe = TrainingConfig(
+            model=_architectures()[kind], data="digits", epochs=4, batch_size=64, out=folder
+        )
+        return train(recipe).eval()
 
 
-def _recipes() -> dict[str, TrainingConfig]:
-    shared: dict[str, Any] = {"data": "digits", "epochs": 4, "batch_size": 64}
-    dense: Callable[..., TrainingConfig] = EquilibriumTraining
-    recipes: dict[str, TrainingConfig] = {
-        f"γ = {gamma:g}, {activation}": dense(
-            **shared, gamma=gamma, hidden=20, activation=activation
+def _architectures() -> dict[str, Architecture]:
+    found: dict[str, Architecture] = {
+        f"γ = {gamma:g}, {activation}": EquilibriumArchitecture(
+            gamma=gamma, hidden=20, activation=activation
         )
-        for gamma, activation in (
-            (0.5, "relu"), (2.0, "relu"), (10.0, "relu"), (1.0, "leaky_relu"), (2.0, "tanh"),
-        )
-    }  # fmt: skip
-    recipes["feed-through"] = dense(**shared, gamma=2.0, hidden=20, feedthrough=True)
-    recipes["no promise"] = dense(**shared, gamma=None, hidden=20)
+        for gamma, activation in _PAIRS
+    }
+    found["feed-through"] = EquilibriumArchitecture(gamma=2.0, hidden=20, feedthrough=True)
+    found["no promise"] = EquilibriumArchitecture(gamma=None, hidden=20)
     for gamma in (1.0, 4.0):
-        recipes[f"convolution, γ = {gamma:g}"] = ConvolutionalEquilibriumTraining(
-            **shared, gamma=gamma, channels=(6,), pool=2
+        found[f"convolution, γ = {gamma:g}"] = ConvolutionalEquilibriumArchitecture(
+            gamma=gamma, channels=(6,), pool=2
         )
-    for block in ("sll", "cpl", "aol", "spectral", "sandwich"):
-        recipes[block] = FeedforwardTraining(
-            **shared, block=block, channels=(4,), depths=(1,), conv_hidden=4, pool=2,
-            dense_depth=1, dense_hidden=16,
-        )  # fmt: skip
-    recipes["sll, equilibrium core"] = FeedforwardTraining(
-        **shared, block="sll", channels=(4,), depths=(1,), conv_hidden=4, pool=2, dense_depth=1,
-        dense_hidden=16, core=4,
-    )  # fmt: skip
-    return recipes
+    small = FeedforwardArchitecture(
+        channels=(4,), depths=(1,), conv_hidden=4, pool=2, dense_depth=1, dense_hidden=16
+    )
+    for block in get_args(Block):
+        found[block] = replace(small, block=block)
+    found["sll, equilibrium core"] = replace(small, core=4)
+    return found
+
+
+_PAIRS: tuple[tuple[float, ActivationName], ...] = (
+    (0.5, "relu"), (2.0, "relu"), (10.0, "relu"), (1.0, "leaky_relu"), (2.0, "tanh"),
+)  # fmt: skip

@@ -25,17 +25,18 @@ from lben.data import DataError, Dataset, load
 from lben.evaluation.accuracy import EvaluationConfig, evaluate
 from lben.evaluation.proofs import CertificationConfig, certify_model
 from lben.evaluation.reports import certification_table, draw, draw_certification, table
-from lben.models import Classifier
+from lben.models import (
+    Classifier,
+    ConvolutionalEquilibriumArchitecture,
+    EquilibriumArchitecture,
+    FeedforwardArchitecture,
+)
 from lben.parallel import is_first, processes
 from lben.progress import format_seconds
 from lben.training import checkpoints
 from lben.training.checkpoints import CheckpointError
-from lben.training.loop import Interrupted, resume, train
-from lben.training.recipes import (
-    ConvolutionalEquilibriumTraining,
-    EquilibriumTraining,
-    FeedforwardTraining,
-)
+from lben.training.loop import OWN_DATA, Interrupted, resume, train
+from lben.training.recipes import TrainingConfig
 from solvers import SolveError
 
 
@@ -64,8 +65,8 @@ class Train:
         config: of the run.
     """
 
-    config: Annotated[EquilibriumTraining, tyro.conf.arg(name="")] = field(
-        default_factory=EquilibriumTraining
+    config: Annotated[TrainingConfig[EquilibriumArchitecture], tyro.conf.arg(name="")] = field(
+        default_factory=lambda: TrainingConfig(model=EquilibriumArchitecture())
     )
 
 
@@ -77,21 +78,21 @@ class TrainConv:
         config: of the run.
     """
 
-    config: Annotated[ConvolutionalEquilibriumTraining, tyro.conf.arg(name="")] = field(
-        default_factory=ConvolutionalEquilibriumTraining
-    )
+    config: Annotated[
+        TrainingConfig[ConvolutionalEquilibriumArchitecture], tyro.conf.arg(name="")
+    ] = field(default_factory=lambda: TrainingConfig(model=ConvolutionalEquilibriumArchitecture()))
 
 
 @dataclass(frozen=True)
 class TrainFeedforward:
-    """Train a network of explicit 1-Lipschitz layers (SLL and its family) into a folder.
+    """Train a network of 1-Lipschitz layers without a solve (SLL and its family) into a folder.
 
     Attributes:
         config: of the run.
     """
 
-    config: Annotated[FeedforwardTraining, tyro.conf.arg(name="")] = field(
-        default_factory=FeedforwardTraining
+    config: Annotated[TrainingConfig[FeedforwardArchitecture], tyro.conf.arg(name="")] = field(
+        default_factory=lambda: TrainingConfig(model=FeedforwardArchitecture())
     )
 
 
@@ -327,9 +328,9 @@ def _say_trained(folder: str) -> None:
 
 def _demo(command: Demo) -> None:
     started, folder = time.perf_counter(), Path(command.out)
-    recipe = EquilibriumTraining(
-        data="digits", out=command.out, gamma=command.gamma, epochs=command.epochs,
-        batch_size=64, seed=command.seed,
+    recipe = TrainingConfig(
+        model=EquilibriumArchitecture(gamma=command.gamma), data="digits", out=command.out,
+        epochs=command.epochs, batch_size=64, seed=command.seed,
     )  # fmt: skip
     begun = (folder / checkpoints.CONFIG).exists()
     checkpoints.check_folder(folder, (*_EVALUATED, *checkpoints.RUN), fresh=not begun)
@@ -337,7 +338,8 @@ def _demo(command: Demo) -> None:
         _, there = checkpoints.load_config(folder)
         if there.get("data") != "digits":
             raise CheckpointError(
-                f"{folder} holds a run on {there.get('data')}, which the demo would replace: "
+                f"{folder} holds a run on {there.get('data', 'data of your own')}, which the demo "
+                "would replace: "
                 "choose another --out"
             )
     train(recipe, overwrite=begun)  # the demo starts afresh
@@ -389,6 +391,11 @@ def _trained(
     """
     model = checkpoints.load_model(folder)
     _, training = checkpoints.load_config(folder)
+    if OWN_DATA in training:
+        raise CheckpointError(
+            f"{folder} holds a model of data of your own ({training[OWN_DATA]['name']!r}), which "
+            "it does not keep: take lben.evaluation from Python"
+        )
     if "data" not in training:
         raise CheckpointError(
             f"{folder / checkpoints.CONFIG} does not say which data the model was trained on"

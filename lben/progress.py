@@ -9,7 +9,14 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from tqdm import tqdm
+try:
+    from tqdm import tqdm
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "training and evaluation show how long they take by tqdm, which is not installed: "
+        "pip install 'lben[cli]'",
+        name=error.name,
+    ) from error
 
 T = TypeVar("T")
 

@@ -22,7 +22,7 @@ from solvers.backends import Iteration
 from solvers.gradient import forbid_differentiation
 from solvers.inclusion import Inclusion
 from solvers.operators import DenseOperator
-from solvers.operators.dense import DenseResolvent
+from solvers.operators.matrix import DenseResolvent
 from solvers.precision import use_full_precision
 
 

@@ -10,12 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lben.certificates import (
-    NetworkCertificate,
-    PairCertificate,
-    certify_linf,
-    interval_bounds,
-)
+from lben.certificates import ChainCertificate, IntervalClaim, PairCertificate, certify
 from lben.data import Dataset, pixels
 from lben.evaluation.accuracy import environment
 from lben.evaluation.attacks import apgd_l2, pgd_l2
@@ -51,6 +46,13 @@ class CertificationConfig:
         attack_steps: of PGD and of APGD.
         attack_restarts: runs of each.
         seed: of the attacks.
+
+    Raises:
+        ValueError: naming the field, what it must be, and what was given.
+
+    Example:
+        >>> CertificationConfig(radii=(0.5, 1.0), local=False).samples
+        40
     """
 
     radii: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
@@ -90,6 +92,12 @@ class Method:
         seconds: of the proof, in the slowest process.
         seconds_per_image: of the images, the attacked ones not counted: of the slowest process,
             divided by the images of all.
+
+    Example:
+        >>> Method(
+        ...     name="scaled", bound=5.0, certified=(0.4,), seconds=0.5, seconds_per_image=0.002
+        ... ).certified
+        (0.4,)
     """
 
     name: str
@@ -111,13 +119,19 @@ class Certification:
         clean_accuracy: share classified correctly.
         dtype: that the network runs in.
         tol: relative tolerance of its solver; None where it has none.
-        methods: from cheap to dear; local ones try what those before them leave.
+        methods: from cheap to expensive; local ones try what those before them leave.
         attacked: share that no attack broke, at each radius.
         violations: images broken within a certified radius. Anything but 0 is a defect.
         in_linf: the same in the l∞ norm, for the radii that the configuration names.
         seconds: of the whole certification, in the first process.
         config: of the certification.
         environment: versions and hardware.
+
+    Example:
+        >>> Certification.from_json("{}")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        ValueError: this is no Certification: ...
     """
 
     data: str
@@ -170,7 +184,7 @@ class Certification:
 @differentiating
 def certify_model(
     model: Classifier, data: Dataset, config: CertificationConfig, team: Processes = ALONE
-) -> tuple[NetworkCertificate, Certification]:
+) -> tuple[ChainCertificate, Certification]:
     """Certify test images by every bound that the model has, and attack them.
 
     Args:
@@ -187,6 +201,17 @@ def certify_model(
         CertificateError: if a bound cannot be proved.
         SolveError: if a solve misses the tolerance.
         ValueError: if there are fewer images than processes.
+
+    Example:
+        >>> from lben.models import EquilibriumArchitecture
+        >>> images = torch.arange(160, dtype=torch.uint8).reshape(10, 1, 4, 4)
+        >>> labels = torch.arange(10) % 2
+        >>> data = Dataset.from_tensors(images, labels, images, labels)
+        >>> model = EquilibriumArchitecture(hidden=4).for_data(data).build()
+        >>> config = CertificationConfig(radii=(0.1,), samples=4, attack_steps=2, local=False)
+        >>> certificate, report = certify_model(model, data, config)
+        >>> report.violations, [method.name for method in report.sound][:3]
+        (0, ['promised', 'scaled', 'pairs'])
     """
     started = time.perf_counter()
     samples = min(config.samples, len(data.test_images))
@@ -201,11 +226,11 @@ def certify_model(
     certificate = running.certificate()
     for bound in running.bounds:
         start = time.perf_counter()
-        certificate = running.certificate(bound)
+        certificate = running.certificate(bound=bound)
         proof = time.perf_counter() - start
         if math.isinf(certificate.bound):
             continue  # there is no promise
-        result = running.certified_logits(x, certificate)
+        result = running.forward_with_error(x, certificate)
         held = result.radius(labels, certificate, config.promise) >= radii[:, None]
         certified |= held
         seconds = time.perf_counter() - start - proof
@@ -299,7 +324,7 @@ def _in_linf(
     model: Classifier,
     result: CertifiedLogits,
     labels: Tensor,
-    certificate: NetworkCertificate,
+    certificate: ChainCertificate,
     config: CertificationConfig,
     team: Processes,
 ) -> tuple[Method, ...]:
@@ -307,7 +332,7 @@ def _in_linf(
 
     def by_norms() -> Tensor:
         bound = up(certificate.bound * math.sqrt(math.prod(model.shape)) * (1 + 2.0**-50))
-        return pair_bounds(bound, result.logits.shape[1])
+        return pair_bounds(bound, result.value.shape[1])
 
     bounds: dict[str, Callable[[], Tensor]] = {"l2 · √p": by_norms}
     if isinstance(model, EquilibriumClassifier):
@@ -316,12 +341,12 @@ def _in_linf(
         def in_pixels(pairs: PairCertificate) -> Tensor:
             return pairs.tensor() * gain * (1 + 2.0**-50)
 
-        bounds["intervals"] = lambda: in_pixels(interval_bounds(weights))
-        bounds["own"] = lambda: in_pixels(certify_linf(weights, tighten_linf(weights)))
+        bounds["intervals"] = lambda: in_pixels(certify(weights, IntervalClaim()))
+        bounds["own"] = lambda: in_pixels(certify(weights, tighten_linf(weights)))
     radii, methods = torch.tensor(config.linf_radii, dtype=torch.float64, device="cpu"), []
     # ‖x' − x‖₂ ≤ √p ‖x' − x‖_∞
     root = math.sqrt(math.prod(model.shape)) * (1 + 2.0**-50)
-    around = result.elsewhere
+    around = result.uniform
     elsewhere = Affine(around.constant, around.slope * root, around.limit / root)
     if config.promise == "exact":
         elsewhere = Affine(0 * elsewhere.constant, 0.0)
@@ -330,7 +355,7 @@ def _in_linf(
         pairs = prove()
         seconds = time.perf_counter() - start
         radius = certified_radius(
-            result.logits, labels, pairs, logit_error=result.error, elsewhere=elsewhere
+            result.value, labels, pairs, logit_error=result.error, elsewhere=elsewhere
         )
         most = float(pairs.fill_diagonal_(0.0).max())
         methods.append(_method(name, most, radius >= radii[:, None], seconds, 0.0, team))

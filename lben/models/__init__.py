@@ -1,15 +1,26 @@
 """Which networks have a name? Frozen configurations, and `build`, which makes modules of them."""
 
-from lben.models.base import Bound, CertifiedLogits, Classifier, ClassifierConfig, Promise
+from lben.models.base import (
+    Architecture,
+    Bound,
+    CertifiedLogits,
+    Classifier,
+    ClassifierConfig,
+    Promise,
+)
+from lben.models.configuration import Images, ImageTask
 from lben.models.equilibrium import (
     ActivationName,
+    ConvolutionalEquilibriumArchitecture,
     ConvolutionalEquilibriumClassifier,
     ConvolutionalEquilibriumClassifierConfig,
+    EquilibriumArchitecture,
     EquilibriumClassifier,
     EquilibriumClassifierConfig,
 )
 from lben.models.feedforward import (
     Block,
+    FeedforwardArchitecture,
     FeedforwardClassifier,
     FeedforwardClassifierConfig,
     Head,
@@ -19,18 +30,24 @@ from lben.models.feedforward import (
 
 __all__ = [
     "ActivationName",
+    "Architecture",
     "Block",
     "Bound",
     "CertifiedLogits",
     "Classifier",
     "ClassifierConfig",
+    "ConvolutionalEquilibriumArchitecture",
     "ConvolutionalEquilibriumClassifier",
     "ConvolutionalEquilibriumClassifierConfig",
+    "EquilibriumArchitecture",
     "EquilibriumClassifier",
     "EquilibriumClassifierConfig",
+    "FeedforwardArchitecture",
     "FeedforwardClassifier",
     "FeedforwardClassifierConfig",
     "Head",
+    "ImageTask",
+    "Images",
     "Promise",
     "Size",
     "published_architecture",

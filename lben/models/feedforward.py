@@ -1,17 +1,15 @@
-"""Which explicit 1-Lipschitz networks have a name, and what do they prove?"""
+"""Which feed-forward 1-Lipschitz networks have a name, and what do they prove?"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from lben.certificates import NetworkCertificate, compose
 from lben.layers import (
     AOLConv2d,
     AOLLinear,
@@ -32,10 +30,9 @@ from lben.layers import (
     SpectralConv2d,
     SpectralLinear,
 )
-from lben.layers.sequential import certified
-from lben.models.base import Bound, Classifier
-from lben.models.checks import check_channels, check_kernel, check_model
-from lben.radii.error_bounds import Stage
+from lben.models.base import Architecture, Classifier
+from lben.models.configuration import Images, ImageTask, check_channels, check_kernel, fields_of
+from lben.values import check_positive, conform
 
 Block = Literal["sll", "cpl", "aol", "spectral", "sandwich"]
 Head = Literal["rows", "orthonormal"]
@@ -48,8 +45,8 @@ _PUBLISHED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeedforwardClassifierConfig:
-    """An explicit network whose every layer is 1-Lipschitz on the normalised image.
+class FeedforwardArchitecture(Architecture):
+    """A network whose every layer is 1-Lipschitz on the normalised image, whatever its images are.
 
     The image is down-sampled, if asked for, and zero channels are appended; then come stages of
     convolutions with invertible down-sampling between them, norm-preserving pooling, dense layers
@@ -58,13 +55,9 @@ class FeedforwardClassifierConfig:
     et al. 2023).
 
     Attributes:
-        shape: channels, height, width.
-        classes: number of classes.
-        mean: per channel, subtracted from the pixels.
-        std: per channel, divides them; the bound in pixels is 1 / min(std).
-        block: family of all layers.
+        block: family of all layers: sll, cpl, aol, spectral or sandwich.
         stem: invertible down-sampling of the image before the first stage; 1 for none.
-        channels: of each stage.
+        channels: of each stage of convolutions.
         depths: convolutions of each stage.
         kernel_size: of the convolutions.
         conv_hidden: hidden channels of residual and sandwich convolutions.
@@ -73,12 +66,12 @@ class FeedforwardClassifierConfig:
         dense_hidden: hidden units of residual and sandwich dense layers.
         head: rows of the last layer, each normalised or orthonormal.
         core: hidden channels of a residual equilibrium convolution after the last stage, or 0.
+
+    Example:
+        >>> FeedforwardArchitecture(block="aol", channels=(32, 64), depths=(3, 3)).depths
+        (3, 3)
     """
 
-    shape: tuple[int, int, int]
-    classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     block: Block = "sll"
     stem: int = 1
     channels: tuple[int, ...] = (45,)
@@ -92,7 +85,8 @@ class FeedforwardClassifierConfig:
     core: int = 0
 
     def __post_init__(self) -> None:
-        check_model(self, "conv_hidden", "dense_hidden")
+        conform(self)
+        check_positive(self, "conv_hidden", "dense_hidden")
         check_kernel(self.kernel_size)
         if not self.channels or len(self.channels) != len(self.depths):
             raise ValueError(
@@ -109,29 +103,87 @@ class FeedforwardClassifierConfig:
                 f"depths must be at least 0, got {self.depths} and dense_depth {self.dense_depth}"
             )
 
+    @property
+    def supports(self) -> frozenset[str]:
+        return frozenset({"channels_last"} if self.core else {"channels_last", "autocast"})
+
+    def for_data(self, data: Images) -> FeedforwardClassifierConfig:
+        """Return the configuration of a classifier of such images, shifted by their mean only."""
+        task = {**fields_of(ImageTask, data), "std": (1.0,) * len(data.mean)}
+        return FeedforwardClassifierConfig(**fields_of(FeedforwardArchitecture, self), **task)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedforwardClassifierConfig(FeedforwardArchitecture, ImageTask):
+    """A classifier of images in [0, 1] whose every layer is 1-Lipschitz on the normalised image.
+
+    Its fields are those of `FeedforwardArchitecture` and `ImageTask`; its bound in pixels is
+    1 / min(std).
+
+    Example:
+        >>> config = FeedforwardClassifierConfig(
+        ...     shape=(1, 8, 8), classes=10, mean=(0.3,), std=(1.0,), channels=(4,), depths=(1,),
+        ...     dense_depth=1, dense_hidden=8
+        ... )
+        >>> config.build()(torch.rand(5, 1, 8, 8)).shape
+        torch.Size([5, 10])
+    """
+
+    def __post_init__(self) -> None:
+        FeedforwardArchitecture.__post_init__(self)
+        ImageTask.__post_init__(self)
+
+    @property
+    def architecture(self) -> FeedforwardArchitecture:
+        """The part that is not the data's."""
+        return FeedforwardArchitecture(**fields_of(FeedforwardArchitecture, self))
+
     def build(self) -> FeedforwardClassifier:
         """Return a freshly initialised model."""
         return FeedforwardClassifier(self)
 
 
-def published_architecture(size: Size) -> dict[str, Any]:
-    """Return the architecture of SLL Small, Medium, Large or X-Large as published.
+def published_architecture(size: Size) -> FeedforwardArchitecture:
+    """Return SLL Small, Medium, Large or X-Large as published.
 
-    Araujo, Havens, Delattre, Allauzen and Hu (2023), Table 2 and section 4: 3 × 3 convolutions with
-    5 hidden channels, 4 × 4 pooling, dense layers with 2048 hidden units, normalised rows.
+    3 × 3 convolutions with 5 hidden channels, 4 × 4 pooling, dense layers with 2048 hidden units,
+    normalised rows.
+
+    Args:
+        size: small, medium, large or xlarge.
+
+    Raises:
+        ValueError: for another size.
+
+    Reference:
+        Araujo, Havens, Delattre, Allauzen and Hu (2023), Table 2 and section 4.
+
+    Example:
+        >>> published_architecture("medium").depths
+        (30,)
     """
     if size not in _PUBLISHED:
         raise ValueError(f"size must be one of {', '.join(_PUBLISHED)}, got {size!r}")
     convolutions, dense, channels = _PUBLISHED[size]
-    return {
-        "block": "sll", "stem": 1, "channels": (channels,), "depths": (convolutions,),
-        "kernel_size": 3, "conv_hidden": 5, "pool": 4, "dense_depth": dense,
-        "dense_hidden": 2048, "head": "rows",
-    }  # fmt: skip
+    return FeedforwardArchitecture(
+        block="sll", stem=1, channels=(channels,), depths=(convolutions,), kernel_size=3,
+        conv_hidden=5, pool=4, dense_depth=dense, dense_hidden=2048, head="rows",
+    )  # fmt: skip
 
 
 class FeedforwardClassifier(Classifier):
-    """Normalisation, a chain of 1-Lipschitz layers and normalised logits."""
+    """Normalisation, a chain of 1-Lipschitz layers and normalised logits.
+
+    Example:
+        >>> import torch
+        >>> from lben import FeedforwardClassifierConfig
+        >>> model = FeedforwardClassifierConfig(
+        ...     shape=(3, 8, 8), classes=10, mean=(0.5,) * 3, std=(0.25,) * 3, channels=(6,),
+        ...     depths=(2,), dense_depth=1, dense_hidden=16,
+        ... ).build()
+        >>> model(torch.rand(2, 3, 8, 8)).shape, len(model.certificate().pairs)
+        (torch.Size([2, 10]), 10)
+    """
 
     def __init__(self, config: FeedforwardClassifierConfig) -> None:
         super().__init__(config.shape, config.mean, config.std)
@@ -142,30 +194,14 @@ class FeedforwardClassifier(Classifier):
             size = self.features(start).shape[1]
         self.head = NormalizedLinear(size, config.classes, kind=config.head)
 
-    def logits(self, x: Float[Tensor, "batch channels height width"]) -> Tensor:
-        return self.head(self.features(x))
+    @property
+    def stages(self) -> tuple[nn.Module, ...]:
+        return self.normalize, self.features, self.head
 
     @property
     def gamma(self) -> float | None:
         """‖Q‖₂ of the last layer, every other bound being 1."""
         return self.head.weights().gamma
-
-    @property
-    def bounds(self) -> tuple[Bound, ...]:
-        return ("promised",)
-
-    def _certificate(self, bound: Bound) -> NetworkCertificate:
-        """Prove every layer; the bound is the product of theirs, per pair of logits as well."""
-        layers = [*self.features.certificates(self.shape), self.head.certificate()]
-        return compose(layers, self.normalize.gain, self.head.pair_bounds().tolist())
-
-    def _certified(
-        self, x: Tensor, stage: Stage, certificate: NetworkCertificate
-    ) -> tuple[Tensor, Stage]:
-        *layers, head = certificate.layers
-        features, stage = self.features.certified(x, layers, stage)
-        found = certified(self.head, features, [head])
-        return found.value, stage.then(found, head.bound)
 
 
 def _features(config: FeedforwardClassifierConfig) -> Iterator[nn.Module]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lben.data import Dataset, load, pixels
-from lben.models import Classifier
+from lben.models import Architecture, Classifier
 from lben.parallel import Processes, processes, without_synchronisation
 from lben.progress import Progress
 from lben.radii.margin import check_labels
@@ -28,10 +28,21 @@ from lben.training.recipes import TrainingConfig, read
 
 
 class Interrupted(Exception):
-    """Training was stopped by Ctrl-C; the last checkpoint is whole."""
+    """Training was stopped by Ctrl-C; the last checkpoint is whole.
+
+    Example:
+        >>> issubclass(Interrupted, Exception)  # other than KeyboardInterrupt
+        True
+    """
 
 
-def train(config: TrainingConfig, *, resume: bool = False, overwrite: bool = False) -> Classifier:
+def train(
+    config: TrainingConfig[Architecture],
+    data: Dataset | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Classifier:
     """Train a model into the folder `config.out`, or continue there.
 
     Resuming after the k-th epoch gives bit for bit the weights of an uninterrupted run on the
@@ -42,21 +53,48 @@ def train(config: TrainingConfig, *, resume: bool = False, overwrite: bool = Fal
 
     Args:
         config: of the run.
+        data: of your own, in place of those that config.data names; `Dataset.from_tensors` makes
+            them of images and labels. The folder remembers their fingerprint.
         resume: continue the run in the folder.
         overwrite: start afresh where the folder already holds a run.
+
+    Returns:
+        The trained model, in eval mode on the device of the run.
 
     Raises:
         CheckpointError: if the folder already holds a run or a file of its name and neither resume
             nor overwrite is asked for, or holds none and resume is True, or its files are damaged,
-            or it cannot be made or written to, or something else is in the place of a file.
+            or it cannot be made or written to, or something else is in the place of a file, or the
+            run that is resumed was trained on other data.
         DataError: if the data cannot be read.
         Interrupted: on Ctrl-C, after which `resume` continues from the last whole checkpoint.
-        ValueError: if augmentation, batches or labels do not suit the data.
+        ValueError: if data is no `Dataset`, or augmentation, batches or labels do not suit it.
+
+    Example:
+        >>> import tempfile
+        >>> from lben.data import Dataset
+        >>> from lben.models import EquilibriumArchitecture
+        >>> from lben.training import TrainingConfig
+        >>> images = torch.arange(160, dtype=torch.uint8).reshape(10, 1, 4, 4)
+        >>> labels = torch.arange(10) % 2
+        >>> data = Dataset.from_tensors(images, labels, images, labels)
+        >>> config = TrainingConfig(
+        ...     model=EquilibriumArchitecture(hidden=4), epochs=2, out=tempfile.mkdtemp()
+        ... )
+        >>> train(config, data)(torch.rand(3, 1, 4, 4)).shape
+        torch.Size([3, 2])
     """
+    if not isinstance(data, Dataset | None):
+        raise ValueError(
+            f"data of your own must be a Dataset, got a {type(data).__name__}: make one with "
+            "lben.data.Dataset.from_tensors"
+        )
     with processes(config.device) as team:
         folder = Path(config.out)
         checkpoints.check_folder(folder, checkpoints.RUN, fresh=not (resume or overwrite))
-        run = _start(config, team)
+        if resume:
+            _check_same_data(folder, data)
+        run = _start(config, team, data)
         done = _open(run, resume)
         try:
             _fit(run, done)
@@ -75,30 +113,98 @@ def train(config: TrainingConfig, *, resume: bool = False, overwrite: bool = Fal
         return run.model.eval()
 
 
-def resume(folder: Path | str, *, root: str | None = None) -> Classifier:
+def resume(
+    folder: Path | str, data: Dataset | None = None, *, root: str | None = None
+) -> Classifier:
     """Continue the run in a folder with the configuration stored there.
 
     Args:
         folder: of the run.
+        data: those of your own that the run was started with; None if it was started without.
         root: another place of the data files, if they have moved.
+
+    Returns:
+        The trained model, as `train` returns it.
+
+    Raises:
+        CheckpointError: if the folder holds no run, or none of these data, or is damaged.
+        DataError, Interrupted: as `train` does.
+
+    Example:
+        >>> import tempfile
+        >>> from lben.models import EquilibriumArchitecture
+        >>> from lben.training import TrainingConfig
+        >>> folder = tempfile.mkdtemp()
+        >>> model = EquilibriumArchitecture(hidden=4)
+        >>> config = TrainingConfig(model=model, epochs=1, batch_size=500, out=folder)
+        >>> trained, again = train(config), resume(folder)  # is done: the same weights
+        >>> torch.equal(trained.layer.parameterization.C, again.layer.parameterization.C)
+        True
     """
-    _, record = checkpoints.load_config(folder)
+    model, record = checkpoints.load_config(folder)
+    record.pop(OWN_DATA, None)
     try:
-        config = read(record)
+        config = read(record, model)
     except (TypeError, ValueError) as error:
         raise checkpoints.CheckpointError(
             f"{Path(folder) / checkpoints.CONFIG} lacks a field or has one too many: {error}"
         ) from error
-    return train(replace(config, out=str(folder), root=root or config.root), resume=True)
+    moved = replace(config, out=str(folder), root=root or config.root)
+    return train(moved, data, resume=True)
+
+
+OWN_DATA = "own_data"
+"""What config.json calls data that were given to `train`: their name and fingerprint."""
+
+
+def _recorded(config: TrainingConfig[Architecture], own: Dataset | None) -> dict[str, Any]:
+    """Return how a run is trained, for config.json; its model stands there beside it."""
+    record = encode(config)
+    del record["model"]
+    if own is not None:
+        for name in ("data", "root", "download"):
+            del record[name]
+        record[OWN_DATA] = {"name": own.name, "fingerprint": own.fingerprint}
+    return record
+
+
+def _check_same_data(folder: Path, own: Dataset | None) -> None:
+    """Refuse to continue a run on other data than it was started with.
+
+    Raises:
+        CheckpointError: saying which data are expected.
+    """
+    _, record = checkpoints.load_config(folder)
+    stored = record.get(OWN_DATA)
+    if stored is None and own is not None:
+        raise checkpoints.CheckpointError(
+            f"{folder} holds a run on {record.get('data')}, which it reads itself: continue it "
+            "without data of your own"
+        )
+    if stored is None:
+        return
+    wanted = f"{stored['name']!r}, fingerprint {stored['fingerprint'][:12]}…"
+    if own is None:
+        raise checkpoints.CheckpointError(
+            f"{folder} holds a run on data of your own ({wanted}), which it does not keep: "
+            "continue it in Python with lben.training.resume(folder, data)"
+        )
+    if own.fingerprint != stored["fingerprint"]:
+        raise checkpoints.CheckpointError(
+            f"{folder} holds a run on other data: expected {wanted}, got {own.name!r}, fingerprint "
+            f"{own.fingerprint[:12]}…. Give the very tensors and statistics that it was started "
+            "with, in the same order, or train anew"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Run:
     """What is trained, on what, by what."""
 
-    config: TrainingConfig
+    config: TrainingConfig[Architecture]
     team: Processes
     data: Dataset
+    own_data: bool
     model: Classifier
     replica: nn.Module
     optimizer: torch.optim.Optimizer
@@ -116,19 +222,22 @@ class _Run:
         checkpoints.save_training(self.folder, self.model, self.optimizer, epoch, self.ema)
 
 
-def _start(config: TrainingConfig, team: Processes) -> _Run:
-    with team.in_turn():  # the first process downloads
-        data = load(config.data, config.root, download=config.download)
+def _start(config: TrainingConfig[Architecture], team: Processes, own: Dataset | None) -> _Run:
+    data = own
+    if data is None:
+        with team.in_turn():  # the first process downloads
+            data = load(config.data, config.root, download=config.download)
     config.check(data)
     team.check_batches(len(data.train_labels), config.batch_size)
     torch.manual_seed(config.seed)
-    model = config.model(data).build().to(team.device)
+    model = config.model.for_data(data).build().to(team.device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return _Run(
         config=config,
         team=team,
         data=data,
+        own_data=own is not None,
         model=model,
         replica=team.replicate(model),
         optimizer=config.optimizer.build(model),
@@ -146,7 +255,8 @@ def _open(run: _Run, resume: bool) -> int:
     if run.team.first:
         if not resume:
             with checkpoints.open_folder(folder):
-                checkpoints.save_config(folder, run.config.model(run.data), encode(run.config))
+                own = run.data if run.own_data else None
+                checkpoints.save_config(folder, run.model.config, _recorded(run.config, own))
                 run.save(0)
             for name in (checkpoints.METRICS, checkpoints.MODEL, checkpoints.CERTIFICATE):
                 (folder / name).unlink(missing_ok=True)  # of a run that stood here
@@ -169,7 +279,7 @@ def _fit(run: _Run, done: int) -> None:
     total = config.epochs * run.steps_per_epoch
     writer = _tensorboard(run.folder) if team.first else None
     progress = Progress(
-        total, f"train {config.data}", "steps", team.quiet, initial=done * run.steps_per_epoch
+        total, f"train {run.data.name}", "steps", team.quiet, initial=done * run.steps_per_epoch
     )
     with progress:
         for epoch in range(done, config.epochs):
@@ -231,7 +341,7 @@ def _step(run: _Run, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _batches(
-    images: Tensor, labels: Tensor, config: TrainingConfig, epoch: int
+    images: Tensor, labels: Tensor, config: TrainingConfig[Architecture], epoch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     generator = torch.Generator("cpu").manual_seed(config.seed * 1_000_003 + epoch)
@@ -248,7 +358,25 @@ def _test_error(run: _Run) -> float:
 
 @torch.no_grad()
 def error_rate(model: nn.Module, data: Dataset, batch: int = 2000) -> float:
-    """Return the share of test images that the model misclassifies."""
+    """Return the share of test images that the model misclassifies.
+
+    Args:
+        model: images in [0, 1] to logits; it is put into eval mode.
+        data: whose test images are taken.
+        batch: images at once.
+
+    Returns:
+        A share in [0, 1].
+
+    Example:
+        >>> class Zero(nn.Linear):
+        ...     def forward(self, x):
+        ...         return torch.eye(2)[torch.zeros(len(x), dtype=torch.long)]
+        >>> images, labels = torch.arange(64, dtype=torch.uint8).reshape(4, 1, 4, 4), [0, 1, 1, 1]
+        >>> data = Dataset.from_tensors(images, torch.tensor(labels), images, torch.tensor(labels))
+        >>> error_rate(Zero(1, 1), data)
+        0.75
+    """
     model.eval()
     parameter = next(model.parameters())
     wrong = 0

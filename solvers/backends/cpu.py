@@ -18,7 +18,7 @@ from solvers.backends.step import Iteration, Outcome, Request, materialize, slop
 from solvers.inclusion import Inclusion
 from solvers.native import Build, build
 from solvers.operators import DenseOperator
-from solvers.operators.dense import DenseMap
+from solvers.operators.matrix import DenseMap
 
 _KINDS = {torch.float32: "float", torch.float64: "double"}
 

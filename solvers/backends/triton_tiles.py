@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from solvers.backends.step import STALL, Iteration, materialize, slope_coefficients
 from solvers.inclusion import Inclusion
 from solvers.operators import DenseOperator
-from solvers.operators.dense import DenseMap
+from solvers.operators.matrix import DenseMap
 
 
 def is_interpreted() -> bool:

@@ -17,7 +17,7 @@ from solvers.methods.iteration import Splitting, State
 from solvers.methods.splitting import PeacemanRachford
 from solvers.methods.step_size import JacobiDeterminant, StepSizeRule, choose_step_size
 from solvers.operators import DenseOperator
-from solvers.operators.dense import DenseMap
+from solvers.operators.matrix import DenseMap
 
 _LOWER = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -110,7 +110,7 @@ class PeacemanRachford(SteppedSplitting):
         # The point u = −αv has resolvent 0, so ū = αv: a cold start needs no product. At the
         # solution ū = z + α(Wz + v − z), so a z0 near the solution gives a ū near its ū.
         x = alpha_v.clone() if z0 is None else z0 + alpha * (operator.affine(z0, v) - z0)
-        if map_.is_dear:
+        if map_.is_expensive:
             apply = backends.reflect_sum(problem, alpha, alpha_v)
             apply = apply or (lambda u: reflect(u).add_(alpha_v))
             return State(x, map_, alpha_v, apply, torch.empty_like(x))

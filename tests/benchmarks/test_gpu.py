@@ -168,8 +168,9 @@ from benchmarks import gpu_images
 gpu_images.convolutions
 from benchmarks.gpu_speed import torchdeq
 print(torchdeq(8, 4, "cpu"))
-from lben.training.recipes import decode, TrainingConfig, EquilibriumTraining
-print(EquilibriumTraining(hidden=8).lr)
+from lben.models import EquilibriumArchitecture
+from lben.training.recipes import decode, TrainingConfig
+print(TrainingConfig(model=EquilibriumArchitecture(hidden=8)).lr)
 """
     ended = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False

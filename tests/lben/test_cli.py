@@ -1,5 +1,6 @@
 """The terminal: one line and the next step for every error, any encoding, and strict files."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -12,10 +13,21 @@ import pytest
 import torch
 
 from lben import cli
-from lben.evaluation.accuracy import Report
+from lben.data import load
+from lben.evaluation.accuracy import Report, evaluate
 from lben.evaluation.proofs import Certification
+from lben.models import (
+    ConvolutionalEquilibriumArchitecture,
+    EquilibriumArchitecture,
+    FeedforwardArchitecture,
+)
 from lben.training import checkpoints, train
-from lben.training.recipes import EquilibriumTraining
+from lben.training.augmentation import Augmentation
+from lben.training.losses import EMMA, CrossEntropy
+from lben.training.optimization import SGD, PiecewiseLinear, WarmupCosine
+from lben.training.recipes import read
+from tests.lben import runs
+from tests.lben.runs import config, equilibrium
 
 QUICK = ["--hidden", "5", "--epochs", "1", "--batch-size", "500"]
 FILES = [
@@ -30,7 +42,7 @@ SHORT = {
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    train(EquilibriumTraining(out=folder, hidden=5, epochs=1, batch_size=500, gamma=None))
+    train(equilibrium(out=folder, hidden=5, epochs=1, batch_size=500, gamma=None))
     return folder
 
 
@@ -296,8 +308,8 @@ def test_cuda_where_there_is_none(tmp_path, capsys, monkeypatch):
         ("config.json", b"", "is truncated or corrupt"),
         ("config.json", b"\xff\xfe", "is truncated or corrupt"),
         ("config.json", b"[1]", "has checkpoint format None"),
-        ("config.json", b'{"format": 1}', "has checkpoint format 1"),
-        ("config.json", b'{"format": 2}', "lacks a field"),
+        ("config.json", b'{"format": 2}', "has checkpoint format 2"),
+        ("config.json", b'{"format": 3}', "lacks a field"),
         ("config.json", b"[" * 100000, "is truncated or corrupt"),
         ("config.json", None, "no checkpoint in"),
         ("model.safetensors", b"", "is truncated or corrupt"),
@@ -453,3 +465,129 @@ def test_a_reader_that_went_away_is_no_error(run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", Gone())
     assert cli.main(["evaluate", str(run), *SHORT["evaluate"].split()]) == 1
     assert "lben:" not in capsys.readouterr().err
+
+
+def test_ctrl_c_on_the_command_line_exits_with_130(tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(WarmupCosine, "__call__", stop)
+    folder = tmp_path / "cli"
+    assert cli.main(["train", "--out", str(folder), "--hidden", "5", "--epochs", "1"]) == 130
+    assert "the last checkpoint is whole" in capsys.readouterr().err
+
+
+def test_train_resume_and_evaluate_on_the_command_line(tmp_path, capsys):
+    folder = str(tmp_path / "run")
+    train_words = ["train", "--out", folder, "--hidden", "5", "--epochs", "1"]
+    assert cli.main(train_words) == 0
+    assert "next: lben evaluate" in capsys.readouterr().out
+    assert cli.main(train_words) == 1
+    assert "already holds a run" in capsys.readouterr().err
+    assert cli.main(["resume", folder]) == 0
+    words = ["--pairs", "100", "--ascent-pairs", "3", "--ascent-steps", "3",
+             "--attack-samples", "5", "--radii", "0", "0.5"]  # fmt: skip
+    assert cli.main(["evaluate", folder, *words]) == 0
+    out = capsys.readouterr().out
+    assert "violations         0" in out
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["radii"] == [0.0, 0.5]
+    assert (tmp_path / "run" / "robustness.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_choices_on_the_command_line_reach_the_recipe(tmp_path, capsys):
+    folder = str(tmp_path / "run")
+    words = f"train --out {folder} --hidden 5 --epochs 1 --batch-size 300 --ema 0.9 --accumulate 2"
+    choices = (
+        "loss:emma --loss.radius 0.5 --loss.bound 3.2 optimizer:sgd --optimizer.momentum 0.8 "
+        "schedule:piecewise-linear --shift 1 --reflect"
+    )
+    assert cli.main([*words.split(), *choices.split()]) == 0
+    model, record = checkpoints.load_config(folder)
+    assert read(record, model) == equilibrium(
+        out=folder, hidden=5, epochs=1, batch_size=300, ema=0.9, accumulate=2,
+        loss=EMMA(radius=0.5, bound=3.2), optimizer=SGD(momentum=0.8),
+        schedule=PiecewiseLinear(), augmentation=Augmentation(shift=1, reflect=True),
+    )  # fmt: skip
+
+
+def test_options_of_a_default_choice_need_not_name_it(tmp_path):
+    words = f"train --out {tmp_path} --hidden 5 --epochs 1 --loss.offset 0.5 --schedule.warmup 0.3"
+    assert cli.main(words.split()) == 0
+    model, record = checkpoints.load_config(tmp_path)
+    assert read(record, model).loss == CrossEntropy(offset=0.5)
+    assert read(record, model).schedule == WarmupCosine(warmup=0.3)
+
+
+def test_the_help_names_the_choices(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    out = capsys.readouterr().out
+    for word in ("loss:emma", "optimizer:sgd", "schedule:piecewise-linear", "--shift", "--gamma"):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluate", "nowhere"], "no checkpoint in nowhere"),
+        (["train", "--data", "mnist", "--out", "x"], "mnist is read from files"),
+        (["train", "--data", "mnist", "--root", "nowhere", "--out", "x"], "missing train-images"),
+        (["train", "--gamma", "-1", "--out", "x"], "gamma must be a positive"),
+        (["train", "--tol", "1e-9", "--out", "x"], "below what torch.float32 can hold"),
+        (["train", "--epochs", "0", "--out", "x"], "epochs must be positive"),
+    ],
+)
+def test_errors_are_one_line(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == 1
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("lben:")]
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_demo_starts_afresh_and_writes_everything(tmp_path, capsys):
+    train(config(tmp_path, epochs=1, hidden=5))
+    assert cli.main(["demo", "--out", str(tmp_path), "--epochs", "2"]) == 0
+    assert "certificate.json, report.json, robustness.png" in capsys.readouterr().out
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_convolutional_run_learns_and_is_evaluated(tmp_path):
+    folder = str(tmp_path / "conv")
+    words = ["train-conv", "--channels", "6", "--pool", "2", "--epochs", "4", "--lr", "0.02"]
+    assert cli.main([*words, "--out", folder, "--gamma", "2", "--batch-size", "64"]) == 0
+    model = checkpoints.load_model(folder)
+    report = evaluate(model, load("digits"), runs.SHORT)
+    assert report.clean_accuracy > 0.7
+    assert report.violations == 0
+    assert report.certified_accuracy[1] <= report.pgd_accuracy[1]
+
+
+def test_data_of_ones_own_are_asked_for_in_python(tmp_path, capsys):
+    train(config(tmp_path, epochs=1, hidden=5), runs.stripes(name="stripes"))
+    before = contents(tmp_path)
+    for command, words in {
+        "resume": "continue it in Python with lben.training.resume(folder, data)",
+        "evaluate": "data of your own ('stripes'), which it does not keep",
+        "certify": "data of your own ('stripes'), which it does not keep",
+    }.items():
+        assert cli.main([command, str(tmp_path)]) == 1
+        assert words in one_line(capsys)
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 1
+    assert "holds a run on data of your own, which the demo would replace" in one_line(capsys)
+    assert contents(tmp_path) == before
+
+
+def test_every_option_of_an_architecture_is_an_option_of_the_command_line(capsys):
+    for command, architecture in {
+        "train": EquilibriumArchitecture,
+        "train-conv": ConvolutionalEquilibriumArchitecture,
+        "train-feedforward": FeedforwardArchitecture,
+    }.items():
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        out = capsys.readouterr().out
+        for field in dataclasses.fields(architecture):
+            assert f"--{field.name.replace('_', '-')} " in out.replace(",", " ")

@@ -19,7 +19,7 @@ from lben.evaluation.proofs import CertificationConfig, certify_model
 from lben.models import EquilibriumClassifierConfig
 from lben.parallel import Processes, is_first, processes
 from lben.training import checkpoints, train
-from lben.training.recipes import EquilibriumTraining
+from tests.lben.runs import equilibrium
 
 ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
@@ -167,7 +167,7 @@ EVALUATE = (
 def test_two_processes_certify_and_attack_what_one_does(tmp_path):
     """Exactly, as no attack starts at random; the pairs and their largest quotient are others."""
     folder = tmp_path / "run"
-    train(EquilibriumTraining(out=str(folder), gamma=4.0, epochs=3, hidden=16, lr=0.02))
+    train(equilibrium(out=str(folder), gamma=4.0, epochs=3, hidden=16, lr=0.02))
     found = {}
     for count in (1, 2):
         for words, file in ((CERTIFY, "certification.json"), (EVALUATE, "report.json")):

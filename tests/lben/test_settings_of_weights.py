@@ -151,7 +151,7 @@ def test_settings_are_seen_in_whatever_holds_them(change, kind, grad):
         torch.testing.assert_close(after, layer(x).detach(), rtol=0, atol=0)
     assert not torch.equal(before, after)
     with pytest.raises(CertificateError, match="other weights"):
-        layer.check(old, x) if kind == "SLL" else layer.certified(x, old)
+        layer.check(old, x) if kind == "SLL" else layer.forward_with_error(x, old)
 
 
 def test_a_global_number_of_a_function_is_seen(monkeypatch):

@@ -10,26 +10,28 @@ import torch
 from lben.evaluation.accuracy import EvaluationConfig
 from lben.evaluation.proofs import CertificationConfig
 from lben.models import (
+    ConvolutionalEquilibriumArchitecture,
     ConvolutionalEquilibriumClassifierConfig,
+    EquilibriumArchitecture,
     EquilibriumClassifierConfig,
+    FeedforwardArchitecture,
     FeedforwardClassifierConfig,
+    ImageTask,
 )
-from lben.records import encode, from_json, strict, to_json
+from lben.records import encode, to_json
 from lben.training.augmentation import Augmentation
 from lben.training.losses import EMMA, CrossEntropy, Hinge
 from lben.training.optimization import SGD, Adam, AdamW, WarmupCosine
-from lben.training.recipes import (
-    ConvolutionalEquilibriumTraining,
-    EquilibriumTraining,
-    FeedforwardTraining,
-)
+from lben.training.recipes import TrainingConfig
+from tests.lben.runs import equilibrium
 
 IMAGES = {"shape": (1, 4, 4), "classes": 3, "mean": (0.25,), "std": (0.5,)}
+DENSE = EquilibriumArchitecture()
 NAMES = (
-    "Adam AdamW Augmentation CertificationConfig ConvolutionalEquilibriumClassifierConfig "
-    "ConvolutionalEquilibriumTraining CrossEntropy EMMA EquilibriumClassifierConfig "
-    "EquilibriumTraining EvaluationConfig Hinge FeedforwardClassifierConfig FeedforwardTraining "
-    "SGD WarmupCosine"
+    "Adam AdamW Augmentation CertificationConfig ConvolutionalEquilibriumArchitecture "
+    "ConvolutionalEquilibriumClassifierConfig CrossEntropy EMMA EquilibriumArchitecture "
+    "EquilibriumClassifierConfig EvaluationConfig FeedforwardArchitecture "
+    "FeedforwardClassifierConfig Hinge ImageTask SGD TrainingConfig WarmupCosine"
 )
 CLASSES = {name: globals()[name] for name in NAMES.split()}
 ODD = {  # what users have at hand, and the plain value that it stands for
@@ -47,9 +49,11 @@ ODD = {  # what users have at hand, and the plain value that it stands for
 def test_values_of_other_libraries_become_plain(given):
     half, three, two, true = given
     made = [
-        EquilibriumTraining(out=Path("a/b"), gamma=half, epochs=three, feedthrough=true, lr=half),
-        ConvolutionalEquilibriumTraining(channels=[three, 4], circular=true),
-        FeedforwardTraining(channels=np.array([8]), depths=[three]),
+        TrainingConfig(model=DENSE, out=Path("a/b"), epochs=three, autocast=not true, lr=half),
+        EquilibriumArchitecture(gamma=half, feedthrough=true),
+        ConvolutionalEquilibriumArchitecture(channels=[three, 4], circular=true),
+        FeedforwardArchitecture(channels=np.array([8]), depths=[three]),
+        ImageTask(**{**IMAGES, "mean": two[:1], "std": [half]}),
         EquilibriumClassifierConfig(**{**IMAGES, "mean": two[:1], "std": [half]}, hidden=three),
         FeedforwardClassifierConfig(**{**IMAGES, "shape": [1, 4, 4]}, depths=[three]),
         ConvolutionalEquilibriumClassifierConfig(**IMAGES, channels=[three]),
@@ -69,34 +73,48 @@ def test_values_of_other_libraries_become_plain(given):
         assert eval(repr(config), dict(CLASSES)) == config
         to_json(encode(config))
     assert made[0].out == str(Path("a/b"))
-    assert made[0].gamma == 0.5
+    assert made[1].gamma == 0.5
     assert made[-1].contrast == (0.5, 0.75)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: EquilibriumTraining(epochs="3"), r"epochs must be an integer, got '3' \(str\)"),
-        (lambda: EquilibriumTraining(epochs=2.0), "epochs must be an integer, got 2.0"),
-        (lambda: EquilibriumTraining(epochs=True), "epochs must be an integer, got True"),
-        (lambda: EquilibriumTraining(lr="0.1"), "lr must be a number, got '0.1'"),
-        (lambda: EquilibriumTraining(lr=torch.tensor([0.1])), "lr must be a number"),
-        (lambda: EquilibriumTraining(lr=float("nan")), "lr must be positive and finite, got nan"),
-        (lambda: EquilibriumTraining(lr=10**400), "lr must be a number"),
-        (lambda: EquilibriumTraining(gamma="1"), "gamma must be a number or None, got '1'"),
-        (lambda: EquilibriumTraining(gamma=-1.0), "gamma must be a positive"),
-        (lambda: EquilibriumTraining(gamma=float("inf")), "gamma must be a positive"),
-        (lambda: EquilibriumTraining(feedthrough=1), "feedthrough must be True or False, got 1"),
-        (lambda: EquilibriumTraining(activation="sigmoid"), "activation must be one of relu, "),
-        (lambda: EquilibriumTraining(data="imagenet"), "data must be one of digits, mnist"),
-        (lambda: EquilibriumTraining(loss="hinge"), "loss must be a CrossEntropy or a Hinge or"),
-        (lambda: EquilibriumTraining(optimizer=SGD), "optimizer must be a AdamW or"),
-        (lambda: EquilibriumTraining(out=3), r"out must be text, got 3 \(int\)"),
-        (lambda: EquilibriumTraining(out=""), "out must name the folder"),
-        (lambda: EquilibriumTraining(seed=2**62), r"seed must be an integer below 2\^40"),
-        (lambda: ConvolutionalEquilibriumTraining(channels=()), "channels must be positive"),
-        (lambda: ConvolutionalEquilibriumTraining(channels="12"), "channels must be a tuple"),
-        (lambda: ConvolutionalEquilibriumTraining(channels=8), "channels must be a tuple"),
+        (
+            lambda: equilibrium(epochs="3"),
+            r"epochs must be an integer, got '3' \(str\)",
+        ),
+        (lambda: equilibrium(epochs=2.0), "epochs must be an integer, got 2.0"),
+        (lambda: equilibrium(epochs=True), "epochs must be an integer, got True"),
+        (lambda: equilibrium(lr="0.1"), "lr must be a number, got '0.1'"),
+        (lambda: equilibrium(lr=torch.tensor([0.1])), "lr must be a number"),
+        (
+            lambda: equilibrium(lr=float("nan")),
+            "lr must be positive and finite, got nan",
+        ),
+        (lambda: equilibrium(lr=10**400), "lr must be a number"),
+        (lambda: EquilibriumArchitecture(gamma="1"), "gamma must be a number or None, got '1'"),
+        (lambda: EquilibriumArchitecture(gamma=-1.0), "gamma must be a positive"),
+        (lambda: EquilibriumArchitecture(gamma=float("inf")), "gamma must be a positive"),
+        (
+            lambda: EquilibriumArchitecture(feedthrough=1),
+            "feedthrough must be True or False, got 1",
+        ),
+        (lambda: EquilibriumArchitecture(activation="sigmoid"), "activation must be one of relu, "),
+        (lambda: equilibrium(data="imagenet"), "data must be one of digits, mnist"),
+        (
+            lambda: equilibrium(loss="hinge"),
+            "loss must be a CrossEntropy or a Hinge or",
+        ),
+        (lambda: equilibrium(optimizer=SGD), "optimizer must be a AdamW or"),
+        (lambda: equilibrium(out=3), r"out must be text, got 3 \(int\)"),
+        (lambda: equilibrium(out=""), "out must name the folder"),
+        (lambda: equilibrium(seed=2**62), r"seed must be an integer below 2\^40"),
+        (lambda: TrainingConfig(model=IMAGES), "model must be the architecture .*, got dict"),
+        (lambda: TrainingConfig(model=ImageTask(**IMAGES)), "got ImageTask"),
+        (lambda: ConvolutionalEquilibriumArchitecture(channels=()), "channels must be positive"),
+        (lambda: ConvolutionalEquilibriumArchitecture(channels="12"), "channels must be a tuple"),
+        (lambda: ConvolutionalEquilibriumArchitecture(channels=8), "channels must be a tuple"),
         (lambda: Augmentation(contrast=(1.0,)), "contrast must be a tuple of 2"),
         (lambda: EvaluationConfig(radii="0.5"), "radii must be a tuple"),
         (lambda: EvaluationConfig(radii=(0.5, True)), "radii must be a tuple"),
@@ -110,90 +128,3 @@ def test_values_of_other_libraries_become_plain(given):
 def test_other_kinds_are_refused_by_name(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"shape": (4, 4)}, "shape must be a tuple of 3, every entry an integer"),
-        ({"shape": (0, 4, 4)}, "shape must be positive"),
-        ({"shape": (1.0, 4, 4)}, "shape must be a tuple of 3"),
-        ({"shape": (3, 4, 4)}, "mean must have one number for each of the 3 channels"),
-        ({"std": (0.5, 0.5)}, "std must have one number for each of the 1 channels"),
-        ({"std": (0.0,)}, "std must be positive"),
-        ({"std": (float("nan"),)}, "std must be positive"),
-        ({"mean": (float("nan"),)}, "mean must be finite"),
-        ({"classes": 1}, "classes must be at least 2, got 1"),
-        ({"classes": True}, "classes must be an integer"),
-    ],
-)
-@pytest.mark.parametrize(
-    "kind",
-    [
-        EquilibriumClassifierConfig, ConvolutionalEquilibriumClassifierConfig,
-        FeedforwardClassifierConfig,
-    ],
-)  # fmt: skip
-def test_images_and_classes_must_fit(kind, changes, message):
-    with pytest.raises(ValueError, match=message):
-        kind(**{**IMAGES, **changes})
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: EquilibriumClassifierConfig(**IMAGES, hidden=0), "hidden must be positive"),
-        (lambda: EquilibriumClassifierConfig(**IMAGES, max_steps=0), "max_steps must be positive"),
-        (lambda: EquilibriumClassifierConfig(**IMAGES, gamma=0), "gamma must be a positive"),
-        (lambda: ConvolutionalEquilibriumClassifierConfig(**IMAGES, kernel_size=2), "be odd"),
-        (lambda: ConvolutionalEquilibriumClassifierConfig(**IMAGES, channels=(4, 0)), "channels"),
-        (lambda: FeedforwardClassifierConfig(**IMAGES, dense_hidden=0), "dense_hidden must be pos"),
-        (lambda: FeedforwardClassifierConfig(**IMAGES, head="columns"), "head must be one of rows"),
-    ],
-)
-def test_sizes_of_models_are_checked_at_construction(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
-# --- strict JSON ------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Inner:
-    bound: float
-    name: str = "a"
-
-
-@dataclasses.dataclass(frozen=True)
-class Outer:
-    parts: tuple[Inner, ...]
-    pair: tuple[float, int]
-    maybe: float | None
-    rows: tuple[tuple[float, ...], ...] | None = None
-    words: dict[str, str] = dataclasses.field(default_factory=dict)
-
-
-def test_what_is_not_finite_is_null_and_infinite_again():
-    inf = float("inf")
-    value = Outer((Inner(inf), Inner(1.5, "β")), (inf, 2), None, ((0.0, inf),), {"k": "v"})
-    text = to_json(value)
-    assert "Infinity" not in text
-    assert strict(value)["parts"][0] == {"bound": None, "name": "a"}
-    assert strict({"nan": float("nan"), 1: [np.float64(inf)]}) == {"nan": None, "1": [None]}
-    assert from_json(Outer, text) == value
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "", "[]", "null", '{"parts": []}', '{"parts": 1, "pair": [1, 2], "maybe": 1}',
-        '{"parts": [], "pair": [1], "maybe": 1}', '{"parts": [], "pair": [1, 2.5], "maybe": 1}',
-        '{"parts": [], "pair": [1, true], "maybe": 1}',
-        '{"parts": [{"bound": "1"}], "pair": [1, 2], "maybe": 1}',
-        '{"parts": [], "pair": [1, 2], "maybe": 1, "colour": 1}',
-    ],
-)  # fmt: skip
-def test_text_that_is_no_record_is_refused(text):
-    with pytest.raises(ValueError):
-        from_json(Outer, text)

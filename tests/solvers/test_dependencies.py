@@ -22,7 +22,7 @@ from solvers import (
     solve,
 )
 from solvers.dependencies import Snapshot, are_identical, collect_dependencies, must_not_cache
-from solvers.operators import base
+from solvers.operators import memo
 from tests.problems import (
     block_triangular_operator,
     convolution_operator,
@@ -129,7 +129,7 @@ def test_a_solve_reports_the_residual_of_the_weights_as_they_are():
 
 def test_a_lookup_within_a_solve_compares_nothing(monkeypatch):
     looks = []
-    monkeypatch.setattr(base, "are_identical", lambda *_: looks.append(1) or True)
+    monkeypatch.setattr(memo, "are_identical", lambda *_: looks.append(1) or True)
     W = monotone_operator(5)
     W.constants()
     looks.clear()

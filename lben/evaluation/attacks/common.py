@@ -109,6 +109,17 @@ def freeze(model: nn.Module) -> Iterator[None]:
     """Switch off parameter gradients, so that layers reuse their factors while inputs move.
 
     Blocks may overlap, also in several threads: a parameter is as it was once the last has ended.
+
+    Args:
+        model: whose parameters get no gradient within the block.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> with freeze(model):
+        ...     print(model.weight.requires_grad)
+        False
+        >>> model.weight.requires_grad
+        True
     """
     parameters = list(model.parameters())
     with _lock:

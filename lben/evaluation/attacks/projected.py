@@ -62,6 +62,16 @@ def pgd_l2(
     Raises:
         ValueError: for images outside `bounds`, not finite or not of floating point, labels that
             are no classes, a radius below 0 or not finite, steps or restarts below 1.
+
+    Reference:
+        Madry, Makelov, Schmidt, Tsipras and Vladu (2018), section 2.
+
+    Example:
+        >>> model = nn.Linear(2, 2, bias=False)
+        >>> _ = nn.init.eye_(model.weight)  # the larger input wins: (0.6, 0.4) is 0.141 away
+        >>> x, labels = torch.tensor([[0.6, 0.4]]), torch.tensor([0])
+        >>> [pgd_l2(model, x, labels, radius)[1].item() for radius in (0.13, 0.15)]
+        [False, True]
     """
     ball, worst, model, labels = _prepared(model, x, labels, radius, bounds, steps, restarts)
     for point in ball.starts(restarts, generator):
@@ -91,8 +101,26 @@ def apgd_l2(
     APGD of Croce and Hein (2020), section 3: momentum 0.75, first step twice the radius, halved
     for each image at checkpoints where it has not paid, with a restart from the best point.
 
-    Args, Returns, Raises:
+    Args:
+        model, x, labels, radius, restarts, generator, bounds: as in `pgd_l2`.
+        steps: of each run.
+
+    Returns:
         As `pgd_l2`.
+
+    Raises:
+        ValueError: as `pgd_l2`.
+
+    Reference:
+        Croce and Hein (2020), Algorithm 1.
+
+    Example:
+        >>> model = nn.Linear(2, 2, bias=False)
+        >>> _ = nn.init.eye_(model.weight)
+        >>> x, labels = torch.tensor([[0.6, 0.4]]), torch.tensor([0])
+        >>> point, broken = apgd_l2(model, x, labels, 0.15)
+        >>> broken.item(), bool((point - x).norm() <= 0.15)
+        (True, True)
     """
     ball, worst, model, labels = _prepared(model, x, labels, radius, bounds, steps, restarts)
     for point in ball.starts(restarts, generator):
@@ -123,6 +151,16 @@ def across_the_boundary(
     Raises:
         ValueError: for images of different shapes, not finite or not of floating point, or a
             distance or number of steps that is not positive.
+
+    Example:
+        >>> model = nn.Linear(2, 2, bias=False).double()
+        >>> _ = nn.init.eye_(model.weight)
+        >>> a, b = torch.tensor([[1.0, 0.0]]).double(), torch.tensor([[0.0, 1.0]]).double()
+        >>> near, across = across_the_boundary(model, a, b)
+        >>> model(near).argmax(1).item(), model(across).argmax(1).item()
+        (0, 1)
+        >>> round(float((near - across).norm()), 4)
+        0.001
     """
     a, b = own(a), own(b)
     if a.shape != b.shape:
@@ -192,12 +230,23 @@ def auto_attack(
 
     It takes images in [0, 1] and nothing else.
 
+    Args:
+        model, x, labels, radius: as in `pgd_l2`.
+        batch: images that are attacked at once.
+
     Returns:
         Its images, and which of them are misclassified.
 
     Raises:
         ImportError: if the package `autoattack` is missing.
         ValueError: as `pgd_l2`.
+
+    Example:
+        >>> model, x = nn.Linear(2, 2), torch.rand(1, 2)
+        >>> auto_attack(model, x, torch.tensor([7]), 0.1)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        ValueError: labels must lie in [0, 2), got values from 7 to 7...
     """
     ball, _, model, labels = _prepared(model, x, labels, radius, (0.0, 1.0), batch, 1)
     if importlib.util.find_spec("autoattack") is None:

@@ -25,7 +25,17 @@ from lben.values import plain
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pairs:
-    """Pairs of inputs and the quotient ‖f(a) − f(b)‖₂ / ‖a − b‖₂ of each."""
+    """Pairs of inputs and the quotient ‖f(a) − f(b)‖₂ / ‖a − b‖₂ of each.
+
+    Attributes:
+        a, b: the inputs.
+        quotient: a lower bound of the l2 Lipschitz constant, for every pair.
+
+    Example:
+        >>> pairs = ascend_quotient(nn.Linear(3, 2), torch.rand(5, 3), steps=2)
+        >>> pairs.a.shape, pairs.quotient.shape
+        (torch.Size([5, 3]), torch.Size([5]))
+    """
 
     a: Images
     b: Images
@@ -58,9 +68,20 @@ def ascend_quotient(
         distance: l2 distance of the starting pairs.
         generator: of their directions; torch's own when None.
 
+    Returns:
+        The pairs with the largest quotients found, one for each image.
+
     Raises:
         ValueError: for images that are not finite or not of floating point, steps below 0, or a
             rate or distance that is not positive.
+
+    Example:
+        >>> model = nn.Linear(2, 2, bias=False)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.copy_(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+        >>> found = ascend_quotient(model, torch.rand(4, 2), steps=20)
+        >>> round(float(found.quotient.max()), 3)
+        3.0
     """
     x, steps = own(x), plain(steps)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
@@ -98,6 +119,17 @@ def quotients(model: nn.Module, a: Images, b: Images) -> Float[Tensor, " batch"]
     """Return ‖f(a) − f(b)‖₂ / ‖a − b‖₂ per pair; 0 for equal points.
 
     The model is taken in evaluation mode and left as it is.
+
+    Args:
+        model: f, inputs of any shape to outputs.
+        a, b: inputs, as many of one as of the other.
+
+    Returns:
+        Quotients in the l2 norm.
+
+    Example:
+        >>> quotients(torch.nn.Identity(), torch.zeros(2, 3), torch.tensor([[0.0] * 3, [1.0] * 3]))
+        tensor([0., 1.])
     """
     a, b, model = as_ordinary(a), as_ordinary(b), view(model)
     change = torch.linalg.vector_norm((model(a) - model(b)).flatten(1), dim=1)
@@ -117,6 +149,11 @@ def random_pairs(
 
     Raises:
         ValueError: if there are no images, or count is below 1.
+
+    Example:
+        >>> batches = list(random_pairs(torch.rand(10, 3), 7000, torch.Generator()))
+        >>> [len(a) for a, b in batches]
+        [5000, 5000]
     """
     x = own(x)
     if not len(x) or isinstance(count, bool) or count < 1:
@@ -141,6 +178,15 @@ def corner_pairs(x: Images, generator: torch.Generator) -> Iterator[tuple[Images
 
     Saturated and constant images, a difference in one pixel, in the last place, or denormal; the
     kinks of a homogeneous function at 0; images far outside [0, 1]. Nothing for no images.
+
+    Args:
+        x: images, or inputs of any other shape.
+        generator: on the CPU.
+
+    Example:
+        >>> pairs = list(corner_pairs(torch.rand(4, 3), torch.Generator()))
+        >>> all(a.shape == b.shape == (4, 3) for a, b in pairs)
+        True
     """
     x = own(x)
     if not len(x):

@@ -11,7 +11,21 @@ from lben.progress import format_seconds
 
 
 def certification_table(report: Certification) -> str:
-    """Return certified accuracy by method and radius, what each costs, and what attacks leave."""
+    """Return certified accuracy by method and radius, what each costs, and what attacks leave.
+
+    Args:
+        report: of `lben.evaluation.certify_model`.
+
+    Example:
+        >>> from lben.evaluation import CertificationConfig
+        >>> report = Certification(
+        ...     data="digits", samples=40, available=360, radii=(0.1,), clean_accuracy=0.9,
+        ...     dtype="float32", tol=1e-4, methods=(), attacked=(0.8,), violations=0, in_linf=(),
+        ...     seconds=21.0, config=CertificationConfig(radii=(0.1,)), environment={},
+        ... )
+        >>> print(certification_table(report).splitlines()[3])
+        withstands the attacks              80.00
+    """
     head = "".join(f"{f'r = {r:g}':>10}" for r in report.radii)
     lines = [
         f"{report.data}, first {report.samples} of {report.available} test images, clean accuracy "
@@ -51,8 +65,28 @@ def _rest(report: Certification) -> str:
 def draw_certification(report: Certification, path: Path) -> None:
     """Write a PNG of certified accuracy by method, the gap up to the attacks shaded.
 
+    Args:
+        report: of `lben.evaluation.certify_model`.
+        path: of the file.
+
     Raises:
         ImportError: if matplotlib is not installed (`pip install lben[plots]`).
+
+    Example:
+        >>> import tempfile
+        >>> from lben.evaluation import CertificationConfig, Method
+        >>> proof = Method(
+        ...     name="scaled", bound=5.0, certified=(0.4,), seconds=0.5, seconds_per_image=0.002
+        ... )
+        >>> report = Certification(
+        ...     data="digits", samples=40, available=360, radii=(0.1,), clean_accuracy=0.9,
+        ...     dtype="float32", tol=1e-4, methods=(proof,), attacked=(0.8,), violations=0,
+        ...     in_linf=(), seconds=21.0, config=CertificationConfig(radii=(0.1,)), environment={},
+        ... )
+        >>> path = Path(tempfile.mkdtemp()) / "certification.png"
+        >>> draw_certification(report, path)
+        >>> path.exists()
+        True
     """
     figure, axes = canvas()
     radii = (0.0, *report.radii)

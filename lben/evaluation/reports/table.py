@@ -7,7 +7,24 @@ from lben.models import Promise
 
 
 def table(report: Report) -> str:
-    """Return the report as lines of at most 80 columns."""
+    """Return the report as lines of at most 90 columns.
+
+    Args:
+        report: of `lben.evaluation.evaluate`.
+
+    Example:
+        >>> from lben.evaluation import EvaluationConfig
+        >>> report = Report(
+        ...     data="digits", samples=360, attack_samples=20, radii=(0.5,), clean_accuracy=0.9,
+        ...     certified_accuracy=(0.4,), certified_exact=(0.4,), certified_attacked=(0.5,),
+        ...     pgd_accuracy=(0.7,), gamma=2.0, bound=5.0, promised_bound=5.5, quotient=4.0,
+        ...     tightness=1.375, pairs=205, violations=0, smallest_eigenvalue=0.01, m=0.5,
+        ...     dtype="float32", tol=1e-4, max_logit_error=2e-4, solver_steps=17, seconds=3.0,
+        ...     config=EvaluationConfig(radii=(0.5,)), environment={},
+        ... )
+        >>> print(table(report).splitlines()[3])
+        proved bound       5 (pixels to logits)
+    """
     promised = "none" if report.gamma is None else f"{report.gamma:g} on the normalised input"
     lines = [
         f"data               {report.data}, {report.samples} test images",
@@ -44,7 +61,12 @@ def table(report: Report) -> str:
 
 
 def statement(dtype: str, tol: float | None, promise: Promise = "running") -> str:
-    """Return in words what the certified radii of a report promise."""
+    """Return in words what the certified radii of a report promise.
+
+    Example:
+        >>> print(statement("float32", 1e-4))
+        as it runs (float32, solves to 0.0001) it keeps the label in the ball
+    """
     if promise == "exact":
         return "the exact network of these weights keeps the label in the ball"
     solved = "" if tol is None else f", solves to {tol:g}"

@@ -11,9 +11,13 @@ from lben.data import load
 from lben.evaluation.accuracy import EvaluationConfig
 from lben.evaluation.proofs import LOCAL, PIXELS, TEXTBOOK, CertificationConfig, certify_model
 from lben.evaluation.reports import certification_table, draw_certification
-from lben.models import FeedforwardClassifierConfig
+from lben.models import (
+    ConvolutionalEquilibriumArchitecture,
+    EquilibriumArchitecture,
+    FeedforwardClassifierConfig,
+)
 from lben.training import checkpoints, train
-from lben.training.recipes import ConvolutionalEquilibriumTraining, EquilibriumTraining
+from tests.lben.runs import equilibrium
 
 CONFIG = CertificationConfig(radii=(0.1, 0.4), samples=60, attack_steps=10, attack_restarts=1)
 
@@ -21,7 +25,7 @@ CONFIG = CertificationConfig(radii=(0.1, 0.4), samples=60, attack_steps=10, atta
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    train(EquilibriumTraining(data="digits", out=str(folder), gamma=4.0, epochs=3, hidden=16))
+    train(equilibrium(data="digits", out=str(folder), gamma=4.0, epochs=3, hidden=16))
     return folder
 
 
@@ -99,8 +103,8 @@ def test_certify_on_the_command_line(run, capsys):
 @pytest.mark.parametrize(
     "config",
     [
-        CertificationConfig, EvaluationConfig, EquilibriumTraining,
-        ConvolutionalEquilibriumTraining,
+        CertificationConfig, EvaluationConfig, EquilibriumArchitecture,
+        ConvolutionalEquilibriumArchitecture,
     ],
 )  # fmt: skip
 def test_a_tolerance_that_accepts_anything_is_refused(config):

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lben import EquilibriumLinear, certify_pairs, interval_bounds
-from lben.certificates import Certificate, NetworkCertificate, PairCertificate
+from lben import EquilibriumLinear, IntervalClaim
+from lben.certificates import Certificate, ChainCertificate, PairCertificate
 from lben.models import EquilibriumClassifierConfig, FeedforwardClassifierConfig
 from lben.tightening import tighten_pairs
 from lben.training import checkpoints
 from lben.training.checkpoints import CheckpointError
 from lben.training.loop import resume, train
-from lben.training.recipes import EquilibriumTraining
+from tests.lben.runs import equilibrium
 
 IMAGES = {"shape": (1, 4, 4), "classes": 3, "mean": (0.3,), "std": (0.4,)}
 CONFIGS = {
@@ -79,7 +79,7 @@ def test_tensors_of_another_kind_are_refused(tmp_path):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    train(EquilibriumTraining(out=folder, hidden=5, epochs=1, batch_size=500))
+    train(equilibrium(out=folder, hidden=5, epochs=1, batch_size=500))
     return folder
 
 
@@ -104,7 +104,7 @@ def copied(run, folder):
 )
 def test_a_foreign_state_of_training_is_refused(run, tmp_path, change, message):
     folder = copied(run, tmp_path)
-    tensors, metadata = load_file(folder / "training.safetensors"), {"format": "2", "epoch": "1"}
+    tensors, metadata = load_file(folder / "training.safetensors"), {"format": "3", "epoch": "1"}
     change(tensors, metadata)
     save_file(tensors, folder / "training.safetensors", metadata=metadata)
     with pytest.raises(CheckpointError, match=message):
@@ -113,21 +113,21 @@ def test_a_foreign_state_of_training_is_refused(run, tmp_path, change, message):
 
 def test_a_certificate_is_read_back_equal(run):
     text = (run / "certificate.json").read_text(encoding="utf-8")
-    found = NetworkCertificate.from_json(text)
+    found = ChainCertificate.from_json(text)
     assert found.to_json() + "\n" == text
-    assert NetworkCertificate.from_json(found.to_json()) == found
+    assert ChainCertificate.from_json(found.to_json()) == found
     layer = found.layers[0]
     assert Certificate.from_json(layer.to_json()) == layer
     unbounded = EquilibriumClassifierConfig(**IMAGES, hidden=6, gamma=None).build().certificate()
     assert json.loads(unbounded.to_json())["bound"] is None
-    assert NetworkCertificate.from_json(unbounded.to_json()) == unbounded
+    assert ChainCertificate.from_json(unbounded.to_json()) == unbounded
     with pytest.raises(ValueError, match="margin and m must be numbers"):
         Certificate.from_json(layer.to_json().replace(f'"m": {layer.m!r}', '"m": null'))
 
 
 @pytest.mark.parametrize("bad", ["0.0", "-1.0", "NaN", "-Infinity"])
 def test_a_certificate_whose_numbers_bound_nothing_is_refused_by_name(bad):
-    found = EquilibriumClassifierConfig(**IMAGES, hidden=6).build().certificate("pairs")
+    found = EquilibriumClassifierConfig(**IMAGES, hidden=6).build().certificate(bound="pairs")
     for change, name in {
         lambda record: record.update(bound=bad): "bound must be positive",
         lambda record: record.update(input_gain=bad): "input_gain must be positive",
@@ -137,8 +137,8 @@ def test_a_certificate_whose_numbers_bound_nothing_is_refused_by_name(bad):
         record = json.loads(found.to_json())
         change(record)
         text = json.dumps(record).replace(f'"{bad}"', bad)
-        with pytest.raises(ValueError, match=f"this is no NetworkCertificate: {name}"):
-            NetworkCertificate.from_json(text)
+        with pytest.raises(ValueError, match=f"this is no ChainCertificate: {name}"):
+            ChainCertificate.from_json(text)
     layer = found.layers[0]
     with pytest.raises(ValueError, match="this is no Certificate: bound must be positive"):
         Certificate.from_json(
@@ -149,8 +149,8 @@ def test_a_certificate_whose_numbers_bound_nothing_is_refused_by_name(bad):
 def test_bounds_of_pairs_are_read_back_equal():
     torch.manual_seed(0)
     weights = EquilibriumLinear(6, 9, 3, gamma=2.0).weights()
-    pairs = certify_pairs(weights, tighten_pairs(weights))
-    for found in (pairs, interval_bounds(weights)):
+    pairs = certify(weights, tighten_pairs(weights))
+    for found in (pairs, certify(weights, IntervalClaim())):
         again = PairCertificate.from_json(found.to_json())
         assert again == found
         assert torch.equal(again.tensor(), found.tensor())
@@ -168,7 +168,7 @@ def test_bounds_of_pairs_are_read_back_equal():
 @pytest.mark.parametrize("less", [1e-12, 1e-3])
 def test_bounds_that_rounding_moves_are_proved_anew_without_a_word(run, tmp_path, less):
     model = checkpoints.load_model(run)
-    proved = model.certificate("diagonal pairs")
+    proved = model.certificate(bound="diagonal pairs")
     (layer,) = proved.layers
     claimed = replace(
         proved, bound=proved.bound * (1 - less),
@@ -178,7 +178,7 @@ def test_bounds_that_rounding_moves_are_proved_anew_without_a_word(run, tmp_path
     checkpoints.write_json(path, claimed)
     found, doubts = checkpoints.prove_again(tmp_path, model)
     assert (doubts is None) == (less < 1e-6)
-    kept = NetworkCertificate.from_json(path.read_text(encoding="utf-8"))
+    kept = ChainCertificate.from_json(path.read_text(encoding="utf-8"))
     assert kept.bound == (found.bound if less < 1e-6 else claimed.bound)
     assert bool(found.shortfall(claimed))
     assert bool(found.shortfall(claimed, 1e-6)) == (less > 1e-6)
@@ -187,7 +187,7 @@ def test_bounds_that_rounding_moves_are_proved_anew_without_a_word(run, tmp_path
 def test_what_a_certificate_claims_beyond_a_proof_is_named(run, tmp_path):
     folder = copied(run, tmp_path)
     model = checkpoints.load_model(folder)
-    best = model.certificate("diagonal pairs")
+    best = model.certificate(bound="diagonal pairs")
     pairs = [[0.01 * b for b in row] for row in best.pairs]
     for changes, name in (
         ({"bound": 1e-3}, "it claims 0.001 as the bound, and only"),
@@ -203,7 +203,7 @@ def test_what_a_certificate_claims_beyond_a_proof_is_named(run, tmp_path):
     checkpoints.write_json(folder / "certificate.json", replace(best, pairs=larger))
     assert "it is of 11 outputs, and there are 10" in checkpoints.prove_again(folder, model)[1]
     for bound in model.bounds:
-        found = model.certificate(bound)
+        found = model.certificate(bound=bound)
         checkpoints.write_json(folder / "certificate.json", found)
         proved, doubts = checkpoints.prove_again(folder, model)
         assert doubts is None
@@ -214,7 +214,7 @@ def test_a_certificate_is_checked_against_the_model_beside_it(run, tmp_path):
     folder = copied(run, tmp_path)
     model = checkpoints.load_model(folder)
     assert checkpoints.certificate_doubts(folder, model.certificate()) is None
-    assert checkpoints.certificate_doubts(folder, model.certificate("scaled")) is None
+    assert checkpoints.certificate_doubts(folder, model.certificate(bound="scaled")) is None
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.layer.parameterization.b[0] += 2.0**-10
@@ -245,7 +245,7 @@ def test_a_failed_start_leaves_everything_as_it_was(tmp_path, monkeypatch, whole
     for folder in (tmp_path / "new" / "run", tmp_path / "here", tmp_path / "here" / "below"):
         written.clear()
         with pytest.raises(OSError, match="No space left on device"):
-            train(EquilibriumTraining(out=folder, hidden=5, epochs=1))
+            train(equilibrium(out=folder, hidden=5, epochs=1))
         assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -255,14 +255,14 @@ def test_a_failed_start_leaves_everything_as_it_was(tmp_path, monkeypatch, whole
 )
 def test_a_refused_run_makes_no_folder(tmp_path, changes):
     with pytest.raises(Exception, match=r"below what|device must be|mnist is read|no folder"):
-        train(EquilibriumTraining(out=tmp_path / "run", hidden=5, epochs=1, **changes))
+        train(equilibrium(out=tmp_path / "run", hidden=5, epochs=1, **changes))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_trained_model_is_not_replaced_unasked(run, tmp_path):
     folder = copied(run, tmp_path)
     (folder / "training.safetensors").unlink()
-    config = EquilibriumTraining(out=folder, hidden=5, epochs=1, batch_size=500, seed=1)
+    config = equilibrium(out=folder, hidden=5, epochs=1, batch_size=500, seed=1)
     with pytest.raises(CheckpointError, match="already holds a trained model"):
         train(config)
     train(config, overwrite=True)
@@ -270,7 +270,7 @@ def test_a_trained_model_is_not_replaced_unasked(run, tmp_path):
 
 
 def test_resuming_reaches_the_same_weights_bit_for_bit(tmp_path, monkeypatch):
-    config = EquilibriumTraining(out=tmp_path / "a", hidden=5, epochs=2, batch_size=500)
+    config = equilibrium(out=tmp_path / "a", hidden=5, epochs=2, batch_size=500)
     whole = train(config)
     original = checkpoints.append_json
     monkeypatch.setattr(
@@ -278,9 +278,61 @@ def test_resuming_reaches_the_same_weights_bit_for_bit(tmp_path, monkeypatch):
         lambda *_: (_ for _ in ()).throw(KeyboardInterrupt) if _[1]["epoch"] == 2 else None,
     )  # fmt: skip
     with pytest.raises(Exception, match="the last checkpoint is whole"):
-        train(EquilibriumTraining(out=tmp_path / "b", hidden=5, epochs=2, batch_size=500))
+        train(equilibrium(out=tmp_path / "b", hidden=5, epochs=2, batch_size=500))
     monkeypatch.setattr(checkpoints, "append_json", original)
     again = resume(tmp_path / "b")
     assert all(
         torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items()
     )
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors"])
+@pytest.mark.parametrize("keep", [0, 7, 300])
+def test_truncated_tensors_are_named(digits_run, tmp_path, name, keep):
+    for path in digits_run.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / name).write_bytes((digits_run / name).read_bytes()[:keep])
+    act = checkpoints.load_model if name.startswith("model") else resume
+    with pytest.raises(CheckpointError, match=f"{name} is truncated or corrupt"):
+        act(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{name} is missing"):
+        act(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(format=2), "has checkpoint format 2, this version of lben reads"),
+        (lambda c: c.pop("format"), "has checkpoint format None"),
+        (lambda c: c["model"].update(kind="mystery"), "unknown kind of model 'mystery'"),
+        (lambda c: c["model"].update(colour=1), "lacks a field or has one too many"),
+        (lambda c: c["model"].pop("shape"), "lacks a field or has one too many"),
+        (lambda c: c["model"].update(hidden=11), "does not fit its config"),
+    ],
+)
+def test_checkpoints_of_another_kind_are_refused(digits_run, tmp_path, change, message):
+    content = json.loads((digits_run / "config.json").read_text())
+    change(content)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "model.safetensors").write_bytes((digits_run / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.load_model(tmp_path)
+
+
+def test_truncated_configuration_is_named(digits_run, tmp_path):
+    (tmp_path / "config.json").write_text((digits_run / "config.json").read_text()[:50])
+    with pytest.raises(CheckpointError, match=r"config\.json is truncated or corrupt"):
+        checkpoints.load_model(tmp_path)
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        checkpoints.load_model(tmp_path / "nowhere")
+
+
+def test_atomic_writes_keep_the_old_content_on_failure(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    checkpoints.write_atomically(path, b"old")
+    monkeypatch.setattr(checkpoints.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        checkpoints.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"

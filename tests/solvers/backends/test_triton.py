@@ -27,7 +27,7 @@ from solvers.backends import triton_tiles as tiles
 from solvers.backends.step import Request
 from solvers.backends.triton_steps import Steps
 from solvers.backends.triton_tiles import Loop
-from solvers.operators import base
+from solvers.operators import memo
 from tests.problems import monotone_operator, random_inclusion
 from tests.solvers.test_fixed_steps import NoLook
 
@@ -254,7 +254,7 @@ def test_a_budget_never_waits_for_the_device(n, step_size, activation, monkeypat
         compared.extend(tensors)
         return True
 
-    for module in (dependencies, base):
+    for module in (dependencies, memo):
         monkeypatch.setattr(module, "are_identical", counted)
     with NoLook():
         run()

@@ -19,7 +19,7 @@ from solvers import (
     solve,
 )
 from solvers.methods.mixed_precision import use_tensor_cores
-from solvers.operators.dense import DenseMap
+from solvers.operators.matrix import DenseMap
 from tests.problems import block_triangular_operator, low_rank_operator, random_inclusion
 
 PLAIN = PeacemanRachford(compiled=False)

@@ -224,11 +224,6 @@ class Inclusion(Sendable):
         """Return 16 eps: a loop at rest ascribes at most this share of ‖v‖ to rounding."""
         return 16 * torch.finfo(self.bias.dtype).eps
 
-    @property
-    def noise(self) -> Float[Tensor, " *batch"]:
-        """Return 16 eps ‖v‖_Λ per sample."""
-        return self.roundoff_share * self.operator.norm(self.bias)
-
     def error_bound(
         self, z: Float[Tensor, "*batch n"], constants: Constants | None = None
     ) -> Float[Tensor, " *batch"]:

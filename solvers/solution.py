@@ -1,4 +1,8 @@
-"""What does a solve return, and what does it say when it fails?"""
+"""What does a solve return, and what does it say when it fails?
+
+A `Solution` with z, its residual and a `Status`. Of a failure it says by how much, why and what to
+do.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,7 @@ class Status(enum.Enum):
     CONVERGED = "reached its tolerance"
     MAX_STEPS = "stopped at its step limit"
     STALLED = "stalled above its tolerance"
-    ROUNDING = "stopped where rounding is what is left"
+    ROUNDING = "stopped at the limit of rounding"
     DIVERGED = "diverged to a value that is not finite"
 
 
@@ -54,7 +58,9 @@ def check_options(tol: object, max_steps: object, on_failure: object) -> tuple[f
     if type(tol) is not float and (isinstance(tol, bool) or not isinstance(tol, numbers.Real)):
         raise TypeError(f"tol must be a number such as 1e-4, got {tol!r}")
     if not float(tol) > 0:
-        raise ValueError(f"tol = {tol} is below what can be held: take a number such as 1e-4")
+        raise ValueError(
+            f"tol = {tol} is below what any dtype can hold: take a number such as 1e-4"
+        )
     if float(tol) == math.inf:
         raise ValueError("tol must be finite, got inf: pass a number such as 1e-4")
     if type(max_steps) is not int and (
@@ -195,8 +201,8 @@ class Solution(Sendable):
         dtype = self.value.dtype
         better = "float64, or " if dtype == torch.float32 else ""
         return (
-            f"Cause: no {dtype} state was found that comes nearer, and no more is left than the "
-            f"rounding of that type explains. Use {better}a tol of {2 * worst:.0e} or more."
+            f"Cause: the residual that is left is no larger than rounding in {dtype} explains. "
+            f"Use {better}a tol of {2 * worst:.0e} or more."
         )
 
     def raise_if_failed(self) -> Solution:

@@ -69,6 +69,10 @@ TESTED_ELSEWHERE = {
     "solvers/operators/eigenvalue_bounds.py": "tests/solvers/operators/test_low_rank.py",
     "solvers/operators/fourier.py": "tests/solvers/operators/test_convolution.py",
     "solvers/operators/low_rank_update.py": LAWS,
+    "solvers/operators/maps.py": LAWS,
+    "solvers/operators/matrix.py": LAWS,
+    "solvers/operators/memo.py": "tests/solvers/test_dependencies.py",
+    "solvers/operators/roundoff.py": "tests/solvers/operators/test_rounding.py",
     "solvers/operators/zero.py": LAWS,
 }
 """Files without a test file of their own, and where they are tested."""

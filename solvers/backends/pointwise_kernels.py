@@ -1,9 +1,9 @@
-"""Passes over memory that do several elementwise operations at once, in Triton.
+"""Which elementwise operations run in one pass over memory, in Triton?
 
-A tensor is a matrix of `rows` × `columns` numbers that lie in order in memory. A number per unit or
-channel belongs to a column (samples × units, pixels × channels) or to a row (sample and channel ×
-pixels). A program has one tile of it, so that where a number stands is divided once per program and
-row, not once per number. Offsets are 64 bits wide: matrices may have more than 2³¹ numbers.
+A tensor is a matrix of `rows` × `columns` numbers, contiguous in memory. A channel or unit is a
+column (samples × units, pixels × channels) or a set of rows (sample and channel × pixels). A
+program has one tile of the matrix, so positions are divided once per program and row, not once per
+number. Offsets have 64 bits, because a matrix may have more than 2³¹ numbers.
 """
 
 from __future__ import annotations

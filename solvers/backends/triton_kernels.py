@@ -1,28 +1,30 @@
-"""The loop of a splitting on a CUDA device, in Triton: from v to z without the host.
+"""Which kernels run the loop of a splitting on a CUDA device, in Triton?
 
     x ← T(x) = (1 − θ)x + θ(s + ρ(x)M),     z = prox(x),
 
 as `solvers.backends.step.Iteration` says.
 
-- `resident`: up to 256 units. A program has a few samples of the batch to itself, and M and x stay
-  on the chip: one launch per solve, no host synchronisation in it.
-- `advance`, `increment`: one step of all samples, for matrices too large for a multiprocessor: a
-  matrix product with ρ on its way in and the relaxation and the shift on its way out. `look` is the
-  product of a check, of which only norms come out.
+- `resident` solves problems of up to 256 units in one launch, without the host. Each program has
+  a few samples of the batch, and M and x stay on the chip.
+- `advance` and `increment` take one step of all samples, for matrices too large for a
+  multiprocessor. They are matrix products that apply ρ to their argument, and relaxation and shift
+  to their result. `look` is the product of a check and returns norms alone.
 
 Note [Increments]
-A product in full precision takes six of bfloat16 on the tensor cores. So few are made: a block of
-steps begins at a base x₀ with one of them, p = s + ρ(x₀)M, which is its first step, and goes on by
-p ← p + bf16(ρ(x) − ρ(x'))·bf16(M), where x' is the iterate before x. Roundings are relative to how
-far the block has come, 2⁻⁸ of it, and a block may gain a factor of e^4.5 = 90 before they matter.
-The next base tells what the block has gained: ‖T(x) − x‖ is the displacement there. Where the rate
-is worse than before, the next block is half as long, else twice; blocks of one step are exact. The
-idea is iterative refinement's: Higham and Mary (2022), as in `solvers.methods.mixed_precision`.
+A product in full precision takes six products of bfloat16 on the tensor cores, so only a few are in
+full precision. A block of steps begins at a base x₀ with one of them, p = s + ρ(x₀)M, which is its
+first step. The other steps are p ← p + bf16(ρ(x) − ρ(x'))·bf16(M), where x' is the iterate before
+x. Their rounding is relative to the distance that the block has come, 2⁻⁸ of it, so a block may
+gain a factor of e^4.5 = 90 before rounding matters. The displacement ‖T(x) − x‖ at the next base
+shows what the block has gained. If the rate is worse than before, the next block is half as long,
+else twice as long; a block of one step is exact. The idea is that of iterative refinement: Higham
+and Mary (2022), as in `solvers.methods.mixed_precision`.
 
 Note [When the device looks]
-A check takes a product with W. None is made before the displacement, by its rate, has fallen to the
-tolerance; how the residual relates to it is known from the check before, and 1 at first. A
-displacement that has come to rest (`solvers.methods.iteration`) asks for a check too.
+A check takes a product with W. It is made when the displacement is predicted, from its rate,
+to have fallen to the tolerance. The ratio of residual to displacement is taken from the check
+before; at first it is 1. A displacement that has stopped falling (`solvers.methods.iteration`)
+causes a check too.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Numbers come in a tensor of the problem's dtype, in this order: arguments would be float32.
+# Numbers are passed in a tensor of the problem's dtype, in this order: as arguments of a kernel
+# they would be float32.
 NUMBERS = (
     "negative", "theta", "tol", "noise", "limit", "one", "infinity", "least", "most", "own",
 )  # fmt: skip
@@ -144,8 +147,9 @@ def _bf16(x, element: tl.constexpr):
 
 
 # Note [Blocks of units]
-# Tiles have powers of two as sides, and 80 units would fill 31 % of 128². So units come in blocks,
-# 80 = 64 + 16, and what is samples × units is a tuple of one tile for each; M is padded with zeros.
+# The sides of tiles are powers of two, and 80 units would fill 31 % of 128². So units are divided
+# into blocks, 80 = 64 + 16. A tensor of samples × units is a tuple of tiles, one per block, and M
+# is padded with zeros.
 @triton.jit
 def _columns(BLOCKS: tl.constexpr, first):
     """The units of each block."""
@@ -216,10 +220,10 @@ def _arguments(
 
 
 # Note [Six products]
-# A float32 number is the sum of three of bfloat16, of which each is the rest of those before it. Of
-# the nine products of two such sums six matter, those of the least size first. M and W are split
-# once, x once per product: Triton's own bf16x6 splits both again in every part of a product, and
-# looks for infinities. The largest product of a sum is added last, to what the others have come to.
+# A float32 number is the sum of three numbers of bfloat16: each is what remains of it after the
+# ones before, rounded. Of the nine products of two such sums six matter; they are added from the
+# smallest to the largest. M and W are split once, x once per product. Triton's own bf16x6 splits
+# both again in every part of a product, and tests for infinities.
 @triton.jit
 def _six(a, A, total):
     """total + (a₀ + a₁ + a₂)(A₀ + A₁ + A₂)."""
@@ -282,9 +286,10 @@ def _of_parts(x, A, total):
 def _in_turns(x, A, ptr, own, column, total, WIDTH: tl.constexpr, DEPTH: tl.constexpr):
     """total + xA for one block of units, A's largest part on the chip and the others in memory.
 
-    Products of parts take place one after the other, in loops: of products that follow each other
-    in one stretch of code Triton gives all but the last to all warps alike. The sum is truncated
-    once per 16 units, at its own size: well below what a base needs, too much for a check.
+    Products of parts run one after the other, in loops. If products follow each other in
+    straight-line code, Triton lets every warp compute all but the last of them. The sum is
+    truncated once per 16 units, relative to its own size, which is exact enough for a base but not
+    for a check.
     """
     parts = _parts(x, 3, A.dtype)
     for part in tl.static_range(3):
@@ -557,8 +562,8 @@ def resident(
             worst = 0.5 * _worst(_relative(moved, size), finished, BUDGET)
             if due & (worst > 0) & (looked > 0):
                 ratio = 1.05 * looked / worst
-            # How the next block is long: by the gain of the last one, by the rounding of
-            # increments, and to where the tolerance may be met.
+            # The length of the next block is limited by the gain of the last one, by the rounding
+            # of increments, and by the step at which the tolerance may be met.
             slower = rate
             if (worst > 0) & (worst < worst_before) & (worst_before < infinity):
                 rate = tl.log(worst / worst_before) / ahead
@@ -758,7 +763,7 @@ def increment(
     negative = tl.load(numbers_ptr)
     row, unit, inside, at, _tile = _place(samples, n, ROWS, UNITS, GROUP)
     moved = tl.zeros((ROWS, UNITS), dtype=tl.float32)
-    # Rows that are not there repeat the last one, and nothing is kept of them.
+    # Rows beyond the last sample repeat it, and their results are not stored.
     own = change_ptr + tl.minimum(row, samples - 1)[:, None].to(tl.int64) * width
     for first in range(0, width, DEPTH):
         k = first + tl.arange(0, DEPTH)

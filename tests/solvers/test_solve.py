@@ -45,7 +45,7 @@ def stiff(dtype=torch.float32, samples=20):
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 def test_rounding_is_named_with_its_number_and_the_next_step(method):
     problem = stiff()
-    with pytest.warns(SolveWarning, match="stopped where rounding is what is left"):
+    with pytest.warns(SolveWarning, match="stopped at the limit of rounding"):
         solution = solve(problem, method, tol=1e-6, max_steps=20000)
     assert solution.status is Status.ROUNDING
     assert not solution.converged

@@ -149,7 +149,7 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
         torch.cuda, "device", lambda device: entered.append(device) or launch.nullcontext()
     )
     for name in ("cpu", "cuda:0", "cuda:1"):
-        with launch._on(torch.device(name)):
+        with launch._use_device(torch.device(name)):
             pass
     assert entered == [torch.device("cuda:1")]
 

@@ -40,7 +40,7 @@ class Uncorrected(MixedPrecision):
 
     def step(self, problem, state):
         state = super().step(problem, state)
-        state.left = 2
+        state.steps_left = 2
         return state
 
 

@@ -24,9 +24,9 @@ Proof. Let v = Wz + Ux + b, so Δv = WΔz + UΔx.
    If M(Λ, γ) ⪰ 0, the left side is at least 0, and by 1. so is the last term with its factor 2. So
    γ‖Δx‖₂² ≥ ‖Δy‖₂²/γ, which is the bound.
 3. Equilibrium. 2Λ − ΛW − WᵀΛ ≻ 0 says that z ↦ (I − W)z is strongly monotone in the inner product
-   ⟨·, Λ·⟩. In it σ is the proximal operator of a separable convex function f. So z is an equilibrium
-   if and only if 0 ∈ (I − W)z − Ux − b + ∂f(z), and a strongly monotone inclusion has exactly one
-   solution. ∎
+   ⟨·, Λ·⟩. In it σ is the proximal operator of a separable convex function f. So z is an
+   equilibrium if and only if 0 ∈ (I − W)z − Ux − b + ∂f(z), and a strongly monotone inclusion has
+   exactly one solution. ∎
 
 This is the only place where the inequality is evaluated, with every rounding enclosed: dense layers
 evaluate it once, convolutional ones at every frequency.

@@ -1,4 +1,8 @@
-"""Free tensors to `DenseWeights`: maps whose range satisfies the certificate by construction."""
+"""Free tensors to weights: maps whose values satisfy the certificate by construction.
+
+A certificate does not rely on that: `certify` proves the weights themselves. Symbols:
+docs/glossary.md.
+"""
 
 from lben.parameterizations.complete import CompleteParameterization
 from lben.parameterizations.contraction import ContractionParameterization

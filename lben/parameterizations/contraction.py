@@ -1,4 +1,4 @@
-"""Which linear maps are 1-Lipschitz? y = V T^(−½) x + b for every T ⪰ VᵀV."""
+"""Which linear maps are 1-Lipschitz? y = V T^(−½) x + b for every diagonal T ⪰ VᵀV."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from lben.weights import ConvolutionalWeights, DenseWeights
 
 
 class ContractionParameterization(FeedforwardParameterization):
-    """Free V and b of y = V T^(−½) x + b: ‖VT^(−½)‖₂ ≤ 1. What runs is (V, b, T^(−½)).
+    """Free tensors V and b of y = V T^(−½) x + b, with ‖VT^(−½)‖₂ ≤ 1 for every value.
 
-    AOL (Prach and Lampert 2022) with `Gershgorin(p, learn_q=False)`; with trained q the linear map
-    of Araujo et al. (2023), Theorem 2; spectral normalisation with `Spectral()`; an orthogonal
-    map with `Orthonormal()` and a parametrization of V that keeps it orthogonal.
+    The layer runs with the tensors (V, b, T^(−½)). The rule for T makes its kind: AOL (Prach and
+    Lampert 2022) with `Gershgorin(p, learn_q=False)`; with trained q the linear map of Araujo et
+    al. (2023), Theorem 2; spectral normalisation with `Spectral()`; an orthogonal map with
+    `Orthonormal()` and a parametrization of V that keeps it orthogonal.
 
     Args:
         shape: of V: (q, p), or (q, p, k, k) for a convolution.
@@ -32,6 +33,20 @@ class ContractionParameterization(FeedforwardParameterization):
 
     Raises:
         ValueError: if a size is not positive.
+
+    Reference:
+        Prach and Lampert (2022), "Almost-orthogonal layers for efficient general-purpose Lipschitz
+        networks", Theorem 1.
+
+    Example:
+        >>> import torch
+        >>> from lben import certify
+        >>> from lben.parameterizations import ContractionParameterization, Spectral
+        >>> _ = torch.manual_seed(0)
+        >>> free = ContractionParameterization((3, 4), Spectral())
+        >>> weights = free.dense(torch.float32)
+        >>> tuple(weights.D.shape), certify(weights).bound
+        ((3, 4), 1.000001)
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Which residual layers are 1-Lipschitz? y = x − 2UᵀT⁻¹σ(Ux + b) for every T ⪰ UUᵀ.
+"""Which residual layers are 1-Lipschitz? y = x − 2UᵀT⁻¹σ(Ux + b) for every diagonal T ⪰ UUᵀ.
 
-Araujo, Havens, Delattre, Allauzen and Hu (2023), Theorem 1, with K = Uᵀ. With W = 0,
-C = −2UᵀT⁻¹, D = I and Λ = 2T⁻¹ the matrix M(Λ, 1) is zero but for its block 4T⁻¹(T − UUᵀ)T⁻¹.
+With W = 0, C = −2UᵀT⁻¹, D = I and Λ = 2T⁻¹ the matrix M(Λ, 1) is zero except for its lower right
+block 4T⁻¹(T − UUᵀ)T⁻¹ ⪰ 0. Symbols: docs/glossary.md.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from lben.weights import ConvolutionalWeights, DenseWeights
 
 
 class ResidualParameterization(FeedforwardParameterization):
-    """Free U and b of y = x − 2UᵀT⁻¹σ(Ux + b), 1-Lipschitz for every value.
+    """Free tensors U and b of y = x − 2UᵀT⁻¹σ(Ux + b), 1-Lipschitz for every value.
 
-    What runs is (U, b, 2T⁻¹).
+    The layer runs with the tensors (U, b, 2T⁻¹). It is SLL with T from `Gershgorin`, and CPL
+    (Meunier et al. 2022) with T from `Spectral`.
 
     Args:
         shape: of U: (n, p), or (n, p, k, k) for a convolution.
@@ -34,6 +35,20 @@ class ResidualParameterization(FeedforwardParameterization):
 
     Raises:
         ValueError: if a size is not positive.
+
+    Reference:
+        Araujo, Havens, Delattre, Allauzen and Hu (2023), "A unified algebraic perspective on
+        Lipschitz neural networks", Theorem 1, with K = Uᵀ.
+
+    Example:
+        >>> import torch
+        >>> from lben import certify
+        >>> from lben.parameterizations import Gershgorin, ResidualParameterization
+        >>> _ = torch.manual_seed(0)
+        >>> free = ResidualParameterization((8, 4), Gershgorin(8))
+        >>> weights = free.dense(torch.float32)
+        >>> tuple(weights.U.shape), certify(weights).bound
+        ((8, 4), 1.000001)
     """
 
     def __init__(

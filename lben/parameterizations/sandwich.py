@@ -1,9 +1,9 @@
-"""Which layers without a skip are 1-Lipschitz? y = √2 AᵀS Ψσ(√2 Ψ⁻¹S Bx + b), S² T ⪯ I.
+"""Which layers without a skip are 1-Lipschitz? y = √2 AᵀS Ψσ(√2 Ψ⁻¹S Bx + b), S²T ⪯ I.
 
-Wang and Manchester (2023), "Direct parameterization of Lipschitz-bounded deep networks", where
-S = I and [A B] has orthonormal rows. Here T ⪰ AAᵀ + BBᵀ is any rule's, so convolutions are as
-easy. With Λ = Ψ² the matrix M(Λ, 1) is [I, ·; ·, 2Ψ² − 2ΨS AAᵀ SΨ], whose Schur complement
-2Ψ(I − S(AAᵀ + BBᵀ)S)Ψ is positive semi-definite.
+Wang and Manchester (2023) have S = I and [A B] with orthonormal rows. Here T ⪰ AAᵀ + BBᵀ comes from
+any rule and S = T^(−½), so convolutions need nothing else. With Λ = Ψ² the matrix M(Λ, 1) has the
+blocks I and 2Ψ² − 2ΨS AAᵀ SΨ on its diagonal; the Schur complement of I is
+2Ψ(I − S(AAᵀ + BBᵀ)S)Ψ ⪰ 0. Symbols: docs/glossary.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from lben.weights import ConvolutionalWeights, DenseWeights
 
 
 class SandwichParameterization(FeedforwardParameterization):
-    """Free [A B], log Ψ, b and b_y. What runs is (A, B, b, b_y, √2 SΨ⁻¹, √2 SΨ).
+    """Free tensors [A B], log Ψ, b and b_y of a sandwich layer, 1-Lipschitz for every value.
+
+    The layer runs with the tensors (A, B, b, b_y, √2 SΨ⁻¹, √2 SΨ).
 
     Args:
         shape: of [A B]: (n, q + p), or (n, q + p, k, k) for a convolution.
@@ -35,7 +37,21 @@ class SandwichParameterization(FeedforwardParameterization):
         device, dtype: as in torch.nn.
 
     Raises:
-        ValueError: if a size is not positive, or no input is left.
+        ValueError: if a size is not positive, or outputs leaves no column for inputs.
+
+    Reference:
+        Wang and Manchester (2023), "Direct parameterization of Lipschitz-bounded deep networks",
+        section 3.
+
+    Example:
+        >>> import torch
+        >>> from lben import certify
+        >>> from lben.parameterizations import SandwichParameterization, Spectral
+        >>> _ = torch.manual_seed(0)
+        >>> free = SandwichParameterization((8, 3 + 4), 3, Spectral())
+        >>> weights = free.dense(torch.float32)
+        >>> tuple(weights.U.shape), tuple(weights.C.shape), certify(weights).bound
+        ((8, 4), (3, 8), 1.000001)
     """
 
     def __init__(
@@ -67,8 +83,8 @@ class SandwichParameterization(FeedforwardParameterization):
     def reset_parameters(self) -> None:
         """Draw [A B] from the normal distribution of Glorot and Bengio; Ψ = I; b as torch.nn.
 
-        A tenth of that for a kernel, whose centre is orthogonal: T is near 1 then, and the signal
-        does not fade from layer to layer.
+        A kernel is a tenth of such a draw plus an orthogonal matrix at its centre. Then T is near
+        1, and the signal does not fade from layer to layer.
         """
         nn.init.xavier_normal_(self.AB)
         if self.AB.ndim > 2:

@@ -73,7 +73,7 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
 
     def blank(self, like: Tensor) -> list[Tensor]:
         """Return tensors shaped as those that run, without numbers."""
-        return self.parameterization.blank(like)
+        return self.parameterization.allocate(like)
 
     @abstractmethod
     def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:

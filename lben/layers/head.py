@@ -17,7 +17,7 @@ from lben.layers.graphs import Owner, check_kind, graph_is_made
 from lben.layers.growth import Growth, absolute_norm, norm_up, norms_up
 from lben.layers.lasting import Lasting, make_lasting
 from lben.layers.roundoff import Signal
-from lben.parameterizations.feedforward import compute
+from lben.parameterizations.feedforward import read_weight
 from lben.parameterizations.orthogonal import register_orthogonal
 from lben.parameterizations.parametrized import PicklableParametrized
 from lben.parameterizations.sizes import integer, real
@@ -73,7 +73,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
 
     def matrix(self) -> Float[Tensor, "q p"]:
         """Return Q, in the precision of the parameters also under autocast."""
-        weight = compute(self, "weight")
+        weight = read_weight(self, "weight")
         with full_precision(self.bias):
             return functional.normalize(weight, dim=1) if self.kind == "rows" else weight
 

@@ -22,11 +22,11 @@ MAKERS = [
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_blank_tensors_have_the_shapes_and_dtypes_of_those_that_run(make):
+def test_allocated_tensors_have_the_shapes_and_dtypes_of_those_that_run(make):
     free = make(dtype=torch.float32)
     made = list(free(torch.float32))
-    for blank, tensor in zip(free.blank(made[0]), made, strict=True):
-        assert (blank.shape, blank.dtype) == (tensor.shape, tensor.dtype)
+    for allocated, tensor in zip(free.allocate(made[0]), made, strict=True):
+        assert (allocated.shape, allocated.dtype) == (tensor.shape, tensor.dtype)
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -50,9 +50,9 @@ def test_weights_that_are_no_numbers_are_refused(make, bad):
 
 def test_scales_out_of_range_become_nan_on_a_device_that_cannot_be_looked_at():
     scales = [torch.tensor([1.0, 0.0], device="meta")]
-    assert FeedforwardParameterization.in_range(scales, [])[0].is_meta
+    assert FeedforwardParameterization.check_scales(scales, [])[0].is_meta
     with pytest.raises(ValueError, match="leaves the range"):
-        FeedforwardParameterization.in_range([torch.tensor([1.0, 1e-45])], [])
+        FeedforwardParameterization.check_scales([torch.tensor([1.0, 1e-45])], [])
 
 
 def test_the_slack_is_larger_than_what_float32_rounds():

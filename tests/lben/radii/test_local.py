@@ -112,9 +112,9 @@ def test_lines_are_below(activation):
         assert torch.equal(o == 0, v > 0.15 if s == 1 else v < -0.15)
         for p in (v - 0.15, v + 0.15):
             for t in torch.linspace(-3, 3, 31, dtype=torch.float64):
-                room = activation(p + t) - (activation(p) + s * t - o)
-                assert float(room.min()) >= -1e-15
-                touched += room < 1e-13
+                excess = activation(p + t) - (activation(p) + s * t - o)
+                assert float(excess.min()) >= -1e-15
+                touched += excess < 1e-13
     assert len(lines) == 2
     assert bool((touched > 0).all())
     assert Tanh().lower_lines(v, 0 * v) == ()
@@ -130,9 +130,9 @@ def test_weights_of_constraints_are_not_trusted(monkeypatch):
         weights = DenseWeights(
             W=zero, U=eye, b=zero[0], C=C, D=D, b_y=eye[0], Lambda=eye.sum(0), gamma=None
         )
-        room = torch.tensor([[[0.0, 0.0], [rise, rise]]]).double()
+        slack = torch.tensor([[[0.0, 0.0], [rise, rise]]]).double()
         operating_points = OperatingPoints(
-            v=zero[:1], v_error=zero[:1], logits=eye[:1], logit_error=zero[0, :1], box_slack=room
+            v=zero[:1], v_error=zero[:1], logits=eye[:1], logit_error=zero[0, :1], box_slack=slack
         )
         proposal = torch.zeros(1, 8).double()
         proposal[:, place : place + 2] = value
@@ -225,9 +225,9 @@ def test_box_slack_helps_exactly_where_it_should():
     label, distance = torch.tensor([0]), 1 / 32**0.5
 
     def held(radius, fall=(np.inf, np.inf), rise=(np.inf, np.inf)):
-        room = torch.tensor([[fall, rise]]).double()
+        slack = torch.tensor([[fall, rise]]).double()
         operating_points = OperatingPoints(
-            v=v, v_error=0 * v, logits=y, logit_error=0 * v[:, 0], box_slack=room
+            v=v, v_error=0 * v, logits=y, logit_error=0 * v[:, 0], box_slack=slack
         )
         return bool(local.certifies(operating_points, label, radius))
 

@@ -159,7 +159,7 @@ def _attack(
     with torch.no_grad():
         change = (single(far[0]) - single(far[1])).flatten(1).norm(dim=1)
     quotients = (change / (far[0] - far[1]).flatten(1).norm(dim=1)).double()
-    tensors = layer.parameterization.to_exact(torch.float32)
+    tensors = layer.parameterization.compute_in_float64(torch.float32)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     delta = torch.randn_like(x).requires_grad_()
     optimizer = torch.optim.Adam([x, delta], lr=0.03)

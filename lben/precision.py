@@ -1,7 +1,7 @@
 """Which products of layers run in float32, and what is refused where they do not?
 
-The rule for a single call is `solvers.precision`; here is what compiled graphs, convolutions and
-autocast ask for besides.
+`solvers.precision` has the rule for a single call. Compiled graphs, convolutions and autocast need
+the checks of this file besides.
 """
 
 from __future__ import annotations
@@ -16,13 +16,29 @@ __all__ = ["refuse_autocast", "refuse_reduced", "sums_plainly", "use_float32_pro
 
 
 def refuse_reduced(device: str, *, convolution: bool) -> None:
-    """Raise ValueError where products of float32 numbers would not run in float32.
+    """Raise ValueError if products of float32 numbers would not run in float32.
 
     For graphs, whose products are outside of `use_float32_products`.
 
     Args:
-        device: type of the device.
-        convolution: whether convolutions count; a compiler may make products of them.
+        device: type of the device, "cpu" or "cuda".
+        convolution: whether convolutions are checked too, and not only matrix products.
+
+    Raises:
+        ValueError: naming the setting of torch.backends to change.
+
+    Example:
+        >>> import torch
+        >>> from lben.precision import refuse_reduced
+        >>> before = torch.backends.mkldnn.matmul.fp32_precision
+        >>> torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        >>> try:
+        ...     refuse_reduced("cpu", convolution=False)
+        ... except ValueError as error:
+        ...     print(str(error)[:65])
+        ... finally:
+        ...     torch.backends.mkldnn.matmul.fp32_precision = before
+        a compiled or traced graph would run float32 products in bf16, an
     """
     b: Any = torch.backends
     matmul, conv = (
@@ -40,10 +56,16 @@ def refuse_reduced(device: str, *, convolution: bool) -> None:
 
 
 def sums_plainly(U: torch.Tensor) -> bool:
-    """Say whether convolutions with this kernel are sums of products on this device.
+    """Return whether convolutions with this kernel are plain sums of products on its device.
 
-    cuDNN and NNPACK have float32 algorithms (Winograd's, FFT) that round otherwise; oneDNN, which
-    torch takes for float32 on a CPU unless it is switched off, is asked for direct ones.
+    cuDNN and NNPACK have float32 algorithms (Winograd's, FFT) that are not, and round otherwise.
+    oneDNN, which torch uses for float32 on a CPU unless it is switched off, runs direct ones.
+
+    Example:
+        >>> import torch
+        >>> from lben.precision import sums_plainly
+        >>> sums_plainly(torch.zeros(1, 1, 3, 3, dtype=torch.float64))
+        True
     """
     if U.dtype == torch.float64 and not U.is_cuda:
         return True
@@ -57,7 +79,20 @@ def sums_plainly(U: torch.Tensor) -> bool:
 def refuse_autocast() -> None:
     """Raise ValueError while autocast is enabled, on any device.
 
-    What is proved is about the network in float32 or float64.
+    Proofs are about the network in float32 or float64.
+
+    Raises:
+        ValueError: saying to leave torch.autocast.
+
+    Example:
+        >>> import torch
+        >>> from lben.precision import refuse_autocast
+        >>> with torch.autocast("cpu"):
+        ...     try:
+        ...         refuse_autocast()
+        ...     except ValueError as error:
+        ...         print(str(error)[:19])
+        autocast is enabled
     """
     for device in ("cpu", "cuda"):
         if torch.is_autocast_enabled(device):

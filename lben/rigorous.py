@@ -7,16 +7,16 @@ bounds are the standard ones of Higham (2002), section 3.1: |fl(Σ aᵢbᵢ) −
 classical matrix product (not for Strassen's, which no BLAS uses by default).
 
 Note [Any floating-point mode]
-Every thread has its own rounding mode and its own switches that read and write denormal numbers as
-zero (`torch.set_flush_denormal`, libraries built with -ffast-math), those of a BLAS included. So
-nothing here relies on them: u = 2⁻⁵² covers all four rounding modes, and an operation whose result
-lies below 2⁻¹⁰²², the smallest normal number, is charged 2⁻¹⁰²². A denormal operand that is read as
-zero is another matter, as the error is multiplied by the other operand: the numbers in an
-`Enclosure` are normal or zero, and a denormal one becomes zero with radius 2⁻¹⁰²². The midpoint of
-a result may be denormal: its radius has room for it to be read as zero.
+Every thread, also one of a BLAS, has its own rounding mode and its own switches that read and write
+denormal numbers as zero (`torch.set_flush_denormal`, libraries built with -ffast-math). Nothing
+here relies on them. u = 2⁻⁵² covers all four rounding modes. An operation whose result lies below
+2⁻¹⁰²², the smallest normal number, has an error of 2⁻¹⁰²² added. A denormal operand that is read as
+zero makes an error that the other operand multiplies; so the numbers in an `Enclosure` are normal
+or zero, and a denormal one becomes zero with radius 2⁻¹⁰²². The midpoint of a result may be
+denormal; its radius then covers zero too.
 
 Only products, sums and elementary operations are trusted. Eigenvalues and Cholesky factors are
-proposals: what they claim is checked afterwards by a product.
+proposals, which a product checks afterwards. Symbols: docs/glossary.md.
 """
 
 from __future__ import annotations
@@ -31,32 +31,67 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 UNIT = 2.0**-52
-"""u of every rounding mode: half of it would do for rounding to nearest."""
+"""u for every rounding mode; for rounding to nearest u is half of it."""
 TINY = 2.0**-1022
 """The smallest normal number, see Note [Any floating-point mode]."""
 _HUGE = 2.0**1020
-"""Numbers from here on count as infinite: rounded towards zero, overflow ends in a finite one."""
+"""Larger numbers count as infinite: rounding towards zero turns overflow into a finite number."""
 
 
 def gamma_k(k: int) -> float:
-    """Return an upper bound of γ_k = ku/(1 − ku)."""
+    """Return an upper bound of γ_k = ku/(1 − ku), the relative error of a sum of k products.
+
+    Reference:
+        Higham (2002), "Accuracy and stability of numerical algorithms", section 3.1.
+
+    Example:
+        >>> from lben.rigorous import UNIT, gamma_k
+        >>> 10 * UNIT < gamma_k(10) < 10.001 * UNIT
+        True
+    """
     return k * UNIT / (1 - k * UNIT) * (1 + 4 * UNIT)
 
 
 def up(x: float, ulps: int = 1) -> float:
-    """Return x moved up by some units in the last place, and past the denormal numbers."""
+    """Return x moved up by some units in the last place, and past the denormal numbers.
+
+    Example:
+        >>> from lben.rigorous import TINY, up
+        >>> up(1.0) - 1.0 == 2.0**-52, up(0.0) == TINY
+        (True, True)
+    """
     for _ in range(ulps):
         x = math.nextafter(x, math.inf)
     return TINY if 0 <= x < TINY else x
 
 
 def down(x: float, ulps: int = 1) -> float:
-    """Return x moved down by some units in the last place, and past the denormal numbers."""
+    """Return x moved down by some units in the last place, and past the denormal numbers.
+
+    Example:
+        >>> from lben.rigorous import down
+        >>> 1.0 - down(1.0) == 2.0**-53
+        True
+    """
     return -up(-x, ulps)
 
 
 def sum_up(values: Array, axis: int | None = None) -> Array:
-    """Return upper bounds of sums of non-negative numbers."""
+    """Return upper bounds of sums of non-negative numbers.
+
+    Args:
+        values: the numbers.
+        axis: along which to sum; None for all.
+
+    Returns:
+        The bounds; infinite where a sum leaves the range.
+
+    Example:
+        >>> import numpy as np
+        >>> from lben.rigorous import sum_up
+        >>> bool(sum_up(np.full(10, 0.1)) >= 1), sum_up(np.ones((2, 3)), axis=1).round(6).tolist()
+        (True, [3.0, 3.0])
+    """
     count = values.size if axis is None else values.shape[axis]
     total = np.sum(values, axis=axis) * (1 + 2 * gamma_k(count + 2))
     total = total + 2 * TINY * np.sum(values < TINY, axis=axis)  # read as zero
@@ -64,13 +99,27 @@ def sum_up(values: Array, axis: int | None = None) -> Array:
 
 
 def is_denormal(values: Array) -> NDArray[np.bool_]:
-    """Say which numbers are denormal, in a mode that reads them as zero too."""
+    """Return which numbers are denormal, also in a mode that reads denormal numbers as zero.
+
+    Example:
+        >>> import numpy as np
+        >>> from lben.rigorous import is_denormal
+        >>> is_denormal(np.array([1e-310, 0.0, 1.0])).tolist()
+        [True, False, False]
+    """
     bits = np.ascontiguousarray(values).view(np.int64)
     return (bits << 1 != 0) & (np.abs(values) < TINY)
 
 
 def norms_up(values: Array, axis: int) -> Array:
-    """Return upper bounds of l2 norms along an axis."""
+    """Return upper bounds of l2 norms along an axis.
+
+    Example:
+        >>> import numpy as np
+        >>> from lben.rigorous import norms_up
+        >>> bool((norms_up(np.array([[3.0, 4.0], [3e200, 4e200]]), 1) >= [5.0, 5e200]).all())
+        True
+    """
     count = values.shape[axis]
     largest = np.max(np.abs(values), axis=axis, keepdims=True, initial=0.0)
     # In units of a power of two near each one's largest entry, so that neither rows nor columns of
@@ -80,17 +129,29 @@ def norms_up(values: Array, axis: int) -> Array:
         norms = np.sqrt(np.sum((values / unit) ** 2, axis=axis)) * (1 + 2 * gamma_k(count + 4))
         norms = (norms + count * 2.0**-500) * unit.squeeze(axis) * (1 + 4 * UNIT) + 4 * TINY
     norms = np.where(norms < _HUGE, norms, math.inf)  # NaN too
-    # Where no entry is above the smallest normal number each may have been read as zero.
+    # Where all entries are below the smallest normal number, each may have been read as zero.
     return np.asarray(np.where(largest.squeeze(axis) < TINY, count * TINY, norms))
 
 
 @dataclass(frozen=True, eq=False)
 class Enclosure:
-    """All real matrices within `radius` of `mid`, entry by entry.
+    """The set of all real matrices within `radius` of `mid`, entry by entry.
+
+    Sums, products and the other operations return an enclosure of all exact results for matrices in
+    their operands.
 
     Args:
         mid: float64 array; a denormal number becomes zero, and its size is added to the radius.
         radius: non-negative float64 array of the same shape; zeros when omitted (exact).
+
+    Example:
+        >>> import numpy as np
+        >>> from lben.rigorous import Enclosure
+        >>> third = Enclosure(np.array([[1.0]])) / 3.0
+        >>> float(third.mid[0, 0]), 0 < float(third.radius[0, 0]) < 1e-15
+        (0.3333333333333333, True)
+        >>> (third @ third).magnitude.shape
+        (1, 1)
     """
 
     mid: Array
@@ -109,8 +170,8 @@ class Enclosure:
         object.__setattr__(self, "radius", radius)
 
     @classmethod
-    def _made(cls, mid: Array, radius: Array) -> Enclosure:
-        """Return an enclosure whose radius has room for a midpoint that is read as zero."""
+    def _wrap(cls, mid: Array, radius: Array) -> Enclosure:
+        """Return an enclosure as it is; its radius covers a midpoint that is read as zero."""
         sizes = (np.max(np.abs(mid), initial=0.0), np.max(radius, initial=0.0))
         if not (sizes[0] < _HUGE and sizes[1] < _HUGE):
             radius = np.full_like(radius, math.inf)
@@ -121,48 +182,48 @@ class Enclosure:
 
     @property
     def T(self) -> Enclosure:
-        """Transpose."""
-        return Enclosure._made(self.mid.T, self.radius.T)
+        """The transpose."""
+        return Enclosure._wrap(self.mid.T, self.radius.T)
 
     @property
     def magnitude(self) -> Array:
-        """Upper bound of |entry|, a fresh array."""
+        """Upper bounds of |entry|, a fresh array."""
         size = np.abs(self.mid)
         size += self.radius
         size *= 1 + 2 * UNIT
         return size
 
-    def _result(self, mid: Array, radius: Array, operations: int) -> Enclosure:
-        """Return a result with the radius given, which is overwritten, and its own rounding."""
-        # One rounding of the new midpoint, then the roundings of the radius itself; in place, for
-        # passes over large matrices are what a proof spends most of its time on.
+    def _round_result(self, mid: Array, radius: Array, operations: int) -> Enclosure:
+        """Return mid with the radius given, which is overwritten, plus the rounding of mid."""
+        # One rounding of the new midpoint, then the roundings of the radius itself; in place, since
+        # a proof spends most of its time on passes over large matrices.
         rounding = np.abs(mid)
         rounding *= UNIT
         radius += rounding
         # Up to four products that underflowed, and a midpoint that is read as zero.
         radius += 8 * TINY
         radius *= 1 + (operations + 6) * 2 * UNIT
-        return Enclosure._made(mid, radius)
+        return Enclosure._wrap(mid, radius)
 
     def __add__(self, other: Enclosure) -> Enclosure:
-        return self._result(self.mid + other.mid, self.radius + other.radius, 2)
+        return self._round_result(self.mid + other.mid, self.radius + other.radius, 2)
 
     def __sub__(self, other: Enclosure) -> Enclosure:
-        return self._result(self.mid - other.mid, self.radius + other.radius, 2)
+        return self._round_result(self.mid - other.mid, self.radius + other.radius, 2)
 
     def __neg__(self) -> Enclosure:
-        return Enclosure._made(-self.mid, self.radius)
+        return Enclosure._wrap(-self.mid, self.radius)
 
     def __mul__(self, other: Enclosure) -> Enclosure:
-        """Entrywise product, with broadcasting."""
+        """Return the entrywise product, with broadcasting."""
         radius = self.magnitude * other.radius
         if self.radius.any():
             radius += self.radius * np.abs(other.mid)
-        return self._result(self.mid * other.mid, radius, 4)
+        return self._round_result(self.mid * other.mid, radius, 4)
 
     def __truediv__(self, scalar: float) -> Enclosure:
         """Divide by an exact non-zero number."""
-        return self._result(self.mid / scalar, self.radius / abs(scalar), 2)
+        return self._round_result(self.mid / scalar, self.radius / abs(scalar), 2)
 
     def __matmul__(self, other: Enclosure) -> Enclosure:
         # Sums of |aᵢₖ||bₖⱼ| by Cauchy and Schwarz: a little wider, and no product of matrices.
@@ -178,13 +239,16 @@ class Enclosure:
         # Of each term the product, the sum, and reading either; and the products above.
         radius += (4 * k + 16) * TINY
         radius *= 1 + 16 * UNIT
-        return Enclosure._made(self.mid @ other.mid, radius)
+        return Enclosure._wrap(self.mid @ other.mid, radius)
 
     def scale(self, rows: Array | float, columns: Array | float = 1.0) -> Enclosure:
-        """Return diag(rows) A diag(columns) for powers of two, exactly where nothing underflows.
+        """Return diag(rows) A diag(columns) for powers of two, which is exact without underflow.
 
         Args:
-            rows, columns: as many as A has, or one for all.
+            rows, columns: powers of two, one per row and column, or one for all.
+
+        Returns:
+            The product; NaN where a scale is below the smallest normal number.
         """
         scale = np.multiply.outer(np.atleast_1d(rows), np.atleast_1d(columns))
         if not (scale >= TINY).all():
@@ -192,30 +256,46 @@ class Enclosure:
         mid, radius = self.mid * scale, self.radius * scale
         if self.radius.any() or ((np.abs(mid) < TINY) & (self.mid != 0)).any():
             radius += 8 * TINY
-        return Enclosure._made(mid, radius)
+        return Enclosure._wrap(mid, radius)
 
     def sqrt(self) -> Enclosure:
-        """Entrywise square root of exact non-negative numbers."""
+        """Return the entrywise square root of exact non-negative numbers.
+
+        Raises:
+            ValueError: if an entry is not exact.
+        """
         if self.radius.any():
             raise ValueError("sqrt is defined here for exact entries only")
-        return self._result(np.sqrt(self.mid), np.zeros_like(self.mid), 1)
+        return self._round_result(np.sqrt(self.mid), np.zeros_like(self.mid), 1)
 
     def reciprocal(self) -> Enclosure:
-        """Entrywise 1/x of entries whose interval excludes zero."""
+        """Return 1/x of every entry.
+
+        Raises:
+            ValueError: if the interval of an entry contains zero.
+        """
         low = (np.abs(self.mid) - self.radius) * (1 - 4 * UNIT)
         if not (low > 0).all():
             raise ValueError("reciprocal of an interval that contains zero")
         mid = 1 / self.mid
         relative = self.radius / low + 2 * TINY  # what underflowed is multiplied by the next line
-        return self._result(mid, relative * np.abs(mid) * (1 + 8 * UNIT), 6)
+        return self._round_result(mid, relative * np.abs(mid) * (1 + 8 * UNIT), 6)
 
     def symmetric_part(self) -> Enclosure:
-        """½(A + Aᵀ)."""
+        """Return ½(A + Aᵀ)."""
         return (self + self.T) / 2.0
 
 
 def block(rows: list[list[Enclosure]]) -> Enclosure:
-    """Assemble a block matrix."""
+    """Return the block matrix of rows of enclosures.
+
+    Example:
+        >>> import numpy as np
+        >>> from lben.rigorous import Enclosure, block
+        >>> one = Enclosure(np.ones((1, 1)))
+        >>> block([[one, one], [one, one]]).mid.shape
+        (2, 2)
+    """
     return Enclosure(
         np.block([[e.mid for e in row] for row in rows]),
         np.block([[e.radius for e in row] for row in rows]),
@@ -223,14 +303,32 @@ def block(rows: list[list[Enclosure]]) -> Enclosure:
 
 
 def solve(A: Enclosure, B: Enclosure) -> Enclosure:
-    """Enclose A⁻¹B.
+    """Return an enclosure of A⁻¹B for all matrices in A and B.
 
-    With any R near A⁻¹, X near RB and E = I − RA, R(B − AX) = (I − E)(A⁻¹B − X); so where the row
-    sums of |E| are at most e < 1, A⁻¹ exists and A⁻¹B − X is within e/(1 − e) times the largest
-    entry of its column of R(B − AX) (Rump 2010, section 10).
+    Let R be any matrix near A⁻¹, X any near RB, and E = I − RA. Then R(B − AX) = (I − E)(A⁻¹B − X).
+    So if the row sums of |E| are at most e < 1, then A⁻¹ exists, and A⁻¹B − X differs from
+    R(B − AX) by at most e/(1 − e) times the largest entry of its column.
+
+    Args:
+        A: n × n.
+        B: n × k.
+
+    Returns:
+        n × k.
 
     Raises:
-        ValueError: if that cannot be shown of some matrix in A.
+        ValueError: if A contains a matrix that is singular or near it.
+
+    Reference:
+        Rump (2010), "Verification methods: rigorous results using floating-point arithmetic",
+        section 10.
+
+    Example:
+        >>> import numpy as np
+        >>> from lben.rigorous import Enclosure, solve
+        >>> x = solve(Enclosure(np.array([[2.0]])), Enclosure(np.array([[1.0]])))
+        >>> float(x.mid[0, 0]), float(x.radius[0, 0]) < 1e-14
+        (0.5, True)
     """
     try:
         R = Enclosure(np.asarray(np.linalg.inv(A.mid), dtype=np.float64))
@@ -243,20 +341,30 @@ def solve(A: Enclosure, B: Enclosure) -> Enclosure:
         raise ValueError("the matrix is singular, or close to it")
     step = (R @ (B - A @ Enclosure(X))).magnitude
     radius = (step + 2 * e * np.max(step, axis=0, initial=0.0)) * (1 + 8 * UNIT) + 8 * TINY
-    return Enclosure._made(X, radius)
+    return Enclosure._wrap(X, radius)
 
 
 def smallest_eigenvalue_bound(matrix: Enclosure) -> float:
     """Return a proved lower bound of λmin over all symmetric matrices in the enclosure.
 
-    Let A be the symmetrised midpoint, c a number just below its computed smallest eigenvalue and R
-    any matrix, proposed by Cholesky of A − cI. As RᵀR ⪰ 0, every symmetric matrix in the enclosure
-    has
+    Let A be the symmetrised midpoint, c a number just below its computed smallest eigenvalue, and R
+    any matrix, proposed by Cholesky of A − cI. Since RᵀR ⪰ 0, every symmetric matrix in the
+    enclosure has
 
         λmin ≥ c − ‖A − cI − RᵀR‖_∞ − ‖radius‖_∞,
 
-    where the difference is evaluated as an enclosure. Returns −inf when nothing finite can be
-    proved (the entries are not finite, or no factor was found), inf for a matrix without rows.
+    where the difference is evaluated as an enclosure.
+
+    Returns:
+        The bound; −inf where no finite one can be proved (entries that are not finite, or no
+        factor); inf for a matrix without rows.
+
+    Example:
+        >>> import numpy as np
+        >>> from lben.rigorous import Enclosure, smallest_eigenvalue_bound
+        >>> A = np.array([[2.0, 1.0], [1.0, 2.0]])
+        >>> 1 - 1e-12 < smallest_eigenvalue_bound(Enclosure(A)) <= 1
+        True
     """
     n = matrix.mid.shape[0]
     if n == 0:
@@ -266,11 +374,11 @@ def smallest_eigenvalue_bound(matrix: Enclosure) -> float:
         A = matrix.mid
         if not (np.isfinite(A).all() and np.isfinite(matrix.radius).all()):
             return -math.inf
-        return _proved_shift(matrix, np.asarray(np.linalg.eigvalsh(A), dtype=np.float64))
+        return _prove_shift(matrix, np.asarray(np.linalg.eigvalsh(A), dtype=np.float64))
 
 
-def _proved_shift(matrix: Enclosure, values: Array) -> float:
-    """Prove a lower bound near the smallest of the eigenvalues that were computed."""
+def _prove_shift(matrix: Enclosure, values: Array) -> float:
+    """Return a proved lower bound near the smallest of the computed eigenvalues."""
     A, n = matrix.mid, matrix.mid.shape[0]
     scale = max(abs(values[0]), abs(values[-1]), 2.0**-1000)
     slack = 4 * n * UNIT * scale
@@ -290,12 +398,29 @@ def _proved_shift(matrix: Enclosure, values: Array) -> float:
 
 
 def largest_eigenvalue_bound(matrix: Enclosure) -> float:
-    """Return a proved upper bound of λmax over all symmetric matrices in the enclosure."""
+    """Return a proved upper bound of λmax over all symmetric matrices in the enclosure.
+
+    Example:
+        >>> import numpy as np
+        >>> from lben.rigorous import Enclosure, largest_eigenvalue_bound
+        >>> 3 <= largest_eigenvalue_bound(Enclosure(np.array([[2.0, 1.0], [1.0, 2.0]]))) < 3.000001
+        True
+    """
     return -smallest_eigenvalue_bound(-matrix)
 
 
 def norm_bound(matrix: Enclosure) -> float:
-    """Return a proved upper bound of ‖A‖₂, from the smaller of AᵀA and AAᵀ, or inf."""
+    """Return a proved upper bound of ‖A‖₂, from the smaller of AᵀA and AAᵀ.
+
+    Returns:
+        The bound; inf where none can be proved.
+
+    Example:
+        >>> import numpy as np
+        >>> from lben.rigorous import Enclosure, norm_bound
+        >>> 5 <= norm_bound(Enclosure(np.array([[3.0, 4.0]]))) < 5.000001
+        True
+    """
     rows, columns = matrix.mid.shape
     # In units of a power of two near the largest entry: its square neither overflows nor vanishes.
     unit = power_of_two(float(np.max(np.abs(matrix.mid), initial=0.0)))
@@ -306,7 +431,13 @@ def norm_bound(matrix: Enclosure) -> float:
 
 
 def power_of_two(size: float) -> float:
-    """Return a power of two near a size, within 2^±1000; 1 for 0 and what is not finite."""
+    """Return a power of two near a size, within 2^±1000; 1 for sizes that are 0 or not finite.
+
+    Example:
+        >>> from lben.rigorous import power_of_two
+        >>> power_of_two(5.0), power_of_two(0.0)
+        (4.0, 1.0)
+    """
     if not TINY <= size < math.inf:
         return 1.0
     return math.ldexp(1.0, max(-1000, min(1000, math.frexp(size)[1] - 1)))

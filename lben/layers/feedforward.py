@@ -83,9 +83,9 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
         """Return the parameterization."""
         return self.parameterization
 
-    def blank(self, like: Tensor) -> list[Tensor]:
+    def allocate(self, like: Tensor) -> list[Tensor]:
         """Return tensors shaped as those that run, without numbers."""
-        return self.parameterization.blank(like)
+        return self.parameterization.allocate(like)
 
     @abstractmethod
     def evaluate(

@@ -117,7 +117,7 @@ class Owner(nn.Module):
         """Return the module that makes the tensors that run of a precision, and of all values."""
 
     @abstractmethod
-    def blank(self, like: Tensor) -> list[Tensor]:
+    def allocate(self, like: Tensor) -> list[Tensor]:
         """Return tensors of the shapes and dtypes of those that run, without numbers."""
 
     def in_graph(self, compute_dtype: torch.dtype) -> list[Tensor]:
@@ -169,7 +169,7 @@ def _running(values: Sequence[Tensor], name: str, compute_dtype: str) -> list[Te
 
 @_running.register_fake
 def _(values: Sequence[Tensor], name: str, compute_dtype: str) -> list[Tensor]:
-    return _owners[name].blank(values[0])
+    return _owners[name].allocate(values[0])
 
 
 @torch.library.custom_op(

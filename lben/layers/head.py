@@ -18,7 +18,7 @@ from lben.layers.graphs import Owner, check_kind, graph_is_made
 from lben.layers.hooks import refuse_hooks
 from lben.layers.lasting import Lasting, make_lasting
 from lben.layers.roundoff import Signal
-from lben.parameterizations.feedforward import compute
+from lben.parameterizations.feedforward import read_weight
 from lben.parameterizations.orthogonal import register_orthogonal
 from lben.parameterizations.parametrized import PicklableParametrized
 from lben.radii.error_bounds import Certified
@@ -85,7 +85,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
 
     def matrix(self) -> Float[Tensor, "q p"]:
         """Return Q, in the precision of the parameters also under autocast."""
-        weight = compute(self, "weight")
+        weight = read_weight(self, "weight")
         with use_full_precision(self.bias):
             return functional.normalize(weight, dim=1) if self.kind == "rows" else weight
 
@@ -115,7 +115,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
         """Return the module that makes Q and b."""
         return _Running(self)
 
-    def blank(self, like: Tensor) -> list[Tensor]:
+    def allocate(self, like: Tensor) -> list[Tensor]:
         """Return tensors shaped as Q and b, without numbers."""
         q, p = self.out_features, self.in_features
         return [like.new_empty(q, p), like.new_empty(q)]

@@ -11,7 +11,7 @@ from lben.parameterizations.feedforward import (
     PROOF_SLACK,
     UNIT_BOUND,
     FeedforwardParameterization,
-    compute,
+    read_weight,
 )
 from lben.parameterizations.multipliers import MultiplierRule
 from lben.weights import ConvolutionalWeights, DenseWeights
@@ -81,20 +81,20 @@ class ContractionParameterization(FeedforwardParameterization):
         nn.init.uniform_(self.b_y, -bound, bound)
 
     def forward(self, compute_dtype: torch.dtype) -> tuple[Tensor, ...]:
-        V = self.rounded(compute(self, "V"), compute_dtype)
+        V = self.round_weight(read_weight(self, "V"), compute_dtype)
         T = self.rule(V.transpose(0, 1))
-        (scale,) = self.in_range([(1 - PROOF_SLACK / 2) * T.rsqrt()], [self.b_y])
+        (scale,) = self.check_scales([(1 - PROOF_SLACK / 2) * T.rsqrt()], [self.b_y])
         return V, self.b_y, scale
 
-    def blank(self, like: Tensor) -> list[Tensor]:
+    def allocate(self, like: Tensor) -> list[Tensor]:
         return [like.new_empty(shape) for shape in (self.shape, self.shape[:1], self.shape[1:2])]
 
     def dense(self, compute_dtype: torch.dtype) -> DenseWeights:
-        V, b_y, scale = self.to_exact(compute_dtype)
+        V, b_y, scale = self.compute_in_float64(compute_dtype)
         return DenseWeights.affine(V * scale, b_y, UNIT_BOUND)
 
     def convolutional(self, compute_dtype: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
-        V, b_y, scale = self.to_exact(compute_dtype)
+        V, b_y, scale = self.compute_in_float64(compute_dtype)
         q, p = V.shape[:2]
         return ConvolutionalWeights(
             U=V.new_zeros(0, p, 1, 1), b=V.new_zeros(0), C=V.new_zeros(q, 0, 1, 1),

@@ -68,7 +68,7 @@ class FeedforwardParameterization(PicklableParametrized, ABC):
         """
 
     @abstractmethod
-    def blank(self, like: Tensor) -> list[Tensor]:
+    def allocate(self, like: Tensor) -> list[Tensor]:
         """Return uninitialised contiguous tensors of the shapes and dtypes of `forward`'s."""
 
     @abstractmethod
@@ -79,12 +79,12 @@ class FeedforwardParameterization(PicklableParametrized, ABC):
     def convolutional(self, compute_dtype: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
         """Return the float64 kernels of the convolution that runs in `compute_dtype`, exactly."""
 
-    def to_exact(self, compute_dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def compute_in_float64(self, compute_dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return the tensors of `forward` in float64: products of two float32 numbers are exact."""
         return tuple(cast(t, torch.float64) for t in self(compute_dtype))
 
     @staticmethod
-    def in_range(scales: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
+    def check_scales(scales: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
         """Return the scales computed from T, after a check that they are positive normal numbers.
 
         They are not if the weights hold NaN or infinite numbers, or if T leaves the range of the
@@ -111,14 +111,14 @@ class FeedforwardParameterization(PicklableParametrized, ABC):
         return checked
 
     @staticmethod
-    def rounded(weight: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    def round_weight(weight: Tensor, compute_dtype: torch.dtype) -> Tensor:
         """Return the weight rounded to `compute_dtype`, in its own dtype."""
         return (
             weight if compute_dtype == weight.dtype else weight.to(compute_dtype).to(weight.dtype)
         )
 
 
-def compute(module: nn.Module, name: str) -> Tensor:
+def read_weight(module: nn.Module, name: str) -> Tensor:
     """Return a module's weight, which a parametrization of torch may compute on access.
 
     Raises:

@@ -138,7 +138,7 @@ class CayleyConvolution(FeedforwardParameterization):
         wide = V.shape[2] < V.shape[3]
         V = V.mH if wide else V
         Q = cayley(V)
-        (s,) = self.in_range([self._shrink(Q)], [self.b_y])
+        (s,) = self.check_scales([self._shrink(Q)], [self.b_y])
         return (Q.mH if wide else Q), self.b_y, s
 
     @staticmethod
@@ -151,7 +151,7 @@ class CayleyConvolution(FeedforwardParameterization):
         defect = gap.abs().sum(-1).amax() + 64 * Q.shape[-2] ** 2 * 2.0**-52 * size
         return ((1 - PROOF_SLACK / 4) / (1 + defect).sqrt()).to(torch.float32).double()
 
-    def blank(self, like: Tensor) -> list[Tensor]:
+    def allocate(self, like: Tensor) -> list[Tensor]:
         rows, columns = self.image
         symbols = like.new_empty(
             (rows, columns // 2 + 1, *self.shape[:2]), dtype=like.dtype.to_complex()
@@ -159,7 +159,7 @@ class CayleyConvolution(FeedforwardParameterization):
         b = like.new_empty(self.shape[:1])
         return [symbols, b, like.new_empty((), dtype=torch.float64)]
 
-    def to_exact(self, compute_dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def compute_in_float64(self, compute_dtype: torch.dtype) -> tuple[Tensor, ...]:
         Q, b_y, s = self(compute_dtype)
         return Q.to(torch.complex128), cast(b_y, torch.float64), s
 
@@ -167,7 +167,7 @@ class CayleyConvolution(FeedforwardParameterization):
         raise ValueError("a convolution has no dense weights: use convolutional()")
 
     def convolutional(self, compute_dtype: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
-        Q, b_y, s = self.to_exact(compute_dtype)
+        Q, b_y, s = self.compute_in_float64(compute_dtype)
         D = torch.fft.irfft2((Q * s).permute(2, 3, 0, 1), s=self.image)
         q, p = D.shape[:2]
         return ConvolutionalWeights(

@@ -71,16 +71,16 @@ class ResidualParameterization(FeedforwardParameterization):
         nn.init.uniform_(self.b, -bound, bound)
 
     def forward(self, compute_dtype: torch.dtype) -> tuple[Tensor, ...]:
-        U = self.rounded(self.U, compute_dtype)
-        (scale,) = self.in_range([2 * (1 - PROOF_SLACK) / self.rule(U)], [self.b])
+        U = self.round_weight(self.U, compute_dtype)
+        (scale,) = self.check_scales([2 * (1 - PROOF_SLACK) / self.rule(U)], [self.b])
         return U, self.b, scale
 
-    def blank(self, like: Tensor) -> list[Tensor]:
+    def allocate(self, like: Tensor) -> list[Tensor]:
         n = self.shape[:1]
         return [like.new_empty(shape) for shape in (self.shape, n, n)]
 
     def dense(self, compute_dtype: torch.dtype) -> DenseWeights:
-        U, b, scale = self.to_exact(compute_dtype)
+        U, b, scale = self.compute_in_float64(compute_dtype)
         p = U.shape[1]
         return DenseWeights(
             W=U.new_zeros(len(U), len(U)), U=U, b=b, C=-U.T * scale,
@@ -89,7 +89,7 @@ class ResidualParameterization(FeedforwardParameterization):
         )  # fmt: skip
 
     def convolutional(self, compute_dtype: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
-        U, b, scale = self.to_exact(compute_dtype)
+        U, b, scale = self.compute_in_float64(compute_dtype)
         return ConvolutionalWeights(
             U=U, b=b, C=-mirror(U) * taps(scale), D=1.0, b_y=U.new_zeros(U.shape[1]),
             Lambda=scale, gamma=UNIT_BOUND, circular=circular,

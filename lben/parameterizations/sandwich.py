@@ -97,27 +97,27 @@ class SandwichParameterization(FeedforwardParameterization):
         nn.init.uniform_(self.b, -bound, bound)
 
     def forward(self, compute_dtype: torch.dtype) -> tuple[Tensor, ...]:
-        AB = self.rounded(self.AB, compute_dtype)
+        AB = self.round_weight(self.AB, compute_dtype)
         S = math.sqrt(2.0) * (1 - PROOF_SLACK / 2) * self.rule(AB).rsqrt()
         psi = self.log_psi.exp()
         A, B = AB[:, : self.outputs], AB[:, self.outputs :]
-        inner, outer = self.in_range([S / psi, S * psi], [self.b, self.b_y])
+        inner, outer = self.check_scales([S / psi, S * psi], [self.b, self.b_y])
         return A, B, self.b, self.b_y, inner, outer
 
-    def blank(self, like: Tensor) -> list[Tensor]:
+    def allocate(self, like: Tensor) -> list[Tensor]:
         (n, columns, *kernel), q = self.shape, self.outputs
         shapes = (n, q, *kernel), (n, columns - q, *kernel), (n,), (q,), (n,), (n,)
         return [like.new_empty(shape) for shape in shapes]
 
     def dense(self, compute_dtype: torch.dtype) -> DenseWeights:
-        A, B, b, b_y, inner, outer = self.to_exact(compute_dtype)
+        A, B, b, b_y, inner, outer = self.compute_in_float64(compute_dtype)
         return DenseWeights(
             W=A.new_zeros(len(A), len(A)), U=inner[:, None] * B, b=b, C=A.T * outer, D=None,
             b_y=b_y, Lambda=outer / inner, gamma=UNIT_BOUND,
         )  # fmt: skip
 
     def convolutional(self, compute_dtype: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
-        A, B, b, b_y, inner, outer = self.to_exact(compute_dtype)
+        A, B, b, b_y, inner, outer = self.compute_in_float64(compute_dtype)
         return ConvolutionalWeights(
             U=taps(inner)[:, None] * B, b=b, C=mirror(A) * taps(outer), D=None, b_y=b_y,
             Lambda=outer / inner, gamma=UNIT_BOUND, circular=circular,

@@ -7,7 +7,7 @@ tenth of it (Nesterov and Nemirovskii 1994).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ _NEAR = 0.5
 """Newton decrement below which a point counts as near the central path."""
 
 
+@runtime_checkable
 class Barrier(Protocol):
     """Programs that minimise a linear objective over a cone, each with the barrier of its cone.
 
@@ -32,7 +33,7 @@ class Barrier(Protocol):
     def evaluate_objective(self, point: Float[Tensor, "batch m"]) -> Float[Tensor, " batch"]:
         """Return the objective of each program at a point."""
 
-    def select(self, index: Tensor) -> Self:
+    def select(self, index: Tensor) -> Barrier:
         """Return the programs at some indices of the batch."""
 
     def compute_newton_step(

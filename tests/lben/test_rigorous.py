@@ -238,7 +238,7 @@ flushes = pytest.mark.parametrize("flush", [False, True])
 def contains_also_as_zero(enclosure: Enclosure, truth: flint.fmpq_mat) -> bool:
     """Also where a denormal midpoint is read as zero."""
     mid = np.where(np.abs(enclosure.mid) < TINY, 0.0, enclosure.mid)
-    flushed = Enclosure._made(mid, np.where(enclosure.radius < TINY, 0.0, enclosure.radius))
+    flushed = Enclosure._wrap(mid, np.where(enclosure.radius < TINY, 0.0, enclosure.radius))
     return contains(enclosure, truth) and contains(flushed, truth)
 
 

@@ -84,7 +84,7 @@ FILLS = {
 
 def largest_quotient(layer):
     """Of unit vectors in float64, through the layer's own maps and the tensors that run."""
-    tensors = layer.parameterization.to_exact(next(layer.parameters()).dtype)
+    tensors = layer.parameterization.compute_in_float64(next(layer.parameters()).dtype)
     shape = (layer.inputs,) if isinstance(layer.map, Dense) else (layer.inputs, 4, 4)
     d = torch.cat([torch.eye(math.prod(shape)).reshape(-1, *shape), torch.randn(8, *shape)])
     d, best = d.double(), 0.0

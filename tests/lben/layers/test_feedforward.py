@@ -451,7 +451,7 @@ def test_rounding_where_the_activation_of_zero_is_not_zero(activation):
     with torch.no_grad():
         layer.parameterization.b.zero_()
         x = torch.zeros(1, 6)
-        tensors = layer.parameterization.to_exact(torch.float32)
+        tensors = layer.parameterization.compute_in_float64(torch.float32)
         exact = layer.evaluate(x.double(), torch.float64, tensors)
         error = (layer(x).double() - exact).norm()
     assert 0 < float(error) <= float(layer.rounding(x))
@@ -540,7 +540,7 @@ def test_autocast_runs_and_certifies_the_rounded_weights():
     assert certificate.bound == UNIT_BOUND
     assert certificate.fingerprint != layer.certificate().fingerprint
     # A T of the weights before rounding does not hold for those after it.
-    U, b, scale = layer.parameterization.to_exact(torch.float32)
+    U, b, scale = layer.parameterization.compute_in_float64(torch.float32)
     U = U.bfloat16().double()
     w = layer.weights()
     bad = DenseWeights(
@@ -582,7 +582,7 @@ def test_rounding_is_bounded(kind):
     layer = draw_report((DENSE | CONVOLUTIONAL)[kind]())
     x = sample(layer, 20)
     exact = copy.deepcopy(layer).double()
-    weights = layer.parameterization.to_exact(torch.float32)
+    weights = layer.parameterization.compute_in_float64(torch.float32)
     y = exact.evaluate(x.double(), torch.float64, weights)
     error = (layer(x).double() - y).flatten(1).norm(dim=1)
     bound = layer.rounding(x).double()

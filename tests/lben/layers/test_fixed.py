@@ -134,7 +134,10 @@ def test_rounding_adds_up_along_a_chain():
             if tensors is None:
                 exact = layer(exact)
             else:
-                exact = layer.evaluate(exact, torch.float64, tensors.to_exact(torch.float32))
+                weights = tensors.compute_in_float64(torch.float32)
+                exact = layer.evaluate(exact, torch.float64, weights)
+                    exact, torch.float64, tensors.compute_in_float64(torch.float32)
+                )
     assert ((y.double() - exact).norm(dim=1) <= bound.double()).all()
 
 

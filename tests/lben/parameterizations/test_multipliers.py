@@ -1,17 +1,13 @@
 """T ⪰ UUᵀ in exact arithmetic for the stored numbers, and tight."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from torch.autograd import gradcheck
 from torch.nn import functional
 
 from lben.parameterizations import (
-    CayleyRows,
     Gershgorin,
     Orthonormal,
-    ResidualParameterization,
     Spectral,
 )
 from lben.parameterizations.multipliers import FLOOR, absolute_row_sums, gram
@@ -73,18 +69,6 @@ def test_gershgorin_lies_above_the_exact_sum_of_the_stored_numbers(dtype, n):
     assert (exact * (1 + (1e-3 if dtype == torch.float32 else 1e-11)) >= T).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [*SHAPES, *KERNELS])
-def test_spectral_comes_near_the_norm_with_squarings(dtype, shape):
-    U = torch.randn(shape, dtype=dtype)
-    A = U.double() if U.ndim == 2 else operator(U.double(), size=12)
-    norm = float(torch.linalg.matrix_norm(A, 2)) ** 2
-    found = [float(Spectral(s)(U)[0]) for s in (0, 1, 2, 3, 4)]
-    assert all(f >= norm for f in found)
-    assert all(after <= before * (1 + 1e-5) for before, after in pairwise(found))
-    assert found[-1] <= 1.25 * norm
-
-
 def test_squaring_tightens_gershgorin():
     U = torch.randn(40, 40, dtype=torch.float64)
     sums = [float((1 / Gershgorin(40, squarings=s, learn_q=False)(U)).sum()) for s in (0, 1, 3)]
@@ -106,7 +90,7 @@ def test_orthonormal_is_right_for_every_matrix_and_tight_for_orthogonal_ones():
     U = torch.randn(20, 30)
     assert float(Orthonormal()(U)[0]) >= float(torch.linalg.matrix_norm(U.double(), 2)) ** 2
     assert Orthonormal()(torch.randn(30, 20)).shape == (30,)
-    with pytest.raises(ValueError, match="defined here for matrices"):
+    with pytest.raises(ValueError, match="takes a matrix"):
         Orthonormal()(torch.randn(2, 2, 3, 3))
 
 
@@ -151,9 +135,6 @@ def test_the_gram_kernel_is_the_operator_times_its_transpose():
     [
         (lambda: Gershgorin(0), "units must be at least 1"),
         (lambda: Gershgorin(3, squarings=-1), "squarings at least 0"),
-        (lambda: Spectral(-1), "squarings must be at least 0"),
-        (lambda: ResidualParameterization((3, 0), Spectral()), "at least 1"),
-        (lambda: ResidualParameterization((3, 2, 1), Spectral()), "at least 1"),
     ],
 )
 def test_bad_arguments_are_named(make, message):
@@ -171,11 +152,3 @@ def test_reduced_precision_of_products_does_not_reach_T():
     finally:
         torch.set_float32_matmul_precision("highest")
     assert torch.equal(after, before)
-
-
-@pytest.mark.parametrize("shape", [(3, 7), (4, 4), (1, 1)])
-def test_cayley_rows_are_orthonormal_and_differentiable(shape):
-    V = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-    Q = CayleyRows()(V)
-    torch.testing.assert_close(Q @ Q.T, torch.eye(shape[0], dtype=Q.dtype))
-    assert torch.autograd.gradcheck(CayleyRows(), V)

@@ -19,7 +19,6 @@ from lben import (
     tighten_diagonal,
     tighten_pairs,
 )
-from lben.tightening.interior_point import Program, minimise
 
 
 def draw_report(layer):
@@ -126,33 +125,6 @@ def test_a_false_bound_of_a_pair_is_refused():
     del claims[1, 2]
     with pytest.raises(ValueError, match="outputs 1 and 2"):
         certify(weights, claims)
-
-
-def test_the_interior_point_method_closes_its_gap():
-    weights = dense()
-    program = Program(
-        W=weights.W[None], U=weights.U[None], C=weights.C[None], D=weights.C.new_zeros(1, 4, 6)
-    )
-    rough, fine = (minimise(program, weights.Lambda[None], gap=g) for g in (1e-2, 1e-8))
-    assert float(fine.gap) <= 1e-8 < float(rough.gap) <= 1e-2
-    assert float(fine.tau) <= float(rough.tau) <= float(fine.tau) * (1 + float(rough.gap))
-    assert int(minimise(program, weights.Lambda[None], max_steps=2).gap.isinf())
-
-
-def test_a_number_per_input_bounds_the_largest_norm():
-    """‖y − y'‖₂ ≤ √Στ ‖x − x'‖_∞, attacked at corners."""
-    weights = dense(features=(5, 7, 1))
-    program = Program(
-        W=weights.W[None], U=weights.U[None], C=weights.C[None], D=weights.C.new_zeros(1, 1, 5),
-        per_input=True,
-    )  # fmt: skip
-    bound = float(minimise(program, weights.Lambda[None], gap=1e-6).tau.sum().sqrt())
-    largest = 0.0
-    for _ in range(300):
-        slope = torch.diag((torch.rand(7) > 0.5).double())
-        J = weights.C @ torch.linalg.solve(torch.eye(7) - slope @ weights.W, slope @ weights.U)
-        largest = max(largest, float(J.abs().sum()))
-    assert largest <= bound <= 3 * largest
 
 
 def test_bad_weights_are_named():

@@ -62,7 +62,7 @@ class Case:
     @property
     def adjoint_method(self) -> Method:
         """What `Auto` takes for the adjoint after this forward solve."""
-        return Auto().adjoint(float(self.solution.stats.steps.double().mean()), self.adjoint)
+        return Auto().choose_adjoint(float(self.solution.stats.steps.double().mean()), self.adjoint)
 
     def gradients(self, method: Method, *, new_weights: bool, max_steps: int = 5000) -> Solution:
         """Solve, and pass the cotangent back to W and v."""

@@ -183,14 +183,14 @@ def soundness(networks: Iterable[Network], count: int) -> dict[str, Any]:
         total = totals.setdefault(network.kind, {"pairs": 0, "violations": 0, "reached": 0.0})
         for dtype in (torch.float32, torch.float64):
             model = network.model.to(dtype).requires_grad_(False)
-            proof = model.certificate(network.bound)
+            proof = model.certificate(bound=network.bound)
             x = torch.rand(64, *model.shape, generator=generator).to(dtype)
             found = ascend_quotient(model, x, steps=20, generator=generator)
             pairs = [(found.a, found.b), *corner_pairs(x, generator)]
             pairs += random_pairs(x, count, generator)
             for a, b in pairs:
-                ya, yb = (model.certified_logits(side, proof) for side in (a, b))
-                change = (ya.logits.double() - yb.logits.double()).norm(dim=1)
+                ya, yb = (model.forward_with_error(side, proof) for side in (a, b))
+                change = (ya.value.double() - yb.value.double()).norm(dim=1)
                 distance = (a.double() - b.double()).flatten(1).norm(dim=1)
                 allowed = proof.bound * distance * (1 + 1e-12) + ya.error + yb.error
                 total["violations"] += int((change > allowed).sum())
@@ -224,7 +224,7 @@ def boundary(mnist: Dataset, tolerances: Iterable[float]) -> list[dict[str, Any]
             own.layer.tol, own.layer.on_failure = tol, "warn"
             labels = own(near).argmax(1)
             wrong = labels != beyond  # else the image across is no counterexample
-            proof = own.certificate("scaled")
+            proof = own.certificate(bound="scaled")
 
             found: dict[str, Any] = {
                 "dtype": str(dtype).removeprefix("torch."), "tol": tol, "images": len(near),
@@ -239,7 +239,7 @@ def boundary(mnist: Dataset, tolerances: Iterable[float]) -> list[dict[str, Any]
 
 def _same_weights(model: EquilibriumClassifier) -> EquilibriumClassifier:
     """Return the network of the very weights that run, in float64 and solved to 1e-11."""
-    exact = model.exact(1e-11)
+    exact = model.to_exact(1e-11)
     weights = model.layer.weights().to(torch.float64)
     vars(exact.layer)["weights"] = lambda: weights
     return exact
@@ -247,11 +247,11 @@ def _same_weights(model: EquilibriumClassifier) -> EquilibriumClassifier:
 
 def tightness(mnist: Dataset, quick: bool) -> float:
     """Return the joint bound of the γ = 1 model ÷ the largest quotient found."""
-    exact = trained("1").exact(1e-9)
+    exact = trained("1").to_exact(1e-9)
     x = pixels(mnist.test_images[: 20 if quick else 200], torch.float64)
     found = ascend_quotient(exact, x, steps=60 if quick else 300,
                             generator=torch.Generator().manual_seed(SEED))  # fmt: skip
-    return round(exact.certificate("diagonal").bound / float(found.quotient.max()), 4)
+    return round(exact.certificate(bound="diagonal").bound / float(found.quotient.max()), 4)
 
 
 def certified(mnist: Dataset, plainly: Classifier, quick: bool) -> dict[str, dict[str, Any]]:

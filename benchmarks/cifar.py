@@ -3,7 +3,7 @@
     python -m benchmarks.cifar [--models NAME …] [--minutes M] [--device cuda] [--epochs E]
                                [--root FOLDER] [--out FILE] [--work FOLDER] [--quick]
 
-trains, certifies and attacks explicit networks. Without arguments: one small network per family,
+trains, certifies and attacks feed-forward networks. Without arguments: one small network a family,
 for an equal budget of minutes each on this machine, the number of epochs measured beforehand.
 `--models sll-small --device cuda` trains the published network; a run that was cut off continues
 from its last epoch when the same command is given again. The last line has the figures of each.
@@ -74,7 +74,7 @@ FAMILY = ("sll", "cpl", "aol", "spectral", "sandwich")
 
 def main() -> None:
     """Run the benchmark."""
-    arguments = options("explicit 1-Lipschitz networks", MODELS, FAMILY).parse_args()
+    arguments = options("feed-forward 1-Lipschitz networks", MODELS, FAMILY).parse_args()
     data = cifar(arguments)
     models = ("sll",) if arguments.quick else arguments.models
     evaluation = EvaluationConfig(

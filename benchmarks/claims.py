@@ -29,7 +29,7 @@ from lben import (
     precision,
 )
 from lben.certificates import Certificate, CertificateError, proof
-from lben.layers import LipschitzSequential, equilibrium, equilibrium_dense, growth
+from lben.layers import LipschitzSequential, equilibrium, normalization
 from lben.layers.uniform import Running, uniform_error
 from lben.models import EquilibriumClassifierConfig, FeedforwardClassifierConfig, base
 from lben.models import equilibrium as models
@@ -37,7 +37,7 @@ from lben.parameterizations import FixedWeights, multipliers
 from lben.radii import local as local_proofs
 from lben.radii import margin as radii
 from lben.radii.error_bounds import Affine
-from lben.weights import DenseWeights, digest
+from lben.weights import DenseWeights, digest, growth
 from solvers import DenseOperator, Inclusion, LeakyReLU, LinearOperator, ReLU, dependencies
 
 Check = Callable[[], int]
@@ -82,7 +82,8 @@ def ball() -> int:
         exact = EquilibriumLinear(6, 10, 3, gamma=None, epsilon=0.05, tol=1e-13, dtype=F64)
         exact.parameterization = FixedWeights(layer.weights())
         x = 1e-3 * torch.randn(40, 6, dtype=F64)
-        uniform = layer.certified(x, layer.certificate()).uniform
+        uniform = layer.forward_with_error(x, layer.certificate()).uniform
+        assert uniform is not None
         for rho in (0.0, 1.0, 1e3):
             step = torch.randn_like(x)
             moved = x + rho * step / step.norm(dim=1, keepdim=True)
@@ -104,7 +105,7 @@ def names() -> int:
     large = EquilibriumConv2d(1, 2, 1, image=(9, 9), circular=True, dtype=F64)
     large.load_state_dict(small.state_dict())
     image = torch.randn(1, 1, 9, 9, dtype=F64)
-    count += _accepted(lambda: large.with_error(image, small.certificate()))
+    count += _accepted(lambda: large.forward_with_error(image, small.certificate()))
     return count + order() + local()
 
 
@@ -182,8 +183,9 @@ def scales() -> int:
     with torch.no_grad():
         for p in layer.parameters():
             p.zero_()
-        layer.parameterization.U[0, 0] = 2.0**60
-        layer.parameterization.U[1, 1:] = 0.9 * 2.0**-16
+        U = layer.parameterization.get_parameter("U")
+        U[0, 0] = 2.0**60
+        U[1, 1:] = 0.9 * 2.0**-16
         step = torch.ones(1, 8)
         step[0, 0] = 0
         try:
@@ -205,12 +207,13 @@ def autocast() -> int:
     """Count outputs under autocast further from the exact ones than is said."""
     torch.manual_seed(0)
     chain, x = LipschitzSequential(SLLLinear(20, 30)).eval(), torch.randn(30, 20)
-    proofs = chain.certificates((20,))
+    proofs = chain.certificate((20,))
     exact = chain.double()(x.double())
     chain.float()
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            y, error, _ = chain.with_error(x, proofs)
+            found = chain.forward_with_error(x, proofs)
+            y, error = found.value, found.error
     except ValueError:
         return 0
     return int(((y.double() - exact).norm(dim=1) > error.double() + 1e-5).sum())
@@ -282,13 +285,15 @@ def faults() -> Iterator[tuple[str, Callable[[], bool]]]:
         return repr(sorted(digest("", {"": p}) for p in network.parameters()))
 
     yield "normalisation left out of a certificate", planted(
-        names, (base, "fingerprint", by_parameters))  # fmt: skip
+        names, (base, "fingerprint", by_parameters),
+        (normalization, "fingerprint", by_parameters))  # fmt: skip
     yield "the order of layers left out", planted(order, (base, "fingerprint", unordered))
     yield "another torus accepted", planted(names, (Certificate, "check_image", _nothing))
     by_weights = lambda weights, *_: weights.fingerprint  # noqa: E731
     yield "a local proof tied to weights alone", planted(
         local, (models, "network_fingerprint", by_weights),
-        (local_proofs, "network_fingerprint", by_weights), (equilibrium_dense, "network_fingerprint", by_weights))  # fmt: skip  # noqa: E501
+        (local_proofs, "network_fingerprint", by_weights),
+        (equilibrium, "network_fingerprint", by_weights))  # fmt: skip
 
     def four_ulps(self: LinearOperator, z: Tensor) -> Tensor:
         return self.norm(4 * 2.0**-52 * self.mv(z).abs())
@@ -301,7 +306,7 @@ def faults() -> Iterator[tuple[str, Callable[[], bool]]]:
 
     yield "a rounding bound that underflows", planted(tiny, (growth.Growth, "at", vanishing))
     yield "the real part of complex weights", planted(
-        foreign, (proof, "exactly", _real), *_everywhere("exactly", _real))  # fmt: skip
+        foreign, (proof, "read_exactly", _real), *_everywhere("read_exactly", _real))  # fmt: skip
 
     def in_one_unit(self: object, U: Tensor) -> Tensor:
         unit = U.abs().amax()
@@ -315,7 +320,7 @@ def faults() -> Iterator[tuple[str, Callable[[], bool]]]:
     yield "errors said of a chain under autocast", planted(
         autocast, (precision, "refuse_autocast", lambda: None))  # fmt: skip
     yield "caches that look at shapes", planted(
-        caches, (dependencies, "_told_by_host", lambda a, b: a.shape == b.shape))  # fmt: skip
+        caches, (dependencies, "_compare_on_host", lambda a, b: a.shape == b.shape))  # fmt: skip
 
 
 def _real(weights: Any) -> Any:
@@ -324,10 +329,9 @@ def _real(weights: Any) -> Any:
 
 def _everywhere(name: str, value: object) -> list[tuple[object, str, object]]:
     """Return the change for every module of certificates that has imported the name."""
-    from lben.certificates import certify as dense
-    from lben.certificates import convolutional as images
+    from lben.certificates import convolutional, dense, linf, pairs
 
-    return [(module, name, value) for module in (dense, images) if hasattr(module, name)]
+    return [(module, name, value) for module in (dense, convolutional, linf, pairs)]
 
 
 def _nothing(*_: object, **__: object) -> None:

@@ -5,7 +5,7 @@
 
 Without arguments: one small network (48 channels on 8 × 8 pixels after invertible down-sampling)
 at γ = 1 and 3 on the normalised image and without a bound, for a budget of minutes each. `--models
-single-1 multi-1 hybrid --device cuda` trains the published sizes and a hybrid with explicit layers;
+single-1 multi-1 hybrid --device cuda` trains the published sizes and a hybrid with SLL layers;
 a run that was cut off continues when the same command is given again.
 
 Beside certified and attacked accuracy it reports the largest quotient that gradient ascent found,
@@ -126,7 +126,7 @@ def _figures(
 
 def _attacked(model: Classifier, data: Dataset, pairs: int, bound: float) -> tuple[float, int]:
     """Return the largest quotient of attacked pairs, and how many exceed the bound in float64."""
-    exact, generator = model.exact(1e-9), torch.Generator().manual_seed(0)
+    exact, generator = model.to_exact(1e-9), torch.Generator().manual_seed(0)
     device, largest, violations = next(model.parameters()).device, 0.0, 0
     for part in torch.arange(pairs).split(250):
         images = pixels(data.test_images[part % len(data.test_images)], torch.float32).to(device)

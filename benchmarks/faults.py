@@ -7,7 +7,6 @@ check must pass: `honest` runs them all.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 
 from benchmarks.common import trained
 from lben import rigorous
-from lben.certificates import CertificateError, Claim, certify, certify_convolution
+from lben.certificates import CertificateError, Claim, certify
+from lben.certificates import pairs as pairs_proof
 from lben.data import Dataset, pixels
 from lben.evaluation.attacks import across_the_boundary, apgd_l2, ascend_quotient
 from lben.layers import SLLConv2d, SLLLinear, equilibrium
@@ -51,7 +51,7 @@ class Bench:
     def __init__(self, data: Dataset) -> None:
         self._x = pixels(data.test_images[:400], torch.float64)
         self._labels = data.test_labels[:400]
-        self.exact = trained("1").exact(1e-11)
+        self.exact = trained("1").to_exact(1e-11)
         self._sides = {
             distance: across_the_boundary(
                 self.exact, self._x[:100], self._x[200:300], distance=distance
@@ -63,13 +63,13 @@ class Bench:
         self, tol: float = 1e-9, dtype: torch.dtype = torch.float64, distance: float = 2e-3
     ) -> int:
         """Count radii that reach across the boundary of the exact network."""
-        model: EquilibriumClassifier = trained("1").exact(tol).to(dtype)
+        model: EquilibriumClassifier = trained("1").to_exact(tol).to(dtype)
         model.layer.on_failure = "warn"
         near, other = self._sides[distance]
         near = near.to(dtype)
         across = self.exact(other).argmax(1)
         labels = model(near).argmax(1)
-        proof = model.certificate("scaled")
+        proof = model.certificate(bound="scaled")
         radius = model.certified_radius(near, labels, proof, promise="exact")
         reach = (near.double() - other).flatten(1).norm(dim=1)
         return int(((radius >= reach) & (labels != across)).sum())
@@ -77,7 +77,7 @@ class Bench:
     def attacked(self) -> int:
         """Count images that an attack breaks within their certified radius."""
         model, x, labels = self.exact, self._x[:20], self._labels[:20]
-        radius = model.certified_radius(x, labels, model.certificate("scaled"))
+        radius = model.certified_radius(x, labels, model.certificate(bound="scaled"))
         return sum(
             int(apgd_l2(model, x[i : i + 1], labels[i : i + 1], float(r), steps=15)[1])
             for i, r in enumerate(radius)
@@ -98,20 +98,20 @@ class Bench:
         operating_points = local.OperatingPoints(v=v, v_error=0 * v, logits=y, logit_error=0 * v[0])
         proof = local.LocalCertifier(weights, ReLU())
         label, start = torch.tensor([0]), torch.tensor([0.07], dtype=torch.float64)
-        room = torch.tensor([[[0.0], [math.inf]]]).double()
-        there = replace(operating_points, room=room)  # x cannot fall, nor has it to
+        box_slack = torch.tensor([[[0.0], [math.inf]]]).double()
+        there = replace(operating_points, box_slack=box_slack)  # x cannot fall, nor has it to
         radii = [proof.radius(a, label, start, steps=12) for a in (operating_points, there)]
         return sum(int((radius > 1.1).sum()) for radius in radii)
 
     def quotients(self) -> int:
         """Count pairs whose quotient exceeds the bound."""
-        bound = self.exact.certificate("diagonal").bound
+        bound = self.exact.certificate(bound="diagonal").bound
         found = ascend_quotient(self.exact, self._x[:5], steps=40)
         return int((found.quotient > bound).sum())
 
     def pairs(self) -> int:
         """Count differences of logits that change faster than the bounds of the pairs."""
-        bounds = self.exact.certificate("diagonal pairs").pairs
+        bounds = self.exact.certificate(bound="diagonal pairs").pairs
         assert bounds is not None
         count = 0
         for i, j in ((0, 1), (3, 5), (4, 9)):
@@ -260,7 +260,7 @@ def _layer_faults() -> Iterator[tuple[str, Callable[[], bool]]]:
             Lambda=2 / products,
         )  # fmt: skip
         try:
-            certify_convolution(faulty, (8, 8))
+            certify(faulty, image=(8, 8))
         except CertificateError:
             return True
         return False
@@ -302,7 +302,7 @@ def _code_faults(bench: Bench) -> Iterator[tuple[str, Callable[[], bool]]]:
     yield "solver error forgotten", planted(loose, (equilibrium, "logit_error", nothing))
     single = partial(bench.radii, 1e-6, torch.float32, 3e-7)
     yield "rounding of float32 forgotten", planted(
-        single, (EquilibriumClassifier, "certified_logits", _without_error))  # fmt: skip
+        single, (EquilibriumClassifier, "forward_with_error", _without_error))  # fmt: skip
     of_logits, error_bound = radii.logit_error, Inclusion.error_bound
     yield "the gain of C forgotten", planted(
         bench.logits,
@@ -336,7 +336,7 @@ def _code_faults(bench: Bench) -> Iterator[tuple[str, Callable[[], bool]]]:
         bench.pairs,
         (models, "tighten_pairs", lambda *a, **k: {
             pair: Claim(0.5 * (c.gamma or 0.0), c.Lambda) for pair, c in propose(*a, **k).items()}),
-        (sys.modules["lben.certificates.certify"], "require", lambda *a: None),
+        (pairs_proof, "require", lambda margin, *a: margin),
     )  # fmt: skip
     gains = local.LocalCertifier._prove_gains
     yield (
@@ -360,15 +360,15 @@ def _code_faults(bench: Bench) -> Iterator[tuple[str, Callable[[], bool]]]:
     )
     yield "local proofs that are not checked, of bounds too small", planted(
         bench.local,
-        (local, "is_proved_locally", lambda *a: True),
+        (local, "can_prove_local_claim", lambda *a: True),
         (local, "tighten_locally", lambda problem, target=None: (
             target if target is not None else 13 + 0 * problem.low[:, 0], 1 + 0 * problem.low)),
     )  # fmt: skip
-    facts = local.LocalCertifier._hold_with_facts
+    prove = local.LocalCertifier._prove_with_constraints
     yield "room on the other side", planted(
         bench.local,
-        (local.LocalCertifier, "_hold_with_facts", lambda self, operating_points, *a: facts(
-            self, replace(operating_points, room=operating_points.room.flip(1)), *a)),
+        (local.LocalCertifier, "_prove_with_constraints", lambda self, operating_points, *a: prove(
+            self, replace(operating_points, box_slack=operating_points.box_slack.flip(1)), *a)),
     )  # fmt: skip
     yield "facts that nothing supports", planted(
         bench.local,
@@ -378,8 +378,8 @@ def _code_faults(bench: Bench) -> Iterator[tuple[str, Callable[[], bool]]]:
 
 def _without_error(model: EquilibriumClassifier, x: Tensor, certificate: object) -> CertifiedLogits:
     nothing = x.new_zeros(len(x))
-    elsewhere = Affine(nothing.double(), 0.0)
-    return CertifiedLogits(logits=model(x), error=nothing, elsewhere=elsewhere, steps=0)
+    around = Affine(nothing.double(), 0.0)
+    return CertifiedLogits(value=model(x), error=nothing, uniform=around)
 
 
 def other_weights(bench: Bench) -> bool:

@@ -1,4 +1,4 @@
-"""What does an explicit network gain when it is trained on as an equilibrium network?
+"""What does a feed-forward network gain when it is trained on as an equilibrium network?
 
     python -m benchmarks.finetune [--quick] [--out FILE] [--root FOLDER]
 
@@ -28,6 +28,7 @@ from lben.radii.margin import certified_radius
 from lben.training.augmentation import Augmentation
 from lben.training.losses import CrossEntropy
 from lben.training.optimization import PiecewiseLinear
+from lben.weights import DenseWeights
 
 SEED, BATCH, HIDDEN, DEPTH = 0, 256, 64, 3
 RADII = (0.0, 0.5, 1.0, 1.5)
@@ -38,7 +39,7 @@ RATE = 5e-4  # of both, after the first training
 
 def main() -> None:
     """Run the benchmark."""
-    options = parser("explicit training against fine-tuning as an equilibrium network")
+    options = parser("feed-forward training against fine-tuning as an equilibrium network")
     options.add_argument("--root", help="folder that holds MNIST/raw")
     arguments = options.parse_args()
     _, data = mnist_of(arguments.root, "finetune")
@@ -49,7 +50,7 @@ def main() -> None:
         pool=1, dense_depth=DEPTH, dense_hidden=HIDDEN,
     ).build()  # fmt: skip
     _train(model, data, steps, 1e-2, 0)
-    rows: dict[str, dict[str, Any]] = {"explicit": _certify(model, data, arguments)}
+    rows: dict[str, dict[str, Any]] = {"feed-forward": _certify(model, data, arguments)}
 
     equilibrium = copy.deepcopy(model)
     layers = [
@@ -62,7 +63,7 @@ def main() -> None:
     rows["converted"] = _certify(equilibrium, data, arguments)
 
     _train(model, data, more, RATE, 1)
-    rows["explicit, trained on"] = _certify(model, data, arguments)
+    rows["feed-forward, trained on"] = _certify(model, data, arguments)
     _train(equilibrium, data, more, RATE, 1, core)
     rows["equilibrium, trained on"] = _certify(equilibrium, data, arguments)
     structure = float(feedback(core.weights().W.detach(), [HIDDEN] * DEPTH))
@@ -75,7 +76,7 @@ def main() -> None:
     gain = {
         f"{r:g}": round(
             100 * (rows["equilibrium, trained on"]["certified"][i]
-                   - rows["explicit, trained on"]["certified"][i]), 2)
+                   - rows["feed-forward, trained on"]["certified"][i]), 2)
         for i, r in enumerate(RADII)
     }  # fmt: skip
     finish(
@@ -90,7 +91,7 @@ def _train(
     steps: int,
     lr: float,
     seed: int,
-    core: EquilibriumLayer | None = None,
+    core: EquilibriumLayer[DenseWeights] | None = None,
 ) -> None:
     """Adam over random batches; with an equilibrium core its feedback is penalised."""
     model.train()
@@ -115,18 +116,19 @@ def _train(
 def _certify(
     model: FeedforwardClassifier, data: Dataset, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    exact = model.exact(1e-8)
+    exact = model.to_exact(1e-8)
     certificate = exact.certificate()
     count = 500 if arguments.quick else len(data.test_labels)
     radii = []
     for start in range(0, count, 1000):
         part = slice(start, min(start + 1000, count))
         labels = data.test_labels[part]
-        result = exact.certified_logits(pixels(data.test_images[part], torch.float64), certificate)
+        images = pixels(data.test_images[part], torch.float64)
+        result = exact.forward_with_error(images, certificate)
         radius = certified_radius(
-            result.logits, labels, certificate.radius_bound(), logit_error=result.error
+            result.value, labels, certificate.radius_bound(), logit_error=result.error
         )
-        radii.append(torch.where(result.logits.argmax(1) == labels, radius, -1.0))
+        radii.append(torch.where(result.value.argmax(1) == labels, radius, -1.0))
     found: Tensor = torch.cat(radii)
     return {
         "certified": [float((found >= 0 if r == 0 else found > r).double().mean()) for r in RADII],

@@ -87,7 +87,7 @@ class Solve:
         steps = self.max_steps if self.n <= 256 else min(self.max_steps, 3)
         z0 = torch.zeros_like(v) if self.warm else None
         with on_the_device():
-            reason = backends.supports(problem)
+            reason = backends.find_obstacle(problem)
             if reason is not None:
                 raise Refused(reason)
             METHODS[self.method].run(problem, Request(tol=1e-4, max_steps=steps, z0=z0))
@@ -96,15 +96,15 @@ class Solve:
 @contextmanager
 def on_the_device() -> Iterator[None]:
     """Send problems in the memory of the processor to the launcher of the device."""
-    supports = device.supports
+    find_obstacle = device.find_obstacle
 
     def here(problem: Inclusion) -> str | None:
-        before = vars(device)["interpreted"]
-        vars(device)["interpreted"] = lambda: True
+        before = vars(device)["is_interpreted"]
+        vars(device)["is_interpreted"] = lambda: True
         try:
-            return supports(problem)
+            return find_obstacle(problem)
         finally:
-            vars(device)["interpreted"] = before
+            vars(device)["is_interpreted"] = before
 
     def backend(problem: Inclusion) -> ModuleType:
         return device
@@ -120,7 +120,7 @@ def on_the_device() -> Iterator[None]:
     assert asked, "nobody asks whether kernels serve a tensor"
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(backends, "_backend", backend))
-        stack.enter_context(mock.patch.object(device, "supports", here))
+        stack.enter_context(mock.patch.object(device, "find_obstacle", here))
         for module, name in asked:
             stack.enter_context(mock.patch.object(module, name, serves))
         yield
@@ -132,7 +132,7 @@ def _increment(activation: str) -> None:
     problem = Inclusion(DenseOperator(torch.zeros(n, n)), v, sigma)
     with on_the_device():
         iteration = PeacemanRachford(step_size=1.0).iteration(problem)
-        steps = Steps(Loop.of(problem, iteration))
+        steps = Steps(Loop.prepare(problem, iteration))
         steps.increment(v.clone(), steps.new_change(v), steps.new_change(v))
 
 
@@ -146,7 +146,7 @@ def _budget(n: int, dtype: torch.dtype, linear: bool) -> None:
             raise Refused("no budget is solved in one launch")
 
 
-def _reflected_sum(dtype: torch.dtype, linear: bool) -> None:
+def _run_reflect_sum(dtype: torch.dtype, linear: bool) -> None:
     v = torch.ones(48, 80, dtype=dtype)
     problem = Inclusion(
         DenseOperator(torch.zeros(80, 80, dtype=dtype)), v,
@@ -175,7 +175,7 @@ def _pointwise() -> dict[str, Callable[[], None]]:
         name = str(dtype).removeprefix("torch.")
         for linear in (False, True):
             sigma = "LinearSlope" if linear else "LeakyReLU"
-            cases[f"reflect_sum {name} {sigma}"] = partial(_reflected_sum, dtype, linear)
+            cases[f"reflect_sum {name} {sigma}"] = partial(_run_reflect_sum, dtype, linear)
         for n in (80, 128):
             for linear in (False, True):
                 sigma = "LinearSlope" if linear else "ReLU"

@@ -25,7 +25,7 @@ from solvers import (
     solve,
 )
 from solvers.methods.step_size import choose_step_size
-from solvers.operators.dense import DenseMap
+from solvers.operators.matrix import DenseMap
 
 Row = dict[str, Any]
 Solver = Literal["fixed_point_iter", "anderson"]

@@ -113,16 +113,16 @@ def _count(row: dict[str, Any], square: Fraction, bound: float) -> None:
 def _errors(model: Classifier, count: int) -> Iterator[tuple[Fraction, float]]:
     """Yield squares of true errors and their bounds, at images and around them."""
     dtype = model.dtype
-    proof = model.certificate("promised" if model.gamma is not None else "scaled")
+    proof = model.certificate(bound="promised" if model.gamma is not None else "scaled")
     x = torch.rand(count, *model.shape, dtype=torch.float64).to(dtype)
-    found = model.certified_logits(x, proof)
-    yield from zip(_away(model, x, found.logits), found.error.tolist(), strict=True)
+    found = model.forward_with_error(x, proof)
+    yield from zip(_away(model, x, found.value), found.error.tolist(), strict=True)
     for distance in DISTANCES:
         step = torch.randn(x.shape, dtype=torch.float64)
         step = step / step.flatten(1).norm(dim=1)[:, None, None, None] * distance
         moved = (x.double() + step).to(dtype)
         away = (moved.double() - x.double()).flatten(1).norm(dim=1) * (1 + 1e-12)
-        bounds = found.elsewhere.at(away).tolist()
+        bounds = found.uniform.at(away).tolist()
         yield from zip(_away(model, moved, model(moved)), bounds, strict=True)
 
 
@@ -157,11 +157,9 @@ def _maps(model: Classifier) -> Iterator[Map]:
     elif isinstance(model, ConvolutionalEquilibriumClassifier):
         layer = model.layer
         assert isinstance(layer, PooledEquilibriumConv2d)
-        yield _linear(nn.Sequential(model.stem, nn.PixelUnshuffle(layer.unshuffle)), shape)
         w = layer.weights()
-        yield _equilibrium(
-            layer, w.state.dense(layer.grid), (w.A.flatten(1), w.C.flatten(1), w.b_y)
-        )
+        yield _linear(nn.Sequential(model.stem, nn.PixelUnshuffle(w.state.placed.stride)), shape)
+        yield _equilibrium(layer, w.state.dense(w.image), (w.A.flatten(1), w.C.flatten(1), w.b_y))
     else:
         assert isinstance(model, FeedforwardClassifier)
         for part in model.features:
@@ -204,7 +202,9 @@ def _sorted(x: Dyadic, shape: tuple[int, ...], group: int) -> Dyadic:
 
 
 def _equilibrium(
-    layer: EquilibriumLayer, w: DenseWeights, pooled: tuple[Tensor, Tensor, Tensor] | None = None
+    layer: EquilibriumLayer[Any],
+    w: DenseWeights,
+    pooled: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Map:
     """Return an equilibrium layer; `pooled` is A, C and b_y of W + AᵀC and of the output."""
     W, U, b = (Dyadic.of(t) for t in (w.W, w.U, w.b))

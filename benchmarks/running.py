@@ -20,15 +20,16 @@ from benchmarks.common import trained
 from benchmarks.networks import trained_on_digits
 from lben.certificates import (
     CertificateError,
+    ChainCertificate,
     Claim,
-    NetworkCertificate,
     certify,
-    certify_pairs,
     compose,
 )
 from lben.data import Dataset, load, pixels
 from lben.evaluation.attacks import across_the_boundary
+from lben.layers.sequential import certify_chain
 from lben.models import Classifier, EquilibriumClassifier, EquilibriumClassifierConfig, Promise
+from lben.parameterizations import DirectParameterization
 from lben.weights import DenseWeights
 
 SHARES = (0.5, 0.9, 0.99, 0.999, 1 - 1e-6)
@@ -49,7 +50,7 @@ class Case:
 
     name: str
     model: Classifier
-    proof: NetworkCertificate
+    proof: ChainCertificate
     x: Tensor
     directions: Tensor
 
@@ -113,10 +114,10 @@ def promise(mnist: Dataset, quick: bool) -> list[dict[str, Any]]:
             *((torch.float64, tol) for tol in (1e-4, 1e-6, 1e-8)),
         ):
             model = trained(name).freeze(tol).to(dtype)
-            proof = model.certificate("scaled")
+            proof = model.certificate(bound="scaled")
             shares: dict[str, list[Tensor]] = {kind: [] for kind in get_args(Promise)}
             for images, their in zip(x.split(2000), labels.split(2000), strict=True):
-                found = model.certified_logits(images.to(dtype), proof)
+                found = model.forward_with_error(images.to(dtype), proof)
                 for kind in shares:
                     shares[kind].append(found.radius(their, proof, kind))  # type: ignore[arg-type]
             row: dict[str, Any] = {"γ": name, "dtype": str(dtype)[6:], "tol": tol}
@@ -136,7 +137,7 @@ def _wrong(case: Case, promise: Promise) -> tuple[int, int]:
     model, x = case.model, case.x
     with torch.no_grad():
         labels = model(x).argmax(1)
-        found = model.certified_logits(x, case.proof)
+        found = model.forward_with_error(x, case.proof)
         radius = found.radius(labels, case.proof, promise)
     kept = (radius > 0).nonzero()[:, 0]
     count = wrong = 0
@@ -184,7 +185,7 @@ class Boundaries:
                 images = self._mnist.test_images
             else:
                 model, images = trained_on_digits(kind), load("digits").test_images
-            exact = model.exact(1e-10)
+            exact = model.to_exact(1e-10)
             count = 100 if self._quick else 400
             x = pixels(images[: 2 * count], torch.float64)
             first, second = x[: len(x) // 2], x[len(x) // 2 :]
@@ -199,7 +200,7 @@ def _cases(boundaries: Boundaries, dtype: torch.dtype, tol: float, quick: bool) 
     for name in _QUICK if quick else _NETWORKS:
         model, x, directions = boundaries.of(name)
         own = model.freeze(tol if model.tol is not None else None).to(dtype)
-        proof = own.certificate("scaled" if "scaled" in own.bounds else "promised")
+        proof = own.certificate(bound="scaled" if "scaled" in own.bounds else "promised")
         if math.isfinite(proof.bound):
             yield Case(name=name, model=own, proof=proof, x=x.to(dtype), directions=directions)
     for rho in (0.9, 0.99) if quick else _RHOS:
@@ -270,6 +271,7 @@ def slow(dtype: torch.dtype, tol: float, rho: float, large: float = 0.0) -> Iter
         learn_metric=False, tol=tol,
     ).build().double()  # fmt: skip
     parameterization = model.layer.parameterization
+    assert isinstance(parameterization, DirectParameterization)
     parameterization.right_inverse(weights)
     model = model.to(dtype).eval().requires_grad_(False)
     proof = _by_its_own_multiplier(model)
@@ -280,15 +282,16 @@ def slow(dtype: torch.dtype, tol: float, rho: float, large: float = 0.0) -> Iter
     yield Case(name="slow state", model=model, proof=proof, x=x, directions=torch.ones_like(x))
 
 
-def _by_its_own_multiplier(model: EquilibriumClassifier) -> NetworkCertificate | None:
+def _by_its_own_multiplier(model: EquilibriumClassifier) -> ChainCertificate | None:
     """Prove the bound 1 of the difference of logits, by little weight on the units not read out."""
     weights = model.layer.weights()
     Lambda = torch.tensor([1.0, 1e-9, 1e-9, 1e-9, 1e-9], dtype=torch.float64)
     for slack in (1e-7, 1e-6, 1e-5, 1e-4, 1e-3):
         try:
-            pairs = certify_pairs(weights, {(0, 1): Claim(1.0 + slack, Lambda)})
+            pairs = certify(weights, {(0, 1): Claim(1.0 + slack, Lambda)})
             whole = certify(weights, Claim(2.0, Lambda))
         except CertificateError:
             continue
-        return compose([whole], model.normalize.gain, pairs)
+        before = certify_chain(model.stages[:-1], model.shape).layers
+        return compose([*before, whole], pairs)
     return None

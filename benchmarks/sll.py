@@ -1,4 +1,4 @@
-"""Are the explicit layers proved, and do they cost more than their products?
+"""Are the feed-forward layers proved, and do they cost more than their products?
 
     python -m benchmarks.sll [--quick] [--out FILE]
 
@@ -72,7 +72,7 @@ FAMILY: dict[str, Callable[[], FeedforwardLayer]] = {
 
 def main() -> None:
     """Run the benchmark."""
-    arguments = parser("explicit 1-Lipschitz layers: proofs, attacks and costs").parse_args()
+    arguments = parser("feed-forward 1-Lipschitz layers: proofs, attacks and costs").parse_args()
     torch.manual_seed(SEED)
     proved, violations, family = _prove(arguments)
     joint = _joint()
@@ -159,7 +159,7 @@ def _attack(
     with torch.no_grad():
         change = (single(far[0]) - single(far[1])).flatten(1).norm(dim=1)
     quotients = (change / (far[0] - far[1]).flatten(1).norm(dim=1)).double()
-    tensors = layer.parameterization.exact(torch.float32)
+    tensors = layer.parameterization.to_exact(torch.float32)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     delta = torch.randn_like(x).requires_grad_()
     optimizer = torch.optim.Adam([x, delta], lr=0.03)

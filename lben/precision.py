@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from solvers.precision import FULL, full
+from solvers.precision import FULL_SETTINGS, use_float32_products
 
-__all__ = ["full", "refuse_autocast", "refuse_reduced", "sums_plainly"]
+__all__ = ["refuse_autocast", "refuse_reduced", "sums_plainly", "use_float32_products"]
 
 
 def refuse_reduced(device: str, *, convolution: bool) -> None:
     """Raise ValueError where products of float32 numbers would not run in float32.
 
-    For graphs, whose products are outside of `full`.
+    For graphs, whose products are outside of `use_float32_products`.
 
     Args:
         device: type of the device.
@@ -31,7 +31,7 @@ def refuse_reduced(device: str, *, convolution: bool) -> None:
         else (("mkldnn.matmul", b.mkldnn.matmul), ("mkldnn.conv", b.mkldnn.conv))
     )
     for name, setting in (matmul, conv) if convolution else (matmul,):
-        if setting.fp32_precision not in FULL:
+        if setting.fp32_precision not in FULL_SETTINGS:
             raise ValueError(
                 f"a compiled or traced graph would run float32 products in {setting.fp32_precision}"
                 f", and its weights would not be those that are proved: set torch.backends.{name}"

@@ -6,6 +6,7 @@ import json
 import math
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -17,8 +18,9 @@ T = TypeVar("T")
 def to_json(value: Any, *, indent: int | None = 2) -> str:
     """Return strict JSON, as every file of this library holds it.
 
-    Dataclasses are objects of their fields, tuples are lists, numbers of numpy and torch are
-    numbers. JSON has no infinity and no NaN: they are null.
+    Dataclasses are objects of their fields, with their class as "kind" where others extend it;
+    tuples are lists, numbers of numpy and torch are numbers. JSON has no infinity and no NaN: they
+    are null.
 
     Raises:
         TypeError: for values that JSON has no form of.
@@ -30,7 +32,8 @@ def strict(value: Any) -> Any:
     """Return what `to_json` writes, as dictionaries, lists and plain values."""
     value = plain(value)
     if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: strict(getattr(value, f.name)) for f in fields(value)}
+        kind = {"kind": type(value).__name__} if _has_relatives(type(value)) else {}
+        return kind | {f.name: strict(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -66,13 +69,31 @@ def _revived(value: Any, hint: Any) -> Any:
         each = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         return tuple(_revived(item, kind) for item, kind in zip(value, each, strict=True))
     if is_dataclass(hint):
+        if isinstance(value, dict) and "kind" in value:
+            value = dict(value)
+            hint = _relative(hint, value.pop("kind"))
         hints, names = get_type_hints(hint), {f.name for f in fields(hint)}
         if not isinstance(value, dict) or not set(value) <= names:
             raise TypeError(f"expected an object with the fields {', '.join(sorted(names))}")
-        return hint(**{name: _revived(item, hints[name]) for name, item in value.items()})  # type: ignore[operator]
+        return hint(**{name: _revived(item, hints[name]) for name, item in value.items()})
     if hint is float:
         return math.inf if value is None else _of_kind(value, (int, float), float)
     return _of_kind(value, hint, hint) if hint in (int, str, bool) else value
+
+
+def _has_relatives(cls: type) -> bool:
+    """Say whether a dataclass extends another or is extended, so that a record names its kind."""
+    return any(map(is_dataclass, cls.__mro__[1:])) or bool(cls.__subclasses__())
+
+
+def _relative(cls: Any, kind: object) -> Any:
+    """Return the class of this name among a dataclass and those that extend it."""
+    if cls.__name__ == kind:
+        return cls
+    for other in cls.__subclasses__():
+        with suppress(TypeError):
+            return _relative(other, kind)
+    raise TypeError(f"{kind} is no {cls.__name__}")
 
 
 def _of_kind(value: Any, kinds: Any, cls: Any) -> Any:

@@ -1,8 +1,8 @@
-"""What does a solve prove that says it has converged?
+"""What is proved of z when a solve says that it has converged?
 
-It evaluated z̃ = σ(Wz + v) and the norms in the precision of its loop. What the exact z̃ of the
-stored problem may differ by is bounded here from norms alone, so it can be known for all inputs of
-a ball before any of them is solved.
+A solve evaluates z̃ = σ(Wz + v) and its norms in floating point. `acceptance` bounds by how much the
+exact z̃ of the stored problem may differ. The bound needs nothing but ‖z‖_Λ and ‖v‖_Λ, so it holds
+for all inputs of a ball before any of them is solved.
 """
 
 from __future__ import annotations
@@ -18,13 +18,19 @@ from solvers.operators import LinearOperator
 
 @dataclass(frozen=True, kw_only=True)
 class Acceptance:
-    """‖z̃ − z‖_Λ ≤ tol·max(‖z̃‖_Λ, ‖z‖_Λ) + ρ for every z that a solve returns as converged.
+    """State what holds for every z that a solve returns as converged.
 
-    z̃ = σ(Wz + v) exactly, and ρ = state·‖z‖_Λ + bias·‖v‖_Λ + absolute.
+        ‖z̃ − z‖_Λ ≤ tol·max(‖z̃‖_Λ, ‖z‖_Λ) + ρ,      ρ = state·‖z‖_Λ + bias·‖v‖_Λ + absolute,
+
+    where z̃ = σ(Wz + v) is exact.
 
     Attributes:
-        tol: the tolerance of the solve.
-        state, bias, absolute: the coefficients of ρ.
+        tol: the relative tolerance of the solve.
+        state, bias, absolute: the coefficients of ρ, each at least 0.
+
+    Example:
+        >>> Acceptance(tol=1e-4, state=0.5, bias=0.25, absolute=0.0).rounding(2.0, 4.0) >= 2.0
+        True
     """
 
     tol: float
@@ -33,13 +39,21 @@ class Acceptance:
     absolute: float
 
     def rounding(self, state: float, bias: float) -> float:
-        """Return ρ for all z with ‖z‖_Λ ≤ state and all v with ‖v‖_Λ ≤ bias, rounded upwards."""
+        """Return an upper bound of ρ for all z and v of bounded size.
+
+        Args:
+            state: bound of ‖z‖_Λ.
+            bias: bound of ‖v‖_Λ.
+
+        Returns:
+            ρ in the Λ norm, rounded upwards.
+        """
         rho = self.state * state + self.bias * bias + self.absolute
         return math.inf if math.isnan(rho) else rho * (1 + 2.0**-48)
 
 
 _PARTS = 24
-"""Eps of float32 that products in parts leave out, relative to |W||z|."""
+"""What float32 products in parts leave out, in eps of float32, relative to |W||z|."""
 
 
 # Note [What rounding adds]
@@ -59,20 +73,32 @@ _PARTS = 24
 # bounded as in `LinearOperator.rounding`; fused loops solve in a unit of each sample, at most the
 # largest |v|, in which what they lose counts.
 def acceptance(operator: LinearOperator, activation: ProximalActivation, tol: float) -> Acceptance:
-    """Return what convergence at a tolerance means, for solves of this W and σ in W's dtype.
+    """Return what is proved of every converged solve with this W, σ and tolerance.
 
-    For every loop of this package: in PyTorch, compiled, in Triton; also where a float32 problem
-    continues in float64 or a float64 problem iterates in float32, for what is accepted is judged in
-    the dtype of the problem or a better one.
+    It holds for every loop of this package: in PyTorch, compiled, and in Triton. It also holds
+    where a float32 problem continues in float64 or a float64 problem iterates in float32, because
+    the residual that decides is evaluated in the dtype of the problem or a wider one.
+    Reference: Higham (2002), Accuracy and Stability of Numerical Algorithms, section 3.1; see
+    Note [What rounding adds].
 
     Args:
         operator: W, in the precision of the solve.
         activation: σ.
-        tol: the tolerance of the solve.
+        tol: the relative tolerance of the solve.
+
+    Returns:
+        The coefficients of the bound, in the Λ norm.
 
     Raises:
         ValueError: for a float32 convolution on a CUDA device, whose products cuDNN may evaluate by
             Winograd's method: no bound is claimed there.
+
+    Example:
+        >>> from solvers import DenseOperator, ReLU
+        >>> W = DenseOperator(torch.tensor([[0.0, -0.5], [0.5, 0.0]], dtype=torch.float64))
+        >>> claim = acceptance(W, ReLU(), tol=1e-10)
+        >>> claim.tol, claim.rounding(state=2.0, bias=2.0) < 1e-13
+        (1e-10, True)
     """
     check_rounding(operator)
     exact, finfo = operator.to(torch.float64), torch.finfo(operator.dtype)
@@ -106,9 +132,11 @@ def acceptance(operator: LinearOperator, activation: ProximalActivation, tol: fl
 
 
 def check_rounding(operator: LinearOperator) -> None:
-    """Raise ValueError where the rounding of products is not bounded.
+    """Check that the rounding of products with W is bounded.
 
-    That is for float32 convolutions on a CUDA device: cuDNN may evaluate them by Winograd's method.
+    Raises:
+        ValueError: for a float32 convolution on a CUDA device, whose products cuDNN may evaluate by
+            Winograd's method.
     """
     if operator.device.type == "cuda" and operator.dtype == torch.float32 and operator.by_kernels:
         raise ValueError(

@@ -1,7 +1,8 @@
-"""How are the launches of a computation saved that is the same at every call?
+"""How does a computation that is the same at every call save its kernel launches?
 
-On a GPU small kernels cost less than their launches. A CUDA graph records them once and launches
-them together, from and to memory that stays where it is.
+On a GPU a small kernel takes less time than its launch. A CUDA graph records the kernels once and
+launches them together. It reads and writes the memory of the recording, so arguments are copied in
+and results are copied out.
 """
 
 from __future__ import annotations
@@ -16,31 +17,34 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from solvers.gradient import attach_gradient
+from solvers.gradient import forbid_differentiation
 
 Function = Callable[..., tuple[Tensor, ...]]
 
 
 class GraphedCallable:
-    """Calls a function of tensors by replaying its kernels as a CUDA graph, forward and backward.
+    """Call a function of tensors by replaying its kernels as a CUDA graph, forward and backward.
 
-    There is one graph per shape, dtype, device and need of a gradient of the arguments, per stream
-    and per global setting that decides what runs (grad mode, autocast, precision, determinism);
-    the first call of each captures it. Where there can be no graph the function is called as it is,
-    and `status` says why.
+    The first call with new kinds of arguments captures a graph. A kind is given by the shapes,
+    dtypes, device and need of a gradient of the arguments, by the stream, and by the global
+    settings that decide which kernels run (grad mode, autocast, precision, determinism). If there
+    can be no graph, the function itself is called, and `status` says why.
 
-    Arguments are copied into the graph's memory at every call and results out of it, so results and
-    gradients of a call stay what they are, and forward passes may be followed by their backward
-    passes in any order: one whose graph has been replayed since is computed forward again. A
-    function that factors its weights does so at every replay: pass them as arguments, like
-    everything that changes. Where a device does not let a factorization be captured, the inverse
-    can be an argument (`fixed_step_equilibrium`). Whatever else the function uses is taken from
-    where it lay in memory when it was captured, and must stay there.
+    Arguments are copied into the graph's memory at every call and results out of it. So the results
+    and gradients of a call never change afterwards, and backward passes may follow in any order; if
+    the graph was replayed between a forward pass and its backward pass, the forward pass is
+    computed again.
+
+    Everything that changes must be an argument, also weights: a function that factors them does so
+    at every replay. If a device cannot capture a factorization, pass the inverse as an argument
+    (`fixed_step_equilibrium`). All other tensors that the function uses are read at the address
+    that they had at the capture, so they must stay there.
 
     Args:
-        function: from tensors to a tuple of tensors, which decides nothing by their numbers, such
-            as one with `fixed_step_equilibrium`; called a few times per graph.
-        limit: how many graphs are kept, with their memory; the one unused for longest goes first.
+        function: maps tensors to a tuple of tensors, and takes no decision by their numbers; such
+            as one with `fixed_step_equilibrium`. It is called a few times per graph.
+        limit: how many graphs are cached with their memory, at least 1; the least recently used one
+            is dropped first.
 
     Attributes:
         status: how the last call went: "replayed", or "not captured: " and the reason.
@@ -49,6 +53,18 @@ class GraphedCallable:
     Raises:
         ValueError: if limit is below 1.
         TypeError: on a call, if the function returns anything but a tuple of tensors.
+
+    Example:
+        >>> from solvers import ReLU, fixed_step_equilibrium
+        >>> @GraphedCallable
+        ... def equilibrium(W, v):
+        ...     return fixed_step_equilibrium(W, v, ReLU(), step_size=1.0, steps=30)
+        >>> W, v = torch.tensor([[0.0, -0.5], [0.5, 0.0]]), torch.ones(1, 2)
+        >>> z, residual = equilibrium(W, v)
+        >>> z
+        tensor([[0.4000, 1.2000]])
+        >>> equilibrium.status  # on a CPU
+        'not captured: tensors are on cpu'
     """
 
     def __init__(self, function: Function, *, limit: int = 8) -> None:
@@ -56,53 +72,54 @@ class GraphedCallable:
             raise ValueError(f"limit must be at least 1, got {limit}")
         self.function, self.limit = function, limit
         self.status, self.replays = "not called yet", 0
-        self._kept: OrderedDict[Hashable, Recording | str] = OrderedDict()
+        self._recordings: OrderedDict[Hashable, Recording | str] = OrderedDict()
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        """Return what the function returns, in memory of its own."""
-        found = _obstacle(arguments) or self._recording(arguments)
+        """Return the results of the function, in new memory."""
+        found = _find_obstacle(arguments) or self._recording(arguments)
         if isinstance(found, str):
             self.status = f"not captured: {found}"
-            return _checked(self.function(*arguments))
+            return _check_results(self.function(*arguments))
         self.status = "replayed"
         self.replays += 1
         return _Replay.apply(found, *arguments)  # type: ignore[no-untyped-call]
 
     def _recording(self, arguments: tuple[Tensor, ...]) -> Recording | str:
-        """Return the graph of these arguments, captured if need be, or why there is none."""
-        key = _key(arguments)
+        """Return the cached or newly captured graph of these arguments, or why there is none."""
+        key = _make_key(arguments)
         with _CAPTURING:
-            if key not in self._kept:
-                self._kept[key] = _record(self.function, arguments)
-            self._kept.move_to_end(key)
-            if len(self._kept) > self.limit:
-                self._kept.popitem(last=False)
-            return self._kept[key]
+            if key not in self._recordings:
+                self._recordings[key] = _record(self.function, arguments)
+            self._recordings.move_to_end(key)
+            if len(self._recordings) > self.limit:
+                self._recordings.popitem(last=False)
+            return self._recordings[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": OrderedDict()}
+        return {**self.__dict__, "_recordings": OrderedDict()}
 
 
 class Graph(Protocol):
-    """Recorded kernels."""
+    """Hold recorded kernels."""
 
     def replay(self) -> None:
-        """Launch them."""
+        """Launch the recorded kernels."""
 
 
 # Note [Who owns the memory of a graph]
-# A replay reads and writes where the capture did. The forward graph leaves there what the backward
-# graph reads, and the backward graph, captured into the same pool, writes over it. So the memory
-# belongs to one call at a time: to the last that ran forward, until it has run backward.
+# A replay reads and writes the memory of the capture. There the forward graph leaves the values
+# that the backward graph reads, and the backward graph, captured into the same pool, overwrites
+# them. So the memory belongs to one call at a time: to the last that ran forward, until it has run
+# backward.
 @dataclass(eq=False, kw_only=True)
 class Recording:
-    """A captured function with the memory that it reads and writes.
+    """Hold a captured function with the memory that it reads and writes.
 
     Attributes:
         arguments, results: of the function.
         cotangents: of the results that have a gradient, None for the others.
-        gradients: of the arguments, None where there is none.
-        forward, backward: the graphs; no backward one where nothing has a gradient.
+        gradients: of the arguments, None for those that have none.
+        forward, backward: the graphs; backward is None if no result has a gradient.
     """
 
     arguments: tuple[Tensor, ...]
@@ -115,15 +132,23 @@ class Recording:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, call: object, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return the results, for a call that owns the memory from now on."""
+        """Replay the forward graph for a call, which owns the memory from now on.
+
+        Returns:
+            Copies of the results.
+        """
         with self._lock:
             self._run(call, arguments)
             return tuple(result.clone() for result in self.results)
 
-    def pull(
+    def backpropagate(
         self, call: object, arguments: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of a call's arguments."""
+        """Replay the backward graph for a call, after the forward one if it lost the memory.
+
+        Returns:
+            Copies of the gradients of the arguments, None for those that have none.
+        """
         assert self.backward is not None
         with self._lock:
             if self._owner is not call:
@@ -143,7 +168,7 @@ class Recording:
 
 
 class _Replay(torch.autograd.Function):
-    """A call of a recording."""
+    """Give a replay a gradient: the replay of the backward graph."""
 
     @staticmethod
     def forward(ctx: Any, recording: Recording, *arguments: Tensor) -> tuple[Tensor, ...]:
@@ -158,11 +183,11 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         arguments = ctx.saved_tensors
         with torch.no_grad():
-            gradients = ctx.recording.pull(ctx.call, arguments, cotangents)
+            gradients = ctx.recording.backpropagate(ctx.call, arguments, cotangents)
         if torch.is_grad_enabled():  # create_graph
             refusal = "a graphed function has no second derivative: call it as it is"
             gradients = tuple(
-                None if g is None else attach_gradient(g, refusal, *cotangents, *arguments)
+                None if g is None else forbid_differentiation(g, refusal, *cotangents, *arguments)
                 for g in gradients
             )
         return None, *gradients
@@ -173,11 +198,12 @@ _CAPTURING = threading.RLock()
 _DEVICE = "cuda"
 _BACKENDS: Any = torch.backends
 _WARM_UPS = 3
-"""Calls before the capture, in which libraries allocate and choose, as PyTorch's manual advises."""
+"""Calls before a capture, in which libraries allocate memory and choose algorithms; PyTorch's
+manual advises three."""
 
 
-def _obstacle(arguments: tuple[Tensor, ...]) -> str | None:
-    """Say why a call with these arguments can be no replay."""
+def _find_obstacle(arguments: tuple[Tensor, ...]) -> str | None:
+    """Return why a call with these arguments cannot be a replay, or None."""
     if torch.compiler.is_compiling():
         return "torch.compile is tracing"
     if torch._C._are_functorch_transforms_active():
@@ -199,8 +225,8 @@ def _obstacle(arguments: tuple[Tensor, ...]) -> str | None:
     return None
 
 
-def _key(arguments: tuple[Tensor, ...]) -> Hashable:
-    """Return all that decides which kernels run."""
+def _make_key(arguments: tuple[Tensor, ...]) -> Hashable:
+    """Return everything that decides which kernels run, as a key of the cache."""
     device, grad, backends = arguments[0].device, torch.is_grad_enabled(), _BACKENDS
     return (
         tuple((t.shape, t.dtype, t.device, grad and t.requires_grad) for t in arguments),
@@ -214,7 +240,7 @@ def _key(arguments: tuple[Tensor, ...]) -> Hashable:
     )
 
 
-def _checked(results: Any) -> tuple[Tensor, ...]:
+def _check_results(results: Any) -> tuple[Tensor, ...]:
     if isinstance(results, tuple) and all(isinstance(t, Tensor) for t in results):
         return results
     raise TypeError(
@@ -224,11 +250,10 @@ def _checked(results: Any) -> tuple[Tensor, ...]:
 
 
 def _record(function: Function, arguments: tuple[Tensor, ...]) -> Recording | str:
-    """Capture the function forward and backward, or say why that cannot be.
+    """Capture the function forward and backward, or return why that is not possible.
 
-    See Note [The stream of a capture].
-
-    Errors of the function itself are raised as they are: it runs a few times before the capture.
+    Errors of the function itself are raised, because it runs a few times before the capture. See
+    Note [The stream of a capture].
     """
     device, grad = arguments[0].device, torch.is_grad_enabled()
     own = tuple(t.detach().clone().requires_grad_(grad and t.requires_grad) for t in arguments)
@@ -238,12 +263,12 @@ def _record(function: Function, arguments: tuple[Tensor, ...]) -> Recording | st
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(_WARM_UPS):
-                results = _checked(function(*own))
-                strays = _has_strays(results, own)
-                _pull(results, tuple(torch.zeros_like(t) for t in results), own)
+                results = _check_results(function(*own))
+                reaches_others = _reaches_other_leaves(results, own)
+                _differentiate(results, tuple(torch.zeros_like(t) for t in results), own)
             del results
         current.wait_stream(side)
-        if strays:
+        if reaches_others:
             return "a tensor that is no argument requires a gradient"
         if not torch.equal(torch.cuda.get_rng_state(device), state):
             torch.cuda.set_rng_state(state, device)
@@ -251,31 +276,31 @@ def _record(function: Function, arguments: tuple[Tensor, ...]) -> Recording | st
         # A capture that fails leaves its own stream as the current one; this block does not.
         with torch.cuda.stream(current):
             try:
-                return _captured(function, own, side)
-            except Exception as error:  # the function ran before, so it is the capture's
+                return _capture(function, own, side)
+            except Exception as error:  # the function ran before, so the capture failed
                 first: BaseException = error
                 while first.__context__ is not None:
                     first = first.__context__
-        with contextlib.suppress(RuntimeError):  # the capture's own error, told once more
+        with contextlib.suppress(RuntimeError):  # the same error of the capture once more
             torch.cuda.synchronize(device)
-        return f"the capture failed with {type(first).__name__}: {_line(first)}"
+        return f"the capture failed with {type(first).__name__}: {_first_line(first)}"
 
 
 # Note [The stream of a capture]
-# Libraries have a handle and a workspace per stream, made at their first use on it, and that is not
-# allowed while the stream is captured: cuSOLVER's LU, cuBLASLt's products. So the calls that warm
-# up and both captures run on one stream. After a capture that failed the device comes to rest
-# before anything else is captured: what the failure left behind would fail the next one.
-def _captured(function: Function, own: tuple[Tensor, ...], side: torch.cuda.Stream) -> Recording:
+# cuSOLVER (LU) and cuBLASLt (products) allocate a handle and a workspace at their first use on a
+# stream, which is not allowed while the stream is captured. So the warm-up calls and both captures
+# run on the same stream. After a capture that failed the host waits for the device, because work
+# that is still queued would make the next capture fail too.
+def _capture(function: Function, own: tuple[Tensor, ...], side: torch.cuda.Stream) -> Recording:
     forward, backward = torch.cuda.CUDAGraph(), None
     with torch.cuda.graph(forward, stream=side):
-        results = _checked(function(*own))
+        results = _check_results(function(*own))
     cotangents = tuple(torch.zeros_like(t) if t.requires_grad else None for t in results)
     gradients: tuple[Tensor | None, ...] = (None,) * len(own)
     if any(t.requires_grad for t in results):
         backward = torch.cuda.CUDAGraph()
         with torch.cuda.graph(backward, pool=forward.pool(), stream=side):
-            gradients = _pull(results, cotangents, own)
+            gradients = _differentiate(results, cotangents, own)
     return Recording(
         arguments=tuple(t.detach() for t in own),
         results=tuple(t.detach() for t in results),
@@ -286,7 +311,7 @@ def _captured(function: Function, own: tuple[Tensor, ...], side: torch.cuda.Stre
     )
 
 
-def _pull(
+def _differentiate(
     results: tuple[Tensor, ...],
     cotangents: tuple[Tensor | None, ...],
     arguments: tuple[Tensor, ...],
@@ -301,8 +326,8 @@ def _pull(
     return tuple(next(found) if t.requires_grad else None for t in arguments)
 
 
-def _has_strays(results: tuple[Tensor, ...], arguments: tuple[Tensor, ...]) -> bool:
-    """Say whether the results' graph reaches leaves that are no arguments: they'd be forgotten."""
+def _reaches_other_leaves(results: tuple[Tensor, ...], arguments: tuple[Tensor, ...]) -> bool:
+    """Say whether results depend on leaves that are no arguments and would get no gradient."""
     own = {id(t) for t in arguments}
     if any(t.requires_grad and t.grad_fn is None and id(t) not in own for t in results):
         return True
@@ -320,5 +345,5 @@ def _has_strays(results: tuple[Tensor, ...], arguments: tuple[Tensor, ...]) -> b
     return False
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0]

@@ -1,9 +1,8 @@
-"""What does a solve look like that never asks the device how far it is?
+"""How is an equilibrium computed without ever waiting for the device?
 
-`solve` stops when it may, and to know that it waits for the device. Here the number of iterations
-is given beforehand and nothing is looked at: the work can be queued at once, or captured as a CUDA
-graph (`solvers.cuda_graphs`). What the iterations reached is returned as a tensor, for the caller
-to judge.
+By a number of iterations that is given beforehand. `solve` waits for the device to learn when it
+may stop. Here the host reads no number, so the work can be queued at once or captured as a CUDA
+graph (`solvers.cuda_graphs`). The residual that the iterations reached is returned as a tensor.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from torch import Tensor
 from solvers import backends
 from solvers.activations import LinearSlope, Masked, ProximalActivation, Step
 from solvers.backends import Iteration
-from solvers.gradient import attach_gradient
+from solvers.gradient import forbid_differentiation
 from solvers.inclusion import Inclusion
 from solvers.operators import DenseOperator
-from solvers.operators.dense import DenseResolvent
-from solvers.precision import full_precision
+from solvers.operators.matrix import DenseResolvent
+from solvers.precision import use_full_precision
 
 
 def fixed_step_equilibrium(
@@ -39,39 +38,49 @@ def fixed_step_equilibrium(
     adjoint_residual: Float[Tensor, " *batch"] | None = None,
     inverse: Float[Tensor, "n n"] | None = None,
 ) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, " *batch"]]:
-    """Iterate towards z = σ(Wz + v) a given number of times, differentiably in W and v, once.
+    """Iterate towards z = σ(Wz + v) a given number of times; W and v get first derivatives.
 
-    Peaceman–Rachford splitting, as by `PeacemanRachford`; the resolvent is factored at every call,
-    so weights may change at will, and its factor serves the backward pass, which is that of
-    `equilibrium`. The host never waits for the device, so the numbers in tensors are not checked:
-    a bad one shows in the residual.
+    The iteration is that of `PeacemanRachford`, and the backward pass is that of `equilibrium`. The
+    resolvent is factored at every call, so weights may change at will; its factor serves the
+    backward pass too. The host never waits for the device, so the numbers in tensors are not
+    checked. A bad number shows in the residual.
 
-    Where a factorization cannot be captured in a graph, the inverse is given: by
-    `resolvent_inverse` from outside of the graph, or by `refine_inverse`, which has products
-    alone, from that of nearby weights. The residuals are evaluated with W, so they tell of an
-    inverse that is none.
+    If a factorization cannot be captured in a graph, pass `inverse`. `resolvent_inverse` computes
+    it outside of the graph. `refine_inverse` computes it by products alone from that of nearby
+    weights, also within the graph. Residuals are evaluated with W, so a wrong inverse shows there.
 
     Args:
         W: the weights, float32 or float64.
         v: one row per sample; any leading batch dimensions.
         activation: σ.
-        step_size: α > 0, one number or a tensor of one per unit, of the type and on the device of
-            W; a constant to the gradient. `JacobiDeterminant()(DenseOperator(W))` is a good one,
-            also for weights near W.
-        steps: iterations forward.
+        step_size: α > 0, one number or a tensor of one per unit, of the dtype and on the device of
+            W; it gets no gradient. `JacobiDeterminant()(DenseOperator(W))` is a good one, also for
+            weights near W.
+        steps: iterations of the forward pass.
         backward_steps: iterations of the adjoint; as many as forward when omitted.
         metric: Λ of the norm of the residuals; ones when omitted.
-        adjoint_residual: where the backward pass writes the relative residual of the adjoint per
-            sample, in the Λ⁻¹ norm; nobody learns of it when omitted.
-        inverse: of I + α(I − W), a constant to the gradient; computed when omitted.
+        adjoint_residual: memory into which the backward pass writes the relative residual of the
+            adjoint per sample, in the Λ⁻¹ norm; not written when omitted.
+        inverse: (I + α(I − W))⁻¹, which gets no gradient; computed when omitted.
 
     Returns:
-        z and, without a gradient, its `Inclusion.relative_residual` per sample.
+        z, and per sample its relative residual in the Λ norm (`Inclusion.relative_residual`), which
+        has no gradient.
 
     Raises:
         ValueError: if a number of steps is below 1, W is not square, shapes, dtypes or devices
             disagree, a step size is a number that is not positive and finite, or slopes of σ
             require a gradient.
+        NotImplementedError: on a second derivative.
+
+    Example:
+        >>> from solvers import ReLU
+        >>> W, v = torch.tensor([[0.0, -0.5], [0.5, 0.0]]), torch.ones(1, 2)
+        >>> z, residual = fixed_step_equilibrium(W, v, ReLU(), step_size=1.0, steps=30)
+        >>> z
+        tensor([[0.4000, 1.2000]])
+        >>> bool(residual < 1e-6)
+        True
     """
     backward_steps = steps if backward_steps is None else backward_steps
     if steps < 1 or backward_steps < 1:
@@ -87,28 +96,28 @@ def fixed_step_equilibrium(
             f"adjoint_residual must have one number per sample, shape {tuple(v.shape[:-1])}, "
             f"got {tuple(adjoint_residual.shape)}"
         )
-    budget = _Settings(
+    settings = _Settings(
         activation=activation,
-        step=_checked_step(step_size, W),
+        step=_check_step(step_size, W),
         steps=steps,
         backward_steps=backward_steps,
         metric=problem.metric.detach(),
         adjoint_residual=adjoint_residual,
-        inverse=None if inverse is None else _checked_inverse(inverse, W),
+        inverse=None if inverse is None else _check_inverse(inverse, W),
     )
-    z, residual = _FixedSteps.apply(W, v, budget)  # type: ignore[no-untyped-call]
+    z, residual = _FixedSteps.apply(W, v, settings)  # type: ignore[no-untyped-call]
     return z, residual
 
 
 def resolvent_inverse(W: Float[Tensor, "n n"], *, step_size: Step) -> Float[Tensor, "n n"]:
-    """Return (I + α(I − W))⁻¹, without a gradient and without a look at the numbers.
+    """Return (I + α(I − W))⁻¹, without a gradient and without waiting for the device.
 
     Args:
         W: the weights.
         step_size: α > 0, as for `fixed_step_equilibrium`.
 
     Returns:
-        The inverse by LU factorization; not finite, or wrong, where there is none.
+        The inverse by LU factorization, n × n; wrong or not finite if the matrix is singular.
 
     Raises:
         ValueError: if W is not square, or the step size is no positive number or does not fit.
@@ -118,8 +127,8 @@ def resolvent_inverse(W: Float[Tensor, "n n"], *, step_size: Step) -> Float[Tens
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.5000]])
     """
-    operator, step = DenseOperator(W.detach()), _checked_step(step_size, W)
-    with torch.no_grad(), full_precision(W):
+    operator, step = DenseOperator(W.detach()), _check_step(step_size, W)
+    with torch.no_grad(), use_full_precision(W):
         return operator.unchecked_resolvent(step)[0].inverse
 
 
@@ -132,9 +141,9 @@ def refine_inverse(
 ) -> tuple[Float[Tensor, "n n"], Float[Tensor, ""]]:
     """Improve an approximate inverse X of A = I + α(I − W) by X ← X(2I − AX), products alone.
 
-    The error I − AX is squared by every step, so X must have ‖I − AX‖ < 1: that of the weights
-    before a step of an optimizer, not any. Newton's iteration of Schulz (1933); Higham (2008),
-    Functions of Matrices, section 7.3, eq. (7.17).
+    Every step squares the error I − AX, so X must have ‖I − AX‖ < 1. The inverse for the weights
+    before a step of an optimizer usually has.
+    Reference: Schulz (1933); Higham (2008), Functions of Matrices, section 7.3, equation (7.17).
 
     Args:
         W: the weights.
@@ -143,9 +152,9 @@ def refine_inverse(
         steps: how often.
 
     Returns:
-        The last X, and ‖I − AX‖ of it in Frobenius' norm: 1 or more, or NaN, where it did not
-        converge, and roundoff times the condition number of A where nothing is left to improve.
-        Neither has a gradient.
+        The last X, n × n, and its error ‖I − AX‖ in the Frobenius norm, both without a gradient.
+        The error is at least 1 or NaN if the iteration did not converge. It does not fall below
+        about roundoff times the condition number of A.
 
     Raises:
         ValueError: if the number of steps is below 1, W is not square, the inverse has another
@@ -157,12 +166,14 @@ def refine_inverse(
         >>> X
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.5000]])
+        >>> bool(error < 1e-6)
+        True
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    operator, step = DenseOperator(W.detach()), _checked_step(step_size, W)
-    X = _checked_inverse(inverse, W)
-    with torch.no_grad(), full_precision(W):
+    operator, step = DenseOperator(W.detach()), _check_step(step_size, W)
+    X = _check_inverse(inverse, W)
+    with torch.no_grad(), use_full_precision(W):
         A = operator.shifted(step)
         for _ in range(steps):
             X = torch.addmm(X, X, A @ X, beta=2, alpha=-1)
@@ -171,7 +182,7 @@ def refine_inverse(
         return X, torch.linalg.matrix_norm(error)
 
 
-def _checked_inverse(inverse: Tensor, W: Tensor) -> Tensor:
+def _check_inverse(inverse: Tensor, W: Tensor) -> Tensor:
     if inverse.shape != W.shape or inverse.dtype != W.dtype or inverse.device != W.device:
         raise ValueError(
             f"inverse must be shaped as W, {tuple(W.shape)}, of {W.dtype} on {W.device}, got "
@@ -180,7 +191,7 @@ def _checked_inverse(inverse: Tensor, W: Tensor) -> Tensor:
     return inverse.detach()
 
 
-def _checked_step(step: Step, W: Tensor) -> Step:
+def _check_step(step: Step, W: Tensor) -> Step:
     if not isinstance(step, Tensor):
         if not (math.isfinite(step) and step > 0):
             raise ValueError(f"step_size must be positive and finite, got {step}")
@@ -205,20 +216,20 @@ class _Settings:
 
 
 class _FixedSteps(torch.autograd.Function):
-    """z, its residual, and the implicit gradient of z from the factor that found it."""
+    """Compute z and its residual; the factor of the forward pass serves the implicit gradient."""
 
     @staticmethod
-    def forward(ctx: Any, W: Tensor, v: Tensor, budget: _Settings) -> tuple[Tensor, Tensor]:
-        with full_precision(v):
-            operator = DenseOperator(W, budget.metric)
-            if budget.inverse is None:
-                factor, _ = operator.unchecked_resolvent(budget.step)
+    def forward(ctx: Any, W: Tensor, v: Tensor, settings: _Settings) -> tuple[Tensor, Tensor]:
+        with use_full_precision(v):
+            operator = DenseOperator(W, settings.metric)
+            if settings.inverse is None:
+                factor, _ = operator.unchecked_resolvent(settings.step)
             else:
-                factor = DenseResolvent(budget.inverse, budget.step)
-            problem = Inclusion(operator, v, budget.activation).flatten()
-            z, residual = _iterate(problem, factor, budget.steps)
+                factor = DenseResolvent(settings.inverse, settings.step)
+            problem = Inclusion(operator, v, settings.activation).flatten()
+            z, residual = _iterate(problem, factor, settings.steps)
         z, residual = z.reshape(v.shape), residual.reshape(v.shape[:-1])
-        ctx.budget = budget
+        ctx.settings = settings
         ctx.save_for_backward(W, z, factor.inverse)
         ctx.mark_non_differentiable(residual)
         return z, residual
@@ -226,24 +237,24 @@ class _FixedSteps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         W, z, _inverse = ctx.saved_tensors
-        with torch.no_grad(), full_precision(g):
+        with torch.no_grad(), use_full_precision(g):
             W_grad, v_grad = _FixedSteps._backward(ctx, g)
         if torch.is_grad_enabled():  # create_graph
             refusal = "fixed_step_equilibrium has no second derivative: use equilibrium()"
-            v_grad = attach_gradient(v_grad, refusal, g, z, W)
-            W_grad = None if W_grad is None else attach_gradient(W_grad, refusal, g, z, W)
+            v_grad = forbid_differentiation(v_grad, refusal, g, z, W)
+            W_grad = None if W_grad is None else forbid_differentiation(W_grad, refusal, g, z, W)
         return W_grad, v_grad, None
 
     @staticmethod
     def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor]:
-        (W, z, inverse), budget = ctx.saved_tensors, ctx.budget
-        operator = DenseOperator(W, budget.metric)
-        factor = DenseResolvent(inverse, budget.step).T
-        with operator.settled():  # to compare its values would be to wait
-            adjoint = Inclusion(operator.T, g, LinearSlope(budget.activation.slope(z))).flatten()
-            u, residual = _iterate(adjoint, factor, budget.backward_steps)
-        if budget.adjoint_residual is not None:
-            budget.adjoint_residual.copy_(residual.reshape(g.shape[:-1]))
+        (W, z, inverse), settings = ctx.saved_tensors, ctx.settings
+        operator = DenseOperator(W, settings.metric)
+        factor = DenseResolvent(inverse, settings.step).T
+        with operator.settled():  # a comparison of its values would wait for the device
+            adjoint = Inclusion(operator.T, g, LinearSlope(settings.activation.slope(z))).flatten()
+            u, residual = _iterate(adjoint, factor, settings.backward_steps)
+        if settings.adjoint_residual is not None:
+            settings.adjoint_residual.copy_(residual.reshape(g.shape[:-1]))
         W_grad = operator.pullback(u, z)[0] if ctx.needs_input_grad[0] else None
         return W_grad, u.reshape(g.shape)
 
@@ -251,14 +262,15 @@ class _FixedSteps(torch.autograd.Function):
 def _iterate(problem: Inclusion, factor: DenseResolvent, steps: int) -> tuple[Tensor, Tensor]:
     """Return z after Peaceman–Rachford steps from a cold start, and its relative residual.
 
-    The steps are those of `PeacemanRachford`; a kernel that makes them all may end at rest.
+    The steps are those of `PeacemanRachford`. A kernel that makes them all may stop earlier, if the
+    iteration is at rest.
     """
     alpha, reflection = factor.step, factor.reflection()
     iteration = Iteration(map=reflection, alpha=alpha, reflected=True)
     found = backends.run_fixed_steps(problem, iteration, steps)
     if found is not None:
         return found
-    activation = _without_looking(problem.activation)
+    activation = _avoid_synchronization(problem.activation)
     reflect = activation.reflector(alpha)
     x = problem.bias * alpha
     shift = reflection.add(x, x, None)
@@ -270,18 +282,18 @@ def _iterate(problem: Inclusion, factor: DenseResolvent, steps: int) -> tuple[Te
     return z, problem.relative_residual(z)
 
 
-def _without_looking(activation: ProximalActivation) -> ProximalActivation:
+def _avoid_synchronization(activation: ProximalActivation) -> ProximalActivation:
     """Return σ with a prox that never waits for the device."""
     if isinstance(activation, Masked):
-        return Masked(_without_looking(activation.activation), activation.mask)
+        return Masked(_avoid_synchronization(activation.activation), activation.mask)
     if type(activation).prox is not ProximalActivation.prox:
         return activation  # a formula of its own
     return _FixedNewton(activation)
 
 
-# Note [Newton without looking]
+# Note [Newton without synchronization]
 # Measured for Tanh, Sigmoid and Softplus at arguments up to a few hundred: ten steps reach rounding
-# for α in [0.1, 3], and 18 for α in [0.001, 1000]. What fewer leave undone is in the residual.
+# for α in [0.1, 3], and 18 for α in [0.001, 1000]. The residual includes the error of fewer steps.
 _NEWTON_STEPS = 10
 
 

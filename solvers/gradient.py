@@ -4,10 +4,10 @@ With z = σ(Wz + v), D = diag σ'(Wz + v) and a cotangent g of z, the exact grad
 
     u = D(Wᵀu + g),      ∂ℓ/∂v = u,      ∂ℓ/∂W = u zᵀ.
 
-The others stop on the way to u. They are biased, they are not the gradient of anything, and so
-they have no derivative of their own. On the trained layers of benchmarks.mnist, where the plain
-iteration diverges, only the truncated splitting comes near the exact gradient (benchmarks.solvers
-prints the errors).
+The others stop on the way to u. They are biased, and they are not the gradient of any function, so
+they have no derivative. On the trained layers of benchmarks.mnist, on which the iteration
+u ← D(Wᵀu + g) diverges, only the truncated splitting comes near the exact gradient
+(benchmarks.solvers prints the errors).
 """
 
 from __future__ import annotations
@@ -27,20 +27,32 @@ from solvers.methods import Method, PeacemanRachford, Request, check_method
 from solvers.solution import check_options
 
 Solve = Callable[[Inclusion, Method | None, float | None], Tensor]
-"""Solves an adjoint problem differentiably by a method to a tolerance, None for the forward's."""
+"""Solve an adjoint problem differentiably by a method to a tolerance (None: those of forward)."""
 
 
 class Gradient(ABC):
-    """How the cotangent of z becomes that of v; a frozen dataclass, whose `repr` is Python."""
+    """Turn the cotangent g of z into the cotangent u of v.
+
+    A subclass is a frozen dataclass; its `repr` is the Python that makes it.
+
+    Example:
+        >>> PhantomGradient(steps=3), PhantomGradient().is_exact, ImplicitGradient().is_exact
+        (PhantomGradient(steps=3, damping=0.5), False, True)
+    """
 
     @abstractmethod
     def adjoint(self, problem: Inclusion, solve: Solve) -> Float[Tensor, "*batch n"]:
-        """Return u, exact or not, for the problem u = D(Wᵀu + g) given as an inclusion."""
+        """Return u, exactly or approximately, of the equation u = D(Wᵀu + g).
+
+        Args:
+            problem: the equation as an inclusion: operator Wᵀ, bias g, activation u ↦ Du.
+            solve: solves such a problem differentiably.
+        """
 
     @property
     @abstractmethod
-    def exact(self) -> bool:
-        """Whether u solves its equation, so that it may be differentiated again."""
+    def is_exact(self) -> bool:
+        """Return whether u solves its equation, so that it has a derivative."""
 
 
 def check_gradient(gradient: object) -> None:
@@ -59,13 +71,28 @@ def check_gradient(gradient: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ImplicitGradient(Gradient):
-    """The exact gradient, right at any order: u solves its equation. Winston and Kolter (2020),
-    Theorem 2.
+    """Return the exact gradient, of any order: u solves u = D(Wᵀu + g).
+
+    Reference: Winston and Kolter (2020), Theorem 2.
 
     Args:
-        method: how the adjoint is solved; like the forward problem when omitted, where `Auto`
-            takes the forward solve's steps into account.
+        method: how the adjoint is solved; if omitted, by the method of the forward solve, whose
+            number of steps `Auto` takes into account.
         tol: relative tolerance of the adjoint in the Λ⁻¹ norm; the forward one's when omitted.
+
+    Raises:
+        TypeError, ValueError: if method is no `Method`, or tol is not positive and finite.
+
+    Example:
+        >>> from solvers import DenseOperator, ImplicitGradient, ReLU, equilibrium
+        >>> W, v = torch.tensor([[0.0, -0.5], [0.5, 0.0]]), torch.ones(1, 2)
+        >>> v.requires_grad_()
+        tensor([[1., 1.]], requires_grad=True)
+        >>> problem = Inclusion(DenseOperator(W), v, ReLU())
+        >>> gradient = ImplicitGradient()
+        >>> equilibrium(problem, tol=1e-6, gradient=gradient).value.sum().backward()
+        >>> v.grad
+        tensor([[1.2000, 0.4000]])
     """
 
     method: Method | None = None
@@ -81,24 +108,37 @@ class ImplicitGradient(Gradient):
         return solve(problem, self.method, self.tol)
 
     @property
-    def exact(self) -> bool:
+    def is_exact(self) -> bool:
         return True
 
 
 @dataclass(frozen=True, kw_only=True)
 class TruncatedGradient(Gradient):
-    """u after `steps` iterations of a method on its equation, from a cold start.
+    """Return u after `steps` iterations of a method on u = D(Wᵀu + g), from a cold start.
 
-    With a splitting the bias falls by its factor at every step, whatever the weights, as long as
-    I − W is monotone. Truncation as of Shaban, Cheng, Hatch and Boots (2019), with the splitting of
-    the adjoint in place of the unrolled one.
+    If the method is a splitting and I − W is strongly monotone, the error of u falls at every step
+    by the factor of the splitting, whatever the weights are.
+    Reference: Shaban, Cheng, Hatch and Boots (2019) for truncation; there the forward iteration is
+    unrolled, here the adjoint is split.
 
     Args:
-        steps: number of iterations.
+        steps: number of iterations, at least 1.
         method: whose iterations.
 
     Raises:
+        TypeError: if method is no `Method`.
         ValueError: if steps is below 1.
+
+    Example:
+        >>> from solvers import DenseOperator, ReLU, TruncatedGradient, equilibrium
+        >>> W, v = torch.tensor([[0.0, -0.5], [0.5, 0.0]]), torch.ones(1, 2)
+        >>> v.requires_grad_()
+        tensor([[1., 1.]], requires_grad=True)
+        >>> problem = Inclusion(DenseOperator(W), v, ReLU())
+        >>> gradient = TruncatedGradient(steps=20)
+        >>> equilibrium(problem, tol=1e-6, gradient=gradient).value.sum().backward()
+        >>> v.grad
+        tensor([[1.2000, 0.4000]])
     """
 
     steps: int = 5
@@ -116,24 +156,36 @@ class TruncatedGradient(Gradient):
         return u.reshape(problem.bias.shape)
 
     @property
-    def exact(self) -> bool:
+    def is_exact(self) -> bool:
         return False
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhantomGradient(Gradient):
-    """The gradient of `steps` damped iterations z ← (1 − λ)z + λσ(Wz + v) from the solution.
+    """Return the gradient of `steps` damped iterations z ← (1 − λ)z + λσ(Wz + v) from the solution.
 
-    u = λD Σⱼ ((1 − λ)I + λWᵀD)ʲ g over j < steps: the truncated Neumann series, which approaches
-    the exact u only where that iteration converges (‖(1 − λ)I + λDW‖ < 1 after scaling; trained
-    monotone layers often violate it at λ = 1). Geng, Zhang, Bai, Wang and Lin (2021), equation 8.
+    It is the truncated Neumann series u = λD Σⱼ ((1 − λ)I + λWᵀD)ʲ g over 0 ≤ j < steps. It
+    approaches the exact u only if the iteration converges, for instance if ‖(1 − λ)I + λDW‖ < 1 in
+    some norm. At λ = 1 trained monotone layers often violate this.
+    Reference: Geng, Zhang, Bai, Wang and Lin (2021), equation 8.
 
     Args:
-        steps: number of terms.
+        steps: number of terms, at least 1.
         damping: λ in (0, 1].
 
     Raises:
         ValueError: if steps is below 1 or damping outside (0, 1].
+
+    Example:
+        >>> from solvers import DenseOperator, PhantomGradient, ReLU, equilibrium
+        >>> W, v = torch.tensor([[0.0, -0.5], [0.5, 0.0]]), torch.ones(1, 2)
+        >>> v.requires_grad_()
+        tensor([[1., 1.]], requires_grad=True)
+        >>> problem = Inclusion(DenseOperator(W), v, ReLU())
+        >>> gradient = PhantomGradient(steps=40)
+        >>> equilibrium(problem, tol=1e-6, gradient=gradient).value.sum().backward()
+        >>> v.grad
+        tensor([[1.2000, 0.4000]])
     """
 
     steps: int = 5
@@ -155,32 +207,53 @@ class PhantomGradient(Gradient):
         return self.damping * D * total
 
     @property
-    def exact(self) -> bool:
+    def is_exact(self) -> bool:
         return False
 
 
 @dataclass(frozen=True, kw_only=True)
 class JacobianFreeGradient(Gradient):
-    """u = Dg: the gradient of one undamped iteration, at no cost. Fung, Heaton, Li, McKenzie,
-    Osher and Yin (2022)."""
+    """Return u = Dg, the gradient of one iteration z ← σ(Wz + v) from the solution.
+
+    It costs nothing beyond the slopes D.
+    Reference: Fung, Heaton, Li, McKenzie, Osher and Yin (2022).
+
+    Example:
+        >>> from solvers import DenseOperator, JacobianFreeGradient, ReLU, equilibrium
+        >>> W, v = torch.tensor([[0.0, -0.5], [0.5, 0.0]]), torch.ones(1, 2)
+        >>> v.requires_grad_()
+        tensor([[1., 1.]], requires_grad=True)
+        >>> problem = Inclusion(DenseOperator(W), v, ReLU())
+        >>> gradient = JacobianFreeGradient()
+        >>> equilibrium(problem, tol=1e-6, gradient=gradient).value.sum().backward()
+        >>> v.grad
+        tensor([[1., 1.]])
+    """
 
     def adjoint(self, problem: Inclusion, solve: Solve) -> Tensor:
         return problem.activation(problem.bias)
 
     @property
-    def exact(self) -> bool:
+    def is_exact(self) -> bool:
         return False
 
 
-def attach_gradient(gradient: Tensor, refusal: str, *inputs: Tensor) -> Tensor:
-    """Return a gradient as a function of its inputs that refuses to be differentiated.
+def forbid_differentiation(gradient: Tensor, refusal: str, *inputs: Tensor) -> Tensor:
+    """Return the gradient such that its derivative raises an error instead of being 0 in silence.
 
-    Without that its derivative would be 0 in silence.
+    Args:
+        gradient: computed outside of autograd.
+        refusal: the message of the error.
+        *inputs: of which the gradient is a function.
+
+    Returns:
+        The same numbers, which depend on the inputs in autograd's graph. Their derivative raises
+        NotImplementedError.
     """
-    return _Final.apply(gradient, refusal, *inputs)  # type: ignore[no-untyped-call]
+    return _Undifferentiable.apply(gradient, refusal, *inputs)  # type: ignore[no-untyped-call]
 
 
-class _Final(torch.autograd.Function):
+class _Undifferentiable(torch.autograd.Function):
     @staticmethod
     def forward(gradient: Tensor, refusal: str, *inputs: Tensor) -> Tensor:
         return gradient.clone()

@@ -1,4 +1,9 @@
-"""What is the problem 0 ∈ (I − W)z − v + ∂f(z), how far is a point from its solution?"""
+"""What is the problem, and how far is a point from its solution?
+
+The problem is z = σ(Wz + v), which reads 0 ∈ (I − W)z − v + ∂f(z) where σ is the proximal operator
+of a convex f. How far a point z is from the solution z*, its residual ‖σ(Wz + v) − z‖ tells: with
+it `Inclusion.error_bound` bounds ‖z − z*‖.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +21,39 @@ from solvers.precision import cast
 
 
 class NonFiniteError(ValueError):
-    """A problem contains NaN or Inf."""
+    """Tell that a problem contains NaN or Inf.
+
+    Example:
+        >>> from solvers import DenseOperator, ReLU
+        >>> v = torch.tensor([[1.0, torch.nan]])
+        >>> Inclusion(DenseOperator(torch.zeros(2, 2)), v, ReLU()).check_finite()
+        Traceback (most recent call last):
+        solvers.inclusion.NonFiniteError: bias contains NaN or Inf in 1 of 1 samples
+    """
 
 
 @dataclass(frozen=True, eq=False)
 class Inclusion(Sendable):
-    """The fixed-point problem z = σ(Wz + v), that is 0 ∈ (I − W)z − v + ∂f(z) with σ = prox_f.
+    """Pose the fixed-point problem z = σ(Wz + v), that is 0 ∈ (I − W)z − v + ∂f(z), σ = prox_f.
 
     Args:
         operator: W with its metric Λ.
-        bias: v, one row per sample; any leading batch dimensions.
+        bias: v, one row of n numbers per sample; any leading batch dimensions.
         activation: σ.
 
     Raises:
         TypeError, ValueError: as `check` does.
+
+    Example:
+        >>> from solvers import DenseOperator, ReLU
+        >>> W, v = torch.tensor([[0.0, -0.5], [0.5, 0.0]]), torch.ones(1, 2)
+        >>> problem = Inclusion(DenseOperator(W), v, ReLU())
+        >>> problem.image(torch.zeros(1, 2))  # σ(v)
+        tensor([[1., 1.]])
+        >>> problem.relative_residual(torch.zeros(1, 2))
+        tensor([1.])
+        >>> problem.error_bound(torch.zeros(1, 2)).shape
+        torch.Size([1])
     """
 
     operator: LinearOperator
@@ -40,7 +64,7 @@ class Inclusion(Sendable):
         self.check()
 
     def check(self) -> None:
-        """Check that the pieces fit.
+        """Check that operator, bias and activation fit each other.
 
         Raises:
             TypeError: if the operator is no `LinearOperator`, the bias no tensor of real numbers or
@@ -74,7 +98,7 @@ class Inclusion(Sendable):
         """Check that the bias and the weights are finite.
 
         Raises:
-            NonFiniteError: if they contain NaN or Inf.
+            NonFiniteError: if either contains NaN or Inf.
         """
         v = self.bias.detach()
         if not bool(torch.isfinite(v).all()):
@@ -87,7 +111,7 @@ class Inclusion(Sendable):
 
     @property
     def metric(self) -> Float[Tensor, " n"]:
-        """Λ, the diagonal metric in which every norm of this problem is taken."""
+        """Return Λ, the diagonal metric in which every norm of this problem is taken."""
         return self.operator.metric
 
     def detach(self) -> Inclusion:
@@ -111,7 +135,11 @@ class Inclusion(Sendable):
         return Inclusion(self.operator, self.bias.reshape(-1, self.operator.n), activation)
 
     def to(self, dtype: torch.dtype) -> Inclusion:
-        """Return the same problem in another precision, cut from the graph."""
+        """Return the same problem in another precision, cut from the graph.
+
+        Args:
+            dtype: float32 or float64.
+        """
         activation = self.activation
         if isinstance(activation, LinearSlope):
             activation = LinearSlope(cast(activation.d.detach(), dtype))
@@ -122,32 +150,38 @@ class Inclusion(Sendable):
         return Inclusion(self.operator, self.bias[index], self.activation.select(index))
 
     def image(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        """Return σ(Wz + v)."""
+        """Return z̃ = σ(Wz + v), of the shape of z."""
         return self.activation(self.operator.affine(z, self.bias))
 
     def relative_residual(
-        self, z: Float[Tensor, "*batch n"], hidden: Float[Tensor, " *batch"] | None = None
+        self, z: Float[Tensor, "*batch n"], allowance: Float[Tensor, " *batch"] | None = None
     ) -> Float[Tensor, " *batch"]:
-        """Return ‖z̃ − z‖_Λ / max(‖z̃‖_Λ, ‖z‖_Λ) with z̃ = σ(Wz + v), per sample; 0 where both are 0.
+        """Return ‖z̃ − z‖_Λ / max(‖z̃‖_Λ, ‖z‖_Λ) with z̃ = σ(Wz + v).
 
-        As it is, up to the rounding of its own evaluation (`solvers.acceptance` bounds that).
+        `solvers.acceptance` bounds the rounding of this evaluation.
 
         Args:
             z: approximate solution.
-            hidden: a Λ norm to take off the numerator first; nothing when omitted.
+            allowance: a number per sample, in the Λ norm, that is subtracted from the numerator,
+                which then is at least 0; nothing when omitted.
+
+        Returns:
+            One number per sample; 0 where z and z̃ are both 0.
         """
         image = self.image(z)
         change, size, unit = self._sizes(z, image)
-        if hidden is not None:
-            change = torch.relu(change - hidden / unit)
+        if allowance is not None:
+            change = torch.relu(change - allowance / unit)
         return change / size
 
-    def measure(
+    def residual_and_roundoff(
         self, z: Float[Tensor, "*batch n"]
     ) -> tuple[Float[Tensor, " *batch"], Float[Tensor, " *batch"]]:
-        """Return `relative_residual` and how much of it 16 roundoffs of v make, both per sample.
+        """Return the relative residual of z and the share of it that the rounding of v explains.
 
-        Those of the units that are not zero in z or z̃, for the others are exact.
+        Returns:
+            `relative_residual(z)`, and 16 eps ‖v_A‖_Λ relative to the same size, both per sample.
+            v_A is v on the units that are not zero in z or z̃; on the others z̃ has no rounding.
         """
         image = self.image(z)
         change, size, unit = self._sizes(z, image)
@@ -156,7 +190,7 @@ class Inclusion(Sendable):
         return change / size, floor / size
 
     def _sizes(self, z: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ‖z̃ − z‖_Λ and max(‖z̃‖_Λ, ‖z‖_Λ), 1 if it is 0, in a unit of each sample."""
+        """Return ‖z̃ − z‖_Λ, max(‖z̃‖_Λ, ‖z‖_Λ) (1 if it is 0), and the unit that both are in."""
         root = self.operator.root_metric
         change, image, z = (image - z) * root, image * root, z * root
         # In units of the largest entry no square overflows, and none that matters vanishes.
@@ -166,50 +200,59 @@ class Inclusion(Sendable):
         size = torch.maximum(image, z)
         return change, torch.where(size == 0, 1.0, size), unit.squeeze(-1)
 
-    def rests(self, z: Float[Tensor, "*batch n"], tol: float) -> Bool[Tensor, " *batch"]:
-        """Return where the residual is within tol but for what rounding may be.
+    def is_rounding_limited(
+        self, z: Float[Tensor, "*batch n"], tol: float
+    ) -> Bool[Tensor, " *batch"]:
+        """Return of which samples the residual, less what rounding may have added, is within tol.
 
-        That is the rounding of Wz + v in the dtype of the problem, with v wherever it enters the
-        sum, and that of z, which moves z̃ − z by up to half an ulp of (I + |W|)|z|.
+        Rounding enters twice. Wz + v is rounded in the dtype of the problem, and v may enter that
+        sum at any place. z itself is rounded, which moves z̃ − z by up to half an ulp of
+        (I + |W|)|z|.
+
+        Args:
+            z: approximate solution.
+            tol: relative tolerance in the Λ norm.
         """
         operator, norm = self.operator, self.operator.norm
         eps = torch.finfo(z.dtype).eps
         sizes = norm(z) + (operator.summands + 2) * norm(self.bias)
-        hidden = (operator.rounding(z) + eps * sizes).to(z.dtype)
-        return self.relative_residual(z, hidden) <= tol
+        allowance = (operator.rounding(z) + eps * sizes).to(z.dtype)
+        return self.relative_residual(z, allowance) <= tol
 
     @property
-    def noise_factor(self) -> float:
-        """16 roundoffs: the share of v that a loop lets rounding explain where it has come to
-        rest."""
+    def roundoff_share(self) -> float:
+        """Return 16 eps: a loop at rest ascribes at most this share of ‖v‖ to rounding."""
         return 16 * torch.finfo(self.bias.dtype).eps
 
     @property
     def noise(self) -> Float[Tensor, " *batch"]:
-        """16 roundoffs of ‖v‖_Λ."""
-        return self.noise_factor * self.operator.norm(self.bias)
+        """Return 16 eps ‖v‖_Λ per sample."""
+        return self.roundoff_share * self.operator.norm(self.bias)
 
     def error_bound(
         self, z: Float[Tensor, "*batch n"], constants: Constants | None = None
     ) -> Float[Tensor, " *batch"]:
-        """Return a bound of ‖z − z*‖_Λ per sample, in float64; infinite where m ≤ 0.
+        """Return a bound of ‖z − z*‖_Λ.
 
-        Infinite too where z is not finite, or a `LinearSlope` has slopes outside [0, 1].
-
-        For z̃ = σ(Wz + v), the sector condition of (z̃, Wz + v) and (z*, Wz* + v) gives
-        m ‖z̃ − z*‖²_Λ ≤ ⟨z̃ − z*, W(z − z̃)⟩_Λ, hence
+        With z̃ = σ(Wz + v), the sector condition of σ at the pairs (z̃, Wz + v) and (z*, Wz* + v)
+        gives m ‖z̃ − z*‖²_Λ ≤ ⟨z̃ − z*, W(z − z̃)⟩_Λ, hence
 
             ‖z − z*‖_Λ ≤ ‖z − z̃‖_Λ + ‖W(z̃ − z)‖_Λ / m.
 
-        Everything is evaluated in float64 on the problem as stored, Wz first and v added to it in
-        one addition: a product that starts its accumulators with v (addmm) would round n times at
-        the size of v. The rounding e of z̃ is that of the product (`LinearOperator.rounding`), of
-        one addition and of σ (`ProximalActivation.ulps`); it moves the bound by at most
-        (1 + ‖W‖/m) ‖e‖_Λ with ‖W‖ ≤ 1 + L. Underflow is in it, with or without subnormal numbers.
+        Everything is evaluated in float64 on the problem as stored. Wz comes first and v is added
+        to it in one addition, because a product that starts its accumulators with v (addmm) would
+        round n times at the size of v. The rounding e of z̃ is the sum of three: that of the product
+        (`LinearOperator.rounding`), of one addition, and of σ (`ProximalActivation.ulps`). It moves
+        the bound by at most (1 + ‖W‖/m) ‖e‖_Λ with ‖W‖ ≤ 1 + L. Underflow is included, whether or
+        not the process has subnormal numbers.
 
         Args:
             z: approximate solution.
             constants: proved (m, L) of the operator; the operator's own when omitted.
+
+        Returns:
+            One bound per sample, in float64. It is infinite where m ≤ 0, where z is not finite, and
+            where a `LinearSlope` has slopes outside [0, 1].
         """
         exact = self.to(torch.float64)
         operator = exact.operator

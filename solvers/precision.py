@@ -1,8 +1,8 @@
-"""Do products of float32 numbers run in float32?
+"""In which precision do products of float32 numbers run?
 
-torch may run them in TF32 or bfloat16: convolutions on CUDA do so by default. A weight that is
-rounded inside a product is another weight than the one that was certified, and a residual that is
-evaluated with it is that of another problem.
+In float32, within `use_full_precision`. torch may run them in TF32 or bfloat16, and does so by
+default for convolutions on CUDA. A weight that is rounded inside a product is not the weight that
+was certified, and a residual evaluated with it belongs to another problem.
 """
 
 from __future__ import annotations
@@ -16,32 +16,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FULL = ("none", "ieee")
+FULL_SETTINGS = ("none", "ieee")
+"""Values of torch's `fp32_precision` under which float32 products run in float32."""
 
 
 def _settings() -> tuple[Any, ...]:
-    """What decides it, from general to particular; a particular one that is set wins."""
+    """Return torch's settings of precision; a later one, if it is set, overrules those before."""
     b: Any = torch.backends
     return b, b.mkldnn, b.mkldnn.matmul, b.mkldnn.conv, b.cuda.matmul, b.cudnn, b.cudnn.conv
 
 
 _lock = threading.Lock()
 _inside = 0
-_changed: list[tuple[Any, str]] = []
+_changed_settings: list[tuple[Any, str]] = []
 
 
 @contextmanager
-def full() -> Iterator[None]:
-    """Within the block float32 products, matrices and convolutions, run in float32.
+def use_float32_products() -> Iterator[None]:
+    """Let float32 products of matrices and convolutions run in float32 within the block.
 
-    The settings are those of the process: they come back when the last thread leaves.
+    torch has one setting per process, so it holds for all threads until the last one leaves; then
+    the settings of before come back.
+
+    Example:
+        >>> with use_float32_products():
+        ...     torch.backends.cudnn.conv.fp32_precision in FULL_SETTINGS
+        True
     """
-    global _inside, _changed
+    global _inside, _changed_settings
     with _lock:
         if _inside == 0:
-            _changed = [(s, s.fp32_precision) for s in _settings()]
-            _changed = [(s, before) for s, before in _changed if before not in FULL]
-            for setting, _ in _changed:
+            _changed_settings = [(s, s.fp32_precision) for s in _settings()]
+            _changed_settings = [
+                (s, before) for s, before in _changed_settings if before not in FULL_SETTINGS
+            ]
+            for setting, _ in _changed_settings:
                 setting.fp32_precision = "ieee"
         _inside += 1
     try:
@@ -50,19 +59,25 @@ def full() -> Iterator[None]:
         with _lock:
             _inside -= 1
             if _inside == 0:
-                for setting, before in _changed:
+                for setting, before in _changed_settings:
                     setting.fp32_precision = before
 
 
-# What torch.backends asks, without its search for attributes: a training step asks thirty times.
-_precision_of: Any = torch._C._get_fp32_precision_getter
+# The function behind torch.backends' attributes: a training step asks thirty times, and looking an
+# attribute up there takes longer than the answer.
+_get_precision: Any = torch._C._get_fp32_precision_getter
 _BACKENDS = {"cpu": "mkldnn", "cuda": "cuda"}
 
 
-def lower_precision(device: str, *, convolutions: bool) -> bool:
-    """Say whether products of float32 numbers on this kind of device may run in less.
+def may_lower_precision(device: str, *, convolutions: bool) -> bool:
+    """Say whether float32 products on this type of device may run in lower precision.
 
-    Also while a thread is within `full`, for what it has set ends with it.
+    True also while another thread is within `use_float32_products`, because the settings of before
+    come back when that thread leaves.
+
+    Args:
+        device: type of the device, such as "cpu".
+        convolutions: whether convolutions count, besides products of matrices.
     """
     backend = _BACKENDS.get(device)
     if backend is None:
@@ -70,16 +85,20 @@ def lower_precision(device: str, *, convolutions: bool) -> bool:
     with _lock:
         return (
             _inside > 0
-            or _precision_of(backend, "matmul") not in FULL
-            or (convolutions and _precision_of(backend, "conv") not in FULL)
+            or _get_precision(backend, "matmul") not in FULL_SETTINGS
+            or (convolutions and _get_precision(backend, "conv") not in FULL_SETTINGS)
         )
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor in another precision, differentiably.
+    """Convert a tensor to another precision, differentiably.
 
-    From float32 to float64 it is exact, also where the process reads denormal numbers as zero
-    (`torch.set_flush_denormal`): those of float32 are an integer times 2⁻¹⁴⁹.
+    From float32 to float64 the conversion is exact, even if the process reads denormal numbers as
+    zero (`torch.set_flush_denormal`): a denormal number of float32 is an integer times 2⁻¹⁴⁹.
+
+    Example:
+        >>> cast(torch.tensor([0.5]), torch.float64)
+        tensor([0.5000], dtype=torch.float64)
     """
     if dtype != torch.float64 or t.dtype != torch.float32:
         return t.to(dtype)
@@ -90,7 +109,7 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def in_autocast(device: str) -> bool:
-    """Say whether autocast is on for a type of device; it is not on one that has none (meta)."""
+    """Say whether autocast is enabled for a type of device; False where there is none (meta)."""
     return _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
@@ -98,25 +117,35 @@ _has_autocast = lru_cache(torch.amp.is_autocast_available)
 
 
 def leave_autocast(device: str) -> AbstractContextManager[None]:
-    """Leave autocast, which would round products to a precision in which no tolerance is met."""
+    """Leave autocast within the block: it would round products too coarsely for any tolerance."""
     if in_autocast(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 
 
-def full_precision(like: Tensor, *, convolutions: bool = True) -> AbstractContextManager[None]:
-    """Leave autocast and shortened products of such numbers: no tolerance is met in them.
+def use_full_precision(like: Tensor, *, convolutions: bool = True) -> AbstractContextManager[None]:
+    """Let products run in the precision of their factors within the block.
+
+    It leaves autocast and, for float32, TF32 and bfloat16: no tolerance can be met in them.
 
     Args:
-        like: a tensor of the products.
-        convolutions: whether they may be convolutions, which have settings of their own.
+        like: a factor of the products; its dtype and device decide what has to change.
+        convolutions: whether the products may be convolutions, which have their own settings.
+
+    Example:
+        >>> x = torch.ones(2, 2)
+        >>> with torch.autocast("cpu", torch.bfloat16), use_full_precision(x):
+        ...     (x @ x).dtype
+        torch.float32
     """
     device = like.device.type
-    shortened = like.dtype == torch.float32 and lower_precision(device, convolutions=convolutions)
-    return _full(device) if shortened else leave_autocast(device)
+    shortened = like.dtype == torch.float32 and may_lower_precision(
+        device, convolutions=convolutions
+    )
+    return _use_full_precision(device) if shortened else leave_autocast(device)
 
 
 @contextmanager
-def _full(device: str) -> Iterator[None]:
-    with leave_autocast(device), full():
+def _use_full_precision(device: str) -> Iterator[None]:
+    with leave_autocast(device), use_float32_products():
         yield

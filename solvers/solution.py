@@ -22,7 +22,12 @@ Loop = Literal["torch", "compiled", "device"]
 
 
 class Status(enum.Enum):
-    """How a solve ended; the values are the words that users read."""
+    """Name how a solve ended; the values are the words that users read.
+
+    Example:
+        >>> Status.CONVERGED.value
+        'reached its tolerance'
+    """
 
     CONVERGED = "reached its tolerance"
     MAX_STEPS = "stopped at its step limit"
@@ -32,7 +37,15 @@ class Status(enum.Enum):
 
 
 def check_options(tol: object, max_steps: object, on_failure: object) -> tuple[float, int]:
-    """Check what every solve is told, and return tol and max_steps as plain numbers.
+    """Check the options that every solve has, and return tol and max_steps as Python's numbers.
+
+    Args:
+        tol: any real number type, such as a NumPy scalar.
+        max_steps: any integer type.
+        on_failure: "warn" or "raise".
+
+    Returns:
+        tol as a float and max_steps as an int.
 
     Raises:
         TypeError: if tol is no real number or max_steps no integer.
@@ -56,22 +69,44 @@ def check_options(tol: object, max_steps: object, on_failure: object) -> tuple[f
 
 
 class SolveError(RuntimeError):
-    """A solve ended without reaching its tolerance, and the caller asked to be told by an error."""
+    """Tell that a solve missed its tolerance, where the caller asked for errors.
+
+    Example:
+        >>> from solvers import DenseOperator, Inclusion, ReLU, solve
+        >>> problem = Inclusion(DenseOperator(torch.zeros(2, 2) - 9), torch.ones(1, 2), ReLU())
+        >>> solve(problem, tol=1e-6, max_steps=1, on_failure="raise")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        solvers.solution.SolveError: solve by ... stopped at its step limit after 1 steps ...
+    """
 
 
 class SolveWarning(RuntimeWarning):
-    """A solve ended without reaching its tolerance, and the caller asked to be warned."""
+    """Tell that a solve missed its tolerance, where the caller asked for warnings (the default).
+
+    Example:
+        >>> from solvers import DenseOperator, Inclusion, ReLU, solve
+        >>> problem = Inclusion(DenseOperator(torch.zeros(2, 2) - 9), torch.ones(1, 2), ReLU())
+        >>> with warnings.catch_warnings(record=True, action="always") as caught:
+        ...     solution = solve(problem, tol=1e-6, max_steps=1)
+        >>> [warning.category.__name__ for warning in caught], solution.converged
+        (['SolveWarning'], False)
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """Cost of a solve.
+    """Count what a solve cost.
 
     Attributes:
-        steps: iterations taken until each sample passed its check.
+        steps: iterations of each sample until it passed a check.
         checks: how often the residual was evaluated; each costs one product with W.
         loop: where the iterations ran: in PyTorch, compiled on a CPU, or in Triton on the device.
-        fallback: why that was PyTorch, where a kernel for the device could not be compiled or run.
+        fallback: why PyTorch ran them, if a kernel for the device could not be compiled or run;
+            else None.
+
+    Example:
+        >>> Stats(steps=torch.tensor([4, 11]), checks=2).max_steps
+        11
     """
 
     steps: Int[Tensor, " *batch"]
@@ -81,23 +116,34 @@ class Stats:
 
     @property
     def max_steps(self) -> int:
-        """Iterations of the slowest sample (0 for an empty batch)."""
+        """Return the iterations of the slowest sample; 0 for an empty batch."""
         return int(self.steps.max()) if self.steps.numel() else 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solution(Sendable):
-    """State returned by a solve, with the evidence for it.
+    """Hold the equilibrium that a solve found, with the evidence for it.
 
     Attributes:
-        value: z, the approximate equilibrium. Differentiable when it comes from `equilibrium`.
-        status: how the solve ended; converged means that every sample reached `tol`.
+        value: z, the approximate equilibrium; differentiable if `equilibrium` returned it.
+        status: how the solve ended; CONVERGED says that every sample reached `tol`.
         stats: iterations per sample and number of checks.
-        residual: ‖z̃ − z‖_Λ / max(‖z̃‖_Λ, ‖z‖_Λ) per sample, with z̃ = σ(Wz + v), evaluated on
-            the problem itself (never a difference of iterates), with nothing taken off.
+        residual: ‖z̃ − z‖_Λ / max(‖z̃‖_Λ, ‖z‖_Λ) per sample with z̃ = σ(Wz + v). It is evaluated on
+            the problem itself and is never a difference of iterates; nothing is subtracted.
         tol: the tolerance asked for, in the same relative Λ norm.
         name: what messages call this solve.
-        likely_causes: one sentence, evaluated only when the solve failed.
+        likely_causes: returns one sentence; called only if the solve failed.
+
+    Example:
+        >>> from solvers import DenseOperator, Inclusion, ReLU, solve
+        >>> W, v = torch.tensor([[0.0, -0.5], [0.5, 0.0]]), torch.ones(1, 2)
+        >>> solution = solve(Inclusion(DenseOperator(W), v, ReLU()), tol=1e-6)
+        >>> solution.value
+        tensor([[0.4000, 1.2000]])
+        >>> solution.converged, bool(solution.residual <= 1e-6)
+        (True, True)
+        >>> bool(solution.error_bound < 1e-5)
+        True
     """
 
     value: Float[Tensor, "*batch n"]
@@ -112,7 +158,7 @@ class Solution(Sendable):
 
     @property
     def method(self) -> str:
-        """`repr` of the method that ran; of several that did, in their order."""
+        """Return the `repr` of the method that ran, or of all that ran one after the other."""
         return ", then ".join(map(repr, self._methods))
 
     @property
@@ -122,14 +168,15 @@ class Solution(Sendable):
 
     @cached_property
     def error_bound(self) -> Float[Tensor, " *batch"]:
-        """Upper bound of ‖z − z*‖_Λ per sample, float64, for the weights as they are at first use.
+        """Return an upper bound of ‖z − z*‖_Λ per sample, in float64.
 
-        See `Inclusion.error_bound` for the statement and its proof.
+        z* is the exact equilibrium for the weights as they are when this is first used. See
+        `Inclusion.error_bound` for the statement and its proof.
         """
         return self._error_bound()
 
     def message(self) -> str:
-        """Describe the outcome in one line, with the likely causes when it is a failure."""
+        """Return the outcome in one line, with the likely causes if it is a failure."""
         worst = float(self.residual.max()) if self.residual.numel() else 0.0
         text = (
             f"{self.name} by {self.method} {self.status.value} after {self.stats.max_steps} steps "
@@ -153,13 +200,27 @@ class Solution(Sendable):
         )
 
     def raise_if_failed(self) -> Solution:
-        """Return self, or raise `SolveError` when a sample missed its tolerance."""
+        """Return self if every sample reached its tolerance.
+
+        Raises:
+            SolveError: if a sample missed it.
+        """
         if not self.converged:
             raise SolveError(self.message())
         return self
 
     def report(self, on_failure: OnFailure) -> Solution:
-        """Return self after warning or raising, as asked, when a sample missed its tolerance."""
+        """Return self; if a sample missed its tolerance, warn or raise first.
+
+        Args:
+            on_failure: "warn" or "raise".
+
+        Raises:
+            SolveError: if a sample missed its tolerance and on_failure is "raise".
+
+        Warns:
+            SolveWarning: if a sample missed its tolerance and on_failure is "warn".
+        """
         if on_failure == "raise":
             return self.raise_if_failed()
         if not self.converged:

@@ -1,4 +1,8 @@
-"""How is z = σ(Wz + v) solved for every sample, and what is refused or repeated on the way?"""
+"""How is z = σ(Wz + v) solved for every sample?
+
+`solve` checks the problem, runs a method, lets samples that float32 cannot finish go on in float64,
+tries `Auto`'s fallbacks on samples that are still missing, and reports the evidence.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from solvers.inclusion import Inclusion
 from solvers.methods import Auto, Method, Outcome, Request, check_method
 from solvers.operators import NotMonotoneError
 from solvers.operators.base import check_tensors
-from solvers.precision import full_precision
+from solvers.precision import use_full_precision
 from solvers.solution import OnFailure, Solution, Stats, Status, check_options
 
 
@@ -31,33 +35,33 @@ def solve(
 ) -> Solution:
     """Solve z = σ(Wz + v) for every sample of the problem, without building a graph.
 
-    Samples whose relative residual ‖z̃ − z‖_Λ / max(‖z̃‖_Λ, ‖z‖_Λ), z̃ = σ(Wz + v), is at most
-    `tol` at a check are done and keep the z of that check. Samples that stall at the rounding of
-    float32 go on in float64 from where they are; what is returned is rounded to float32, and its
-    residual is that of the rounded z, evaluated in float64.
+    With z̃ = σ(Wz + v), a sample is done at the first check at which its relative residual
+    ‖z̃ − z‖_Λ / max(‖z̃‖_Λ, ‖z‖_Λ) is at most `tol`, and the z of that check is returned. A sample
+    that stalls at the rounding of float32 goes on in float64 from where it is. The result is
+    rounded to float32, and its residual is that of the rounded z, evaluated in float64.
 
-    The residual is reported as it is, and `Status.CONVERGED` says that it is at most tol for every
-    sample. Then, evaluated exactly on the problem as stored,
+    `Status.CONVERGED` says that the residual is at most tol for every sample. Then the exact z̃ of
+    the problem as stored satisfies
 
         ‖z̃ − z‖_Λ ≤ tol·max(‖z̃‖_Λ, ‖z‖_Λ) + ρ,
 
-    where ρ bounds the rounding of z̃ and of the norms in the dtype of the problem: `acceptance`
-    gives it as a function of ‖z‖_Λ and ‖v‖_Λ alone. Where some sample stays above tol and rounding
-    explains all that is left, the status is `Status.ROUNDING`, which warns or raises as any failure
-    does.
+    where ρ bounds the rounding of z̃ and of the norms in the dtype of the problem; `acceptance`
+    gives ρ as a function of ‖z‖_Λ and ‖v‖_Λ alone. If a sample stays above tol and rounding
+    explains the whole excess, the status is `Status.ROUNDING`, a failure like any other.
 
     Args:
         problem: the inclusion; gradients do not flow (use `equilibrium` for that).
         method: how to solve; `Auto()` when omitted.
-        tol: relative tolerance in the Λ norm, per sample.
+        tol: relative tolerance in the Λ norm, for every sample.
         max_steps: limit of iterations, in each precision and of each method that `Auto` tries.
-        z0: warm start, of the shape of the bias.
-        on_failure: what to do when a sample misses its tolerance: "warn" or "raise".
-        require_monotone: refuse weights with m ≤ 0, whose equilibrium need not exist or be unique.
+        z0: warm start, of the shape of the bias; a cold start when omitted.
+        on_failure: what to do if a sample misses its tolerance: "warn" or "raise".
+        require_monotone: whether to refuse weights with m ≤ 0, whose equilibrium need not exist or
+            be unique.
         name: what messages call this solve.
 
     Returns:
-        The solution with its evidence.
+        z of the shape of the bias with its residual per sample, status and cost.
 
     Raises:
         TypeError: if an argument is of another kind.
@@ -66,7 +70,19 @@ def solve(
             shape or dtype or is not finite, or a step-size rule or method refuses the problem.
         NonFiniteError: if the bias or the weights contain NaN or Inf.
         NotMonotoneError: if m ≤ 0 and `require_monotone`.
-        SolveError: on failure, when `on_failure` is "raise".
+        SolveError: if a sample misses its tolerance and `on_failure` is "raise".
+
+    Warns:
+        SolveWarning: if a sample misses its tolerance and `on_failure` is "warn".
+
+    Example:
+        >>> from solvers import DenseOperator, PeacemanRachford, ReLU
+        >>> W, v = torch.tensor([[0.0, -0.5], [0.5, 0.0]]), torch.ones(1, 2)
+        >>> solution = solve(Inclusion(DenseOperator(W), v, ReLU()), PeacemanRachford(), tol=1e-6)
+        >>> solution.value
+        tensor([[0.4000, 1.2000]])
+        >>> solution.status
+        <Status.CONVERGED: 'reached its tolerance'>
     """
     method = Auto() if method is None else method
     if not isinstance(problem, Inclusion):
@@ -74,7 +90,7 @@ def solve(
     check_method(method)
     tol, max_steps = check_options(tol, max_steps, on_failure)
     _check_precision(problem, tol, z0)
-    full = full_precision(problem.bias, convolutions=problem.operator.by_kernels)
+    full = use_full_precision(problem.bias, convolutions=problem.operator.by_kernels)
     with torch.no_grad(), full, problem.operator.settled():
         _check_metric(problem)
         if require_monotone:
@@ -83,25 +99,25 @@ def solve(
         flat = problem.detach().flatten()
         start = None if z0 is None else z0.detach().reshape(flat.bias.shape)
         if start is not None:
-            # Where v = 0 the solution is 0 (if σ(0) = 0): steps from elsewhere never come near it
-            # in relative terms, a cold start is there.
+            # Where v = 0 the solution is 0 (if σ(0) = 0). Steps from elsewhere never come near it
+            # in relative terms; a cold start begins there.
             start = torch.where((flat.bias != 0).any(-1, keepdim=True), start, 0.0)
-        request = Request(tol=_held(tol, flat.bias.dtype), max_steps=max_steps, z0=start)
+        request = Request(tol=_round_down(tol, flat.bias.dtype), max_steps=max_steps, z0=start)
         outcome, status, used = _run(flat, method, request)
         method = used[-1]
         if status is Status.DIVERGED:
             problem.check_finite()
         value = outcome.value
         solution = Solution(
-            value=_shaped(value, shape),
+            value=_reshape(value, shape),
             status=status,
             stats=Stats(
-                steps=_shaped(outcome.steps, shape[:-1]),
+                steps=_reshape(outcome.steps, shape[:-1]),
                 checks=outcome.checks,
                 loop=outcome.loop,
                 fallback=outcome.fallback,
             ),
-            residual=_shaped(outcome.residual, shape[:-1]).to(value.dtype),
+            residual=_reshape(outcome.residual, shape[:-1]).to(value.dtype),
             tol=tol,
             _methods=used,
             name=name,
@@ -111,7 +127,7 @@ def solve(
     return solution.report(on_failure)
 
 
-def _shaped(t: Tensor, shape: torch.Size) -> Tensor:
+def _reshape(t: Tensor, shape: torch.Size) -> Tensor:
     return t if t.shape == shape else t.reshape(shape)
 
 
@@ -141,12 +157,15 @@ def _check_precision(problem: Inclusion, tol: float, z0: Tensor | None) -> None:
 
 
 @lru_cache
-def _held(tol: float, dtype: torch.dtype) -> float:
-    """Return the largest number of the dtype up to tol: comparisons of tensors round tol to it."""
+def _round_down(tol: float, dtype: torch.dtype) -> float:
+    """Return the largest number of the dtype that is at most tol.
+
+    Comparisons with tensors of that dtype would round tol to nearest, which may be upwards.
+    """
     if dtype == torch.float64:
         return tol
-    held = np.float32(tol)
-    return float(held if float(held) <= tol else np.nextafter(held, np.float32(0)))
+    rounded = np.float32(tol)
+    return float(rounded if float(rounded) <= tol else np.nextafter(rounded, np.float32(0)))
 
 
 def _check_metric(problem: Inclusion) -> None:
@@ -170,12 +189,16 @@ def _check_monotone(problem: Inclusion) -> None:
 def _run(
     problem: Inclusion, asked: Method, request: Request
 ) -> tuple[Outcome, Status, tuple[Method, ...]]:
-    """Run the method chosen and, on samples that it misses, its fallbacks; return all that ran."""
+    """Run the chosen method, then its fallbacks on the samples that it missed.
+
+    Returns:
+        The outcome, its status, and the methods that ran, in their order.
+    """
     used: tuple[Method, ...] = (asked.choose(problem),)
     outcome = used[0].run(problem, request)
     if (status := outcome.status(request)) is Status.CONVERGED:
         return outcome, status, used
-    outcome = _continued(problem, used[0], request, outcome)
+    outcome = _continue_unfinished(problem, used[0], request, outcome)
     for method in asked.fallbacks(problem, request):
         index = (~(outcome.residual <= request.tol)).nonzero().squeeze(-1)
         if index.numel() == 0:
@@ -183,16 +206,18 @@ def _run(
         part, before = problem.select(index), outcome.select(index)
         start = torch.where(before.residual.isfinite()[:, None], before.value, 0.0)
         again = dataclasses.replace(request, z0=start)
-        found = _continued(part, method, again, method.run(part, again))
-        outcome, used = outcome.continue_samples(index, found.better_than(before)), (*used, method)
+        found = _continue_unfinished(part, method, again, method.run(part, again))
+        outcome, used = outcome.continue_samples(index, found.take_better(before)), (*used, method)
     return outcome, outcome.status(request), used
 
 
-def _continued(problem: Inclusion, method: Method, request: Request, outcome: Outcome) -> Outcome:
-    """Go on in float64 where float32 stalled, and say where only rounding is left."""
+def _continue_unfinished(
+    problem: Inclusion, method: Method, request: Request, outcome: Outcome
+) -> Outcome:
+    """Continue in float64 where float32 stalled, and mark the samples that rounding limits."""
     above = ~(outcome.residual <= request.tol)
-    # Where σ(v) = 0 the solution is 0, which an iteration that rounds may never come near in
-    # relative terms.
+    # Where σ(v) = 0 the solution is 0. An iteration that rounds may never come near it in relative
+    # terms.
     zero = above & (problem.activation(problem.bias) == 0).all(-1)
     outcome = dataclasses.replace(
         outcome,
@@ -200,7 +225,7 @@ def _continued(problem: Inclusion, method: Method, request: Request, outcome: Ou
         residual=torch.where(zero, 0.0, outcome.residual),
         worst=None,
     )
-    unfinished = outcome.unfinished(request)
+    unfinished = outcome.find_unfinished(request)
     if not bool(unfinished.any()) or not bool(outcome.residual.isfinite().all()):
         return outcome
     index = unfinished.nonzero().squeeze(-1)
@@ -208,29 +233,29 @@ def _continued(problem: Inclusion, method: Method, request: Request, outcome: Ou
     if problem.bias.dtype == torch.float32:
         found = _continue_in_double(part, method, request, outcome.value[index])
         outcome = outcome.continue_samples(index, found)
-        assert found.resting is not None
-        rests = found.resting
+        assert found.rounding_limited is not None
+        limited = found.rounding_limited
     else:
-        rests = part.rests(outcome.value[index], request.tol)
-    resting = torch.zeros_like(unfinished)
-    resting[index] = rests
-    return dataclasses.replace(outcome, resting=resting)
+        limited = part.is_rounding_limited(outcome.value[index], request.tol)
+    rounding_limited = torch.zeros_like(unfinished)
+    rounding_limited[index] = limited
+    return dataclasses.replace(outcome, rounding_limited=rounding_limited)
 
 
 def _continue_in_double(problem: Inclusion, method: Method, request: Request, z: Tensor) -> Outcome:
-    """Go on from z in float64, and measure there what is left after rounding back."""
+    """Continue from z in float64, round back, and evaluate the residual of that in float64."""
     double = problem.to(torch.float64)
-    # Rounding back moves the residual by about L roundoffs of float32: most of tol is left to it.
+    # Rounding back moves the residual by about L eps of float32, so most of tol is left for it.
     left = Request(tol=request.tol / 8, max_steps=request.max_steps, z0=z.double())
     better = method.run(double, left)
     value = better.value.float()
     residual = double.relative_residual(value.double())
-    # Where float64 got there, or to its own rounding, it is float32 that keeps z away.
-    there = (better.residual <= left.tol) | double.rests(better.value, left.tol)
+    # If float64 reached its tolerance, or its own rounding, then float32 is what limits z.
+    there = (better.residual <= left.tol) | double.is_rounding_limited(better.value, left.tol)
     return dataclasses.replace(
         better,
         value=value,
         residual=residual,
-        resting=there & (residual > request.tol),
+        rounding_limited=there & (residual > request.tol),
         worst=None,
     )

@@ -1,8 +1,8 @@
-"""How do torchdeq's solvers run behind this interface, and these behind torchdeq's?
+"""How do torchdeq's solvers run as methods here, and methods of this package in torchdeq?
 
 `TorchDEQ` is a `Method` that calls a solver of the package torchdeq (Geng and Kolter 2023), version
-0.1.0. In the other direction a `FixedPointMap` is what torchdeq calls func, and `torchdeq_solver`
-makes of a method what torchdeq calls a solver:
+0.1.0. In the other direction, a `FixedPointMap` is a func for torchdeq, and `torchdeq_solver` turns
+a method into a solver for torchdeq:
 
     import torchdeq
     torchdeq.solver.register_solver("splitting", torchdeq_solver(PeacemanRachford()))
@@ -35,13 +35,13 @@ from solvers.solve import solve
 
 @dataclass(frozen=True, eq=False)
 class FixedPointMap:
-    """z ↦ prox_{αf}((1 − α)z + α(Wz + v)), with the problem it belongs to.
+    """Map z ↦ prox_{αf}((1 − α)z + α(Wz + v)), and hold the problem it belongs to.
 
-    Its fixed point is the equilibrium for every α. α = 1 is the plain map z ↦ σ(Wz + v), which need
-    not contract; for 0 < α < 2m/L² this one does in the Λ norm, and its transposed derivative in
-    the Λ⁻¹ norm: what torchdeq iterates in its implicit gradient.
+    Its fixed point is the equilibrium for every α. At α = 1 it is z ↦ σ(Wz + v), which need not
+    contract. For 0 < α < 2m/L² the map contracts in the Λ norm, and its transposed derivative,
+    which torchdeq iterates in its implicit gradient, contracts in the Λ⁻¹ norm.
 
-    Differentiable in z, v and the tensors that define W; a rule's α is a constant.
+    It is differentiable in z, v and the tensors that define W; the α of a rule gets no gradient.
 
     Args:
         problem: the inclusion, with its graph.
@@ -49,6 +49,12 @@ class FixedPointMap:
 
     Raises:
         ValueError: if a numerical step size is not positive and finite.
+
+    Example:
+        >>> from solvers import DenseOperator, ReLU
+        >>> problem = Inclusion(DenseOperator(torch.zeros(2, 2)), torch.ones(1, 2), ReLU())
+        >>> FixedPointMap(problem)(torch.zeros(1, 2))
+        tensor([[1., 1.]])
     """
 
     problem: Inclusion
@@ -59,7 +65,7 @@ class FixedPointMap:
 
     @property
     def alpha(self) -> Step:
-        """α, one number or one per unit."""
+        """Return α, one number or one per unit."""
         return choose_step_size(self.step_size, self.problem.operator)
 
     def __call__(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
@@ -79,7 +85,10 @@ def _prox(x: Tensor, activation: ProximalActivation, alpha: Step) -> Tensor:
 
 
 class _Prox(torch.autograd.Function):
-    """With z = σ(p) and (1 − α)σ(p) + αp = x: dz/dx = s / (α + (1 − α)s), s = σ'(p)."""
+    """Compute z = prox_{αf}(x), and dz/dx = s / (α + (1 − α)s) with s = σ'(p).
+
+    p solves (1 − α)σ(p) + αp = x, and z = σ(p).
+    """
 
     @staticmethod
     def forward(x: Tensor, activation: ProximalActivation, alpha: Step) -> Tensor:
@@ -97,48 +106,56 @@ class _Prox(torch.autograd.Function):
         return g * slope / (ctx.alpha + (1 - ctx.alpha) * slope), None, None
 
 
-# What each solver of torchdeq reads of the options of `TorchDEQ`; it ignores the others in silence.
+# The options that each solver of torchdeq reads. It would ignore others in silence, so `TorchDEQ`
+# refuses them.
 _OPTIONS = {
     "fixed_point_iter": ("tau",),
     "anderson": ("tau", "m", "lam"),
     "broyden": ("ls", "LBFGS_thres"),
 }
 # Note [Broyden's memory]
-# Without LBFGS_thres torchdeq keeps every step, and allocates 2 · batch · n · max_iter numbers for
-# them before it starts; with it, the step after the memory is full overwrites the first rank-one
-# term, on which all later ones were built, and the iteration runs away. So broyden is run in
-# stretches of this many evaluations, each with a memory of its own.
+# Without LBFGS_thres torchdeq stores every step, and allocates 2 · batch · n · max_iter numbers
+# before it starts. With LBFGS_thres, the step after the memory is full overwrites the first
+# rank-one term, on which all later terms were built, and the iteration diverges. So broyden runs in
+# stretches of _STRETCH evaluations, each with its own memory.
 _STRETCH = 200
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class TorchDEQ(Method):
-    """A solver of the package torchdeq on the map prox_{αf}((1 − α)z + α(Wz + v)).
+    """Find z by a solver of the package torchdeq on T(z) = prox_{αf}((1 − α)z + α(Wz + v)).
 
-    torchdeq stops when ‖T(z) − z‖₂ / ‖T(z)‖₂ of its worst sample is below a tolerance, and returns
-    per sample the point where it was smallest. It is given tol · min(1, α), because
-    |σ(Wz + v) − z| ≤ |T(z) − z| / min(1, α) unit by unit (Beck 2017, Theorem 10.9), and τ times
-    that for the damped iteration, whose difference is τ(T(z) − z). Where `tol` in the Λ norm is
-    missed all the same it starts again from the best points with a tighter tolerance, without its
-    history. One step is one evaluation of T for the whole batch: torchdeq lets no sample leave.
+    torchdeq stops if ‖T(z) − z‖₂ / ‖T(z)‖₂ of its worst sample is below a tolerance, and returns
+    for each sample the point where it was smallest. The tolerance that it is given is tol · min(1,
+    α), because |σ(Wz + v) − z| ≤ |T(z) − z| / min(1, α) unit by unit. A damped iteration, whose
+    difference is τ(T(z) − z), is given τ times that. If `tol` in the Λ norm is missed, torchdeq
+    starts again from the best points with a smaller tolerance and without its history. One step is
+    one evaluation of T for the whole batch; no sample leaves early.
+    Reference: Beck (2017), First-Order Methods in Optimization, Theorem 10.9.
 
     Args:
         solver: torchdeq's name of the solver.
-        step_size: α > 0, or a rule that computes it from the operator; 1.0 is the plain map
-            σ(Wz + v).
+        step_size: α > 0, or a rule that computes it from the operator; 1.0 is z ↦ σ(Wz + v).
         tau: damping of "fixed_point_iter" and "anderson"; torchdeq's default is 1.
         m: memory of "anderson", at least 2; torchdeq's default is 6.
-        lam: what "anderson" adds to its Gram matrix of ‖T(z) − z‖²₂, in absolute terms; where that
-            is far below lam it takes means instead of accelerated steps. torchdeq's default is
-            1e-4.
-        ls: whether "broyden" searches along its lines; torchdeq's default is not to.
-        LBFGS_thres: memory of "broyden"; when omitted no step is forgotten, but it starts again
-            from the best points every 200 evaluations, see Note [Broyden's memory].
+        lam: number that "anderson" adds to the diagonal of its Gram matrix, whose entries have the
+            size of ‖T(z) − z‖²₂. If they are far below lam, anderson averages instead of
+            accelerating. torchdeq's default is 1e-4.
+        ls: whether "broyden" searches along its lines; torchdeq's default is False.
+        LBFGS_thres: memory of "broyden". If omitted no step is forgotten, but it starts again from
+            the best points every 200 evaluations; see Note [Broyden's memory].
 
     Raises:
         ValueError: if torchdeq has no such solver, the solver would ignore an option, or an option
             is out of range.
         ImportError: on solving, if torchdeq is not installed.
+
+    Example:
+        >>> TorchDEQ(solver="anderson", m=3)
+        TorchDEQ(m=3)
+        >>> TorchDEQ(solver="broyden", m=3)
+        Traceback (most recent call last):
+        ValueError: torchdeq's broyden would ignore m; it reads ls, LBFGS_thres
     """
 
     solver: Literal["fixed_point_iter", "anderson", "broyden"] = "anderson"
@@ -152,7 +169,7 @@ class TorchDEQ(Method):
     def __post_init__(self) -> None:
         if self.solver not in _OPTIONS:
             raise ValueError(f"solver must be one of {', '.join(_OPTIONS)}, got {self.solver!r}")
-        idle = self._given().keys() - set(_OPTIONS[self.solver])
+        idle = self._solver_options().keys() - set(_OPTIONS[self.solver])
         if idle:
             raise ValueError(
                 f"torchdeq's {self.solver} would ignore {', '.join(sorted(idle))}; "
@@ -168,7 +185,7 @@ class TorchDEQ(Method):
                 raise ValueError(f"{name} is out of range, got {getattr(self, name)}")
         self._splitting()  # checks the step size
 
-    def _given(self) -> dict[str, Any]:
+    def _solver_options(self) -> dict[str, Any]:
         names = ("tau", "m", "lam", "ls", "LBFGS_thres")
         return {k: getattr(self, k) for k in names if getattr(self, k) is not None}
 
@@ -176,12 +193,12 @@ class TorchDEQ(Method):
         return ForwardBackward(step_size=self.step_size)
 
     def run(self, problem: Inclusion, request: Request) -> Outcome:
-        """Run torchdeq's solver until the residual evaluated here is met, or cannot be."""
-        solver = _torchdeq().get_solver(self.solver)
+        """Run torchdeq's solver until the residual in the Λ norm is met, or cannot be."""
+        solver = _import_torchdeq().get_solver(self.solver)
         map_ = FixedPointMap(problem, self.step_size)
         z = torch.zeros_like(problem.bias) if request.z0 is None else request.z0.clone()
         residual = problem.relative_residual(z)
-        worst = _largest(residual)
+        worst = _maximum(residual)
         tol, floor = self._first_tolerance(map_, request.tol), _FLOOR * torch.finfo(z.dtype).eps
         steps, checks = 0, 1
         while worst > request.tol and steps < request.max_steps:  # NaN ends it too
@@ -189,14 +206,14 @@ class TorchDEQ(Method):
             granted = request.max_steps - steps
             if self.solver == "broyden" and self.LBFGS_thres is None:
                 granted = min(granted, _STRETCH)
-            found, used = self._call(solver, map_, z, tol, granted)
+            found, used = self._run_solver(solver, map_, z, tol, granted)
             new = problem.relative_residual(found)
             steps, checks = steps + used, checks + 1
             better = new < residual  # NaN never is
             z, residual = torch.where(better[:, None], found, z), torch.where(better, new, residual)
-            worst = _largest(residual)
+            worst = _maximum(residual)
             if used < granted and tol > floor:
-                tol = _tighter(tol, request.tol, worst)
+                tol = _tighten(tol, request.tol, worst)
             elif used < granted or not bool(better.any()):
                 break  # it would do the same again
         return Outcome(
@@ -210,16 +227,20 @@ class TorchDEQ(Method):
         smallest = alpha if isinstance(alpha, float) else float(alpha.min())
         return tol * damping * min(1.0, smallest)
 
-    def _call(
+    def _run_solver(
         self, solver: Callable[..., Any], map_: FixedPointMap, z: Tensor, tol: float, granted: int
     ) -> tuple[Tensor, int]:
-        """Return what torchdeq found and how often it evaluated the map: `granted` at most."""
+        """Run torchdeq's solver once.
+
+        Returns:
+            The points that it found, and how often it evaluated the map, at most `granted` times.
+        """
         used, last = 0, z
 
-        def counted(x: Tensor) -> Tensor:
+        def evaluate(x: Tensor) -> Tensor:
             nonlocal used, last
             if used == granted:
-                raise _BudgetSpentError
+                raise _EvaluationLimitError
             used, last = used + 1, map_(x)
             return last
 
@@ -228,10 +249,10 @@ class TorchDEQ(Method):
         max_iter = {"broyden": max(1, granted - 1), "anderson": max(3, granted)}
         try:
             found, _, _ = solver(
-                counted, z, max_iter=max_iter.get(self.solver, granted), tol=tol, stop_mode="rel",
-                **self._given(),
+                evaluate, z, max_iter=max_iter.get(self.solver, granted), tol=tol, stop_mode="rel",
+                **self._solver_options(),
             )  # fmt: skip
-        except (_BudgetSpentError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        except (_EvaluationLimitError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
             found = last  # an evaluation too many, or a singular least-squares problem
         return found, used
 
@@ -240,20 +261,20 @@ class TorchDEQ(Method):
         return self._splitting().step_cause(problem, m, L)
 
 
-class _BudgetSpentError(Exception):
-    """The solver asked for one evaluation more than it was granted."""
+class _EvaluationLimitError(Exception):
+    """Tell that the solver asked for one evaluation more than it was granted."""
 
 
-# A relative difference of iterates cannot be relied on to fall below this many roundoffs.
+# The smallest tolerance of a relative difference of iterates, in eps: rounding may keep it above.
 _FLOOR = 8
 
 
-def _tighter(tol: float, wanted: float, got: float) -> float:
-    """Return the tolerance to try after `tol` brought a measure to `got` instead of `wanted`."""
+def _tighten(tol: float, wanted: float, got: float) -> float:
+    """Return a smaller tolerance, after `tol` led to the residual `got` instead of `wanted`."""
     return 0.5 * tol * wanted / max(wanted, got)
 
 
-def _largest(numbers: Tensor) -> float:
+def _maximum(numbers: Tensor) -> float:
     return float(numbers.max()) if numbers.numel() else 0.0
 
 
@@ -263,20 +284,30 @@ TorchDEQSolver = Callable[..., tuple[Tensor, list[Tensor], dict[str, Tensor]]]
 def torchdeq_solver(
     method: Method | None = None, *, on_failure: OnFailure = "warn"
 ) -> TorchDEQSolver:
-    """Return what torchdeq calls a solver: it solves the inclusion of func by `method`.
+    """Return a solver for torchdeq that solves the inclusion of its func by `method`.
 
-    func must be a `FixedPointMap` and z_init a tensor of the shape of its bias. torchdeq's
-    tolerance on ‖func(z) − z‖₂, relative or absolute as its stop_mode says, is met: ours is
-    predicted from it, and tightened where that was not enough. max_iter limits the iterations in
-    all. States that torchdeq samples on the way (indexing, n_states) are all the solution.
+    func must be a `FixedPointMap`, and z_init a tensor of the shape of its bias. The solver meets
+    torchdeq's tolerance of ‖func(z) − z‖₂, which is relative or absolute as stop_mode says: the
+    tolerance in the Λ norm is predicted from it, and made smaller if that was not enough. max_iter
+    limits the sum of all iterations. The states that torchdeq samples on the way (indexing,
+    n_states) are all equal to the solution.
 
-    A b_solver of torchdeq is handed a closure without an inclusion, so this cannot be one: use
-    torchdeq's own with the contracting map, `FixedPointMap(problem, ForwardStep())`, or take
-    `solvers.equilibrium` for the gradient.
+    It cannot be torchdeq's b_solver, which is given a closure without an inclusion. Use one of
+    torchdeq's own there, with the contracting map `FixedPointMap(problem, ForwardStep())`, or take
+    `solvers.equilibrium`, which has a gradient of its own.
 
     Args:
-        method: how to solve; `PeacemanRachford()` when omitted.
-        on_failure: what to do when a sample misses a tolerance: "warn" or "raise".
+        method: how to solve; `Auto()` when omitted.
+        on_failure: what to do if a sample misses a tolerance: "warn" or "raise".
+
+    Returns:
+        A function for `torchdeq.solver.register_solver`. It raises TypeError if func is no
+        `FixedPointMap`, and ValueError if stop_mode is unknown.
+
+    Example:
+        >>> from solvers import DenseOperator, PeacemanRachford
+        >>> callable(torchdeq_solver(PeacemanRachford()))
+        True
     """
 
     def solver(
@@ -285,12 +316,12 @@ def torchdeq_solver(
     ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:  # fmt: skip
         if stop_mode not in ("abs", "rel"):
             raise ValueError(f'stop_mode must be "abs" or "rel", got {stop_mode!r}')
-        map_ = _inclusion_of(func)
+        map_ = _find_map(func)
         start = _measure(map_, x0)
         inner = tol
         if stop_mode == "abs":  # ‖func(x0)‖ stands for the size of the solution
             size = start["abs_lowest"] / start["rel_lowest"].clamp_min(1e-12)
-            inner = min(1.0, tol / max(_largest(size), 1e-12))
+            inner = min(1.0, tol / max(_maximum(size), 1e-12))
         floor, left, z = _FLOOR * torch.finfo(x0.dtype).eps, max_iter, x0
         steps = torch.zeros_like(start["abs_lowest"], dtype=torch.long)
         while True:
@@ -303,20 +334,20 @@ def torchdeq_solver(
             steps += solution.stats.steps.reshape(len(steps), math.prod(z.shape[1:-1])).amax(-1)
             left -= solution.stats.max_steps
             info = _measure(map_, z)
-            worst = _largest(info[f"{stop_mode}_lowest"])
+            worst = _maximum(info[f"{stop_mode}_lowest"])
             if worst <= tol or not solution.converged:
                 break  # or `solve` has said so
             if inner <= floor or left < 1:
                 _report_missed(stop_mode, worst, tol, solution.message(), on_failure)
                 break
-            inner = _tighter(inner, tol, worst)
+            inner = _tighten(inner, tol, worst)
         info["nstep"] = steps
         return z, [z] * len(indexing or ()), info
 
     return solver
 
 
-def _inclusion_of(func: Any) -> FixedPointMap:
+def _find_map(func: Any) -> FixedPointMap:
     """Return the map inside torchdeq's wrapper of a function of one tensor."""
     wrapper = importlib.import_module("torchdeq.utils.layer_utils").DEQWrapper
     inner = func.func if isinstance(func, wrapper) else func
@@ -333,7 +364,7 @@ def _measure(map_: FixedPointMap, z: Tensor) -> dict[str, Tensor]:
     """Return torchdeq's statistics of the point z."""
     with torch.no_grad():
         rows = z if z.ndim > 1 else z[None]
-        return _torchdeq().solver_stat_from_final_step(rows, map_(z).reshape(rows.shape))
+        return _import_torchdeq().solver_stat_from_final_step(rows, map_(z).reshape(rows.shape))
 
 
 def _report_missed(mode: str, worst: float, tol: float, text: str, on_failure: OnFailure) -> None:
@@ -346,7 +377,7 @@ def _report_missed(mode: str, worst: float, tol: float, text: str, on_failure: O
     warnings.warn(message, SolveWarning, stacklevel=3)
 
 
-def _torchdeq() -> Any:
+def _import_torchdeq() -> Any:
     """Import torchdeq's solvers.
 
     Raises:

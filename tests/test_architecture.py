@@ -59,6 +59,39 @@ def test_precision_has_one_setting(path):
         assert older not in code, f"{older}: take fp32_precision"
 
 
+LAWS = "tests/solvers/operators/test_laws.py"
+TESTED_ELSEWHERE = {
+    "solvers/backends/pointwise_kernels.py": "tests/solvers/backends/test_pointwise.py",
+    "solvers/backends/triton_kernels.py": "tests/solvers/backends/test_triton.py",
+    "solvers/operators/base.py": LAWS,
+    "solvers/operators/block_triangular.py": LAWS,
+    "solvers/operators/dense.py": LAWS,
+    "solvers/operators/eigenvalue_bounds.py": "tests/solvers/operators/test_low_rank.py",
+    "solvers/operators/fourier.py": "tests/solvers/operators/test_convolution.py",
+    "solvers/operators/low_rank_update.py": LAWS,
+    "solvers/operators/zero.py": LAWS,
+}
+"""Files without a test file of their own, and where they are tested."""
+
+
+def untested(package: str) -> list[str]:
+    """Return the source files whose test file is not where one looks for it."""
+    missing = []
+    for path in sorted((ROOT / package).rglob("*.py")):
+        name = path.relative_to(ROOT)
+        test = ROOT / "tests" / name.parent / f"test_{name.name}"
+        if name.name not in ("__init__.py", "__main__.py") and not test.exists():
+            missing.append(name.as_posix())
+    return [
+        n for n in missing if not (n in TESTED_ELSEWHERE and (ROOT / TESTED_ELSEWHERE[n]).exists())
+    ]
+
+
+@pytest.mark.parametrize("package", ["solvers"])
+def test_every_file_has_its_tests_where_one_looks_for_them(package):
+    assert not untested(package)
+
+
 def python(code: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": ""}
     return subprocess.run(

@@ -1,39 +1,36 @@
-"""Proofs about explicit weights, and nothing else.
+"""Proofs about weights, and nothing else.
 
-A certificate sees explicit weights alone, never how they came about, so a bug in a
-parameterization can cost tightness or make the proof fail, never make a bound wrong.
+A certificate sees weights alone, never how they came about. So a fault in a parameterization can
+cost tightness or make the proof fail, and never make a bound wrong.
 """
 
 from lben.certificates.certificate import (
-    AnyWeights,
     Certificate,
     CertificateError,
-    Claim,
-    NetworkCertificate,
+    ChainCertificate,
+    LayerCertificate,
+    LipschitzCertificate,
     PairCertificate,
     Sensitivity,
     compose,
 )
-from lben.certificates.certify import certify, certify_pairs
-from lben.certificates.convolutional import certify_convolution, certify_pooled
-from lben.certificates.linf import LinfClaim, certify_linf, interval_bounds
+from lben.certificates.certify import Certifiable, certify
+from lben.certificates.claims import Claim, IntervalClaim, LinfClaim
 from lben.certificates.sensitivity import sensitivity
 
 __all__ = [
-    "AnyWeights",
+    "Certifiable",
     "Certificate",
     "CertificateError",
+    "ChainCertificate",
     "Claim",
+    "IntervalClaim",
+    "LayerCertificate",
     "LinfClaim",
-    "NetworkCertificate",
+    "LipschitzCertificate",
     "PairCertificate",
     "Sensitivity",
     "certify",
-    "certify_convolution",
-    "certify_linf",
-    "certify_pairs",
-    "certify_pooled",
     "compose",
-    "interval_bounds",
     "sensitivity",
 ]

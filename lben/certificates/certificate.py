@@ -1,104 +1,83 @@
-"""What has been proved, and about which weights?"""
+"""What has been proved, and of what?
+
+Every statement is a frozen record: the bound, how it was proved and by how much, and the
+fingerprint of what it is about. A record serves nothing else.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, replace
 from typing import Self, overload
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lben import records
 from lben.rigorous import up
-from lben.weights import ConvolutionalWeights, DenseWeights, PooledWeights
+from lben.weights import Weights, digest
 from solvers import Constants
-
-AnyWeights = DenseWeights | ConvolutionalWeights | PooledWeights
 
 
 class CertificateError(RuntimeError):
-    """A claimed bound could not be proved."""
+    """A claimed bound could not be proved, or a certificate is of something else.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sensitivity:
-    """Proved bounds of what errors within one equilibrium layer do, all states in the Λ norm.
-
-    Attributes:
-        input_to_state: of the change of z per l2 change of x.
-        drive_to_state: of the change of z per change of v.
-        drive_to_output: of the l2 change of Cz per change of v.
-        residual_to_state: of ‖z̃ − z*‖ per residual ‖z̃ − z‖, where z̃ = σ(Wz + v).
-        residual_to_output: of ‖C(z̃ − z*)‖₂ per residual.
-        state_to_output: ‖CΛ^(−½)‖₂.
+    Example:
+        >>> import torch
+        >>> from dataclasses import replace
+        >>> from lben import EquilibriumLinear, certify
+        >>> weights = EquilibriumLinear(4, 6, 2).weights()
+        >>> try:
+        ...     certify(replace(weights, C=10 * weights.C))
+        ... except CertificateError as error:
+        ...     print(str(error)[:48])
+        the Lipschitz bound γ = 1 could not be proved: M
     """
 
-    input_to_state: float
-    drive_to_state: float
-    drive_to_output: float
-    residual_to_state: float
-    residual_to_output: float
-    state_to_output: float
 
-    @property
-    def effective_m(self) -> float:
-        """The m for which ‖CΛ^(−½)‖/m bounds the change of Cz per change of v."""
-        return self.state_to_output / self.drive_to_output if self.drive_to_output else math.inf
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that run a proof."""
+    return {"torch": torch.__version__, "numpy": np.__version__}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """A proved statement about one set of explicit weights.
+    """A proved statement about something with a fingerprint.
 
     Attributes:
-        bound: γ such that x ↦ y is γ-Lipschitz in l2; infinite when only well-posedness is proved.
-        margin: proved lower bound (> 0) of the smallest eigenvalue of a matrix that is positive
-            definite if and only if M(Λ, γ) is (`Inequality.margin`).
-        smallest_eigenvalue: computed smallest eigenvalue of M(Λ, γ), or of 2Λ − ΛW − WᵀΛ when
-            there is no bound; for information, not used in any proof.
-        m: proved lower bound of the strong monotonicity of I − W in the Λ norm; 1 for W = 0.
-        L: proved upper bound of ‖I − W‖ in the Λ norm; 1 for W = 0.
-        output_gain: proved upper bound of ‖CΛ^(−½)‖₂: what an error of z costs in y.
-        fingerprint: of the weights, see `DenseWeights.fingerprint`.
-        dtype: of the weights as given.
+        margin: by how much the proof succeeded, a proved lower bound (> 0) of the smallest
+            eigenvalue that has to be positive; None where a bound was evaluated, not compared.
+        fingerprint: SHA-256 of what the statement is about.
+        dtype: in which it runs.
         method: how it was proved.
-        versions: library versions that ran the proof.
-        image: height and width that the proof of a convolution is for: exactly these where it is
-            circular, at most these where it is not; None for a dense layer.
-        sensitivity: what errors within an equilibrium layer do, where that was asked for.
+        versions: of the libraries that ran the proof.
+        image: height and width of images that the statement is for: exactly these where it is
+            circular, at most these where it is not; None where it is for every input.
     """
 
-    bound: float
-    margin: float
-    smallest_eigenvalue: float
-    m: float
-    L: float
-    output_gain: float
+    margin: float | None
     fingerprint: str
     dtype: str
     method: str
-    versions: dict[str, str]
+    versions: dict[str, str] = field(default_factory=versions)
     image: tuple[int, int] | None = None
-    sensitivity: Sensitivity | None = None
 
-    @property
-    def constants(self) -> Constants:
-        """The proved (m, L) as a solver takes them."""
-        return Constants(m=self.m, L=self.L)
-
-    def check(self, weights: AnyWeights) -> None:
-        """Refuse other weights than those of the proof.
+    def check(self, weights: Weights) -> None:
+        """Refuse other weights than those of the proof, and image sizes that it does not cover.
 
         Raises:
-            CertificateError: if the fingerprint differs.
+            CertificateError: if the fingerprint or the size differs.
         """
         self.check_fingerprint(weights.fingerprint)
+        size = weights.proved_size()
+        if size is not None:
+            self.check_image(size[0], exactly=size[1])
 
     def check_fingerprint(self, found: str) -> None:
-        """As `check`, for weights whose fingerprint is known."""
+        """As `check`, for something whose fingerprint is known."""
         if found != self.fingerprint:
             raise CertificateError(
                 "this certificate is for other weights: fingerprint "
@@ -138,32 +117,155 @@ class Certificate:
             ValueError: if the text is no such certificate.
         """
         found = records.from_json(cls, text)
-        if not (math.isfinite(found.margin) and math.isfinite(found.m)):
-            raise ValueError("this is no Certificate: margin and m must be numbers")
-        _check_positive(cls, bound=found.bound)
+        found.check_values()
         return found
+
+    def check_values(self) -> None:
+        """Refuse numbers that bound nothing, as a file may have them.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        if self.margin is not None and not math.isfinite(self.margin):
+            raise ValueError(f"this is no {type(self).__name__}: margin must be a number")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairCertificate(Sequence[tuple[float, ...]]):
-    """Proved bounds of yᵢ − yⱼ for every pair of outputs: a q × q table, and what it is about.
+class LipschitzCertificate(Certificate):
+    """The statement that x ↦ y is γ-Lipschitz in l2.
+
+    A module of a user's own that proves its bound in another way returns one of these.
+
+    Attributes:
+        bound: γ; infinite where nothing but the existence of y is proved.
+
+    Example:
+        >>> from lben import EquilibriumLinear, certify
+        >>> certificate = certify(EquilibriumLinear(4, 6, 2, gamma=3.0))
+        >>> certificate.bound, certificate.margin > 0
+        (3.0, True)
+        >>> LipschitzCertificate.from_json(certificate.to_json()) == certificate
+        True
+    """
+
+    bound: float
+
+    def check_values(self) -> None:
+        """As `Certificate.check_values`; the bound is positive."""
+        _check_positive(type(self), bound=self.bound)
+        super().check_values()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """Proved bounds of what errors within one equilibrium layer do, all states in the Λ norm.
+
+    Attributes:
+        input_to_state: of the change of z per l2 change of x.
+        drive_to_state: of the change of z per change of v.
+        drive_to_output: of the l2 change of Cz per change of v.
+        residual_to_state: of ‖z̃ − z*‖ per residual ‖z̃ − z‖, where z̃ = σ(Wz + v).
+        residual_to_output: of ‖C(z̃ − z*)‖₂ per residual.
+        state_to_output: ‖CΛ^(−½)‖₂.
+    """
+
+    input_to_state: float
+    drive_to_state: float
+    drive_to_output: float
+    residual_to_state: float
+    residual_to_output: float
+    state_to_output: float
+
+    @property
+    def effective_m(self) -> float:
+        """The m for which ‖CΛ^(−½)‖/m bounds the change of Cz per change of v."""
+        return self.state_to_output / self.drive_to_output if self.drive_to_output else math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCertificate(LipschitzCertificate):
+    """A statement about one set of weights, with the constants that a solver of it needs.
+
+    Attributes:
+        margin: of the matrix that is positive definite if and only if M(Λ, γ) is
+            (`Inequality.margin`).
+        smallest_eigenvalue: computed smallest eigenvalue of M(Λ, γ), or of 2Λ − ΛW − WᵀΛ when
+            there is no bound; for information, not used in any proof.
+        m: proved lower bound of the strong monotonicity of I − W in the Λ norm; 1 for W = 0.
+        L: proved upper bound of ‖I − W‖ in the Λ norm; 1 for W = 0.
+        output_gain: proved upper bound of ‖CΛ^(−½)‖₂: what an error of z costs in y.
+        fingerprint: of the weights, see `Weights.fingerprint`.
+        sensitivity: what errors within an equilibrium layer do, where that was asked for.
+
+    Example:
+        >>> from lben import EquilibriumLinear, certify
+        >>> certificate = certify(EquilibriumLinear(4, 6, 2, epsilon=0.1))
+        >>> certificate.m >= 0.1 * (1 - 1e-4), certificate.L > certificate.m
+        (True, True)
+    """
+
+    margin: float
+    smallest_eigenvalue: float
+    m: float
+    L: float
+    output_gain: float
+    sensitivity: Sensitivity | None = None
+
+    @property
+    def constants(self) -> Constants:
+        """The proved (m, L) as a solver takes them."""
+        return Constants(m=self.m, L=self.L)
+
+    def check_values(self) -> None:
+        """As `Certificate.check_values`; m is a number."""
+        if not math.isfinite(self.m):
+            raise ValueError(f"this is no {type(self).__name__}: m must be a number")
+        super().check_values()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairCertificate(Certificate, Sequence[tuple[float, ...]]):
+    """Proved bounds of yᵢ − yⱼ for every pair of outputs: a q × q table.
 
     It is indexed and iterated like the table, so that `pairs[0][1]` is the bound of y₀ − y₁, and
     `certified_radius` and `compose` take it as it is.
 
     Attributes:
+        margin: the least of all pairs.
         bounds: q × q, with 1 on the diagonal.
         norm: of the change of x that the bounds multiply: "l2", or "linf" for max |Δxₖ|.
-        fingerprint: of the weights, see `DenseWeights.fingerprint`.
-        dtype: of the weights as given.
-        method: how it was proved.
+
+    Example:
+        >>> from lben import EquilibriumLinear, certify, tighten_pairs
+        >>> weights = EquilibriumLinear(4, 6, 3).weights()
+        >>> pairs = certify(weights, tighten_pairs(weights))
+        >>> len(pairs), pairs[0][1] == pairs[1][0], pairs.tensor().shape
+        (3, True, torch.Size([3, 3]))
     """
 
     bounds: tuple[tuple[float, ...], ...]
     norm: str
-    fingerprint: str
-    dtype: str
-    method: str
+
+    @classmethod
+    def of(
+        cls,
+        weights: Weights,
+        bounds: Sequence[Sequence[float]],
+        norm: str,
+        method: str,
+        margin: float | None,
+    ) -> PairCertificate:
+        """Return what was proved of every pair of outputs, tied to the weights."""
+        return cls(
+            bounds=tuple(tuple(map(float, row)) for row in bounds), norm=norm, margin=margin,
+            fingerprint=weights.fingerprint, dtype=name_of_dtype(weights), method=method,
+        )  # fmt: skip
+
+    @property
+    def largest(self) -> float:
+        """The largest bound of a pair; 1 for a single output."""
+        pairs = (b for i, row in enumerate(self.bounds) for j, b in enumerate(row) if i != j)
+        return max(pairs, default=1.0)
 
     def __len__(self) -> int:
         return len(self.bounds)
@@ -179,45 +281,46 @@ class PairCertificate(Sequence[tuple[float, ...]]):
         """Return the bounds in float64, on the CPU."""
         return torch.tensor(self.bounds, dtype=torch.float64, device="cpu")
 
-    def to_json(self) -> str:
-        """Return the certificate as JSON; null for an infinite bound."""
-        return records.to_json(self)
+    def scale(self, factor: float) -> PairCertificate:
+        """Return the bounds in terms of the input of something that is factor-Lipschitz before."""
+        bounds = tuple(tuple(up(factor * b) for b in row) for row in self.bounds)
+        return replace(self, bounds=bounds)
 
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Return the certificate that `to_json` wrote.
-
-        Raises:
-            ValueError: if the text is no such certificate.
-        """
-        found = records.from_json(cls, text)
-        if found.norm not in ("l2", "linf"):
-            raise ValueError(f"this is no {cls.__name__}: norm must be l2 or linf")
-        _check_table(cls, bounds=found.bounds)
-        return found
+    def check_values(self) -> None:
+        """As `Certificate.check_values`; the table is square, its numbers positive."""
+        if self.norm not in ("l2", "linf"):
+            raise ValueError(f"this is no {type(self).__name__}: norm must be l2 or linf")
+        _check_table(type(self), bounds=self.bounds)
+        super().check_values()
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkCertificate:
-    """The bound of a chain: preprocessing, then layers, in raw input units.
+class ChainCertificate(LipschitzCertificate):
+    """The bound of modules one after the other: the product of theirs, rounded upwards.
 
     Attributes:
-        bound: product of `input_gain` and the layers' bounds, rounded upwards.
-        input_gain: Lipschitz constant of the preprocessing (1/deviation for a normalisation).
-        layers: the layers' certificates, first to last.
-        pairs: proved bounds of yᵢ − yⱼ, classes × classes, in raw input units; None where only
-            the √2·bound of all of y is known.
-        network: fingerprint of the network that this is about: its layers in order, normalisation,
-            image size and dtype. None for a chain that `compose` was given by hand.
+        margin: the least of the modules.
+        fingerprint: of the modules' certificates in order.
+        layers: the modules' certificates, first to last; those of inner chains are chains.
+        pairs: bounds of yᵢ − yⱼ in terms of the chain's input; None where only the √2·bound of all
+            of y is known.
+        network: fingerprint of the network that this is about: its modules in order with their
+            settings and tensors, image size and dtype. None for a chain that `compose` was given
+            by hand.
+
+    Example:
+        >>> from lben import LipschitzSequential, SLLLinear
+        >>> chain = LipschitzSequential(SLLLinear(4, 6), SLLLinear(4, 6))
+        >>> certificate = chain.certificate((4,))
+        >>> len(certificate.layers), round(certificate.bound, 4)
+        (2, 1.0)
     """
 
-    bound: float
-    input_gain: float
-    layers: tuple[Certificate, ...]
-    pairs: tuple[tuple[float, ...], ...] | None = None
+    layers: tuple[LipschitzCertificate, ...]
+    pairs: PairCertificate | None = None
     network: str | None = None
 
-    def check(self, network: str) -> None:
+    def check_network(self, network: str) -> None:
         """Refuse another network than that of the proof.
 
         Raises:
@@ -230,68 +333,52 @@ class NetworkCertificate:
                 f"{network[:12]}…"
             )
 
-    def radius_bound(self) -> float | Tensor:
+    def leaves(self) -> list[LipschitzCertificate]:
+        """Return the certificates of the modules that are no chains, in order."""
+        inner = (x.leaves() if isinstance(x, ChainCertificate) else [x] for x in self.layers)
+        return [certificate for part in inner for certificate in part]
+
+    def radius_bound(self) -> float | PairCertificate:
         """Return what `certified_radius` divides by: the pairs' bounds, else that of all of y."""
-        if self.pairs is None:
-            return self.bound
-        return torch.tensor(self.pairs, dtype=torch.float64, device="cpu")
+        return self.bound if self.pairs is None else self.pairs
 
-    def to_json(self) -> str:
-        """Return the certificate as JSON; null for an infinite bound."""
-        return records.to_json(self)
+    def check_values(self) -> None:
+        """As `Certificate.check_values`, for every module."""
+        for layer in (*self.layers, *(() if self.pairs is None else (self.pairs,))):
+            layer.check_values()
+        super().check_values()
 
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Return the certificate that `to_json` wrote.
-
-        Raises:
-            ValueError: if the text is no such certificate.
-        """
-        found = records.from_json(cls, text)
-        _check_positive(cls, bound=found.bound, input_gain=found.input_gain)
-        for layer in found.layers:
-            _check_positive(cls, **{"bound of a layer": layer.bound})
-        if found.pairs is not None:
-            _check_table(cls, pairs=found.pairs)
-        return found
-
-    def differences(self, proved: NetworkCertificate) -> str:
+    def differences(self, proved: ChainCertificate) -> str:
         """Say in one line how the network of this certificate differs from another's.
 
-        Layers are compared by fingerprint and dtype, preprocessing by its gain; bounds and proofs
-        may differ.
+        Modules are compared by fingerprint, dtype and image size; bounds and proofs may differ.
 
         Returns:
             What differs, or nothing.
         """
-        if len(self.layers) != len(proved.layers):
-            return f"it has {len(self.layers)} layers, the model {len(proved.layers)}"
-        for index, (kept, new) in enumerate(zip(self.layers, proved.layers, strict=True)):
+        ours, theirs = self.leaves(), proved.leaves()
+        if len(ours) != len(theirs):
+            return f"it has {len(ours)} modules, the model {len(theirs)}"
+        for index, (own, new) in enumerate(zip(ours, theirs, strict=True)):
             for name in ("dtype", "image", "fingerprint"):
-                mine, other = getattr(kept, name), getattr(new, name)
+                mine, other = getattr(own, name), getattr(new, name)
                 if mine != other:
-                    return f"layer {index} has {name} {_short(mine)}, the model's {_short(other)}"
-        if self.input_gain != proved.input_gain:
-            return f"its input gain is {self.input_gain:g}, the model's {proved.input_gain:g}"
-        known = {f.name for f in fields(self)}
-        for name in known - {"bound", "input_gain", "layers", "pairs"}:  # of the whole network
-            if getattr(self, name) != getattr(proved, name):
-                return f"the {name} differs"
-        return ""
+                    return f"module {index} has {name} {_short(mine)}, the model's {_short(other)}"
+        return "the network differs" if self.network != proved.network else ""
 
-    def shortfall(self, claimed: NetworkCertificate, room: float = 0.0) -> str:
+    def shortfall(self, claimed: ChainCertificate, slack: float = 0.0) -> str:
         """Say in one line what another certificate of the same network claims beyond this one.
 
         Args:
             claimed: the other one.
-            room: by which share of a bound it may lie below this one's.
+            slack: by which share of a bound it may lie below this one's.
 
         Returns:
             The first bound of it that this one does not show, or nothing.
         """
         claims = [("the bound", claimed.bound, self.bound)]
-        for index, (theirs, own) in enumerate(zip(claimed.layers, self.layers, strict=True)):
-            claims.append((f"the bound of layer {index}", theirs.bound, own.bound))
+        for index, (theirs, own) in enumerate(zip(claimed.leaves(), self.leaves(), strict=True)):
+            claims.append((f"the bound of module {index}", theirs.bound, own.bound))
         if self.pairs and claimed.pairs and len(self.pairs) != len(claimed.pairs):
             return f"it is of {len(claimed.pairs)} outputs, and there are {len(self.pairs)}"
         any_pair = up(up(math.sqrt(2.0)) * self.bound)
@@ -301,7 +388,7 @@ class NetworkCertificate:
                     shown = min(any_pair, self.pairs[i][j]) if self.pairs else any_pair
                     claims.append((f"the bound of the outputs {i} and {j}", bound, shown))
         for name, bound, shown in claims:
-            if not shown <= bound * (1 + room):
+            if not shown <= bound * (1 + slack):
                 return f"it claims {bound:.9g} as {name}, and only {shown:.9g} was proved"
         return ""
 
@@ -328,51 +415,70 @@ def _short(value: object) -> str:
 
 
 def compose(
-    layers: Sequence[Certificate],
-    input_gain: float = 1.0,
-    pairs: PairCertificate | Sequence[Sequence[float]] | None = None,
-) -> NetworkCertificate:
-    """Bound a chain of layers behind a preprocessing step by the product of their bounds.
+    layers: Sequence[LipschitzCertificate], pairs: PairCertificate | None = None
+) -> ChainCertificate:
+    """Bound modules one after the other by the product of their bounds.
 
     Args:
-        layers: first to last.
-        input_gain: Lipschitz constant of the preprocessing.
-        pairs: proved bounds of yᵢ − yⱼ as functions of what the last layer takes.
+        layers: certificates of the modules, first to last.
+        pairs: proved bounds of yᵢ − yⱼ in terms of what the last module takes.
 
     Raises:
         CertificateError: if the pairs are of other weights than the last layer's, or not in l2.
+        TypeError: if something is no such certificate.
+
+    Example:
+        >>> from lben import SLLLinear, certify
+        >>> proofs = [certify(SLLLinear(4, 6)) for _ in range(3)]
+        >>> round(compose(proofs).bound, 4)
+        1.0
     """
-    if isinstance(pairs, PairCertificate):
-        if pairs.norm != "l2":
-            raise CertificateError(
-                f"bounds of pairs in {pairs.norm} do not compose with bounds in l2: take "
-                "certify_pairs"
-            )
-        if not layers or pairs.fingerprint != layers[-1].fingerprint:
-            last = layers[-1].fingerprint[:12] if layers else "none"
-            raise CertificateError(
-                "the bounds of pairs are for other weights than the last layer: fingerprint "
-                f"{pairs.fingerprint[:12]}…, the last layer has {last}…"
-            )
-    bound = before = input_gain
     for layer in layers:
-        before, bound = bound, up(bound * layer.bound)
-    scaled = (
-        None if pairs is None else tuple(tuple(up(before * float(b)) for b in row) for row in pairs)
+        if not isinstance(layer, LipschitzCertificate):
+            raise TypeError(
+                f"compose takes certificates of modules, got {type(layer).__name__}: a bound that "
+                "is proved elsewhere needs a LipschitzCertificate"
+            )
+    if pairs is not None:
+        if not isinstance(pairs, PairCertificate):
+            raise TypeError(f"pairs must be a PairCertificate, got {type(pairs).__name__}")
+        _check_pairs(layers, pairs)
+    bound = before = 1.0
+    for layer in layers:
+        before, bound = bound, _product(bound, layer.bound)
+    margins = [layer.margin for layer in layers if layer.margin is not None]
+    return ChainCertificate(
+        bound=bound,
+        margin=min(margins, default=None),
+        fingerprint=digest("\n".join(layer.fingerprint for layer in layers), {}),
+        dtype=layers[-1].dtype if layers else "float64",
+        method=f"product of the bounds of {len(layers)} modules",
+        layers=tuple(layers),
+        pairs=None if pairs is None else pairs.scale(before),
     )
-    return NetworkCertificate(
-        bound=bound, input_gain=input_gain, layers=tuple(layers), pairs=scaled
-    )
 
 
-@dataclass(frozen=True, eq=False)
-class Claim:
-    """What is to be proved: a bound and the multiplier that is said to show it.
+def _product(a: float, b: float) -> float:
+    """Return a product of bounds, rounded upwards; that with 1 is exact."""
+    if a == 1 or b == 1:
+        return b if a == 1 else a
+    return up(a * b)
 
-    Attributes:
-        gamma: γ, or None for well-posedness alone.
-        Lambda: the multiplier Λ in M(Λ, γ), n positive numbers.
-    """
 
-    gamma: float | None
-    Lambda: Float[Tensor, " n"]
+def _check_pairs(layers: Sequence[LipschitzCertificate], pairs: PairCertificate) -> None:
+    if pairs.norm != "l2":
+        raise CertificateError(
+            f"bounds of pairs in {pairs.norm} do not compose with bounds in l2: claim pairs by "
+            "Claim"
+        )
+    if not layers or pairs.fingerprint != layers[-1].fingerprint:
+        last = layers[-1].fingerprint[:12] if layers else "none"
+        raise CertificateError(
+            "the bounds of pairs are for other weights than the last layer: fingerprint "
+            f"{pairs.fingerprint[:12]}…, the last layer has {last}…"
+        )
+
+
+def name_of_dtype(weights: Weights) -> str:
+    """Return the name of the dtype of weights, such as "float32"."""
+    return str(next(iter(weights.tensors().values())).dtype).removeprefix("torch.")

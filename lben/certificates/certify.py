@@ -1,111 +1,160 @@
-"""Which bound do the weights of a dense layer have?"""
+"""Is a claimed bound true? One verb for weights of every kind, and for modules that have them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping
+from functools import singledispatch
+from typing import Protocol, overload
 
-import torch
-from torch import Tensor
+from lben.certificates.certificate import (
+    Certificate,
+    LayerCertificate,
+    LipschitzCertificate,
+    PairCertificate,
+)
+from lben.certificates.claims import Claim, IntervalClaim, LinfClaim
+from lben.certificates.convolutional import prove_convolutional, prove_pooled
+from lben.certificates.dense import prove_dense
+from lben.certificates.linf import prove_by_intervals, prove_linf
+from lben.certificates.pairs import prove_pairs
+from lben.weights import ConvolutionalWeights, DenseWeights, PooledWeights, Weights
 
-from lben.certificates.certificate import Certificate, Claim, PairCertificate
-from lben.certificates.inequality import Inequality
-from lben.certificates.proof import check_multiplier, numbers_of, prove, read_exactly, require
-from lben.rigorous import Enclosure
-from lben.weights import DenseWeights, check_gamma
-
-METHOD = "Cholesky of a shifted Schur complement, verified a posteriori in float64"
-"""How every bound of a dense layer is proved."""
-
-
-def certify(weights: DenseWeights, claim: Claim | None = None) -> Certificate:
-    """Prove M(Λ, γ) ⪰ 0 for the weights exactly as stored, or raise.
-
-    With γ None, prove that the equilibrium exists and is unique (2Λ − ΛW − WᵀΛ ≻ 0) and return an
-    infinite bound. m, L and the output gain are always those of the weights' own Λ, the metric in
-    which the layer is solved. The claim is the weights' own γ and Λ when omitted. Revay, Wang and
-    Manchester (2020), Theorems 1 and 2; D as in recurrent equilibrium networks (Revay, Wang and
-    Manchester 2023).
-
-    Raises:
-        ValueError: if the claimed γ is not positive and finite, its Λ has another size, or the
-            weights are neither float32 nor float64.
-        CertificateError: if the proof fails, with the smallest eigenvalue found.
-    """
-    claim = Claim(weights.gamma, weights.Lambda) if claim is None else claim
-    gamma, tensors = check_gamma(claim.gamma), read_exactly(weights)
-    multiplier = _multiplier(weights, claim)
-    return prove(
-        weights,
-        gamma,
-        [Inequality.of(tensors, multiplier.numpy())],
-        [Inequality.of(tensors, tensors.Lambda.numpy())],
-        METHOD,
-    )
+PairClaims = Mapping[tuple[int, int], Claim] | Mapping[tuple[int, int], LinfClaim]
+"""A claim for every pair of outputs i < j."""
 
 
-def certify_pairs(
-    weights: DenseWeights, claims: Mapping[tuple[int, int], Claim]
-) -> PairCertificate:
-    """Prove a bound of yᵢ − yⱼ for every pair of outputs, or raise.
+class Certifiable(Protocol):
+    """What proves its own bound: a layer, a chain, a classifier, a module of a user's own."""
 
-    M(Λ, γ) for the output (eᵢ − eⱼ)ᵀy, the rounding of the difference of the rows of C and D
-    enclosed.
+    def certificate(self, image: tuple[int, ...] | None = None) -> LipschitzCertificate:
+        """Prove the bound."""
+        ...
+
+
+@overload
+def certify(
+    thing: Weights, claim: Claim | None = None, *, image: tuple[int, int] | None = None
+) -> LayerCertificate: ...
+@overload
+def certify(thing: Weights, claim: PairClaims | IntervalClaim) -> PairCertificate: ...
+@overload
+def certify(
+    thing: Certifiable, *, image: tuple[int, ...] | None = None
+) -> LipschitzCertificate: ...
+def certify(
+    thing: Weights | Certifiable,
+    claim: Claim | PairClaims | IntervalClaim | None = None,
+    *,
+    image: tuple[int, ...] | None = None,
+) -> Certificate:
+    """Prove a Lipschitz bound of weights as they are stored, or of a module as it is, or raise.
+
+    Of weights, M(Λ, γ) ⪰ 0 is proved (`Inequality`), in float64 with every rounding enclosed:
+    Revay, Wang and Manchester (2020), Theorems 1 and 2; D as in recurrent equilibrium networks
+    (Revay, Wang and Manchester 2023). m, L and the output gain in the certificate are those of the
+    weights' own Λ, the metric in which the layer is solved. A module proves its own bound by its
+    method `certificate`.
 
     Args:
-        weights: exactly as they run.
-        claims: a bound and the multiplier that shows it, for every pair i < j.
+        thing: weights of any kind; or a layer, a chain or a classifier.
+        claim: about weights: γ and Λ for all outputs; one such claim, or one in the l∞ norm, for
+            every pair of outputs; or that intervals bound the pairs. When omitted the weights' own
+            γ and Λ. With γ None, it is proved that the equilibrium exists and is unique
+            (2Λ − ΛW − WᵀΛ ≻ 0), and the bound is infinite.
+        image: height and width of images; for a module, the shape of one sample does as well. Of
+            weights that have an image size, and of modules that are built for one, it may be
+            omitted.
 
     Returns:
-        The bounds, q × q, with 1 on the diagonal: what `certified_radius` and `compose` take.
+        A `LayerCertificate` of all outputs of weights, a `PairCertificate` of pairs of outputs, or
+        what the module returns.
 
     Raises:
-        ValueError: if a pair has no claim, a claim no positive finite γ or a Λ of another size, or
-            the weights are neither float32 nor float64.
-        CertificateError: if a proof fails, with the smallest eigenvalue found.
+        ValueError: if a claim does not fit (γ not positive and finite, another size, a pair without
+            a claim), an image size is missing or too small, or the weights are neither float32 nor
+            float64.
+        CertificateError: if the proof fails, with the smallest eigenvalue found.
+        TypeError: for something else.
+
+    Example:
+        >>> from lben import EquilibriumLinear, SLLConv2d, tighten_pairs
+        >>> layer = EquilibriumLinear(4, 6, 3, gamma=2.0)
+        >>> certify(layer).bound
+        2.0
+        >>> weights = layer.weights()
+        >>> pairs = certify(weights, tighten_pairs(weights))
+        >>> len(pairs), pairs.largest < 2.0 * 2**0.5
+        (3, True)
+        >>> round(certify(SLLConv2d(3, 5), image=(8, 8)).bound, 4)
+        1.0
     """
-    q = weights.out_features
-    exact = read_exactly(weights)
-    bounds = [[1.0] * q for _ in range(q)]
-    for i in range(q):
-        for j in range(i + 1, q):
-            claim = claims.get((i, j))
-            gamma = None if claim is None else check_gamma(claim.gamma)
-            if claim is None or gamma is None:
-                raise ValueError(f"no bound is claimed for the outputs {i} and {j}")
-            block = difference(exact, _multiplier(weights, claim), i, j)
-            require(block.margin(gamma), partial(block.smallest_eigenvalue, gamma), gamma)
-            bounds[i][j] = bounds[j][i] = gamma
-    return pair_certificate(weights, bounds, "l2", METHOD)
+    if isinstance(thing, Weights):
+        size = None if image is None else (image[-2], image[-1])
+        return _certify_weights(thing, claim, size)
+    if not hasattr(thing, "certificate"):
+        raise TypeError(
+            f"certify takes weights, layers, chains and classifiers, got {type(thing).__name__}: "
+            "give it a method certificate(image=None) that returns a Certificate, or write its "
+            "weights as DenseWeights"
+        )
+    if claim is not None:
+        raise TypeError(
+            "a claim is about weights: take certify(layer.weights(), claim), or the bound of a "
+            'classifier by certificate(bound="...")'
+        )
+    return thing.certificate() if image is None else thing.certificate(image)
 
 
-def pair_certificate(
-    weights: DenseWeights, bounds: Sequence[Sequence[float]], norm: str, method: str
-) -> PairCertificate:
-    """Return what was proved of every pair of outputs, tied to the weights."""
-    return PairCertificate(
-        bounds=tuple(tuple(map(float, row)) for row in bounds), norm=norm,
-        fingerprint=weights.fingerprint, dtype=str(weights.W.dtype).removeprefix("torch."),
-        method=method,
-    )  # fmt: skip
+def _certify_weights(
+    weights: Weights,
+    claim: Claim | PairClaims | IntervalClaim | None,
+    image: tuple[int, int] | None,
+) -> Certificate:
+    if claim is None or isinstance(claim, Claim):
+        return _prove(weights, claim, image)
+    if not isinstance(weights, DenseWeights):
+        raise ValueError(
+            f"pairs of outputs are proved for DenseWeights, got {type(weights).__name__}: take its "
+            "matrices by dense(...)"
+        )
+    if isinstance(claim, IntervalClaim):
+        return prove_by_intervals(weights)
+    if not isinstance(claim, Mapping):
+        raise TypeError(f"no such claim: {type(claim).__name__}")
+    if any(isinstance(c, LinfClaim) for c in claim.values()):
+        return prove_linf(weights, {k: c for k, c in claim.items() if isinstance(c, LinfClaim)})
+    return prove_pairs(weights, {k: c for k, c in claim.items() if isinstance(c, Claim)})
 
 
-def _multiplier(weights: DenseWeights, claim: Claim) -> Tensor:
-    """Return the Λ of a claim, in float64."""
-    multiplier = torch.from_numpy(numbers_of("Lambda", claim.Lambda, weights.hidden_features))
-    check_multiplier(multiplier)
-    return multiplier
+@singledispatch
+def _prove(
+    weights: Weights, claim: Claim | None, image: tuple[int, int] | None
+) -> LayerCertificate:
+    raise TypeError(f"no proof is known for {type(weights).__name__}")
 
 
-def difference(weights: DenseWeights, multiplier: Tensor, i: int, j: int) -> Inequality:
-    """Return the inequality of yᵢ − yⱼ, for float64 weights."""
+@_prove.register
+def _(
+    weights: DenseWeights, claim: Claim | None, image: tuple[int, int] | None
+) -> LayerCertificate:
+    return prove_dense(weights, claim)
 
-    def rows(t: Tensor) -> Enclosure:
-        return Enclosure(t[i : i + 1].numpy()) - Enclosure(t[j : j + 1].numpy())
 
-    return replace(
-        Inequality.of(weights, multiplier.numpy()),
-        C=rows(weights.C),
-        D=None if weights.D is None else rows(weights.D),
-    )
+@_prove.register
+def _(
+    weights: ConvolutionalWeights, claim: Claim | None, image: tuple[int, int] | None
+) -> LayerCertificate:
+    if image is None:
+        if weights.geometry is None:
+            raise ValueError(
+                "a convolution is proved for a size: certify(..., image=(height, width))"
+            )
+        image = weights.geometry.grid
+    return prove_convolutional(weights, claim, image)
+
+
+@_prove.register
+def _(
+    weights: PooledWeights, claim: Claim | None, image: tuple[int, int] | None
+) -> LayerCertificate:
+    return prove_pooled(weights, claim)

@@ -8,15 +8,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lben.certificates.certificate import Certificate, Claim
+from lben.certificates.certificate import LayerCertificate
+from lben.certificates.claims import Claim
 from lben.certificates.frequencies import at_frequencies
-from lben.certificates.proof import check_multiplier, numbers_of, prove, read_exactly, require
+from lben.certificates.proof import multiplier_of, prove, read_exactly, require
 from lben.rigorous import Enclosure, down, norm_bound, sum_up, up
 from lben.weights import ConvolutionalWeights, PooledWeights, check_gamma
 
 
-def certify_convolution(weights: ConvolutionalWeights, image: tuple[int, int]) -> Certificate:
-    """Prove M(Λ, γ) ⪰ 0 for a convolutional layer at every frequency of its grid, or raise.
+def prove_convolutional(
+    weights: ConvolutionalWeights, claim: Claim | None, image: tuple[int, int]
+) -> LayerCertificate:
+    """Prove M(Λ, γ) ⪰ 0 for kernels at every frequency of their grid, or raise; see `certify`.
 
     On a torus all convolutions become block diagonal under the Fourier transform, M(Λ, γ) with
     them, and its blocks are the same inequality for the symbols of W, U, C and D. Zero padding
@@ -24,41 +27,26 @@ def certify_convolution(weights: ConvolutionalWeights, image: tuple[int, int]) -
     of the layer is M of the torus compressed, plus the positive semi-definite part of
     [D C]ᵀ[D C]/γ that was cut off. So the proof holds for every smaller image and every padding.
     With circular padding it holds for images of exactly this size.
-
-    Args:
-        weights: as they run.
-        image: height and width.
-
-    Raises:
-        ValueError: if a circular image is smaller than the kernel, or the weights are neither
-            float32 nor float64.
-        CertificateError: if the proof fails, with the smallest eigenvalue found.
     """
     if min(image) < 1:
         raise ValueError(f"height and width of an image must be at least 1, got {image}")
-    return _prove_frequencies(weights, read_exactly(weights), image, weights.gamma)
+    exact = read_exactly(weights)
+    if claim is None:
+        return _prove_frequencies(weights, exact, image, weights.gamma)
+    claimed = replace(exact, Lambda=multiplier_of(weights, claim))
+    return _prove_frequencies(weights, claimed, image, check_gamma(claim.gamma), exact)
 
 
-def certify_pooled(weights: PooledWeights, claim: Claim | None = None) -> Certificate:
-    """Prove M(Λ, γ) ⪰ 0 for a convolutional layer with a pooled-linear read-out, or raise.
+def prove_pooled(weights: PooledWeights, claim: Claim | None = None) -> LayerCertificate:
+    """Prove M(Λ, γ) ⪰ 0 for a pooled read-out, or raise; see `certify`.
 
-    The claim is the weights' own γ and Λ when omitted. With F = −ΛAᵀ − Cᵀ/2γ the Schur complement
-    of M is that of the state alone, without outputs, plus FC + CᵀFᵀ: zero where A = −CΛ⁻¹/2γ, and
-    otherwise (A is rounded) at least −2‖F‖‖C‖. So the frequencies of the state prove the whole,
-    when that much is taken off. Another claim is proved with CᵀC ⪯ ‖CΛ^(−½)‖²Λ in place of CᵀC, at
-    every frequency.
-
-    Args:
-        weights: as they run.
-        claim: γ and one multiplier per channel, for weights that claim no bound of their own.
-
-    Raises:
-        ValueError: if a circular image is smaller than the kernel, or the weights claim a bound and
-            another is to be proved.
-        CertificateError: if the proof fails, with the smallest eigenvalue found.
+    With F = −ΛAᵀ − Cᵀ/2γ the Schur complement of M is that of the state alone, without outputs,
+    plus FC + CᵀFᵀ: zero where A = −CΛ⁻¹/2γ, and otherwise (A is rounded) at least −2‖F‖‖C‖. So the
+    frequencies of the state prove the whole, when that much is taken off. Another claim is proved
+    with CᵀC ⪯ ‖CΛ^(−½)‖²Λ in place of CᵀC, at every frequency.
     """
     if claim is not None:
-        return _certify_through_state(weights, claim)
+        return _prove_through_state(weights, claim)
     exact = read_exactly(weights)
     proof = _prove_frequencies(weights, exact.state, weights.image, weights.gamma)
     root = Enclosure(exact.state.Lambda.numpy()[:, None]).sqrt()
@@ -78,11 +66,10 @@ def certify_pooled(weights: PooledWeights, claim: Claim | None = None) -> Certif
     )
 
 
-def _certify_through_state(weights: PooledWeights, claim: Claim) -> Certificate:
+def _prove_through_state(weights: PooledWeights, claim: Claim) -> LayerCertificate:
     exact = read_exactly(weights)
     gamma = check_gamma(claim.gamma)
-    multiplier = torch.from_numpy(numbers_of("Lambda", claim.Lambda, len(exact.state.Lambda)))
-    check_multiplier(multiplier)
+    multiplier = multiplier_of(weights, claim)
     if bool((exact.A != 0).any()):
         raise ValueError("another claim can only be proved for weights that claim no bound (A = 0)")
     root = exact.state.Lambda.sqrt()
@@ -119,7 +106,7 @@ def _prove_frequencies(
     image: tuple[int, int],
     gamma: float | None,
     own: ConvolutionalWeights | None = None,
-) -> Certificate:
+) -> LayerCertificate:
     """Prove the inequality of the state at every frequency of its grid.
 
     State and `own` are float64; `own` has the Λ in which the layer is solved, where that of the

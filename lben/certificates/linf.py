@@ -4,54 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch
 
 from lben.certificates.certificate import CertificateError, PairCertificate
-from lben.certificates.certify import METHOD, difference, pair_certificate
+from lben.certificates.claims import LinfClaim
+from lben.certificates.dense import METHOD
 from lben.certificates.inequality import Inequality
+from lben.certificates.pairs import difference
 from lben.certificates.proof import check_multiplier, numbers_of, read_exactly, require
 from lben.rigorous import TINY, Array, Enclosure, sum_up, up
 from lben.weights import DenseWeights
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LinfClaim:
-    """That an output changes by at most √(Σ τₖ Δxₖ²), and so by at most √Στ · max |Δxₖ|.
-
-    Attributes:
-        tau: τ, one positive number per input.
-        Lambda: the multiplier that is said to show it, n positive numbers.
-    """
-
-    tau: Array
-    Lambda: Array
-
-
-def certify_linf(
+def prove_linf(
     weights: DenseWeights, claims: Mapping[tuple[int, int], LinfClaim]
 ) -> PairCertificate:
-    """Prove a bound of |Δyᵢ − Δyⱼ| ÷ max |Δxₖ| for every pair of outputs, or raise.
+    """Prove a bound of |Δyᵢ − Δyⱼ| ÷ max |Δxₖ| for every pair of outputs, or raise; see `certify`.
 
     It is M(Λ, 1) for inputs in units of τ^(−½). Where intervals show less, that is returned.
-
-    Args:
-        weights: exactly as they run.
-        claims: for every pair i < j.
-
-    Returns:
-        The less of √Στ and `interval_bounds` for every pair, q × q, with 1 on the diagonal.
-
-    Raises:
-        ValueError: if a pair has no claim, a claim's τ or Λ another size, or the weights are
-            neither float32 nor float64.
-        CertificateError: if a τ or Λ is not positive and finite, or a proof fails.
     """
-    exact, q = read_exactly(weights), weights.out_features
-    bounds = [list(row) for row in _by_intervals(exact)]
+    exact, q, margins = read_exactly(weights), weights.out_features, []
+    bounds = [list(row) for row in _bound_by_intervals(exact)]
     for i in range(q):
         for j in range(i + 1, q):
             if (i, j) not in claims:
@@ -67,10 +44,11 @@ def certify_linf(
                     f"outputs {i} and {j}"
                 )
             block = _in_units(difference(exact, Lambda, i, j), tau)
-            require(block.margin(1.0), partial(block.smallest_eigenvalue, 1.0), 1.0)
+            smallest = partial(block.smallest_eigenvalue, 1.0)
+            margins.append(require(block.margin(1.0), smallest, 1.0))
             proved = up(math.sqrt(float(sum_up(tau))), 2)
             bounds[i][j] = bounds[j][i] = min(bounds[i][j], proved)
-    return pair_certificate(weights, bounds, "linf", METHOD)
+    return PairCertificate.of(weights, bounds, "linf", METHOD, min(margins, default=None))
 
 
 def _in_units(block: Inequality, tau: Array) -> Inequality:
@@ -79,25 +57,20 @@ def _in_units(block: Inequality, tau: Array) -> Inequality:
     return replace(block, U=block.U * unit, D=D)
 
 
-def interval_bounds(weights: DenseWeights) -> PairCertificate:
+def prove_by_intervals(weights: DenseWeights) -> PairCertificate:
     """Bound |Δyᵢ − Δyⱼ| ÷ max |Δxₖ| by intervals: the cheap baseline.
 
     With slopes in [0, 1], (1 − Wᵢᵢ)|Δzᵢ| ≤ Σ |Wᵢⱼ||Δzⱼ| + Σ |Uᵢₖ||Δxₖ|. Where the matrix of the
     left side less the right is an M-matrix, which a w > 0 with a positive image proves, |Δz| ≤ εw.
-
-    Returns:
-        q × q, with 1 on the diagonal; infinite where it is no M-matrix.
-
-    Raises:
-        ValueError: if the weights are neither float32 nor float64.
-        CertificateError: if they contain NaN or Inf.
+    The bounds are infinite where it is none.
     """
-    bounds = _by_intervals(read_exactly(weights))
-    return pair_certificate(weights, bounds, "linf", "intervals, with rounding enclosed")
+    bounds = _bound_by_intervals(read_exactly(weights))
+    method = "intervals, with rounding enclosed"
+    return PairCertificate.of(weights, bounds, "linf", method, None)
 
 
-def _by_intervals(exact: DenseWeights) -> list[list[float]]:
-    """Return the bounds of `interval_bounds` for float64 weights."""
+def _bound_by_intervals(exact: DenseWeights) -> list[list[float]]:
+    """Return the bounds of `prove_by_intervals` for float64 weights."""
     W, U, C = (t.numpy() for t in (exact.W, exact.U, exact.C))
     q = len(C)
     bounds = np.full((q, q), math.inf)

@@ -1,4 +1,8 @@
-"""What can be proved near one input, where the slopes of σ are known better than [0, 1]?"""
+"""What can be proved near one input, where the slopes of σ are known to lie in [low, high]?
+
+The inequality M(Λ, γ) ≻ 0, for an unknown z̃ whose slopes lie in [0, 1] again. Symbols:
+docs/glossary.md.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +27,12 @@ from lben.rigorous import (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LocalClaim:
-    """That outputs change by at most γ‖Δx‖₂ where the slopes of σ lie in [low, high].
+    """The claim ‖Δy‖₂ ≤ γ‖Δx‖₂ for all increments with chord slopes Δzᵢ/Δvᵢ in [lowᵢ, highᵢ].
 
     Attributes:
         gamma: γ.
-        Lambda: the multiplier of z̃ that is said to show it, n positive numbers.
-        low, high: n numbers each in [0, 1].
+        Lambda: the multiplier of z̃ that shows it, n positive numbers.
+        low, high: slope bounds, n numbers each in [0, 1].
     """
 
     gamma: float
@@ -37,27 +41,50 @@ class LocalClaim:
     high: Array
 
 
-def is_proved_locally(W: Array, U: Array, C: Enclosure, D: Enclosure, claim: LocalClaim) -> bool:
-    """Say whether a local claim can be proved for z = σ(Wz + Ux + b), y = Cz + Dx + b_y.
+def can_prove_local_claim(
+    W: Array, U: Array, C: Enclosure, D: Enclosure, claim: LocalClaim
+) -> bool:
+    """Return whether a local claim can be proved for z = σ(Wz + Ux + b), y = Cz + Dx + b_y.
 
-    The new unknown z̃ with z = low·v + (high − low)·z̃ has slopes in [0, 1] in v = Wz + Ux, and
-    (I − W low) v = W (high − low) z̃ + Ux. So the claim is M(Λ, γ) ≻ 0 for the weights of z̃, which
-    are enclosed.
+    For increments, v = Wz + Ux. Define z̃ by z = low·v + (high − low)·z̃: as a function of v it has
+    slopes in [0, 1], and (I − W low) v = W (high − low) z̃ + Ux. So the claim is M(Λ, γ) ≻ 0 for the
+    weights of z̃,
+
+        W̃ = (I − W low)⁻¹ W (high − low),   Ũ = (I − W low)⁻¹ U,
+        C̃ = C (low W̃ + high − low),          D̃ = D + C low Ũ,
+
+    each enclosed with its rounding.
 
     Args:
         W: n × n, exact.
         U: n × k, exact.
-        C: q × n.
-        D: q × k.
-        claim: what is to be proved.
+        C: q × n, enclosed.
+        D: q × k, enclosed.
+        claim: γ, Λ and slope bounds.
+
+    Returns:
+        True if the claim is proved; False if not, or if its numbers are no valid claim.
+
+    Example:
+        A unit with slopes in [0, ½] changes by at most ½|Δx|, but not by at most 0.4|Δx|.
+
+        >>> import numpy as np
+        >>> from lben.certificates.local import LocalClaim, can_prove_local_claim
+        >>> from lben.rigorous import Enclosure
+        >>> one = np.ones((1, 1))
+        >>> def claim(gamma):
+        ...     return LocalClaim(gamma=gamma, Lambda=one[0] / 2, low=0 * one[0], high=0.5 * one[0])
+        >>> C, D = Enclosure(one), Enclosure(0 * one)
+        >>> [can_prove_local_claim(0 * one, one, C, D, claim(gamma)) for gamma in (0.51, 0.4)]
+        [True, False]
     """
     n = len(W)
     Lambda, lower, upper = (
         numbers_of(name, values, n)
         for name, values in (("Λ", claim.Lambda), ("low", claim.low), ("high", claim.high))
     )
-    slopes = bool(((lower >= 0) & (lower <= upper) & (upper <= 1)).all())
-    if not (slopes and np.isfinite(Lambda).all() and (Lambda >= TINY).all() and claim.gamma > 0):
+    in_order = bool(((lower >= 0) & (lower <= upper) & (upper <= 1)).all())
+    if not (in_order and np.isfinite(Lambda).all() and (Lambda >= TINY).all() and claim.gamma > 0):
         return False
     low = Enclosure(lower[:, None])
     width = Enclosure(upper[:, None]) - low
@@ -77,17 +104,32 @@ def is_proved_locally(W: Array, U: Array, C: Enclosure, D: Enclosure, claim: Loc
     return inequality.margin(claim.gamma) > 0
 
 
-def fewer_inputs(rows: Array) -> Array:
-    """Return a k × k lower triangle R such that every Ax with ‖x‖ ≤ 1 is Ry for some ‖y‖ ≤ 1.
+def compress_inputs(rows: Array) -> Array:
+    """Return a k × k matrix R such that inputs through R reach all that inputs through A reach.
 
-    By Douglas' lemma that is AAᵀ ⪯ RRᵀ, which is proved. R is the Cholesky factor of AAᵀ, enlarged
-    by the rounding, so a bound for inputs through R is one for inputs through A, and hardly more.
+    Every Ax with ‖x‖₂ ≤ 1 is Ry for some ‖y‖₂ ≤ 1 if and only if AAᵀ ⪯ RRᵀ (Douglas' lemma), which
+    is proved here. So a bound for inputs through R holds for inputs through A. R is a Cholesky
+    factor of AAᵀ, enlarged by its rounding only.
 
     Args:
-        rows: A, k × p; U and D of a layer, one below the other.
+        rows: A, k × p: U of a layer, above D.
+
+    Returns:
+        R, lower triangular.
 
     Raises:
         CertificateError: if no factor could be proved.
+
+    Reference:
+        Douglas (1966), "On majorization, factorization, and range inclusion of operators on
+        Hilbert space", Theorem 1.
+
+    Example:
+        >>> import numpy as np
+        >>> from lben.certificates.local import compress_inputs
+        >>> R = compress_inputs(np.array([[3.0, 4.0, 0.0]]))
+        >>> R.shape, round(float(R[0, 0]), 6)
+        ((1, 1), 5.0)
     """
     largest = np.max(np.abs(rows), axis=1, initial=0.0)
     if not np.isfinite(largest).all():

@@ -8,17 +8,19 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from lben.certificates.certificate import AnyWeights, Certificate, CertificateError
+from lben.certificates.certificate import CertificateError, LayerCertificate, name_of_dtype
+from lben.certificates.claims import Claim
 from lben.certificates.inequality import Inequality
 from lben.rigorous import TINY, Array
-from lben.weights import ConvolutionalWeights, DenseWeights, PooledWeights, convert
+from lben.weights import Weights, convert
 
-Weights = TypeVar("Weights", DenseWeights, ConvolutionalWeights, PooledWeights)
+W_ = TypeVar("W_", bound=Weights)
 
 
-def read_exactly(weights: Weights) -> Weights:
+def read_exactly(weights: W_) -> W_:
     """Return weights in float64 as they are stored, or refuse those of which nothing can be proved.
 
     Raises:
@@ -51,9 +53,9 @@ def read_exactly(weights: Weights) -> Weights:
     bad = [name for name, t in tensors.items() if not bool(torch.isfinite(t).all())]
     if bad:
         raise CertificateError(f"the weights contain NaN or Inf, in {', '.join(bad)}")
-    own = weights.state.Lambda if isinstance(weights, PooledWeights) else weights.Lambda
+    weights.check_values()
     exact = weights.to(torch.float64)
-    check_multiplier(convert(own, torch.float64))
+    check_multiplier(exact.multiplier)
     return exact
 
 
@@ -96,18 +98,30 @@ def numbers_of(name: str, values: object, size: int) -> Array:
     return np.asarray(array, dtype=np.float64)
 
 
+def multiplier_of(weights: Weights, claim: Claim) -> Float[Tensor, " n"]:
+    """Return the Λ of a claim about weights, in float64.
+
+    Raises:
+        ValueError: for another size, or numbers that are not real.
+        CertificateError: for numbers that are not positive and normal.
+    """
+    multiplier = torch.from_numpy(numbers_of("Lambda", claim.Lambda, len(weights.multiplier)))
+    check_multiplier(multiplier)
+    return multiplier
+
+
 def prove(
-    weights: AnyWeights,
+    weights: Weights,
     gamma: float | None,
     claimed: Sequence[Inequality],
     own: Sequence[Inequality],
     method: str,
-) -> Certificate:
+) -> LayerCertificate:
     """Prove every block of M for the claim; the solver's constants are those of the own Λ."""
     margin = _least(block.margin(gamma) for block in claimed)
     computed = _least(block.smallest_eigenvalue(gamma) for block in claimed)
     require(margin, lambda: computed, gamma)
-    return Certificate(
+    return LayerCertificate(
         bound=math.inf if gamma is None else gamma,
         margin=margin,
         smallest_eigenvalue=computed,
@@ -115,9 +129,8 @@ def prove(
         L=_largest(block.norm() for block in own),
         output_gain=_largest(block.output_gain() for block in own),
         fingerprint=weights.fingerprint,
-        dtype=str(next(iter(weights.tensors().values())).dtype).removeprefix("torch."),
+        dtype=name_of_dtype(weights),
         method=method,
-        versions={"torch": torch.__version__, "numpy": np.__version__},
     )
 
 
@@ -132,8 +145,12 @@ def _largest(values: Iterable[float]) -> float:
     return -_least(-value for value in values)
 
 
-def require(margin: float, compute: Callable[[], float], gamma: float | None) -> None:
-    """Refuse a margin that is not positive, with the smallest eigenvalue as computed."""
+def require(margin: float, compute: Callable[[], float], gamma: float | None) -> float:
+    """Return a margin, or refuse one that is not positive.
+
+    Raises:
+        CertificateError: with the margin, the smallest eigenvalue as computed, likely causes.
+    """
     if not margin > 0:
         computed = compute()
         statement = "well-posedness" if gamma is None else f"the Lipschitz bound γ = {gamma:g}"
@@ -144,3 +161,4 @@ def require(margin: float, compute: Callable[[], float], gamma: float | None) ->
             "slack ε is smaller than rounding, or numbers leave the range of float64. Try float64, "
             "a larger epsilon, or weights scaled towards 1."
         )
+    return margin

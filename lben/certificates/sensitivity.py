@@ -24,14 +24,14 @@ import numpy as np
 import scipy.linalg
 import torch
 
-from lben.certificates.certificate import AnyWeights, Certificate, CertificateError, Sensitivity
+from lben.certificates.certificate import CertificateError, LayerCertificate, Sensitivity
 from lben.certificates.frequencies import at_frequencies
 from lben.certificates.inequality import Inequality
 from lben.rigorous import Array, Enclosure, norm_bound, smallest_eigenvalue_bound, sum_up, up
-from lben.weights import ConvolutionalWeights, DenseWeights, PooledWeights
+from lben.weights import ConvolutionalWeights, DenseWeights, PooledWeights, Weights
 
 
-def sensitivity(weights: AnyWeights, proof: Certificate) -> Sensitivity:
+def sensitivity(weights: Weights, proof: LayerCertificate) -> Sensitivity:
     """Prove how errors within an equilibrium layer move its state and its output.
 
     Args:
@@ -40,12 +40,21 @@ def sensitivity(weights: AnyWeights, proof: Certificate) -> Sensitivity:
 
     Raises:
         CertificateError: if the proof is of other weights, or has no positive m.
+
+    Example:
+        >>> from lben import EquilibriumLinear, certify
+        >>> weights = EquilibriumLinear(4, 6, 2).weights()
+        >>> gains = sensitivity(weights, certify(weights))
+        >>> gains.drive_to_output > 0, gains.state_to_output > 0
+        (True, True)
     """
     proof.check(weights)
     if not proof.m > 0:
         raise CertificateError(f"the proof shows no strong monotonicity: m = {proof.m:g}")
     if isinstance(weights, PooledWeights):
         output, residual, drive = _pooled(weights, proof)
+    elif not isinstance(weights, DenseWeights | ConvolutionalWeights):
+        raise TypeError(f"no sensitivity is known for {type(weights).__name__}")
     else:
         output, residual, drive = _energies(_blocks(weights, proof), proof.m)
     rest = up(1 / (2 * proof.m), 2)
@@ -64,7 +73,7 @@ def sensitivity(weights: AnyWeights, proof: Certificate) -> Sensitivity:
 
 
 def _blocks(
-    weights: DenseWeights | ConvolutionalWeights, proof: Certificate
+    weights: DenseWeights | ConvolutionalWeights, proof: LayerCertificate
 ) -> Sequence[Inequality]:
     """Return the inequality of the weights' own Λ: one, or one per frequency of the proof."""
     exact = weights.to(torch.float64)
@@ -119,7 +128,7 @@ def _scaled(matrix: Enclosure, factor: Array) -> Enclosure:
     return Enclosure(matrix.mid * factor, matrix.radius * factor)
 
 
-def _pooled(weights: PooledWeights, proof: Certificate) -> tuple[float, float, float]:
+def _pooled(weights: PooledWeights, proof: LayerCertificate) -> tuple[float, float, float]:
     """Return the same for W = W₀∗ + A⟨C, ·⟩, from the frequencies of W₀.
 
     Where γ is claimed, ΛA = −Cᵀ/2γ − F with F of the size of rounding, so S is that of W₀ plus

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lben.certificates import NetworkCertificate
+from lben.certificates import ChainCertificate, LayerCertificate
 from lben.data import Dataset, pixels
 from lben.evaluation.attacks import ascend_quotient, pgd_l2, quotients, random_pairs
 from lben.evaluation.attacks.common import differentiating
@@ -211,18 +211,19 @@ def evaluate(
     promised = None if running.gamma is None else running.certificate()
     usual: Bound = "scaled" if "scaled" in running.bounds else "promised"
     bound = config.bound or usual
-    certificate = promised if promised and bound == "promised" else running.certificate(bound)
+    certificate = promised if promised and bound == "promised" else running.certificate(bound=bound)
 
     x, labels = pixels(data.test_images, running.dtype), data.test_labels
     found = _all_logits(running, x, certificate, team)
-    logits, errors = found.logits, found.error
+    logits, errors = found.value, found.error
     radius, of_exact = (
         found.radius(labels, certificate, promise) for promise in ("running", "exact")
     )
     robust, broken_within = _attack(running, x[:attacked], labels[:attacked], radius, config, team)
-    quotient, pairs, over = _pairs(model.exact(_EXACTLY), x.double(), bound, config, team)
+    quotient, pairs, over = _pairs(model.to_exact(_EXACTLY), x.double(), bound, config, team)
     proved = certificate if promised is None else promised
     correct = logits.argmax(1) == labels
+    layers = [c for c in certificate.leaves() if isinstance(c, LayerCertificate)]
 
     def certified(r: float, count: int, radius: Tensor = radius) -> float:
         held = correct if r == 0 else radius > r
@@ -245,8 +246,8 @@ def evaluate(
         tightness=proved.bound / quotient if quotient else math.inf,
         pairs=pairs,
         violations=over + broken_within,
-        smallest_eigenvalue=min(layer.smallest_eigenvalue for layer in certificate.layers),
-        m=min(layer.m for layer in certificate.layers),
+        smallest_eigenvalue=min(layer.smallest_eigenvalue for layer in layers),
+        m=min(layer.m for layer in layers),
         dtype=str(running.dtype).removeprefix("torch."),
         tol=running.tol,
         max_logit_error=float(errors.max()),
@@ -262,19 +263,19 @@ _EXACTLY = 1e-8
 
 
 def _all_logits(
-    model: Classifier, x: Tensor, certificate: NetworkCertificate, team: Processes
+    model: Classifier, x: Tensor, certificate: ChainCertificate, team: Processes
 ) -> CertifiedLogits:
     found = []
     batches = team.share(x).split(2000)
     for batch in track(batches, "certify", "batches", team.quiet):
-        found.append(model.certified_logits(batch, certificate))
+        found.append(model.forward_with_error(batch, certificate))
     return CertifiedLogits(
-        logits=team.gather(torch.cat([f.logits for f in found])),
+        value=team.gather(torch.cat([f.value for f in found])),
         error=team.gather(torch.cat([f.error for f in found])),
-        elsewhere=Affine(
-            team.gather(torch.cat([f.elsewhere.constant for f in found])),
-            max(f.elsewhere.slope for f in found),
-            team.gather(torch.cat([0 * f.error + f.elsewhere.limit for f in found])),
+        uniform=Affine(
+            team.gather(torch.cat([f.uniform.constant for f in found])),
+            max(f.uniform.slope for f in found),
+            team.gather(torch.cat([0 * f.error + f.uniform.limit for f in found])),
         ),
         steps=int(team.gather(torch.tensor([max(f.steps for f in found)], device="cpu")).max()),
     )
@@ -315,7 +316,7 @@ def _pairs(
     A pair exceeds it only beyond the proved errors of both logits. Each process takes pairs of its
     own images.
     """
-    certificate = model.certificate(bound)
+    certificate = model.certificate(bound=bound)
     generator, x = torch.Generator("cpu").manual_seed(config.seed + 1), team.share(x)
     order = torch.randperm(len(x), generator=generator, device="cpu")
     chosen = order[: team.share_of(config.ascent_pairs)]
@@ -326,8 +327,8 @@ def _pairs(
     random = random_pairs(x, team.share_of(config.pairs), generator)
     with torch.no_grad():
         for a, b in track([*batches, *random], "pairs", "batches", team.quiet):
-            ya, yb = (model.certified_logits(side, certificate) for side in (a, b))
-            change = torch.linalg.vector_norm(ya.logits - yb.logits, dim=1)
+            ya, yb = (model.forward_with_error(side, certificate) for side in (a, b))
+            change = torch.linalg.vector_norm(ya.value - yb.value, dim=1)
             distance = torch.linalg.vector_norm((a - b).flatten(1), dim=1)
             allowed = certificate.bound * distance * (1 + 1e-12) + ya.error + yb.error
             over += int((change > allowed).sum())

@@ -10,12 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lben.certificates import (
-    NetworkCertificate,
-    PairCertificate,
-    certify_linf,
-    interval_bounds,
-)
+from lben.certificates import ChainCertificate, IntervalClaim, PairCertificate, certify
 from lben.data import Dataset, pixels
 from lben.evaluation.accuracy import environment
 from lben.evaluation.attacks import apgd_l2, pgd_l2
@@ -189,7 +184,7 @@ class Certification:
 @differentiating
 def certify_model(
     model: Classifier, data: Dataset, config: CertificationConfig, team: Processes = ALONE
-) -> tuple[NetworkCertificate, Certification]:
+) -> tuple[ChainCertificate, Certification]:
     """Certify test images by every bound that the model has, and attack them.
 
     Args:
@@ -231,11 +226,11 @@ def certify_model(
     certificate = running.certificate()
     for bound in running.bounds:
         start = time.perf_counter()
-        certificate = running.certificate(bound)
+        certificate = running.certificate(bound=bound)
         proof = time.perf_counter() - start
         if math.isinf(certificate.bound):
             continue  # there is no promise
-        result = running.certified_logits(x, certificate)
+        result = running.forward_with_error(x, certificate)
         held = result.radius(labels, certificate, config.promise) >= radii[:, None]
         certified |= held
         seconds = time.perf_counter() - start - proof
@@ -329,7 +324,7 @@ def _in_linf(
     model: Classifier,
     result: CertifiedLogits,
     labels: Tensor,
-    certificate: NetworkCertificate,
+    certificate: ChainCertificate,
     config: CertificationConfig,
     team: Processes,
 ) -> tuple[Method, ...]:
@@ -337,7 +332,7 @@ def _in_linf(
 
     def by_norms() -> Tensor:
         bound = up(certificate.bound * math.sqrt(math.prod(model.shape)) * (1 + 2.0**-50))
-        return pair_bounds(bound, result.logits.shape[1])
+        return pair_bounds(bound, result.value.shape[1])
 
     bounds: dict[str, Callable[[], Tensor]] = {"l2 · √p": by_norms}
     if isinstance(model, EquilibriumClassifier):
@@ -346,12 +341,12 @@ def _in_linf(
         def in_pixels(pairs: PairCertificate) -> Tensor:
             return pairs.tensor() * gain * (1 + 2.0**-50)
 
-        bounds["intervals"] = lambda: in_pixels(interval_bounds(weights))
-        bounds["own"] = lambda: in_pixels(certify_linf(weights, tighten_linf(weights)))
+        bounds["intervals"] = lambda: in_pixels(certify(weights, IntervalClaim()))
+        bounds["own"] = lambda: in_pixels(certify(weights, tighten_linf(weights)))
     radii, methods = torch.tensor(config.linf_radii, dtype=torch.float64, device="cpu"), []
     # ‖x' − x‖₂ ≤ √p ‖x' − x‖_∞
     root = math.sqrt(math.prod(model.shape)) * (1 + 2.0**-50)
-    around = result.elsewhere
+    around = result.uniform
     elsewhere = Affine(around.constant, around.slope * root, around.limit / root)
     if config.promise == "exact":
         elsewhere = Affine(0 * elsewhere.constant, 0.0)
@@ -360,7 +355,7 @@ def _in_linf(
         pairs = prove()
         seconds = time.perf_counter() - start
         radius = certified_radius(
-            result.logits, labels, pairs, logit_error=result.error, elsewhere=elsewhere
+            result.value, labels, pairs, logit_error=result.error, elsewhere=elsewhere
         )
         most = float(pairs.fill_diagonal_(0.0).max())
         methods.append(_method(name, most, radius >= radii[:, None], seconds, 0.0, team))

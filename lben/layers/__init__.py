@@ -1,11 +1,11 @@
 """nn.Modules: a parameterization and its evaluation."""
 
+from lben.layers.bounded import BoundedModule
 from lben.layers.conversion import feedback, from_weights
 from lben.layers.equilibrium import EquilibriumLayer
-from lben.layers.equilibrium_dense import DenseEquilibriumLayer, EquilibriumLinear
-from lben.layers.equilibrium_images import (
+from lben.layers.equilibrium_named import (
     EquilibriumConv2d,
-    ImageEquilibriumLayer,
+    EquilibriumLinear,
     PooledEquilibriumConv2d,
 )
 from lben.layers.feedforward import ContractionLayer, FeedforwardLayer, ResidualLayer, SandwichLayer
@@ -41,11 +41,11 @@ __all__ = [
     "AOLConv2d",
     "AOLLinear",
     "AveragePooling",
+    "BoundedModule",
     "CPLConv2d",
     "CPLLinear",
     "ChannelPadding",
     "ContractionLayer",
-    "DenseEquilibriumLayer",
     "EquilibriumConv2d",
     "EquilibriumLayer",
     "EquilibriumLinear",
@@ -54,7 +54,6 @@ __all__ = [
     "Flatten",
     "GroupSort",
     "Householder",
-    "ImageEquilibriumLayer",
     "InvertibleDownsampling",
     "LipschitzSequential",
     "NormPooling",

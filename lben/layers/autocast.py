@@ -7,10 +7,11 @@ full precision.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from lben.layers.cache import twin
 from solvers.precision import in_autocast, leave_autocast
@@ -27,9 +28,16 @@ def outside_autocast(layer: nn.Module, x: Tensor) -> Tensor:
     return _Outside.apply(layer, x, *layer.parameters())  # type: ignore[no-untyped-call]
 
 
+class _Context(FunctionCtx):
+    layer: nn.Module
+    leaves: list[Tensor]
+    y: Tensor
+    saved_tensors: tuple[Tensor, ...]
+
+
 class _Outside(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, layer: nn.Module, *tensors: Tensor) -> Tensor:
+    def forward(ctx: _Context, layer: nn.Module, *tensors: Tensor) -> Tensor:
         ctx.layer, ctx.leaves = layer, [t.detach().requires_grad_(t.requires_grad) for t in tensors]
         ctx.save_for_backward(*tensors)
         with torch.enable_grad():
@@ -37,7 +45,7 @@ class _Outside(torch.autograd.Function):
         return ctx.y.detach()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, g: Tensor) -> tuple[Tensor | None, ...]:
         again = torch.is_grad_enabled()  # create_graph: from the tensors themselves
         tensors = ctx.saved_tensors if again else ctx.leaves
         wanted = [t for t in tensors if t.requires_grad]
@@ -51,7 +59,7 @@ class _Outside(torch.autograd.Function):
         return None, *(next(found) if t.requires_grad else None for t in tensors)
 
 
-def _output(layer: nn.Module, tensors: tuple[Tensor, ...]) -> Tensor:
+def _output(layer: nn.Module, tensors: Sequence[Tensor]) -> Tensor:
     x, *parameters = tensors
     names = (name for name, _ in layer.named_parameters())
     with leave_autocast(x.device.type):

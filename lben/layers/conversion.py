@@ -1,23 +1,23 @@
-"""How does an explicit layer, or a stack of them, become an equilibrium layer to be trained on?"""
+"""How do layers without a solve become an equilibrium layer to be trained on?"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lben.layers.equilibrium_dense import DenseEquilibriumLayer
+from lben.layers.equilibrium import EquilibriumLayer, SolveOptions
 from lben.parameterizations import CompleteParameterization
 from lben.weights import ConvolutionalWeights, DenseWeights, stack
 
 
 def from_weights(
-    weights: DenseWeights | Sequence[DenseWeights], **options: Any
-) -> DenseEquilibriumLayer:
+    weights: DenseWeights | Sequence[DenseWeights], **options: Unpack[SolveOptions]
+) -> EquilibriumLayer[DenseWeights]:
     """Return a trainable equilibrium layer with the function and the bound of explicit weights.
 
     A residual, sandwich, linear or equilibrium layer is one set of weights; a stack of them is
@@ -28,11 +28,20 @@ def from_weights(
 
     Args:
         weights: of one layer, or of several, first to last; `layer.weights()` in float64.
-        options: of `DenseEquilibriumLayer`; the activation must be that of the explicit layers.
+        options: of `EquilibriumLayer`; the activation must be that of the feed-forward layers.
 
     Raises:
         ValueError: if the weights claim no bound or do not satisfy the certificate, do not fit
             each other, or have no hidden units.
+
+    Example:
+        >>> import torch
+        >>> from lben import SLLLinear, from_weights
+        >>> parts = [SLLLinear(4, 6, dtype=torch.float64) for _ in range(2)]
+        >>> layer = from_weights([part.weights() for part in parts], tol=1e-9)
+        >>> x = torch.randn(3, 4, dtype=torch.float64)
+        >>> torch.allclose(layer(x), parts[1](parts[0](x)), atol=1e-5), round(layer.gamma, 4)
+        (True, 1.0)
     """
     layers = [weights] if isinstance(weights, DenseWeights | ConvolutionalWeights) else weights
     if not layers or any(isinstance(layer, ConvolutionalWeights) for layer in layers):
@@ -45,17 +54,25 @@ def from_weights(
         raise ValueError("the weights have no hidden units: there is nothing to solve for")
     with torch.no_grad():
         parameterization = CompleteParameterization(whole)
-    return DenseEquilibriumLayer(parameterization, **options)
+    return EquilibriumLayer(parameterization, **options)
 
 
 def feedback(W: Float[Tensor, "n n"], sizes: Sequence[int]) -> Float[Tensor, ""]:
     """Return the squared Frobenius norm of what W has beyond a strictly block lower triangle.
 
-    It is 0 for a stack of explicit layers with these numbers of units; as a penalty it keeps a
+    It is 0 for a stack of feed-forward layers with these numbers of units; as a penalty it keeps a
     layer near the structure that it came from.
 
     Raises:
         ValueError: if the sizes do not add up to n.
+
+    Example:
+        >>> import torch
+        >>> from lben import feedback
+        >>> feedback(torch.tensor([[0.0, 0.0], [3.0, 0.0]]), [1, 1])  # one layer after the other
+        tensor(0.)
+        >>> feedback(torch.tensor([[0.0, 2.0], [3.0, 0.0]]), [1, 1])
+        tensor(4.)
     """
     if sum(sizes) != len(W):
         raise ValueError(f"sizes {tuple(sizes)} do not add up to the {len(W)} units of W")

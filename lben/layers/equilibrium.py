@@ -1,29 +1,41 @@
-"""How is an equilibrium layer evaluated, and when may its factors be reused?"""
+"""How is an equilibrium layer evaluated, and what is known of the answer?
+
+One layer for weights of every kind: it asks them for products and their rounding, and solves.
+"""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Generic, TypedDict, TypeVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.autograd.function import FunctionCtx
 
 from lben import precision
-from lben.certificates import Certificate, sensitivity
+from lben.certificates import (
+    LayerCertificate,
+    LipschitzCertificate,
+    certify,
+    sensitivity,
+)
 from lben.layers.autocast import leave_half, outside_autocast
+from lben.layers.bounded import ErrorIn, refuse_other_image, require_kind
 from lben.layers.cache import CachedWeights, CachingLayer
 from lben.layers.graphs import is_traced, refuse_graphs
-from lben.layers.growth import largest_up, norms_up
 from lben.layers.hooks import refuse_hooks
 from lben.layers.inputs import non_finite, tensor
-from lben.layers.uniform import Rates, Running, uniform_error
+from lben.layers.uniform import Running, uniform_error
+from lben.parameterizations import EquilibriumParameterization
 from lben.radii.error_bounds import Certified
+from lben.radii.local import OperatingPoints, network_fingerprint
 from lben.radii.margin import logit_error
+from lben.weights import DenseWeights, Weights
+from lben.weights.growth import norms_up
 from solvers import (
     Auto,
     Gradient,
@@ -39,14 +51,27 @@ from solvers import (
 from solvers.acceptance import check_rounding
 from solvers.dependencies import must_not_cache
 from solvers.gradient import check_gradient
-from solvers.methods.base import check_method
-from solvers.operators.base import is_finite
-from solvers.precision import cast, full_precision, in_autocast
+from solvers.methods import check_method
+from solvers.operators.matrix import is_finite
+from solvers.precision import cast, in_autocast, use_full_precision
 from solvers.solution import OnFailure, check_options
+
+W_ = TypeVar("W_", bound=Weights)
+
+
+class SolveOptions(TypedDict, total=False):
+    """How a layer is solved: the keyword arguments of `EquilibriumLayer`."""
+
+    activation: ProximalActivation | None
+    method: Method | None
+    gradient: Gradient | None
+    tol: float
+    max_steps: int
+    on_failure: OnFailure
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Exactly:
+class _Evaluated:
     """A state that was found, and its problem, in float64.
 
     Attributes:
@@ -57,7 +82,7 @@ class _Exactly:
         output_error: bound of the rounding of y, given z, in float64.
     """
 
-    weights: Any
+    weights: Weights
     x: Tensor
     z: Tensor
     problem: Inclusion
@@ -66,34 +91,42 @@ class _Exactly:
     output_error: Tensor
 
 
-def _exact(t: Tensor) -> Tensor:
+def _to_exact(t: Tensor) -> Tensor:
     return cast(t, torch.float64)
 
 
-class EquilibriumLayer(CachingLayer, ABC):
-    """y = Cz + Dx + b_y with z = σ(Wz + Ux + b), the weights from a parameterization.
-
-    A subclass says how inputs become v = Ux + b and states become y, and which operator W is; the
-    solver, its gradient and the reuse of weights and factors are the same for all.
+class EquilibriumLayer(CachingLayer, Generic[W_]):
+    """y = Cz + Dx + b_y with z = σ(Wz + Ux + b), for a parameterization of any kind of weights.
 
     It leaves autocast, from whose type it converts x, and takes vmap and the backward transforms of
     torch.func, over samples and weights.
 
     Args:
-        parameterization: a module that returns explicit weights and has their γ as `gamma`.
+        parameterization: of the weights.
         activation: σ; ReLU when omitted.
         method: how forward and backward are solved; `Auto()` when omitted.
         gradient: what is passed back; the exact `ImplicitGradient()` when omitted.
         tol: relative tolerance of both solves, per sample, in the Λ norm.
         max_steps: iteration limit of both solves.
         on_failure: "warn" or "raise" when a sample misses the tolerance.
+
+    Raises:
+        ValueError: for options out of range, or weights that are of no image size.
+
+    Reference: Revay, Wang and Manchester (2020), arXiv 2010.01732.
+
+    Example:
+        >>> from lben.parameterizations import DirectParameterization
+        >>> layer = EquilibriumLayer(DirectParameterization(4, 6, 2, gamma=0.5), tol=1e-6)
+        >>> layer(torch.ones(3, 4)).shape, layer.certificate().bound
+        (torch.Size([3, 2]), 0.5)
     """
 
-    _sample_dimensions, _entry = 1, "feature"
+    parameterization: EquilibriumParameterization[W_]
 
     def __init__(
         self,
-        parameterization: nn.Module,
+        parameterization: EquilibriumParameterization[W_],
         *,
         activation: ProximalActivation | None = None,
         method: Method | None = None,
@@ -110,12 +143,19 @@ class EquilibriumLayer(CachingLayer, ABC):
         check_gradient(self.gradient)
         self.tol, self.max_steps = check_options(tol, max_steps, on_failure)
         self.on_failure: OnFailure = on_failure
+        with torch.no_grad():
+            weights: W_ = parameterization()
+        self._sample_shape, self._entry = weights.sample_shape, weights.entry
 
     @property
     def gamma(self) -> float | None:
         """The Lipschitz bound that the parameterization promises."""
-        gamma: float | None = self.parameterization.gamma
-        return gamma
+        return self.parameterization.gamma
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """The shape of one x."""
+        return self._sample_shape
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y.
@@ -136,15 +176,17 @@ class EquilibriumLayer(CachingLayer, ABC):
         with self._outside_autocast():
             weights = self._weights()
             if x.is_meta:  # without numbers to solve for, but with the shape of their outcome
-                self._check_input(x)
-                return self._readout(weights, x, self._bias(weights, x))
-            return self._readout(weights, x, self._solve(weights, x, None).value)
+                self._check_input(weights, x)
+                return weights.readout(x, weights.drive(x))
+            return weights.readout(x, self._solve(weights, x, None).value)
 
-    def readout(self, x: Tensor, z: Float[Tensor, "*batch n"], weights: Any = None) -> Tensor:
+    def readout(
+        self, x: Tensor, z: Float[Tensor, "*batch n"], weights: Weights | None = None
+    ) -> Tensor:
         """Return Cz + Dx + b_y, for the weights that run now or for those given."""
         x = leave_half(tensor(x), self._reference().dtype)
         with self._outside_autocast():
-            return self._readout(self._weights() if weights is None else weights, x, z)
+            return (self._weights() if weights is None else weights).readout(x, z)
 
     def equilibrium(self, x: Tensor, z0: Float[Tensor, "*batch n"] | None = None) -> Solution:
         """Solve for z, optionally from a warm start, and return it with its evidence."""
@@ -159,7 +201,12 @@ class EquilibriumLayer(CachingLayer, ABC):
             return self._inclusion(self._weights(), x)
 
     @torch.no_grad()
-    def certified(self, x: Tensor, proof: Certificate) -> Certified:
+    def forward_with_error(
+        self,
+        x: Tensor,
+        certificate: LipschitzCertificate,
+        error_in: ErrorIn = 0.0,
+    ) -> Certified:
         """Return y as the layer runs, with bounds of its distance to the exact y, here and around.
 
         y and the state are those of the precision that the layer runs in. The exact y is that of
@@ -169,34 +216,57 @@ class EquilibriumLayer(CachingLayer, ABC):
 
         Args:
             x: as the layer takes it, float32 or float64.
-            proof: for these weights and images of this size.
+            certificate: for these weights and images of this size.
+            error_in: bound of the l2 distance of x to the exact input, per sample.
 
         Raises:
-            CertificateError: if the proof is for something else.
+            CertificateError: if the certificate is for something else.
         """
         x = leave_half(tensor(x), self._reference().dtype)
         with self._outside_autocast():
-            return self._evaluated(x, proof)[1]
+            found = self._evaluate(x, self._check(certificate))[1]
+            return found.after(error_in, certificate.bound)
 
-    def with_error(self, x: Tensor, proof: Certificate) -> tuple[Tensor, Tensor, int]:
-        """Return y, a bound of its l2 distance to the exact y of x, and the most solver steps.
+    @torch.no_grad()
+    def operating_points(
+        self, x: Float[Tensor, "batch p"], certificate: LipschitzCertificate
+    ) -> OperatingPoints:
+        """Return what is known of the layer at some inputs, for proofs around them.
 
-        These are `value`, `error` and `steps` of `certified`.
+        Raises:
+            ValueError: if x is no batch of features, or the layer is not of dense weights.
+            CertificateError: if the certificate is for other weights.
         """
-        found = self.certified(x, proof)
-        return found.value, found.error, found.steps
+        if x.ndim != 2:
+            raise ValueError(f"x must be (batch, p), got {tuple(x.shape)}: pass x.reshape(-1, p)")
+        x = leave_half(tensor(x), self._reference().dtype)
+        with self._outside_autocast():
+            evaluated, found = self._evaluate(x, self._check(certificate))
+            weights, own = evaluated.weights, self._weights()
+            if not isinstance(weights, DenseWeights) or not isinstance(own, DenseWeights):
+                raise ValueError(
+                    f"proofs around inputs are for dense weights, the layer has "
+                    f"{type(weights).__name__}"
+                )
+            x, z, problem = evaluated.x, evaluated.z, evaluated.problem
+            return OperatingPoints(
+                v=problem.operator.affine(z, problem.bias),
+                v_error=weights.preactivation_error(x, z, evaluated.state_error),
+                logits=found.value.double(),
+                logit_error=found.error,
+                elsewhere=found.uniform,
+                fingerprint=network_fingerprint(own, self.activation),
+            )
 
-    def _evaluated(self, x: Tensor, proof: Certificate) -> tuple[_Exactly, Certified]:
+    def _evaluate(self, x: Tensor, proof: LayerCertificate) -> tuple[_Evaluated, Certified]:
         """Return the problem of x in float64 with the state that was found, and what is proved."""
-        refuse_hooks(self)
         weights = self._weights()
-        self._check_proof(weights, proof)
         solution = self._solve(weights, x, None)
-        y = self._readout(weights, x, solution.value)
-        exact = self._exactly(weights, x, solution.value, proof)
-        reference = self._readout(exact.weights, exact.x, exact.z)
-        dimensions = y.ndim - x.ndim + self._sample_dimensions  # of the output of one sample
-        away = norms_up(_exact(y) - reference, dimensions)
+        y = weights.readout(x, solution.value)
+        exact = self._in_float64(weights, x, solution.value, proof)
+        reference = exact.weights.readout(exact.x, exact.z)
+        dims = y.ndim - x.ndim + len(self._sample_shape)  # of the output of one sample
+        away = norms_up(_to_exact(y) - reference, dims)
         # Cz moves less with the drive than ‖CΛ^(−½)‖/m allows.
         gains = sensitivity(weights, proof) if proof.sensitivity is None else proof.sensitivity
         tighter = replace(proof, m=gains.effective_m)
@@ -211,19 +281,21 @@ class EquilibriumLayer(CachingLayer, ABC):
             steps=solution.stats.max_steps,
         )
 
-    def _exactly(self, weights: Any, x: Tensor, z: Tensor, proof: Certificate) -> _Exactly:
-        exact = weights.apply(_exact)
-        x, z = _exact(x), _exact(z)
+    def _in_float64(
+        self, weights: Weights, x: Tensor, z: Tensor, proof: LayerCertificate
+    ) -> _Evaluated:
+        exact = weights.apply(_to_exact)
+        x, z = _to_exact(x), _to_exact(z)
         operator = self._operator(weights).to(torch.float64)
-        problem = Inclusion(operator, self._bias(exact, x), self._sigma)
-        bias_error, output_error = self._rounding(exact, x, z)
-        state_error = problem.error_bound(z, proof.constants) + 2 * bias_error / proof.m
-        return _Exactly(
+        problem = Inclusion(operator, exact.drive(x), weights.restrict(self.activation))
+        rounding = exact.rounding(x, z)
+        state_error = problem.error_bound(z, proof.constants) + 2 * rounding.drive / proof.m
+        return _Evaluated(
             weights=exact, x=x, z=z, problem=problem, state_error=state_error * (1 + 1e-9),
-            bias_error=bias_error, output_error=output_error,
+            bias_error=rounding.drive, output_error=rounding.output,
         )  # fmt: skip
 
-    def _running(self, exact: _Exactly, z: Tensor, y: Tensor) -> Running:
+    def _running(self, exact: _Evaluated, z: Tensor, y: Tensor) -> Running:
         """Return how the layer runs in a precision, and what is known at x, where it found z and y.
 
         Raises:
@@ -240,19 +312,16 @@ class EquilibriumLayer(CachingLayer, ABC):
         norm, root = exact.problem.operator.norm_above, exact.problem.operator.root_metric
         # What underflows: a product of a and b loses up to t(1 + |a| + |b|), t the smallest normal
         # number, also where denormal numbers count as zero.
-        sample = exact.x.ndim - self._sample_dimensions  # where the shape of a sample begins
+        sample = exact.x.ndim - len(self._sample_shape)  # where the shape of a sample begins
         inputs, outputs = (math.prod(t.shape[sample:]) for t in (exact.x, y))
         tiny = 16 * (terms + inputs) * torch.finfo(dtype).tiny
         lost, spread = norm(torch.full_like(exact.z, tiny)), math.sqrt(outputs) * tiny
         narrow, ones = 1 / float(root.min()), norm(torch.ones_like(root)) * tiny
-        size = norms_up(exact.x, self._sample_dimensions)
+        size = norms_up(exact.x, len(self._sample_shape))
         state, bias = norm(exact.z), norm(exact.problem.bias) + exact.bias_error
-        tensors = exact.weights.tensors()
-        largest = sum(largest_up(tensors[name]) for name in ("U", "C", "D") if name in tensors)
-        if isinstance(skip := getattr(exact.weights, "D", None), float):
-            largest += abs(skip)
+        largest = exact.weights.largest()
         vanished = lost * (1 + bias + largest + size + state * narrow)
-        rates = self._rates(exact.weights, 0.55 * unit)
+        rates = exact.weights.rates(0.55 * unit)
         ulps = (self.activation.ulps + 2) * unit
         return Running(
             tol=self.tol * (1 + 2.0**-20 + 4 * (operator.n + 16) * unit) + ulps,
@@ -277,22 +346,38 @@ class EquilibriumLayer(CachingLayer, ABC):
             largest=torch.finfo(dtype).max / 16 * min(1.0, float(root.min())),
         )
 
-    def _check_proof(self, weights: Any, proof: Certificate) -> None:
-        """Raise CertificateError unless a proof is for these weights and this size of images."""
-        proof.check(weights)
-
-    def certificate(self) -> Certificate:
-        """Prove the layer's bound for the weights that run now.
+    def _check(self, proof: LipschitzCertificate) -> LayerCertificate:
+        """Refuse a certificate that is not for the weights that run now, or hooks.
 
         Raises:
+            CertificateError: naming the difference.
+        """
+        refuse_hooks(self)
+        certificate = require_kind(proof, LayerCertificate, "an equilibrium layer")
+        weights = self._weights()
+        certificate.check(weights)
+        weights.check_sums()
+        return certificate
+
+    def certificate(self, image: tuple[int, ...] | None = None) -> LayerCertificate:
+        """Prove the layer's bound for the weights that run now.
+
+        Args:
+            image: height and width, or the shape of one sample; may be omitted, as the layer is
+                made for one size.
+
+        Raises:
+            ValueError: for another image size.
             CertificateError: if the proof fails.
         """
+        if len(self._sample_shape) == 3:
+            refuse_other_image(image, self._sample_shape, "the layer")
         with torch.no_grad(), self._outside_autocast():
             weights = self._weights()
-            proof = self._prove(weights)
+            proof = certify(weights)
             return replace(proof, sensitivity=sensitivity(weights, proof))
 
-    def weights(self) -> Any:
+    def weights(self) -> W_:
         """Return the explicit weights, also under autocast in the precision of the parameters.
 
         Without grad mode, or when no parameter requires a gradient, they are computed once and
@@ -304,7 +389,7 @@ class EquilibriumLayer(CachingLayer, ABC):
         with self._outside_autocast():
             return self._weights()
 
-    def _weights(self) -> Any:
+    def _weights(self) -> W_:
         own = self._reference().dtype
         if own not in (torch.float32, torch.float64):
             raise ValueError(
@@ -313,49 +398,12 @@ class EquilibriumLayer(CachingLayer, ABC):
             )
         if self._is_tracked() or must_not_cache():
             return self.parameterization()
-        kept = self._record()
-        return kept.get(
-            "weights", lambda: CachedWeights(kept.twin()), CachedWeights.is_untouched
+        cache = self._cache()
+        return cache.get(
+            "weights", lambda: CachedWeights(cache.twin()), CachedWeights.is_untouched
         ).weights
 
-    @abstractmethod
-    def _bias(self, weights: Any, x: Tensor) -> Float[Tensor, "*batch n"]:
-        """Return v = Ux + b."""
-
-    @abstractmethod
-    def _readout(self, weights: Any, x: Tensor, z: Float[Tensor, "*batch n"]) -> Tensor:
-        """Return Cz + Dx + b_y."""
-
-    @abstractmethod
-    def _new_operator(self, weights: Any) -> LinearOperator:
-        """Return W as an operator, without a graph."""
-
-    @abstractmethod
-    def _operator_tensors(self, weights: Any) -> tuple[Tensor, ...]:
-        """Return the tensors that define W, as `LinearOperator.tensors`."""
-
-    @abstractmethod
-    def _prove(self, weights: Any) -> Certificate:
-        """Prove the bound of these weights."""
-
-    @abstractmethod
-    def _rounding(self, weights: Any, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Bound the rounding of v in the Λ norm and that of y, given z, in l2; per sample."""
-
-    @abstractmethod
-    def _rates(self, weights: Any, unit: float) -> Rates:
-        """Return how sizes and roundings grow, for weights in float64 that run with a unit."""
-
-    @abstractmethod
-    def _check_shape(self, x: Tensor) -> None:
-        """Raise ValueError unless x has the layer's shape."""
-
-    @property
-    def _sigma(self) -> ProximalActivation:
-        """The activation of the problem that is solved."""
-        return self.activation
-
-    def _solve(self, weights: Any, x: Tensor, z0: Tensor | None) -> Solution:
+    def _solve(self, weights: Weights, x: Tensor, z0: Tensor | None) -> Solution:
         problem = self._inclusion(weights, x)
         return equilibrium(
             problem,
@@ -368,28 +416,28 @@ class EquilibriumLayer(CachingLayer, ABC):
             require_monotone=False,  # m ≥ epsilon by construction
         )
 
-    def _inclusion(self, weights: Any, x: Tensor) -> Inclusion:
-        self._check_input(x)
-        v = self._bias(weights, x)
+    def _inclusion(self, weights: Weights, x: Tensor) -> Inclusion:
+        self._check_input(weights, x)
+        v = weights.drive(x)
         # Within a transform numbers cannot be looked at: the solve says what it finds.
         if not v.is_meta and not must_not_cache() and not is_finite(v):
-            raise non_finite(self, x, self._sample_dimensions, self._entry)
-        return Inclusion(self._operator(weights), v, self._sigma)
+            raise non_finite(self, x, len(self._sample_shape), self._entry)
+        return Inclusion(self._operator(weights), v, weights.restrict(self.activation))
 
-    def _operator(self, weights: Any) -> LinearOperator:
-        operator = self._new_operator(weights)
+    def _operator(self, weights: Weights) -> LinearOperator:
+        operator = weights.operator()
         if not must_not_cache():
             last = self._last  # another thread may set it meanwhile
             if last is not None:
                 operator.adopt(last)  # whose factors serve while the values are the same
             self._last = operator
-        return operator.rebuild(self._operator_tensors(weights))
+        return operator.rebuild(weights.operator_tensors())
 
     def _outside_autocast(self) -> AbstractContextManager[None]:
-        return full_precision(self._reference())
+        return use_full_precision(self._reference())
 
-    def _check_input(self, x: Tensor) -> None:
-        self._check_shape(tensor(x))
+    def _check_input(self, weights: Weights, x: Tensor) -> None:
+        weights.check_input(tensor(x))
         reference = self._reference()
         if x.dtype != reference.dtype:
             raise ValueError(
@@ -399,22 +447,29 @@ class EquilibriumLayer(CachingLayer, ABC):
         if x.device != reference.device:
             raise ValueError(f"x is on {x.device}, the layer on {reference.device}")
 
+    def extra_repr(self) -> str:
+        """Describe the layer in `repr`."""
+        return (
+            f"gamma={self.gamma}, activation={self.activation}, method={self.method}, "
+            f"tol={self.tol}"
+        )
+
 
 class _InFull(torch.autograd.Function):
     """x itself, refused at every run of a trace in which products would be shortened."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
         precision.refuse_reduced(x.device.type, convolution=x.ndim > 2)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
+    def backward(ctx: FunctionCtx, g: Tensor) -> Tensor:
         return g
 
 
 @_disable_dynamo
-def _as_it_is(layer: EquilibriumLayer, x: Tensor) -> Tensor:
+def _as_it_is(layer: EquilibriumLayer[W_], x: Tensor) -> Tensor:
     """Return the layer's output, which a compiler leaves alone: a solve looks at numbers."""
     y: Tensor = layer(x)
     return y

@@ -1,4 +1,4 @@
-"""How is an explicit 1-Lipschitz layer evaluated at the cost of its products alone?"""
+"""How is a feed-forward 1-Lipschitz layer evaluated at the cost of its products alone?"""
 
 from __future__ import annotations
 
@@ -10,10 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from lben import precision
-from lben.certificates import Certificate, CertificateError, certify, certify_convolution
+from lben.certificates import CertificateError, LayerCertificate, LipschitzCertificate, certify
+from lben.layers.bounded import ErrorIn, height_and_width, require_kind, with_roundoff
 from lben.layers.cache import CachingLayer, Running
 from lben.layers.graphs import Owner, check_kind, graph_is_made
-from lben.layers.growth import (
+from lben.layers.hooks import refuse_hooks
+from lben.layers.roundoff import Signal, Units, columns, rows
+from lben.parameterizations import (
+    ContractionParameterization,
+    FeedforwardParameterization,
+    ResidualParameterization,
+    SandwichParameterization,
+)
+from lben.radii.error_bounds import Certified
+from lben.weights import ConvolutionalWeights, DenseWeights
+from lben.weights.growth import (
     Growth,
     absolute_norm,
     add_up,
@@ -22,28 +33,19 @@ from lben.layers.growth import (
     norms_up,
     times_up,
 )
-from lben.layers.linear_maps import Convolution, LinearMap
-from lben.layers.roundoff import Signal, Units, columns, rows
-from lben.parameterizations import (
-    ContractionParameterization,
-    FeedforwardParameterization,
-    ResidualParameterization,
-    SandwichParameterization,
-)
-from lben.parameterizations.sizes import image_size
-from lben.weights import ConvolutionalWeights, DenseWeights
+from lben.weights.linear_maps import Convolution, LinearMap
 from solvers import ProximalActivation, ReLU, backends
-from solvers.dependencies import must_not_cache, read
-from solvers.precision import full_precision, in_autocast, leave_autocast
+from solvers.dependencies import collect_dependencies, must_not_cache
+from solvers.precision import in_autocast, leave_autocast, use_full_precision
 
 
 class FeedforwardLayer(CachingLayer, Owner, ABC):
     """A layer whose multiplier T is computed once per change of its parameters.
 
     In eval mode a call is the layer's products and one pointwise pass. In training T is computed
-    for the first forward pass after a step of the optimizer and kept with its graph, so that
+    for the first forward pass after a step of the optimizer and cached with its graph, so that
     gradient accumulation pays for it once; a gradient to be differentiated again computes it anew.
-    In graphs (`torch.compile`, tracing, export) nothing is kept; T is computed at every call, by
+    In graphs (`torch.compile`, tracing, export) nothing is cached; T is computed at every call, by
     the same code.
 
     float32 runs in float32, whatever torch allows its products to be rounded to (TF32 convolutions
@@ -58,7 +60,17 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
         parameterization: of the weights.
         map: how they act.
         inputs: features or channels of x.
+
+    Example:
+        >>> import torch
+        >>> from lben import SLLLinear
+        >>> layer, x = SLLLinear(4, 6), torch.ones(1, 4)
+        >>> found = layer.forward_with_error(x, layer.certificate())
+        >>> torch.equal(found.value, layer(x)), bool(found.error < 1e-3)
+        (True, True)
     """
+
+    parameterization: FeedforwardParameterization
 
     def __init__(
         self, parameterization: FeedforwardParameterization, map: LinearMap, inputs: int
@@ -76,8 +88,10 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
         return self.parameterization.blank(like)
 
     @abstractmethod
-    def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
-        """Return y from the tensors that run, with products in the precision `run`."""
+    def evaluate(
+        self, x: Tensor, compute_dtype: torch.dtype, tensors: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Return y from the tensors that run, with products in `compute_dtype`."""
 
     @abstractmethod
     def _roundoff(self, x: Signal, tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> Growth:
@@ -91,26 +105,26 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
         """
         check_kind(x)
         self.map.check(tuple(x.shape), self.inputs)
-        run = self._precision(x)
+        compute_dtype = self._dtype_for(x)
         if x.ndim > 1 and self.map.dims == 3 and x.ndim != 4:
             batch = x.shape[:-3]
             y = self(x.reshape(math.prod(batch), *x.shape[-3:]))
             return y.reshape(*batch, *y.shape[1:])
         with leave_autocast(x.device.type):
             if graph_is_made():
-                return self.evaluate(x, run, tuple(self.in_graph(run)))
-            with full_precision(self._reference()):
-                return self.evaluate(x, run, self._tensors(run))
+                return self.evaluate(x, compute_dtype, tuple(self.in_graph(compute_dtype)))
+            with use_full_precision(self._reference()):
+                return self.evaluate(x, compute_dtype, self._tensors(compute_dtype))
 
     def _has_one_pass(
-        self, x: Tensor, run: torch.dtype, activation: ProximalActivation | None
+        self, x: Tensor, compute_dtype: torch.dtype, activation: ProximalActivation | None
     ) -> bool:
         """Say whether `_in_one_pass` runs on products of x: on a GPU, outside of graphs."""
-        return not self._is_composed(x, run) and backends.activates(x, activation)
+        return not self._is_composed(x, compute_dtype) and backends.activates(x, activation)
 
-    def _is_composed(self, x: Tensor, run: torch.dtype) -> bool:
+    def _is_composed(self, x: Tensor, compute_dtype: torch.dtype) -> bool:
         """Say whether PyTorch's operations are asked for: by a graph, a transform or autocast."""
-        return graph_is_made() or must_not_cache() or run != x.dtype
+        return graph_is_made() or must_not_cache() or compute_dtype != x.dtype
 
     def _in_one_pass(
         self,
@@ -130,31 +144,32 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
         )
         return h.view_as(u) if h.shape != u.shape else h
 
-    def _precision(self, x: Tensor) -> torch.dtype:
+    def _dtype_for(self, x: Tensor) -> torch.dtype:
         own, reference = self._own(), self._reference()
         if x.device != reference.device:
             raise ValueError(f"x is on {x.device}, the layer on {reference.device}")
         if in_autocast(x.device.type):
-            run = torch.get_autocast_dtype(x.device.type)
-            if run != torch.bfloat16:
-                raise ValueError(f"autocast to {run} overflows in T⁻¹: use bfloat16")
+            compute_dtype = torch.get_autocast_dtype(x.device.type)
+            if compute_dtype != torch.bfloat16:
+                raise ValueError(f"autocast to {compute_dtype} overflows in T⁻¹: use bfloat16")
             if not x.is_floating_point():
                 raise ValueError(f"x is {x.dtype}, expected floating-point numbers: convert it")
-            return run
+            return compute_dtype
         if x.dtype != own:
             raise ValueError(
                 f"x is {x.dtype}, the layer is {own}: convert one of them, or use torch.autocast"
             )
         return own
 
-    def _run(self, run: torch.dtype | None) -> torch.dtype:
+    def _compute_dtype(self, compute_dtype: torch.dtype | None) -> torch.dtype:
         """Return the precision of a proof, the layer's own when None."""
         own = self._own()
-        if run not in (None, own, torch.bfloat16):
+        if compute_dtype not in (None, own, torch.bfloat16):
             raise ValueError(
-                f"the layer runs in {own}, and under autocast in torch.bfloat16: {run} is neither"
+                f"the layer runs in {own}, and under autocast in torch.bfloat16: {compute_dtype} "
+                "is neither"
             )
-        return own if run is None else run
+        return own if compute_dtype is None else compute_dtype
 
     def _own(self) -> torch.dtype:
         """Return the dtype of the parameters, float32 or float64."""
@@ -166,33 +181,37 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
             )
         return own
 
-    def _tensors(self, run: torch.dtype) -> tuple[Tensor, ...]:
-        """Return what runs, computed or kept."""
+    def _tensors(self, compute_dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return what runs, computed or cached."""
         track = self._is_tracked()
         parameters = tuple(self.parameterization.parameters())
         own = {id(p) for p in parameters}
         if must_not_cache() or (track and self._has_strays(own)):
-            return self.parameterization(run)
-        running = self._running(run, tuple(p.requires_grad for p in parameters) if track else ())
+            return self.parameterization(compute_dtype)
+        running = self._running(
+            compute_dtype, tuple(p.requires_grad for p in parameters) if track else ()
+        )
         return running.attach(parameters) if track else running.values
 
-    def _running(self, run: torch.dtype, tracked: tuple[bool, ...] = ()) -> Running:
-        kept = self._record()
-        return kept.get(
-            ("runs", run),
-            lambda: Running(kept, run, tracked),
+    def _running(self, compute_dtype: torch.dtype, tracked: tuple[bool, ...] = ()) -> Running:
+        cache = self._cache()
+        return cache.get(
+            ("runs", compute_dtype),
+            lambda: Running(cache, compute_dtype, tracked),
             lambda running: tracked in ((), running.tracked),
         )
 
     def _has_strays(self, parameters: set[int]) -> bool:
         """Say whether another tensor than the parameters is to get a gradient."""
-        tensors, _ = read(self.parameterization)
+        tensors, _ = collect_dependencies(self.parameterization)
         return any(t.requires_grad and id(t) not in parameters for t in tensors)
 
-    def weights(self, run: torch.dtype | None = None) -> DenseWeights | ConvolutionalWeights:
+    def weights(
+        self, compute_dtype: torch.dtype | None = None
+    ) -> DenseWeights | ConvolutionalWeights:
         """Return the float64 weights of the exact layer: what is proved, and what errors are of.
 
-        They are those that run, in the precision `run` (the layer's own if None): what T makes is
+        They are those that run, in `compute_dtype` (the layer's own if None): what T makes is
         computed in one place, and converted. In float64 a product of two of them is rounded once
         more than in the layer; `rounding` counts that.
 
@@ -200,60 +219,87 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
             ValueError: if no proof is possible in the dtype; under autocast.
         """
         precision.refuse_autocast()
-        return self._weights(self.parameterization, self._run(run))
+        return self._weights(self.parameterization, self._compute_dtype(compute_dtype))
 
     @torch.no_grad()
     def _weights(
-        self, parameterization: FeedforwardParameterization, run: torch.dtype
+        self, parameterization: FeedforwardParameterization, compute_dtype: torch.dtype
     ) -> DenseWeights | ConvolutionalWeights:
-        with full_precision(self._reference()):
+        with use_full_precision(self._reference()):
             if isinstance(self.map, Convolution):
-                kernels = parameterization.convolutional(run, circular=self.map.circular)
+                kernels = parameterization.convolutional(compute_dtype, circular=self.map.circular)
                 return kernels.apply(Tensor.detach)
-            return parameterization.dense(run).apply(Tensor.detach)
+            return parameterization.dense(compute_dtype).apply(Tensor.detach)
+
+    @property
+    def sample_shape(self) -> tuple[int | None, ...]:
+        """The shape of one x; None for the height and width of images."""
+        return (self.inputs, *[None] * (self.map.dims - 1))
 
     def certificate(
-        self, image: tuple[int, int] | None = None, *, run: torch.dtype | None = None
-    ) -> Certificate:
+        self, image: tuple[int, ...] | None = None, *, compute_dtype: torch.dtype | None = None
+    ) -> LayerCertificate:
         """Prove the layer's bound for `weights()`.
 
         A stride leaves rows of the map out, which changes no bound.
 
-        With run=torch.bfloat16 it is proved of the exact layer whose weights are rounded to
-        bfloat16. What runs under autocast rounds the activations, too: its distance to that layer
-        has no bound here, nor have its quotients, and no radius is given for it. Such a
+        With compute_dtype=torch.bfloat16 it is proved of the exact layer whose weights are rounded
+        to bfloat16. What runs under autocast rounds the activations, too: its distance to that
+        layer has no bound here, nor have its quotients, and no radius is given for it. Such a
         certificate is refused where one of the layer in its own precision is asked for.
 
         Args:
-            image: height and width of the images, for a convolution.
-            run: precision; that of the parameters when None.
+            image: height and width of the images, for a convolution; or the shape of one sample.
+            compute_dtype: in which products run; that of the parameters when None.
 
         Raises:
             ValueError: if a convolution is given no image size, or no proof is possible in the
                 dtype; under autocast.
             CertificateError: if the proof fails.
         """
-        run = self._run(run)
-        weights = self.weights(run)
-        if isinstance(weights, DenseWeights):
-            proof = certify(weights)
-        elif image is None:
-            raise ValueError("a convolution is proved for a size: certificate((height, width))")
-        else:
-            proof = certify_convolution(weights, image_size(image))
-        return replace(proof, dtype=str(run).removeprefix("torch."))
+        compute_dtype = self._compute_dtype(compute_dtype)
+        proof = certify(self.weights(compute_dtype), image=height_and_width(image))
+        return replace(proof, dtype=str(compute_dtype).removeprefix("torch."))
 
-    def check(self, proof: Certificate, x: Tensor) -> None:
+    @torch.no_grad()
+    def forward_with_error(
+        self,
+        x: Tensor,
+        certificate: LipschitzCertificate,
+        error_in: ErrorIn = 0.0,
+    ) -> Certified:
+        """Return y as the layer runs, with bounds of its distance to the exact y, here and around.
+
+        The exact y is that of `weights()`, see `rounding_growth`.
+
+        Args:
+            x: as the layer takes it.
+            certificate: for these weights and images of this size.
+            error_in: bound of the l2 distance of x to the exact input, per sample.
+
+        Raises:
+            CertificateError: if the certificate is for something else, or the layer has hooks.
+            ValueError: as `rounding_growth`.
+        """
+        refuse_hooks(self)
+        self.check(certificate, x)
+        dims = self.map.dims
+        growth = self.rounding_growth(tuple(x.shape[x.ndim - min(dims, x.ndim) :]), x.dtype)
+        return with_roundoff(self(x), x, growth, dims).after(error_in, certificate.bound)
+
+    def check(self, proof: LipschitzCertificate, x: Tensor) -> None:
         """Refuse a certificate of other weights, or of other images than x.
 
         Raises:
             CertificateError: naming the difference.
         """
-        _refuse_rounded(proof)
-        run = self._own()
-        kept = self._record()
-        fingerprint = kept.get(
-            ("fingerprint", self.map), lambda: self._weights(kept.twin, run).fingerprint
+        _refuse_rounded(require_kind(proof, LayerCertificate, "a layer"))
+        compute_dtype = self._own()
+        cache = self._cache()
+        twin = cache.twin
+        assert isinstance(twin, FeedforwardParameterization)
+        fingerprint = cache.get(
+            ("fingerprint", self.map), lambda: self._weights(twin, compute_dtype).fingerprint
         )
         proof.check_fingerprint(fingerprint)
         if isinstance(self.map, Convolution):
@@ -296,8 +342,8 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
         return growth.at(norms_up(x, dims))
 
     def train(self, mode: bool = True) -> FeedforwardLayer:
-        """Set the mode, and forget what was kept."""
-        self._kept = None
+        """Set the mode, and forget what was cached."""
+        self._cached = None
         super().train(mode)
         return self
 
@@ -307,7 +353,13 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
 
 
 class ResidualLayer(FeedforwardLayer):
-    """y = x − 2UᵀT⁻¹σ(Ux + b). Araujo et al. (2023), Theorem 1."""
+    """y = x − 2UᵀT⁻¹σ(Ux + b). Araujo et al. (2023), Theorem 1.
+
+    Example:
+        >>> from lben import CPLLinear
+        >>> isinstance(CPLLinear(4, 6), ResidualLayer)
+        True
+    """
 
     def __init__(
         self,
@@ -318,15 +370,17 @@ class ResidualLayer(FeedforwardLayer):
         super().__init__(parameterization, map, parameterization.shape[1])
         self.activation = ReLU() if activation is None else activation
 
-    def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
+    def evaluate(
+        self, x: Tensor, compute_dtype: torch.dtype, tensors: tuple[Tensor, ...]
+    ) -> Tensor:
         U, b, scale = tensors
-        U = U.to(run)
-        lasting = torch.is_grad_enabled() or self._is_composed(x, run)
-        if self._has_one_pass(x, run, self.activation):
+        U = U.to(compute_dtype)
+        lasting = torch.is_grad_enabled() or self._is_composed(x, compute_dtype)
+        if self._has_one_pass(x, compute_dtype, self.activation):
             h = self._in_one_pass(self.map.apply(x, U), b, scale, self.activation)
         elif lasting:
-            h = self.activation(self.map.apply(x.to(run), U, b.to(run)))
-            h = (h * self.map.spread(scale)).to(run)
+            h = self.activation(self.map.apply(x.to(compute_dtype), U, b.to(compute_dtype)))
+            h = (h * self.map.spread(scale)).to(compute_dtype)
         else:
             h = self.activation(self.map.apply(x, U, b)).mul_(self.map.spread(scale))
         y = self.map.adjoint(h, U).to(x.dtype)
@@ -346,16 +400,26 @@ class ResidualLayer(FeedforwardLayer):
 
 
 class ContractionLayer(FeedforwardLayer):
-    """y = V T^(−½) x + b with T ⪰ VᵀV."""
+    """y = V T^(−½) x + b with T ⪰ VᵀV.
+
+    Example:
+        >>> from lben import AOLLinear
+        >>> isinstance(AOLLinear(4, 3), ContractionLayer)
+        True
+    """
 
     def __init__(self, parameterization: ContractionParameterization, map: LinearMap) -> None:
         super().__init__(parameterization, map, parameterization.shape[1])
 
-    def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
+    def evaluate(
+        self, x: Tensor, compute_dtype: torch.dtype, tensors: tuple[Tensor, ...]
+    ) -> Tensor:
         V, b, scale = tensors
-        if torch.is_grad_enabled() and self._has_one_pass(x, run, None):
+        if torch.is_grad_enabled() and self._has_one_pass(x, compute_dtype, None):
             return self.map.apply(self._in_one_pass(x, None, scale, None), V, b)
-        return self.map.apply((x * self.map.spread(scale)).to(run), V.to(run), b.to(run))
+        return self.map.apply(
+            (x * self.map.spread(scale)).to(compute_dtype), V.to(compute_dtype), b.to(compute_dtype)
+        )
 
     def _roundoff(self, x: Signal, tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> Growth:
         V, b, scale = tensors
@@ -370,7 +434,13 @@ class ContractionLayer(FeedforwardLayer):
 
 
 class SandwichLayer(FeedforwardLayer):
-    """y = √2 AᵀSΨσ(√2 Ψ⁻¹S Bx + b) + b_y. Wang and Manchester (2023)."""
+    """y = √2 AᵀSΨσ(√2 Ψ⁻¹S Bx + b) + b_y. Wang and Manchester (2023).
+
+    Example:
+        >>> from lben import SandwichLinear
+        >>> isinstance(SandwichLinear(4, 3), SandwichLayer)
+        True
+    """
 
     def __init__(
         self,
@@ -382,14 +452,16 @@ class SandwichLayer(FeedforwardLayer):
         super().__init__(parameterization, map, inputs)
         self.activation = ReLU() if activation is None else activation
 
-    def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
+    def evaluate(
+        self, x: Tensor, compute_dtype: torch.dtype, tensors: tuple[Tensor, ...]
+    ) -> Tensor:
         A, B, b, b_y, inner, outer = tensors
-        if self._has_one_pass(x, run, self.activation):
+        if self._has_one_pass(x, compute_dtype, self.activation):
             u = self.map.apply(x, B)
             return self.map.adjoint(self._in_one_pass(u, b, outer, self.activation, inner), A, b_y)
-        v = self.map.apply(x.to(run), B.to(run)) * self.map.spread(inner)
+        v = self.map.apply(x.to(compute_dtype), B.to(compute_dtype)) * self.map.spread(inner)
         h = self.activation(v + self.map.spread(b)) * self.map.spread(outer)
-        return self.map.adjoint(h.to(run), A.to(run), b_y.to(run))
+        return self.map.adjoint(h.to(compute_dtype), A.to(compute_dtype), b_y.to(compute_dtype))
 
     def _roundoff(self, x: Signal, tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> Growth:
         A, B, b, b_y, inner, outer = tensors
@@ -403,7 +475,7 @@ class SandwichLayer(FeedforwardLayer):
         return y.below(product, hidden, hidden.times(largest_up(outer)))
 
 
-def _refuse_rounded(proof: Certificate) -> None:
+def _refuse_rounded(proof: LipschitzCertificate) -> None:
     if proof.dtype not in ("float32", "float64"):
         raise CertificateError(
             f"this certificate is of weights rounded to {proof.dtype}, the layer runs in float32 "

@@ -1,7 +1,7 @@
-"""Which fixed maps are 1-Lipschitz? Padding, down-sampling, pooling, activations without ReLU.
+"""Which maps are 1-Lipschitz by what they are? Padding, pooling, sorting, reflecting.
 
-Each is an isometry, an orthogonal projection or a pointwise contraction in l2, so its bound is
-exactly 1 and needs no certificate. `rounding` bounds what floating point adds.
+Each is an isometry, an orthogonal projection or a contraction in l2, whatever its parameters, so
+its bound is exactly 1. `rounding` bounds what floating point adds.
 """
 
 from __future__ import annotations
@@ -14,19 +14,71 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lben import precision
+from lben.certificates import CertificateError, LipschitzCertificate
+from lben.layers.bounded import ErrorIn, with_roundoff
+from lben.layers.fingerprint import fingerprint
 from lben.layers.graphs import check_numbers
-from lben.layers.growth import Growth, norms_up
+from lben.layers.hooks import refuse_hooks
 from lben.layers.lasting import Lasting, make_lasting
 from lben.layers.roundoff import Signal
 from lben.parameterizations.multipliers import power_of_two
-from lben.parameterizations.sizes import integer
+from lben.radii.error_bounds import Certified
+from lben.weights.growth import Growth, norms_up
+from lben.weights.sizes import integer
 
 
 class FixedMap(Lasting):
-    """A 1-Lipschitz map without certificate.
+    """A map that is 1-Lipschitz by what it is: its certificate says so for the classes here alone.
 
-    Args of `rounding_growth`: the shape of one sample, and the dtype in which the map runs.
+    A class that extends one of them computes something else, and needs a certificate of its own.
+
+    Example:
+        >>> from lben import AveragePooling
+        >>> AveragePooling(2).certificate().bound
+        1.0
     """
+
+    sample_shape: tuple[int | None, ...] | None = None
+    """The shape of one x as far as it is given; None where it may have any."""
+
+    def certificate(self, image: tuple[int, ...] | None = None) -> LipschitzCertificate:
+        """Return the bound 1.
+
+        Raises:
+            CertificateError: for a class of another module that has no certificate of its own.
+        """
+        if type(self).__module__ != __name__:
+            raise CertificateError(
+                f"{type(self).__name__} extends a map of lben, and what it computes is not known: "
+                "give it a method certificate(image=None) of its own"
+            )
+        return LipschitzCertificate(
+            bound=1.0, margin=None, fingerprint=fingerprint(self), dtype="any",
+            method=f"{type(self).__name__} is 1-Lipschitz, whatever its parameters",
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def forward_with_error(
+        self,
+        x: Tensor,
+        certificate: LipschitzCertificate,
+        error_in: ErrorIn = 0.0,
+    ) -> Certified:
+        """Return the output as the map runs, with bounds of its distance to the exact output.
+
+        Args:
+            x: with one batch dimension.
+            certificate: of this map.
+            error_in: bound of the l2 distance of x to the exact input, per sample.
+
+        Raises:
+            CertificateError: if the certificate is of something else, or the map has hooks.
+            ValueError: as `rounding_growth`.
+        """
+        refuse_hooks(self)
+        certificate.check_fingerprint(self.certificate().fingerprint)
+        growth = self.rounding_growth(tuple(x.shape[1:]), x.dtype)
+        return with_roundoff(self(x), x, growth).after(error_in, certificate.bound)
 
     def relative(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Return how many units in the last place of ‖x‖₂ a map misses, and operations it makes.
@@ -66,6 +118,8 @@ class FixedMap(Lasting):
 class FixedImageMap(FixedMap):
     """A fixed map of images: (channels, height, width) behind any number of batch dimensions."""
 
+    sample_shape = (None, None, None)
+
     def rounding(self, x: Tensor) -> Float[Tensor, "*batch"]:
         """Bound ‖fl(y) − y‖₂ per image in float64."""
         dims = min(3, x.ndim)
@@ -74,7 +128,14 @@ class FixedImageMap(FixedMap):
 
 
 class Flatten(FixedMap):
-    """Images to features."""
+    """Images to features.
+
+    Example:
+        >>> import torch
+        >>> from lben import Flatten
+        >>> Flatten()(torch.zeros(2, 3, 4, 4)).shape
+        torch.Size([2, 48])
+    """
 
     def forward(self, x: Float[Tensor, batch * features]) -> Float[Tensor, "batch p"]:
         """Return the features."""
@@ -92,6 +153,12 @@ class ChannelPadding(FixedImageMap):
 
     Raises:
         ValueError: if channels is not positive.
+
+    Example:
+        >>> import torch
+        >>> from lben import ChannelPadding
+        >>> ChannelPadding(5)(torch.zeros(2, 3, 4, 4)).shape
+        torch.Size([2, 5, 4, 4])
     """
 
     def __init__(self, channels: int) -> None:
@@ -124,6 +191,12 @@ class InvertibleDownsampling(FixedImageMap):
 
     Raises:
         ValueError: if stride is not positive.
+
+    Example:
+        >>> import torch
+        >>> from lben import InvertibleDownsampling
+        >>> InvertibleDownsampling(2)(torch.zeros(2, 3, 4, 4)).shape
+        torch.Size([2, 12, 2, 2])
     """
 
     def __init__(self, stride: int = 2) -> None:
@@ -150,6 +223,13 @@ class AveragePooling(FixedImageMap):
 
     Raises:
         ValueError: if size is not positive.
+
+    Example:
+        >>> import torch
+        >>> from lben import AveragePooling
+        >>> AveragePooling(2)(torch.ones(1, 1, 4, 4))
+        tensor([[[[2., 2.],
+                  [2., 2.]]]])
     """
 
     def __init__(self, size: int) -> None:
@@ -180,6 +260,13 @@ class NormPooling(FixedImageMap):
 
     Raises:
         ValueError: if size is not positive.
+
+    Example:
+        >>> import torch
+        >>> from lben import NormPooling
+        >>> NormPooling(2)(torch.ones(1, 1, 4, 4))
+        tensor([[[[2., 2.],
+                  [2., 2.]]]])
     """
 
     def __init__(self, size: int) -> None:
@@ -211,6 +298,12 @@ class GroupSort(FixedMap):
 
     Raises:
         ValueError: if group is below 2.
+
+    Example:
+        >>> import torch
+        >>> from lben import GroupSort
+        >>> GroupSort(2)(torch.tensor([[3.0, 1.0, 2.0, 5.0]]))
+        tensor([[1., 3., 2., 5.]])
     """
 
     def __init__(self, group: int = 2) -> None:
@@ -245,6 +338,13 @@ class Householder(FixedMap):
 
     Raises:
         ValueError: if channels is odd or not positive.
+
+    Example:
+        >>> import torch
+        >>> from lben import Householder
+        >>> x = torch.randn(2, 4)
+        >>> torch.allclose(Householder(4)(x).norm(dim=1), x.norm(dim=1))
+        True
     """
 
     def __init__(

@@ -11,11 +11,11 @@ import sys
 import uuid
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.func import functional_call
 
 from lben import precision
@@ -108,7 +108,7 @@ class Owner(nn.Module):
         self.name_in_graphs = uuid.uuid4().hex
         _owners[self.name_in_graphs] = self
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.enter()
 
@@ -120,16 +120,18 @@ class Owner(nn.Module):
     def blank(self, like: Tensor) -> list[Tensor]:
         """Return tensors of the shapes and dtypes of those that run, without numbers."""
 
-    def in_graph(self, run: torch.dtype) -> list[Tensor]:
+    def in_graph(self, compute_dtype: torch.dtype) -> list[Tensor]:
         """Return the tensors that run, as one operator of the graph that is made."""
         values = [*self.parameters(), *self.buffers()]
-        return torch.ops.lben.running(values, self.name_in_graphs, str(run).removeprefix("torch."))
+        return torch.ops.lben.running(
+            values, self.name_in_graphs, str(compute_dtype).removeprefix("torch.")
+        )
 
 
 _owners: WeakValueDictionary[str, Owner] = WeakValueDictionary()
 
 
-def _compute(values: Sequence[Tensor], name: str, run: str) -> tuple[Tensor, ...]:
+def _compute(values: Sequence[Tensor], name: str, compute_dtype: str) -> tuple[Tensor, ...]:
     owner = _owners.get(name)
     if owner is None:
         raise RuntimeError(
@@ -138,7 +140,7 @@ def _compute(values: Sequence[Tensor], name: str, run: str) -> tuple[Tensor, ...
         )
     source = owner.source()
     names = [n for n, _ in (*source.named_parameters(), *source.named_buffers())]
-    if run == "float32":
+    if compute_dtype == "float32":
         images = any(v.ndim > 2 for v in values)
         precision.refuse_reduced(values[0].device.type, convolution=images)
     # A graph may run without the keys that make conjugates of complex tensors what they say.
@@ -148,7 +150,7 @@ def _compute(values: Sequence[Tensor], name: str, run: str) -> tuple[Tensor, ...
         _guard(_Key.Negative, False),
     ):
         tensors = dict(zip(names, values, strict=True))
-        return tuple(functional_call(source, tensors, (getattr(torch, run),)))
+        return tuple(functional_call(source, tensors, (getattr(torch, compute_dtype),)))
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -157,24 +159,26 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 @torch.library.custom_op(
-    "lben::running", mutates_args=(), schema="(Tensor[] values, str name, str run) -> Tensor[]"
+    "lben::running",
+    mutates_args=(),
+    schema="(Tensor[] values, str name, str compute_dtype) -> Tensor[]",
 )
-def _running(values: Sequence[Tensor], name: str, run: str) -> list[Tensor]:
-    return [_own(t) for t in _compute(values, name, run)]
+def _running(values: Sequence[Tensor], name: str, compute_dtype: str) -> list[Tensor]:
+    return [_own(t) for t in _compute(values, name, compute_dtype)]
 
 
 @_running.register_fake
-def _(values: Sequence[Tensor], name: str, run: str) -> list[Tensor]:
+def _(values: Sequence[Tensor], name: str, compute_dtype: str) -> list[Tensor]:
     return _owners[name].blank(values[0])
 
 
 @torch.library.custom_op(
     "lben::running_backward",
     mutates_args=(),
-    schema="(Tensor[] values, Tensor[] gradients, str name, str run) -> Tensor[]",
+    schema="(Tensor[] values, Tensor[] gradients, str name, str compute_dtype) -> Tensor[]",
 )
 def _running_backward(
-    values: Sequence[Tensor], gradients: Sequence[Tensor], name: str, run: str
+    values: Sequence[Tensor], gradients: Sequence[Tensor], name: str, compute_dtype: str
 ) -> list[Tensor]:
     leaves = [v.detach().requires_grad_(v.is_floating_point()) for v in values]
     # An operator runs below autograd, which has to be let in again.
@@ -183,7 +187,7 @@ def _running_backward(
         _guard(_Key.AutogradFunctionality, False),
         _guard(_Key.ADInplaceOrView, False),
     ):
-        pairs = zip(_compute(leaves, name, run), gradients, strict=True)
+        pairs = zip(_compute(leaves, name, compute_dtype), gradients, strict=True)
         outputs, received = zip(*((o, g) for o, g in pairs if o.requires_grad), strict=True)
         found = torch.autograd.grad(outputs, leaves, received, allow_unused=True)
     return [
@@ -193,26 +197,37 @@ def _running_backward(
 
 
 @_running_backward.register_fake
-def _(values: Sequence[Tensor], gradients: Sequence[Tensor], name: str, run: str) -> list[Tensor]:
+def _(
+    values: Sequence[Tensor], gradients: Sequence[Tensor], name: str, compute_dtype: str
+) -> list[Tensor]:
     return [torch.empty_like(v, memory_format=torch.contiguous_format) for v in values]
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    values, ctx.name, ctx.run = inputs
+class _Context(FunctionCtx):
+    name: str
+    compute_dtype: str
+    shapes: list[tuple[torch.Size, torch.dtype]]
+    saved_tensors: tuple[Tensor, ...]
+
+
+def _keep(ctx: _Context, inputs: tuple[Sequence[Tensor], str, str], output: list[Tensor]) -> None:
+    values, ctx.name, ctx.compute_dtype = inputs
     ctx.save_for_backward(*values)
     ctx.shapes = [(t.shape, t.dtype) for t in output]
 
 
-def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
+def _differentiate(
+    ctx: _Context, gradients: list[Tensor | None]
+) -> tuple[list[Tensor] | None, ...]:
     values = list(ctx.saved_tensors)
     full = [
         values[0].new_zeros(shape, dtype=dtype) if g is None else g
         for g, (shape, dtype) in zip(gradients, ctx.shapes, strict=True)
     ]
-    return torch.ops.lben.running_backward(values, full, ctx.name, ctx.run), None, None
+    return torch.ops.lben.running_backward(values, full, ctx.name, ctx.compute_dtype), None, None
 
 
-def _refuse(ctx: Any, *gradients: Any) -> None:
+def _refuse(ctx: _Context, *gradients: object) -> None:
     raise RuntimeError(
         "a graph has no second derivatives in the parameters of this layer: call the layer itself"
     )

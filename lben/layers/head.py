@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -12,24 +12,27 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lben import precision
-from lben.certificates import Certificate, certify
+from lben.certificates import LayerCertificate, LipschitzCertificate, PairCertificate, certify
+from lben.layers.bounded import ErrorIn, require_kind, with_roundoff
 from lben.layers.graphs import Owner, check_kind, graph_is_made
-from lben.layers.growth import Growth, absolute_norm, norm_up, norms_up
+from lben.layers.hooks import refuse_hooks
 from lben.layers.lasting import Lasting, make_lasting
 from lben.layers.roundoff import Signal
 from lben.parameterizations.feedforward import compute
 from lben.parameterizations.orthogonal import register_orthogonal
 from lben.parameterizations.parametrized import PicklableParametrized
-from lben.parameterizations.sizes import integer, real
+from lben.radii.error_bounds import Certified
 from lben.rigorous import Enclosure, norm_bound, sum_up, up
 from lben.weights import DenseWeights
-from solvers.precision import cast, full_precision, in_autocast, leave_autocast
+from lben.weights.growth import Growth, absolute_norm, norm_up, norms_up
+from lben.weights.sizes import integer, real
+from solvers.precision import cast, in_autocast, leave_autocast, use_full_precision
 
 
 class NormalizedLinear(Lasting, PicklableParametrized, Owner):
     """y = Qx + b whose rows have norm 1: `rows` scales each, `orthonormal` makes Q orthogonal.
 
-    Logits i and j differ by (qᵢ − qⱼ)ᵀx, so `pair_bounds` holds ‖qᵢ − qⱼ‖₂: at most 2 for
+    Logits i and j differ by (qᵢ − qⱼ)ᵀx, so `pair_certificate` bounds ‖qᵢ − qⱼ‖₂: at most 2 for
     normalised rows, √2 for orthonormal ones, and exact for the weights as stored. Singla, Singla
     and Feizi (2022); the margin rule of Araujo et al. (2023).
 
@@ -41,6 +44,15 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
 
     Raises:
         ValueError: if a size is not positive, or orthonormal rows do not fit into p features.
+
+    Example:
+        >>> import torch
+        >>> from lben import NormalizedLinear
+        >>> head = NormalizedLinear(4, 3, kind="orthonormal")
+        >>> head(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
+        >>> round(head.pair_certificate()[0][1], 4)  # √2
+        1.4142
     """
 
     def __init__(
@@ -74,7 +86,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
     def matrix(self) -> Float[Tensor, "q p"]:
         """Return Q, in the precision of the parameters also under autocast."""
         weight = compute(self, "weight")
-        with full_precision(self.bias):
+        with use_full_precision(self.bias):
             return functional.normalize(weight, dim=1) if self.kind == "rows" else weight
 
     def forward(self, x: Float[Tensor, "*batch p"]) -> Float[Tensor, "*batch q"]:
@@ -96,7 +108,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
         with leave_autocast(x.device.type):
             if graph_is_made():
                 return functional.linear(x.to(own), *self.in_graph(own))
-            with full_precision(self.bias):
+            with use_full_precision(self.bias):
                 return functional.linear(x.to(own), self.matrix(), self.bias)
 
     def source(self) -> nn.Module:
@@ -108,7 +120,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
         q, p = self.out_features, self.in_features
         return [like.new_empty(q, p), like.new_empty(q)]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
         # torch's own for modules with a parametrization passes __setstate__ by.
         copied = self.__new__(type(self))
         memo[id(self)] = copied
@@ -117,10 +129,10 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
         return copied
 
     @torch.no_grad()
-    def pair_bounds(self) -> Float[Tensor, "q q"]:
-        """Return proved upper bounds of ‖qᵢ − qⱼ‖₂ in float64; 1 on the diagonal."""
+    def pair_certificate(self) -> PairCertificate:
+        """Prove bounds of ‖qᵢ − qⱼ‖₂ for every pair of logits, rounded upwards."""
         Q = Enclosure(self._stored().cpu().numpy())
-        bounds = torch.ones([self.out_features] * 2, dtype=torch.float64, device="cpu")
+        bounds = [[1.0] * self.out_features for _ in range(self.out_features)]
         for i in range(self.out_features):
             row = Enclosure(Q.mid[i : i + 1])
             gap = (Q - row).magnitude
@@ -128,8 +140,9 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
             for j, square in enumerate(squares):
                 if i != j:
                     # Squares below 2⁻¹⁰²² may have vanished, p of them at most.
-                    bounds[i, j] = up(math.sqrt(float(square) + self.in_features * 2.0**-1022), 2)
-        return bounds
+                    bounds[i][j] = up(math.sqrt(float(square) + self.in_features * 2.0**-1022), 2)
+        method = "norms of the differences of rows, with rounding enclosed"
+        return PairCertificate.of(self.weights(), bounds, "l2", method, None)
 
     @torch.no_grad()
     def _stored(self) -> Tensor:
@@ -137,7 +150,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
         precision.refuse_autocast()
         if self.bias.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"parameters must be float32 or float64, got {self.bias.dtype}")
-        with full_precision(self.bias):
+        with use_full_precision(self.bias):
             Q = cast(self.matrix(), torch.float64)
         if not bool(Q.isfinite().all() and self.bias.isfinite().all()):
             raise ValueError("the weights contain NaN or Inf: did training diverge?")
@@ -155,17 +168,37 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
             b = cast(self.bias, torch.float64)
             return DenseWeights.affine(Q, b, max(claim, 2.0**-500))
 
-    def check(self, proof: Certificate) -> None:
-        """Refuse a certificate of other weights.
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """The shape of one x."""
+        return (self.in_features,)
+
+    def certificate(self, image: tuple[int, ...] | None = None) -> LayerCertificate:
+        """Prove the bound of ‖Q‖₂; features have no image size."""
+        return certify(self.weights())
+
+    @torch.no_grad()
+    def forward_with_error(
+        self,
+        x: Tensor,
+        certificate: LipschitzCertificate,
+        error_in: ErrorIn = 0.0,
+    ) -> Certified:
+        """Return logits as the layer runs, with bounds of their distance to the exact ones.
+
+        Args:
+            x: (*batch, p).
+            certificate: for these weights.
+            error_in: bound of the l2 distance of x to the exact input, per sample.
 
         Raises:
-            CertificateError: if the fingerprint differs.
+            CertificateError: if the certificate is for other weights, or the layer has hooks.
+            ValueError: as `rounding_growth`.
         """
-        proof.check(self.weights())
-
-    def certificate(self) -> Certificate:
-        """Prove the bound of ‖Q‖₂."""
-        return certify(self.weights())
+        refuse_hooks(self)
+        require_kind(certificate, LayerCertificate, "a head").check(self.weights())
+        growth = self.rounding_growth(tuple(x.shape[-1:]), x.dtype)
+        return with_roundoff(self(x), x, growth, 1).after(error_in, certificate.bound)
 
     @torch.no_grad()
     def rounding_growth(self, shape: tuple[int, ...], dtype: torch.dtype) -> Growth:
@@ -207,5 +240,5 @@ class _Running(nn.Module):
         super().__init__()
         self.head = head
 
-    def forward(self, run: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(self, compute_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return self.head.matrix(), self.head.bias

@@ -7,7 +7,7 @@ validation could not be attacked afterwards.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class Lasting(nn.Module):
         return self
 
 
-def _loaded(module: nn.Module, _: Any) -> None:
+def _loaded(module: nn.Module, _: object) -> None:
     make_lasting(module)
 
 

@@ -1,14 +1,13 @@
-"""Which explicit 1-Lipschitz layers have a name? Each is a parameterization, a rule and a map."""
+"""Which feed-forward layers have a name? Each is a parameterization, a rule and a map."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch.nn.utils.parametrize import register_parametrization
 
 from lben.layers.feedforward import ContractionLayer, ResidualLayer, SandwichLayer
-from lben.layers.linear_maps import Convolution, Dense
 from lben.parameterizations import (
     CayleyRows,
     ContractionParameterization,
@@ -20,8 +19,16 @@ from lben.parameterizations import (
     Spectral,
 )
 from lben.parameterizations.orthogonal import register_orthogonal
-from lben.parameterizations.sizes import real
+from lben.weights.linear_maps import Convolution, Dense
+from lben.weights.sizes import real
 from solvers import ProximalActivation
+
+
+class _Factory(TypedDict):
+    """Where parameters are made, and in which precision."""
+
+    device: torch.device | str | None
+    dtype: torch.dtype | None
 
 
 class SLLLinear(ResidualLayer):
@@ -36,6 +43,15 @@ class SLLLinear(ResidualLayer):
 
     Raises:
         ValueError: if a size is not positive.
+
+    Example:
+        >>> import torch
+        >>> from lben import SLLLinear
+        >>> layer = SLLLinear(4, 6)
+        >>> layer(torch.zeros(2, 4)).shape
+        torch.Size([2, 4])
+        >>> round(layer.certificate().bound, 4)
+        1.0
     """
 
     def __init__(
@@ -69,6 +85,15 @@ class CPLLinear(ResidualLayer):
 
     Raises:
         ValueError: if a size is not positive.
+
+    Example:
+        >>> import torch
+        >>> from lben import CPLLinear
+        >>> layer = CPLLinear(4, 6)
+        >>> layer(torch.zeros(2, 4)).shape
+        torch.Size([2, 4])
+        >>> round(layer.certificate().bound, 4)
+        1.0
     """
 
     def __init__(
@@ -100,6 +125,15 @@ class AOLLinear(ContractionLayer):
 
     Raises:
         ValueError: if a size is not positive.
+
+    Example:
+        >>> import torch
+        >>> from lben import AOLLinear
+        >>> layer = AOLLinear(4, 3)
+        >>> layer(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
+        >>> round(layer.certificate().bound, 4)
+        1.0
     """
 
     def __init__(
@@ -127,6 +161,15 @@ class SpectralLinear(ContractionLayer):
 
     Raises:
         ValueError: if a size is not positive.
+
+    Example:
+        >>> import torch
+        >>> from lben import SpectralLinear
+        >>> layer = SpectralLinear(4, 3)
+        >>> layer(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
+        >>> round(layer.certificate().bound, 4)
+        1.0
     """
 
     def __init__(
@@ -154,6 +197,15 @@ class OrthogonalLinear(ContractionLayer):
 
     Raises:
         ValueError: if a size is not positive or the map unknown.
+
+    Example:
+        >>> import torch
+        >>> from lben import OrthogonalLinear
+        >>> layer = OrthogonalLinear(4, 3)
+        >>> layer(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
+        >>> round(layer.certificate().bound, 4)
+        1.0
     """
 
     def __init__(
@@ -183,6 +235,15 @@ class SandwichLinear(SandwichLayer):
 
     Raises:
         ValueError: if a size is not positive, or n > p + q.
+
+    Example:
+        >>> import torch
+        >>> from lben import SandwichLinear
+        >>> layer = SandwichLinear(4, 3)
+        >>> layer(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
+        >>> round(layer.certificate().bound, 4)
+        1.0
     """
 
     def __init__(
@@ -223,6 +284,15 @@ class SLLConv2d(ResidualLayer):
 
     Raises:
         ValueError: for sizes that are not positive, or a padding that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from lben import SLLConv2d
+        >>> layer = SLLConv2d(3, 5)
+        >>> layer(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 3, 8, 8])
+        >>> round(layer.certificate((8, 8)).bound, 4)
+        1.0
     """
 
     def __init__(
@@ -252,6 +322,15 @@ class CPLConv2d(ResidualLayer):
     """Convolutional convex potential layer, T = τI with τ ≥ ‖U‖₂². Meunier et al. (2022).
 
     Args: as `SLLConv2d`; squarings are those of the bound of ‖U‖₂².
+
+    Example:
+        >>> import torch
+        >>> from lben import CPLConv2d
+        >>> layer = CPLConv2d(3, 5)
+        >>> layer(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 3, 8, 8])
+        >>> round(layer.certificate((8, 8)).bound, 4)
+        1.0
     """
 
     def __init__(
@@ -293,6 +372,15 @@ class AOLConv2d(ContractionLayer):
 
     Raises:
         ValueError: for sizes that are not positive, or stride or padding that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from lben import AOLConv2d
+        >>> layer = AOLConv2d(3, 4, stride=2)
+        >>> layer(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 4, 4, 4])
+        >>> round(layer.certificate((8, 8)).bound, 4)
+        1.0
     """
 
     def __init__(
@@ -320,6 +408,15 @@ class SpectralConv2d(ContractionLayer):
     """Convolution divided by an upper bound of its spectral norm.
 
     Args: as `AOLConv2d`, with the squarings of the bound in place of q.
+
+    Example:
+        >>> import torch
+        >>> from lben import SpectralConv2d
+        >>> layer = SpectralConv2d(3, 4)
+        >>> layer(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 4, 8, 8])
+        >>> round(layer.certificate((8, 8)).bound, 4)
+        1.0
     """
 
     def __init__(
@@ -359,6 +456,15 @@ class SandwichConv2d(SandwichLayer):
 
     Raises:
         ValueError: for sizes that are not positive, or a padding that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from lben import SandwichConv2d
+        >>> layer = SandwichConv2d(3, 4)
+        >>> layer(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 4, 8, 8])
+        >>> round(layer.certificate((8, 8)).bound, 4)
+        1.0
     """
 
     def __init__(
@@ -386,7 +492,7 @@ class SandwichConv2d(SandwichLayer):
         )
 
 
-def _factory(device: torch.device | str | None, dtype: torch.dtype | None) -> dict[str, Any]:
+def _factory(device: torch.device | str | None, dtype: torch.dtype | None) -> _Factory:
     return {"device": device, "dtype": real(dtype)}
 
 
@@ -402,6 +508,6 @@ def _convolution(
 
 
 def _contraction(
-    shape: tuple[int, ...], rule: MultiplierRule, factory: dict[str, Any]
+    shape: tuple[int, ...], rule: MultiplierRule, factory: _Factory
 ) -> ContractionParameterization:
     return ContractionParameterization(shape, rule, **factory)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lben import precision
-from lben.certificates import CertificateError
+from lben.certificates import CertificateError, LipschitzCertificate
+from lben.layers.bounded import ErrorIn, with_roundoff
+from lben.layers.fingerprint import fingerprint
 from lben.layers.graphs import check_kind, check_numbers
-from lben.layers.growth import Growth, add_up, norm_up, norms_up, times_up
+from lben.layers.hooks import refuse_hooks
 from lben.layers.lasting import Lasting, make_lasting
 from lben.layers.roundoff import Signal
+from lben.radii.error_bounds import Certified
 from lben.rigorous import up
+from lben.weights.growth import Growth, add_up, norm_up, norms_up, times_up
 
 
 class Normalize(Lasting):
@@ -28,6 +31,13 @@ class Normalize(Lasting):
 
     Raises:
         ValueError: if lengths differ or a std is not positive.
+
+    Example:
+        >>> import torch
+        >>> from lben import Normalize
+        >>> normalize = Normalize((0.5,), (0.25,))
+        >>> normalize(torch.full((1, 1, 1, 2), 0.75)), normalize.certificate().bound
+        (tensor([[[[1., 1.]]]]), 4.000000000000001)
     """
 
     mean: Tensor
@@ -61,7 +71,7 @@ class Normalize(Lasting):
                     new.copy_(self._configured(name) if old.is_meta else old)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], *options: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], *options: object) -> None:
         super()._load_from_state_dict(state_dict, *options)
         # Loaded by assignment, parameters leave the meta device without a move.
         for name in self._settings:
@@ -92,6 +102,52 @@ class Normalize(Lasting):
                 f"number, got {std.flatten().tolist()}: set it to that of the images again"
             )
         return up(1 / float(std.min()))
+
+    @property
+    def sample_shape(self) -> tuple[int | None, ...]:
+        """The shape of one image; None for its height and width."""
+        return (len(self.mean), None, None)
+
+    def certificate(self, image: tuple[int, ...] | None = None) -> LipschitzCertificate:
+        """Return the bound 1 / smallest std.
+
+        Raises:
+            CertificateError: as `gain`; for a class that extends this one without a certificate of
+                its own.
+        """
+        if type(self) is not Normalize:
+            raise CertificateError(
+                f"{type(self).__name__} extends Normalize, and what it computes is not known: give "
+                "it a method certificate(image=None) of its own"
+            )
+        return LipschitzCertificate(
+            bound=self.gain, margin=None, fingerprint=fingerprint(self),
+            dtype=str(self.mean.dtype).removeprefix("torch."),
+            method="1 / smallest std, rounded upwards",
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def forward_with_error(
+        self,
+        x: Tensor,
+        certificate: LipschitzCertificate,
+        error_in: ErrorIn = 0.0,
+    ) -> Certified:
+        """Return the normalised images, with bounds of their distance to the exact ones.
+
+        Args:
+            x: batch × channels × height × width.
+            certificate: of this normalisation.
+            error_in: bound of the l2 distance of x to the exact images, per image.
+
+        Raises:
+            CertificateError: if the certificate is of something else, or the module has hooks.
+            ValueError: as `rounding_growth`.
+        """
+        refuse_hooks(self)
+        certificate.check_fingerprint(self.certificate().fingerprint)
+        growth = self.rounding_growth(tuple(x.shape[1:]), x.dtype)
+        return with_roundoff(self(x), x, growth).after(error_in, certificate.bound)
 
     def forward(
         self, x: Float[Tensor, "batch channels height width"]
@@ -141,7 +197,7 @@ class Normalize(Lasting):
         growth = self.rounding_growth(tuple(x.shape[x.ndim - min(3, x.ndim) :]), x.dtype)
         return growth.at(norms_up(x, 3))
 
-    def room(
+    def box_slack(
         self, x: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch 2 channels height width"]:
         """Bound how far each input can fall and rise, once normalised, by images in [0, 1]."""

@@ -8,12 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lben.certificates import Certificate
+from lben.certificates import LayerCertificate
+from lben.layers.bounded import refuse_other_image
 from lben.layers.feedforward import FeedforwardLayer
-from lben.layers.growth import Growth, add_up, norm_up, norms_up, times_up
-from lben.layers.linear_maps import Convolution
 from lben.layers.roundoff import Signal
 from lben.parameterizations.orthogonal import CayleyConvolution
+from lben.weights.growth import Growth, add_up, norm_up, norms_up, times_up
+from lben.weights.linear_maps import Convolution
 
 
 class OrthogonalConv2d(FeedforwardLayer):
@@ -31,6 +32,15 @@ class OrthogonalConv2d(FeedforwardLayer):
 
     Raises:
         ValueError: if a size is not positive, or the image smaller than the kernel.
+
+    Example:
+        >>> import torch
+        >>> from lben import OrthogonalConv2d
+        >>> layer = OrthogonalConv2d(3, 4, image=(8, 8))
+        >>> layer(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 4, 8, 8])
+        >>> round(layer.certificate().bound, 4)
+        1.0
     """
 
     def __init__(
@@ -49,22 +59,23 @@ class OrthogonalConv2d(FeedforwardLayer):
             Convolution(kernel_size=kernel_size, padding=kernel_size // 2, circular=True),
             in_channels,
         )
-        self.image = tuple(image)
+        self.image = (image[0], image[1])
 
     def certificate(
-        self, image: tuple[int, int] | None = None, *, run: torch.dtype | None = None
-    ) -> Certificate:
+        self, image: tuple[int, ...] | None = None, *, compute_dtype: torch.dtype | None = None
+    ) -> LayerCertificate:
         """Prove the bound, for images of the layer's own size.
 
         Raises:
             ValueError: for another size.
             CertificateError: if the proof fails.
         """
-        if image is not None and tuple(image) != self.image:
-            raise ValueError(f"the layer was made for images of {self.image}, got {tuple(image)}")
-        return super().certificate((self.image[0], self.image[1]), run=run)
+        refuse_other_image(image, self.image, "the layer")
+        return super().certificate(self.image, compute_dtype=compute_dtype)
 
-    def evaluate(self, x: Tensor, run: torch.dtype, tensors: tuple[Tensor, ...]) -> Tensor:
+    def evaluate(
+        self, x: Tensor, compute_dtype: torch.dtype, tensors: tuple[Tensor, ...]
+    ) -> Tensor:
         if tuple(x.shape[-2:]) != self.image:
             raise ValueError(
                 f"the layer was made for images of {self.image[0]} × {self.image[1]} pixels, "

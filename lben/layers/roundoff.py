@@ -27,16 +27,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lben.layers.growth import (
+from lben.weights.growth import (
     Growth,
     absolute_norm,
     add_up,
     largest_up,
     norm_up,
-    norms_up,
     times_up,
 )
-from lben.layers.linear_maps import LinearMap
+from lben.weights.linear_maps import LinearMap
 from solvers import ProximalActivation, ReLU
 
 
@@ -202,31 +201,6 @@ def _gamma(k: int, dtype: torch.dtype) -> float:
     """Return γ_k, infinite where k is too large for the dtype."""
     unit = k * torch.finfo(dtype).eps / 2
     return math.inf if unit >= 0.5 else unit / (1 - unit) * (1 + 2.0**-40)
-
-
-def underflow(terms: int, inputs: Tensor, weights: Tensor, dims: int = 1) -> Tensor:
-    """Return what each float64 sum of so many products of inputs and weights may lose.
-
-    To underflow, also where denormal results and operands are read as zero: t(1 + |a| + |b|) for a
-    product of a and b, see Note [Rounding model].
-
-    Args:
-        terms: products per sum.
-        inputs: (*batch, …), the last `dims` dimensions make a sample.
-        weights: all that they are multiplied with.
-        dims: of a sample.
-
-    Returns:
-        A number per sample, of shape (*batch, 1, …).
-    """
-    largest = norms_up(inputs, dims) + (1 + largest_up(weights))
-    lost = largest * (2 * (terms + 4) * _tiny(torch.float64))
-    return lost.reshape(*lost.shape, *[1] * dims)
-
-
-def not_nan(bounds: Tensor) -> Tensor:
-    """Return bounds that are infinite where nothing is known."""
-    return torch.where(bounds.isnan(), torch.inf, bounds)
 
 
 def rows(vector: Tensor, weight: Tensor) -> Tensor:

@@ -1,258 +1,206 @@
-"""What is the bound of a chain of layers, and of the error that floating point adds to it?"""
+"""What is the bound of a chain of modules, and of the error that floating point adds to it?"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lben import precision
-from lben.certificates import Certificate, compose
-from lben.layers.equilibrium import EquilibriumLayer
-from lben.layers.equilibrium_dense import DenseEquilibriumLayer
-from lben.layers.feedforward import FeedforwardLayer
-from lben.layers.fixed import FixedImageMap, FixedMap, Flatten
-from lben.layers.growth import Growth, add_up, norm_up, norms_up
-from lben.layers.head import NormalizedLinear
+from lben.certificates import CertificateError, ChainCertificate, LipschitzCertificate, compose
+from lben.layers.bounded import BoundedModule, ErrorIn, require_kind
+from lben.layers.fixed import Flatten
 from lben.layers.hooks import refuse_hooks
-from lben.radii.error_bounds import Affine, Certified, Stage
+from lben.radii.error_bounds import Certified, Stage
 
 
 class LipschitzSequential(nn.Sequential):
-    """torch.nn.Sequential of layers and heads with proved bounds and of 1-Lipschitz fixed_maps.
+    """torch.nn.Sequential of modules with proved bounds; its bound is their product.
 
-    Chains nest. A sample has as many dimensions as the first layer takes, behind any number of
-    batch dimensions; where a chain starts with `Flatten` the first dimension is the batch's.
+    It takes every `BoundedModule`: layers, heads, fixed maps, normalisations, chains (which nest)
+    and modules of a user's own. A sample has as many dimensions as the first module takes, behind
+    any number of batch dimensions; where a chain starts with `Flatten` the first dimension is the
+    batch's.
 
     Raises:
         ValueError: if a module has no bound.
+
+    Example:
+        >>> from lben import AveragePooling, Flatten, NormalizedLinear, SLLConv2d
+        >>> chain = LipschitzSequential(
+        ...     SLLConv2d(3, 5), AveragePooling(4), Flatten(), NormalizedLinear(12, 10)
+        ... )
+        >>> certificate = chain.certificate((3, 8, 8))
+        >>> len(certificate.layers), len(certificate.pairs)
+        (4, 10)
+        >>> found = chain.forward_with_error(torch.rand(2, 3, 8, 8), certificate)
+        >>> found.value.shape, bool((found.error < 0.01).all())
+        (torch.Size([2, 10]), True)
     """
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__(*layers)
-        self._check()
-
-    def _check(self) -> None:
-        known = FeedforwardLayer | FixedMap | EquilibriumLayer | NormalizedLinear
-        for layer in self:
-            if isinstance(layer, LipschitzSequential):
-                layer._check()
-            elif not isinstance(layer, known):
-                raise ValueError(
-                    f"{type(layer).__name__} has no proved Lipschitz bound: use the layers, "
-                    "fixed_maps, heads and chains of lben.layers"
-                )
+        check_bounded(self)
 
     @property
-    def dims(self) -> int | None:
-        """Dimensions of one sample; None where no layer says."""
+    def sample_shape(self) -> tuple[int | None, ...] | None:
+        """The shape of one x as far as the first module that knows one says; None if none does."""
         for layer in self:
             if isinstance(layer, Flatten):
                 return None
-            found = _dims(layer)
-            if found is not None:
-                return found
+            shape: tuple[int | None, ...] | None = getattr(layer, "sample_shape", None)
+            if shape is not None:
+                return shape
         return None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y, of every sample."""
-        x, batch = self._flat(x)
+        x, batch = self._flatten_batch(x)
         y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         return y if batch is None else y.reshape(*batch, *y.shape[1:])
 
-    def _flat(self, x: Tensor) -> tuple[Tensor, torch.Size | None]:
+    def _flatten_batch(self, x: Tensor) -> tuple[Tensor, torch.Size | None]:
         """Return x with one batch dimension, and its batch dimensions if they were others."""
-        dims = self.dims
-        if dims is None or x.ndim < dims or x.ndim == dims + 1:
+        shape = self.sample_shape
+        if shape is None or x.ndim < len(shape) or x.ndim == len(shape) + 1:
             return x, None
-        batch = x.shape[: x.ndim - dims]
-        return x.reshape(math.prod(batch), *x.shape[x.ndim - dims :]), batch
+        batch = x.shape[: x.ndim - len(shape)]
+        return x.reshape(math.prod(batch), *x.shape[x.ndim - len(shape) :]), batch
 
-    def certificates(self, shape: tuple[int, ...]) -> list[Certificate]:
-        """Prove every layer that is not a fixed map, first to last, those of inner chains in turn.
+    def certificate(self, image: tuple[int, ...] | None = None) -> ChainCertificate:
+        """Prove every module, and compose their bounds.
 
         Args:
-            shape: of one sample: (p,), or (channels, height, width).
+            image: the shape of one sample: (p,), or (channels, height, width); height and width
+                alone where the first module says how many channels it takes, and nothing where it
+                says all.
 
         Raises:
-            ValueError: if a module has no bound; under autocast.
+            ValueError: if a module has no bound, or the shape is not known; under autocast.
             CertificateError: if a proof fails.
         """
         precision.refuse_autocast()
-        self._check()
-        x = torch.zeros(1, *shape, device="cpu")
-        x = x.to(next(self.parameters(), x))
-        proofs: list[Certificate] = []
-        with torch.no_grad():
-            for layer in self:
-                if isinstance(layer, FeedforwardLayer):
-                    image = (x.shape[2], x.shape[3]) if x.ndim == 4 else None
-                    proofs.append(layer.certificate(image))
-                elif isinstance(layer, EquilibriumLayer | NormalizedLinear):
-                    proofs.append(layer.certificate())
-                elif isinstance(layer, LipschitzSequential):
-                    proofs.extend(layer.certificates(tuple(x.shape[1:])))
-                x = layer(x)
-        return proofs
+        check_bounded(self)
+        return certify_chain(self, _shape_of_sample(image, self.sample_shape))
 
     @torch.no_grad()
-    def certified(
-        self, x: Tensor, proofs: Sequence[Certificate], stage: Stage | None = None
-    ) -> tuple[Tensor, Stage]:
-        """Return y as the chain runs, and what is known of its distance to the exact y.
-
-        The exact y is that of `weights()` of every layer, with exact equilibria and no rounding.
-        What a layer adds is multiplied by the bounds of those after it.
-
-        Args:
-            x: float32 or float64, with one batch dimension.
-            proofs: of `certificates`, for these weights and images of this size.
-            stage: what is known of x; that it is exact when omitted.
-
-        Raises:
-            CertificateError: if a proof is for other weights or images.
-            ValueError: if there are more or fewer proofs than layers; under autocast.
-        """
-        precision.refuse_autocast()
-        self._check()
-        refuse_hooks(self)
-        stage = Stage.start(x) if stage is None else stage
-        for layer, own_proofs in self._with_proofs(proofs):
-            if isinstance(layer, LipschitzSequential):
-                x, stage = layer.certified(x, own_proofs, stage)
-            else:
-                found = certified(layer, x, own_proofs)
-                x, stage = found.value, stage.then(found, compose(own_proofs).bound)
-        return x, stage
-
-    def with_error(self, x: Tensor, proofs: Sequence[Certificate]) -> tuple[Tensor, Tensor, int]:
-        """Return y, a bound of its l2 distance to the exact y, and the most solver steps.
-
-        As `certified`, for any number of batch dimensions.
-        """
-        x, batch = self._flat(x)
-        y, stage = self.certified(x, proofs)
-        if batch is None:
-            return y, stage.error, stage.steps
-        return y.reshape(*batch, *y.shape[1:]), stage.error.reshape(batch), stage.steps
-
-    @torch.no_grad()
-    def rounding_growth(
+    def forward_with_error(
         self,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        proofs: Sequence[Certificate] | None = None,
-    ) -> Growth:
-        """Bound ‖fl(y) − y‖₂ affinely in ‖x‖₂.
+        x: Tensor,
+        certificate: LipschitzCertificate,
+        error_in: ErrorIn = 0.0,
+    ) -> Certified:
+        """Return y as the chain runs, with bounds of its distance to the exact y, here and around.
+
+        The exact y is that of the weights of every module, with exact equilibria and no rounding.
+        What a module adds is multiplied by the bounds of those after it.
 
         Args:
-            shape: of one sample.
-            dtype: in which the chain runs.
-            proofs: of `certificates`; made when omitted.
+            x: float32 or float64.
+            certificate: of this chain, for images of this size.
+            error_in: bound of the l2 distance of x to the exact input, per sample.
 
         Raises:
-            CertificateError: if a proof fails or is for other weights or images.
-            ValueError: if there is an equilibrium layer in the chain, whose error is that of its
-                solve: `with_error` has it; or as `certificates`.
+            CertificateError: if a certificate is of other modules, weights or images.
+            ValueError: if a module has no bound; under autocast.
         """
         precision.refuse_autocast()
-        proofs = self.certificates(shape) if proofs is None else proofs
-        x = torch.zeros(1, *shape, dtype=dtype, device="cpu")
-        x = x.to(next(self.parameters(), x).device)
-        size, error = Growth(0.0, 1.0), Growth(0.0, 0.0)
-        for layer, own_proofs in self._with_proofs(proofs):
-            if isinstance(layer, EquilibriumLayer):
-                raise ValueError(
-                    "the error of an equilibrium layer is that of its solve, and no function of "
-                    "the input's size: use with_error"
-                )
-            if isinstance(layer, LipschitzSequential):
-                own = layer.rounding_growth(tuple(x.shape[1:]), dtype, own_proofs)
-            else:
-                assert isinstance(layer, FeedforwardLayer | FixedMap | NormalizedLinear)
-                if isinstance(layer, FeedforwardLayer):
-                    layer.check(own_proofs[0], x)
-                elif isinstance(layer, NormalizedLinear):
-                    layer.check(own_proofs[0])
-                own = layer.rounding_growth(tuple(x.shape[1:]), dtype)
-            gain = compose(own_proofs).bound
-            error = error.times(gain) + own.after(size + error)
-            y = layer(torch.zeros_like(x))
-            size = size.times(gain).plus(add_up(norm_up(y), own.constant))  # ‖f(0)‖
-            x = y
-        return error
-
-    def rounding(self, x: Tensor) -> Float[Tensor, "*batch"]:
-        """Bound ‖fl(y) − y‖₂ per sample in float64, see `rounding_growth`."""
-        flat, batch = self._flat(x)
-        growth = self.rounding_growth(tuple(flat.shape[1:]), x.dtype)
-        found = growth.at(norms_up(flat, flat.ndim - 1))
-        return found if batch is None else found.reshape(batch)
-
-    @property
-    def _needed(self) -> int:
-        """How many certificates the chain has."""
-        return sum(
-            layer._needed
-            if isinstance(layer, LipschitzSequential)
-            else not isinstance(layer, FixedMap)
-            for layer in self
-        )
-
-    def _with_proofs(
-        self, proofs: Sequence[Certificate]
-    ) -> Iterator[tuple[nn.Module, Sequence[Certificate]]]:
-        """Yield every layer with its certificates: none, one, or those of an inner chain."""
-        if len(proofs) != self._needed:
-            raise ValueError(f"expected {self._needed} certificates, got {len(proofs)}")
-        start = 0
-        for layer in self:
-            count = 0 if isinstance(layer, FixedMap) else 1
-            if isinstance(layer, LipschitzSequential):
-                count = layer._needed
-            yield layer, proofs[start : start + count]
-            start += count
+        check_bounded(self)
+        refuse_hooks(self)
+        x, batch = self._flatten_batch(x)
+        found = evaluate_chain(list(self), x, certificate)
+        if batch is not None:
+            found = found.reshape(batch)
+        return found.after(error_in, certificate.bound)
 
 
-def certified(layer: nn.Module, x: Tensor, proofs: Sequence[Certificate]) -> Certified:
-    """Return what is known of one layer, fixed map or head as it runs.
-
-    Args:
-        layer: of a chain, but no chain itself.
-        x: with one batch dimension.
-        proofs: of the layer; none for a fixed map.
+def check_bounded(layers: Iterable[nn.Module]) -> None:
+    """Refuse modules without a bound.
 
     Raises:
-        CertificateError: if the proof is for other weights or images, or the layer has hooks.
+        ValueError: naming the class.
     """
-    refuse_hooks(layer)
-    if isinstance(layer, EquilibriumLayer):
-        return layer.certified(x, proofs[0])
-    assert isinstance(layer, FeedforwardLayer | FixedMap | NormalizedLinear)
-    if isinstance(layer, FeedforwardLayer):
-        layer.check(proofs[0], x)
-    elif isinstance(layer, NormalizedLinear):
-        layer.check(proofs[0])
-    return rounded(layer(x), x, layer.rounding_growth(tuple(x.shape[1:]), x.dtype))
+    for layer in layers:
+        if not isinstance(layer, BoundedModule):
+            raise ValueError(
+                f"{type(layer).__name__} has no proved Lipschitz bound: use the layers, maps, "
+                "heads and chains of lben.layers, or a module with the two methods of "
+                "lben.layers.BoundedModule"
+            )
 
 
-def rounded(y: Tensor, x: Tensor, growth: Growth) -> Certified:
-    """Return what is known of an output whose rounding is affine in ‖x‖₂."""
-    size = norms_up(x, x.ndim - 1)
-    around = Affine(
-        growth.constant + growth.slope * size, growth.slope, (growth.limit - size).clamp_min(-1.0)
-    )
-    return Certified(value=y, error=growth.at(size), uniform=around)
+@torch.no_grad()
+def certify_chain(
+    layers: Sequence[nn.Module] | nn.Sequential, shape: tuple[int, ...]
+) -> ChainCertificate:
+    """Prove modules one after the other, for samples of a shape, and compose their bounds.
+
+    Where the last module bounds every pair of its outputs, so does the chain.
+    """
+    layers = list(layers)
+    tensors = (t for layer in layers for t in (*layer.parameters(), *layer.buffers()))
+    reference = next(tensors, torch.zeros((), device="cpu"))
+    x = torch.zeros(1, *shape, dtype=reference.dtype, device=reference.device)
+    proofs: list[LipschitzCertificate] = []
+    for layer in layers:
+        assert isinstance(layer, BoundedModule)
+        proofs.append(layer.certificate(tuple(x.shape[1:])))
+        x = layer(x)
+    pairs = getattr(layers[-1], "pair_certificate", None) if layers else None
+    return compose(proofs, None if pairs is None else pairs())
 
 
-def _dims(layer: nn.Module) -> int | None:
-    if isinstance(layer, LipschitzSequential):
-        return layer.dims
-    if isinstance(layer, FeedforwardLayer):
-        return layer.map.dims
-    if isinstance(layer, NormalizedLinear | DenseEquilibriumLayer):
-        return 1
-    return 3 if isinstance(layer, FixedImageMap | EquilibriumLayer) else None
+def evaluate_chain(
+    layers: Sequence[nn.Module], x: Tensor, certificate: LipschitzCertificate
+) -> Certified:
+    """Return the output of modules one after the other, with bounds of its distance to the exact.
+
+    As `stage_after`.
+    """
+    y, stage = stage_after(layers, x, certificate)
+    return Certified(value=y, error=stage.error, uniform=stage.uniform, steps=stage.steps)
+
+
+def stage_after(
+    layers: Sequence[nn.Module], x: Tensor, certificate: LipschitzCertificate
+) -> tuple[Tensor, Stage]:
+    """Return the output of modules one after the other, and what is known of it.
+
+    Args:
+        layers: every one a `BoundedModule`.
+        x: with one batch dimension.
+        certificate: of these modules.
+
+    Raises:
+        CertificateError: if the certificate is of other modules.
+    """
+    proofs = require_kind(certificate, ChainCertificate, "a chain").layers
+    if len(proofs) != len(layers):
+        raise CertificateError(
+            f"this certificate is of {len(proofs)} modules one after the other, there are "
+            f"{len(layers)}: take that of this chain"
+        )
+    stage = Stage.start(x)
+    for layer, proof in zip(layers, proofs, strict=True):
+        assert isinstance(layer, BoundedModule)
+        found = layer.forward_with_error(x, proof)
+        x, stage = found.value, stage.then(found, proof.bound)
+    return x, stage
+
+
+def _shape_of_sample(
+    image: tuple[int, ...] | None, known: tuple[int | None, ...] | None
+) -> tuple[int, ...]:
+    """Return the shape of one sample from what was given and what the first module knows."""
+    if image is not None and len(image) == 2 and known is not None and len(known) == 3:
+        image = None if known[0] is None else (known[0], *image)
+    elif image is None and known is not None and all(size is not None for size in known):
+        image = tuple(size for size in known if size is not None)
+    if image is None or len(image) == 2:
+        raise ValueError(
+            "the chain is proved for a shape of samples: certificate((p,)) or "
+            f"certificate((channels, height, width)), got {image}"
+        )
+    return tuple(image)

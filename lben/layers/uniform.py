@@ -28,23 +28,7 @@ from torch import Tensor
 
 from lben.certificates import Sensitivity
 from lben.radii.error_bounds import Affine
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rates:
-    """How sizes and roundings grow with the input and the state, states in the Λ norm.
-
-    Attributes:
-        drive: ‖v‖ per ‖x‖₂.
-        drive_rounding: the rounding of v per ‖x‖₂.
-        readout: the rounding of Cz per ‖z‖.
-        through: the rounding of Dx per ‖x‖₂.
-    """
-
-    drive: float
-    drive_rounding: float
-    readout: float
-    through: float = 0.0
+from lben.weights import Rates
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -7,20 +7,21 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, Self, get_args
+from typing import Any, Literal, Protocol, Self, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lben.certificates import CertificateError, NetworkCertificate
+from lben.certificates import ChainCertificate
 from lben.layers import EquilibriumLayer, Normalize
+from lben.layers.bounded import refuse_other_image
+from lben.layers.fingerprint import fingerprint
 from lben.layers.hooks import refuse_hooks
-from lben.layers.sequential import rounded
+from lben.layers.sequential import certify_chain, check_bounded, stage_after
 from lben.models.configuration import Images
-from lben.models.fingerprint import fingerprint
 from lben.parameterizations import FixedWeights
-from lben.radii.error_bounds import Affine, Stage
+from lben.radii.error_bounds import Affine, Certified
 from lben.radii.margin import certified_radius
 from solvers.precision import in_autocast
 
@@ -38,47 +39,47 @@ Bound = Literal["promised", "scaled", "pairs", "diagonal", "diagonal pairs"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CertifiedLogits:
-    """Logits with a proved bound of their distance to the exact network's.
+class CertifiedLogits(Certified):
+    """Logits with a proved bound of their distance to the exact network's: see `Certified`.
 
-    Attributes:
-        logits: y.
-        error: bound of ‖y − y*‖₂ per sample.
-        elsewhere: bound of the same distance at every image within a radius, for a model that runs
-            there with the same settings and whose solves meet their tolerance.
-        steps: most solver iterations that a sample needed; 0 for an explicit network.
+    Example:
+        >>> import torch
+        >>> from lben import EquilibriumClassifierConfig
+        >>> model = EquilibriumClassifierConfig(
+        ...     shape=(1, 4, 4), classes=3, mean=(0.5,), std=(0.25,), hidden=8
+        ... ).build()
+        >>> certificate = model.certificate()
+        >>> found = model.forward_with_error(torch.rand(2, 1, 4, 4), certificate)
+        >>> found.radius(found.value.argmax(1), certificate).shape
+        torch.Size([2])
     """
 
-    logits: Float[Tensor, "batch classes"]
-    error: Float[Tensor, " batch"]
-    elsewhere: Affine
-    steps: int
+    uniform: Affine
 
     def radius(
         self,
         labels: Int[Tensor, " batch"],
-        certificate: NetworkCertificate,
+        certificate: ChainCertificate,
         promise: Promise = "running",
     ) -> Float[Tensor, " batch"]:
         """Return certified radii in the l2 norm of raw inputs; 0 where misclassified.
 
         Warns where the solver's tolerance is too loose for any promise about the model as it runs.
         """
-        bound = certificate.radius_bound()
+        bound, logits, error = certificate.radius_bound(), self.value, self.error
         if promise == "textbook":
-            return certified_radius(self.logits, labels, bound)
+            return certified_radius(logits, labels, bound)
         if promise == "exact":
-            return certified_radius(self.logits, labels, bound, logit_error=self.error)
-        if math.isinf(self.elsewhere.slope) and math.isfinite(certificate.bound):
+            return certified_radius(logits, labels, bound, logit_error=error)
+        around = self.uniform
+        if math.isinf(around.slope) and math.isfinite(certificate.bound):
             warnings.warn(
                 "no radius is certified: the solver's tolerance is too loose to bound the error of "
                 "the model as it runs at other images of a ball. Use a smaller tol, or "
                 'promise="exact" for radii of the exact network',
                 stacklevel=3,
             )
-        return certified_radius(
-            self.logits, labels, bound, logit_error=self.error, elsewhere=self.elsewhere
-        )
+        return certified_radius(logits, labels, bound, logit_error=error, elsewhere=around)
 
 
 class ClassifierConfig(Protocol):
@@ -114,16 +115,31 @@ class Architecture(ABC):
 
 
 class Classifier(nn.Module, ABC):
-    """Normalisation and a network with a proved bound.
+    """Normalisation and a network with a proved bound: images in [0, 1] to logits.
 
     Args:
         shape: channels, height, width of the images.
         mean, std: per channel, of the normalisation.
+
+    Example:
+        >>> import torch
+        >>> from lben import NormalizedLinear, Flatten
+        >>> class Linear(Classifier):
+        ...     def __init__(self):
+        ...         super().__init__((1, 2, 2), mean=(0.5,), std=(0.25,))
+        ...         self.flatten, self.head = Flatten(), NormalizedLinear(4, 3)
+        ...     @property
+        ...     def stages(self):
+        ...         return self.normalize, self.flatten, self.head
+        ...     @property
+        ...     def gamma(self):
+        ...         return self.head.weights().gamma
+        >>> model = Linear()
+        >>> model(torch.rand(2, 1, 2, 2)).shape, len(model.certificate().layers)
+        (torch.Size([2, 3]), 3)
     """
 
     config: Any
-    _fixed: ClassVar[dict[str, type[nn.Module]]] = {"normalize": Normalize}
-    """Maps without a certificate of their own, whose norm a proof takes from their class."""
 
     def __init__(
         self, shape: tuple[int, int, int], mean: tuple[float, ...], std: tuple[float, ...]
@@ -131,6 +147,21 @@ class Classifier(nn.Module, ABC):
         super().__init__()
         self.shape = shape
         self.normalize = Normalize(mean, std)
+
+    @property
+    @abstractmethod
+    def stages(self) -> tuple[nn.Module, ...]:
+        """The modules that images pass, one after the other; each a `BoundedModule`."""
+
+    @property
+    @abstractmethod
+    def gamma(self) -> float | None:
+        """The bound of y on the normalised input that the parameterization promises."""
+
+    @property
+    def bounds(self) -> tuple[Bound, ...]:
+        """Which bounds `certificate` can prove, from cheap to expensive."""
+        return ("promised",)
 
     def forward(
         self, x: Float[Tensor, "batch channels height width"]
@@ -140,9 +171,12 @@ class Classifier(nn.Module, ABC):
         Raises:
             ValueError: if the images have another shape or dtype.
         """
-        return self.logits(self._normalized(x))
+        self._check_images(x)
+        for stage in self.stages:
+            x = stage(x)
+        return x
 
-    def _normalized(self, x: Tensor) -> Tensor:
+    def _check_images(self, x: Tensor) -> None:
         if x.ndim != 4 or tuple(x.shape[1:]) != self.shape:
             raise ValueError(
                 f"expected images of shape (batch, {', '.join(map(str, self.shape))}), "
@@ -153,40 +187,33 @@ class Classifier(nn.Module, ABC):
                 f"expected images in [0, 1] as floating-point numbers, got {x.dtype}: convert them "
                 "with lben.data.pixels"
             )
-        return self.normalize(x)
 
-    @abstractmethod
-    def logits(self, x: Float[Tensor, "batch channels height width"]) -> Tensor:
-        """Return the logits of normalised images."""
-
-    @property
-    @abstractmethod
-    def gamma(self) -> float | None:
-        """The bound of y on the normalised input that the parameterization promises."""
-
-    @property
-    @abstractmethod
-    def bounds(self) -> tuple[Bound, ...]:
-        """Which bounds `certificate` can prove, from cheap to dear."""
-
-    def certificate(self, bound: Bound = "promised") -> NetworkCertificate:
+    def certificate(
+        self, image: tuple[int, ...] | None = None, *, bound: Bound = "promised"
+    ) -> ChainCertificate:
         """Prove a bound of the whole network from pixels to logits.
 
         Args:
+            image: height and width, or the shape of one image; may be omitted, as the model is made
+                for one size.
             bound: "promised" by the parameterization (infinite where it promises none), or the
                 least that the weights support: "scaled", with their own Λ up to a factor; "pairs",
                 the same for every pair of logits; "diagonal", with the best Λ; "diagonal pairs".
 
         Raises:
-            ValueError: if the model does not have this bound.
-            CertificateError: if the proof fails, or `normalize` (or a stem) is of another class
-                than the model was built with.
+            ValueError: if the model does not have this bound, or for another image size.
+            CertificateError: if the proof fails.
         """
         if bound not in self.bounds:
             raise ValueError(f"this model has the bounds {', '.join(self.bounds)}, not {bound!r}")
-        self._refuse_foreign()
+        refuse_other_image(image, self.shape, "the model")
+        check_bounded(self.stages)
         with torch.no_grad():
             return replace(self._certificate(bound), network=self.fingerprint)
+
+    def _certificate(self, bound: Bound) -> ChainCertificate:
+        """Prove one of `bounds`."""
+        return certify_chain(self.stages, self.shape)
 
     @property
     def fingerprint(self) -> str:
@@ -196,71 +223,53 @@ class Classifier(nn.Module, ABC):
         """
         return fingerprint(self)
 
-    def _check(self, certificate: NetworkCertificate) -> None:
+    def _check(self, certificate: ChainCertificate) -> None:
         """Refuse a certificate of another network.
 
-        One that `compose` made names no network: its layers are checked one by one where they run,
-        and its input gain against the normalisation.
+        One that `compose` made names no network: its modules are checked one by one where they run.
         """
         refuse_hooks(self)
-        self._refuse_foreign()
+        check_bounded(self.stages)
         if certificate.network is not None:
-            certificate.check(self.fingerprint)
-        elif not certificate.input_gain >= self.normalize.gain:
-            raise CertificateError(
-                f"this certificate is for inputs that grow by at most {certificate.input_gain:.6g} "
-                f"before the first layer, the normalisation has {self.normalize.gain:.6g}"
-            )
-
-    def _refuse_foreign(self) -> None:
-        """Refuse a model in which another module stands for a map that no proof looks at."""
-        for name, kind in self._fixed.items():
-            if type(getattr(self, name)) is not kind:
-                raise CertificateError(
-                    f"{name} is a {type(getattr(self, name)).__name__}, and a proof of this model "
-                    f"knows {kind.__name__} alone: build another model for another map"
-                )
-
-    @abstractmethod
-    def _certificate(self, bound: Bound) -> NetworkCertificate:
-        """Prove one of `bounds`."""
+            certificate.check_network(self.fingerprint)
 
     @torch.no_grad()
-    def certified_logits(
-        self, x: Float[Tensor, "batch channels height width"], certificate: NetworkCertificate
+    def forward_with_error(
+        self,
+        x: Float[Tensor, "batch channels height width"],
+        certificate: ChainCertificate,
+        error_in: Float[Tensor, " batch"] | float = 0.0,
     ) -> CertifiedLogits:
-        """Return logits as the model runs, with a bound of their distance to the exact network's.
+        """Return logits as the model runs, with bounds of their distance to the exact network's.
 
         The exact network has the weights that run, in float32 or float64, and is solved exactly and
         without rounding; the bound covers solver error and rounding from pixels to logits.
+
+        Args:
+            x: images in [0, 1].
+            certificate: of this model.
+            error_in: bound of the l2 distance of x to the exact images, per image.
 
         Raises:
             ValueError: if the model is neither float32 nor float64.
             CertificateError: if the certificate is not of this model as it is now.
         """
         self._check(certificate)
-        normalized, gain = self.prepared(x), certificate.input_gain
-        growth = self.normalize.rounding_growth(self.shape, x.dtype)
-        start = Stage.start(x).then(rounded(normalized, x, growth), gain)
-        logits, stage = self._certified(normalized, start, certificate)
-        return CertifiedLogits(
-            logits=logits, error=stage.error, elsewhere=stage.uniform, steps=stage.steps
+        self._check_rounding(x)
+        y, stage = stage_after(self.stages, x, certificate)
+        found = CertifiedLogits(
+            value=y, error=stage.error, uniform=stage.uniform, steps=stage.steps
         )
+        return found.after(error_in, certificate.bound)
 
-    @abstractmethod
-    def _certified(
-        self, x: Tensor, stage: Stage, certificate: NetworkCertificate
-    ) -> tuple[Tensor, Stage]:
-        """Return the logits of normalised images, and what is known of them."""
-
-    def prepared(self, x: Float[Tensor, "batch channels height width"]) -> Tensor:
-        """Return the normalised images of a model whose rounding is bounded, or raise."""
+    def _check_rounding(self, x: Tensor) -> None:
+        """Refuse images of another kind, and a model whose rounding is not bounded."""
         dtype = self.dtype
         if dtype not in (torch.float32, torch.float64) or in_autocast(x.device.type):
             raise ValueError(
                 f"rounding is bounded in float32 and float64 without autocast, the model is {dtype}"
             )
-        return self._normalized(x)
+        self._check_images(x)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -287,7 +296,7 @@ class Classifier(nn.Module, ABC):
                 layer.on_failure, layer.max_steps = "raise", 20 * layer.max_steps
         return frozen
 
-    def exact(self, tol: float) -> Self:
+    def to_exact(self, tol: float) -> Self:
         """Return a copy that stands for the exact network: float64, on the CPU, solved to `tol`.
 
         Equilibrium layers keep the very weights that run; feed-forward layers compute T anew from
@@ -303,7 +312,7 @@ class Classifier(nn.Module, ABC):
         self,
         x: Float[Tensor, "batch channels height width"],
         labels: Int[Tensor, " batch"],
-        certificate: NetworkCertificate | None = None,
+        certificate: ChainCertificate | None = None,
         *,
         promise: Promise = "running",
         sound: bool = True,
@@ -328,5 +337,5 @@ class Classifier(nn.Module, ABC):
                 f"promise must be one of {', '.join(get_args(Promise))}, got {promise!r}"
             )
         certificate = self.certificate() if certificate is None else certificate
-        result = self.certified_logits(x, certificate)
+        result = self.forward_with_error(x, certificate)
         return result.radius(labels, certificate, "textbook" if not sound else promise)

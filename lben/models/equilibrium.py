@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from lben.certificates import (
     CertificateError,
-    NetworkCertificate,
+    ChainCertificate,
+    LayerCertificate,
+    PairCertificate,
     certify,
-    certify_pairs,
-    certify_pooled,
     compose,
     sensitivity,
 )
 from lben.layers import (
     EquilibriumLayer,
     EquilibriumLinear,
+    Flatten,
     InvertibleDownsampling,
     PooledEquilibriumConv2d,
 )
-from lben.layers.sequential import rounded
+from lben.layers.sequential import certify_chain, stage_after
 from lben.models.base import Architecture, Bound, Classifier, Promise
 from lben.models.configuration import Images, ImageTask, check_channels, check_kernel, fields_of
-from lben.radii.error_bounds import Certified, Stage
+from lben.radii.error_bounds import Certified
 from lben.radii.local import LocalCertifier, OperatingPoints, network_fingerprint
 from lben.tightening import tighten_diagonal, tighten_pairs, tighten_pooled, tighten_scaled
 from lben.values import check_positive, check_tol, conform
@@ -49,6 +50,14 @@ class SingleLayerArchitecture(Architecture):
         epsilon: slack of the certificate.
         tol: relative tolerance of forward and backward solves.
         max_steps: iteration limit of the solver.
+
+    Example:
+        >>> config = EquilibriumClassifierConfig(
+        ...     shape=(1, 4, 4), classes=3, mean=(0.5,), std=(0.25,), hidden=8
+        ... )
+        >>> model = config.build()
+        >>> model.certificate().bound  # γ / std
+        4.000000000000001
     """
 
     gamma: float | None = 1.0
@@ -193,31 +202,36 @@ class ConvolutionalEquilibriumClassifierConfig(ConvolutionalEquilibriumArchitect
 
 
 class SingleLayerClassifier(Classifier):
-    """Normalisation and one equilibrium layer: images in [0, 1] to logits."""
+    """Normalisation, a fixed map and one equilibrium layer: images in [0, 1] to logits."""
 
-    layer: EquilibriumLayer
-
-    def logits(self, x: Float[Tensor, "batch channels height width"]) -> Tensor:
-        return self.layer(self._features(x))
-
-    def _features(self, x: Tensor) -> Tensor:
-        """Return what the layer takes."""
-        return x
+    layer: EquilibriumLayer[Any]
 
     @property
     def gamma(self) -> float | None:
         return self.layer.gamma
 
-    def _certified(
-        self, x: Tensor, stage: Stage, certificate: NetworkCertificate
-    ) -> tuple[Tensor, Stage]:
-        (proof,) = certificate.layers
-        found = self.layer.certified(self._features(x), proof)
-        return found.value, stage.then(found, proof.bound)
+    def _around(
+        self, whole: LayerCertificate, pairs: PairCertificate | None = None
+    ) -> ChainCertificate:
+        """Return the certificate of the network from one of its layer."""
+        whole = replace(whole, sensitivity=sensitivity(self.layer.weights(), whole))
+        before = certify_chain(self.stages[:-1], self.shape).layers
+        return compose([*before, whole], pairs)
 
 
 class EquilibriumClassifier(SingleLayerClassifier):
-    """Normalisation, flattening and one `EquilibriumLinear`: images in [0, 1] to logits."""
+    """Normalisation, flattening and one `EquilibriumLinear`: images in [0, 1] to logits.
+
+    Example:
+        >>> import torch
+        >>> from lben import EquilibriumClassifierConfig
+        >>> model = EquilibriumClassifierConfig(
+        ...     shape=(1, 4, 4), classes=3, mean=(0.5,), std=(0.25,), hidden=8
+        ... ).build()
+        >>> x, labels = torch.rand(5, 1, 4, 4), torch.zeros(5, dtype=torch.long)
+        >>> model(x).shape, model.certified_radius(x, labels).shape
+        (torch.Size([5, 3]), torch.Size([5]))
+    """
 
     layer: EquilibriumLinear
 
@@ -237,10 +251,11 @@ class EquilibriumClassifier(SingleLayerClassifier):
             max_steps=config.max_steps,
         )
 
-    def _features(self, x: Tensor) -> Tensor:
-        return x.flatten(1)
+    @property
+    def stages(self) -> tuple[nn.Module, ...]:
+        return self.normalize, _FLATTEN, self.layer
 
-    def local_certifier(self, certificate: NetworkCertificate) -> LocalCertifier:
+    def local_certifier(self, certificate: ChainCertificate) -> LocalCertifier:
         """Return what proves radii around single images.
 
         Args:
@@ -251,9 +266,11 @@ class EquilibriumClassifier(SingleLayerClassifier):
             CertificateError: if the certificate is for other weights, or a proof fails.
         """
         if not math.isfinite(certificate.bound):
-            raise ValueError("local proofs start from a finite bound: take certificate('scaled')")
+            raise ValueError(
+                "local proofs start from a finite bound: take certificate(bound='scaled')"
+            )
         weights = self.layer.weights()
-        certificate.layers[0].check(weights)
+        certificate.layers[-1].check(weights)
         return LocalCertifier(
             weights, self.layer.activation, certificate.radius_bound(),
             input_gain=self.normalize.gain,
@@ -263,7 +280,7 @@ class EquilibriumClassifier(SingleLayerClassifier):
     def operating_points(
         self,
         x: Float[Tensor, "batch channels height width"],
-        certificate: NetworkCertificate,
+        certificate: ChainCertificate,
         local: LocalCertifier,
         *,
         pixels: bool = False,
@@ -283,28 +300,25 @@ class EquilibriumClassifier(SingleLayerClassifier):
                 activation or normalisation.
         """
         self._check(certificate)
-        (proof,) = certificate.layers
         own = network_fingerprint(self.layer.weights(), self.layer.activation, self.normalize.gain)
         if local.fingerprint != own:
             raise CertificateError(
                 "this local certificate is for other weights, another activation or another "
                 f"normalisation: fingerprint {local.fingerprint[:12]}…, the model has {own[:12]}…"
             )
-        normalized = self.prepared(x)
-        growth = self.normalize.rounding_growth(self.shape, x.dtype)
-        start = Stage.start(x).then(rounded(normalized, x, growth), certificate.input_gain)
-        found = self.layer.operating_points(self._features(normalized), proof)
-        assert found.elsewhere is not None
-        stage = start.then(
-            Certified(value=x, error=found.logit_error, uniform=found.elsewhere), proof.bound
-        )
+        self._check_rounding(x)
+        *before, proof = certificate.layers
+        features, start = stage_after(self.stages[:-1], x, compose(before))
+        found = self.layer.operating_points(features, proof)
+        logits = Certified(value=found.logits, error=found.logit_error, uniform=found.elsewhere)
+        stage = start.then(logits, proof.bound)
         return replace(
             found,
             fingerprint=own,
             v_error=found.v_error + 2 * start.error[:, None] * local.gains,
             logit_error=stage.error,
             elsewhere=stage.uniform if promise == "running" else None,
-            room=self.normalize.room(x).flatten(2) if pixels else None,
+            box_slack=self.normalize.box_slack(x).flatten(2) if pixels else None,
         )
 
     @property
@@ -313,23 +327,29 @@ class EquilibriumClassifier(SingleLayerClassifier):
             return ("promised", "diagonal", "diagonal pairs")
         return ("promised", "scaled", "pairs", "diagonal", "diagonal pairs")
 
-    def _certificate(self, bound: Bound) -> NetworkCertificate:
-        weights, gain = self.layer.weights(), self.normalize.gain
+    def _certificate(self, bound: Bound) -> ChainCertificate:
         if bound == "promised":
-            return compose([self.layer.certificate()], gain)
-        jointly = bound.startswith("diagonal")
-        whole = certify(weights, tighten_diagonal(weights) if jointly else tighten_scaled(weights))
-        whole = replace(whole, sensitivity=sensitivity(weights, whole))
-        if not bound.endswith("pairs"):
-            return compose([whole], gain)
-        claims = tighten_pairs(weights, fix_multiplier=not jointly)
-        return compose([whole], gain, certify_pairs(weights, claims))
+            return super()._certificate(bound)
+        weights, diagonal = self.layer.weights(), bound.startswith("diagonal")
+        claim = tighten_diagonal(weights) if diagonal else tighten_scaled(weights)
+        pairs = None
+        if bound.endswith("pairs"):
+            pairs = certify(weights, tighten_pairs(weights, fix_multiplier=not diagonal))
+        return self._around(certify(weights, claim), pairs)
 
 
 class ConvolutionalEquilibriumClassifier(SingleLayerClassifier):
-    """Normalisation and one `PooledEquilibriumConv2d`: images in [0, 1] to logits."""
+    """Normalisation and one `PooledEquilibriumConv2d`: images in [0, 1] to logits.
 
-    _fixed: ClassVar = {**Classifier._fixed, "stem": InvertibleDownsampling}
+    Example:
+        >>> import torch
+        >>> from lben import ConvolutionalEquilibriumClassifierConfig
+        >>> model = ConvolutionalEquilibriumClassifierConfig(
+        ...     shape=(1, 8, 8), classes=3, mean=(0.5,), std=(0.25,), channels=(4, 8)
+        ... ).build()
+        >>> model(torch.rand(2, 1, 8, 8)).shape
+        torch.Size([2, 3])
+    """
 
     def __init__(self, config: ConvolutionalEquilibriumClassifierConfig) -> None:
         super().__init__(config.shape, config.mean, config.std)
@@ -353,19 +373,22 @@ class ConvolutionalEquilibriumClassifier(SingleLayerClassifier):
             max_steps=config.max_steps,
         )
 
-    def _features(self, x: Tensor) -> Tensor:
-        return self.stem(x)
+    @property
+    def stages(self) -> tuple[nn.Module, ...]:
+        return self.normalize, self.stem, self.layer
 
     @property
     def bounds(self) -> tuple[Bound, ...]:
         return ("promised", "scaled") if self.gamma is None else ("promised",)
 
-    def _certificate(self, bound: Bound) -> NetworkCertificate:
-        weights, gain = self.layer.weights(), self.normalize.gain
+    def _certificate(self, bound: Bound) -> ChainCertificate:
         if bound == "promised":
-            return compose([self.layer.certificate()], gain)
-        whole = certify_pooled(weights, tighten_pooled(weights))
-        return compose([replace(whole, sensitivity=sensitivity(weights, whole))], gain)
+            return super()._certificate(bound)
+        weights = self.layer.weights()
+        return self._around(certify(weights, tighten_pooled(weights)))
+
+
+_FLATTEN = Flatten()
 
 
 def activation(name: ActivationName) -> ProximalActivation:

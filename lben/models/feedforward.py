@@ -1,4 +1,4 @@
-"""Which explicit 1-Lipschitz networks have a name, and what do they prove?"""
+"""Which feed-forward 1-Lipschitz networks have a name, and what do they prove?"""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from lben.certificates import NetworkCertificate, compose
 from lben.layers import (
     AOLConv2d,
     AOLLinear,
@@ -32,10 +30,8 @@ from lben.layers import (
     SpectralConv2d,
     SpectralLinear,
 )
-from lben.layers.sequential import certified
-from lben.models.base import Architecture, Bound, Classifier
+from lben.models.base import Architecture, Classifier
 from lben.models.configuration import Images, ImageTask, check_channels, check_kernel, fields_of
-from lben.radii.error_bounds import Stage
 from lben.values import check_positive, conform
 
 Block = Literal["sll", "cpl", "aol", "spectral", "sandwich"]
@@ -176,7 +172,18 @@ def published_architecture(size: Size) -> FeedforwardArchitecture:
 
 
 class FeedforwardClassifier(Classifier):
-    """Normalisation, a chain of 1-Lipschitz layers and normalised logits."""
+    """Normalisation, a chain of 1-Lipschitz layers and normalised logits.
+
+    Example:
+        >>> import torch
+        >>> from lben import FeedforwardClassifierConfig
+        >>> model = FeedforwardClassifierConfig(
+        ...     shape=(3, 8, 8), classes=10, mean=(0.5,) * 3, std=(0.25,) * 3, channels=(6,),
+        ...     depths=(2,), dense_depth=1, dense_hidden=16,
+        ... ).build()
+        >>> model(torch.rand(2, 3, 8, 8)).shape, len(model.certificate().pairs)
+        (torch.Size([2, 10]), 10)
+    """
 
     def __init__(self, config: FeedforwardClassifierConfig) -> None:
         super().__init__(config.shape, config.mean, config.std)
@@ -187,30 +194,14 @@ class FeedforwardClassifier(Classifier):
             size = self.features(start).shape[1]
         self.head = NormalizedLinear(size, config.classes, kind=config.head)
 
-    def logits(self, x: Float[Tensor, "batch channels height width"]) -> Tensor:
-        return self.head(self.features(x))
+    @property
+    def stages(self) -> tuple[nn.Module, ...]:
+        return self.normalize, self.features, self.head
 
     @property
     def gamma(self) -> float | None:
         """‖Q‖₂ of the last layer, every other bound being 1."""
         return self.head.weights().gamma
-
-    @property
-    def bounds(self) -> tuple[Bound, ...]:
-        return ("promised",)
-
-    def _certificate(self, bound: Bound) -> NetworkCertificate:
-        """Prove every layer; the bound is the product of theirs, per pair of logits as well."""
-        layers = [*self.features.certificates(self.shape), self.head.certificate()]
-        return compose(layers, self.normalize.gain, self.head.pair_bounds().tolist())
-
-    def _certified(
-        self, x: Tensor, stage: Stage, certificate: NetworkCertificate
-    ) -> tuple[Tensor, Stage]:
-        *layers, head = certificate.layers
-        features, stage = self.features.certified(x, layers, stage)
-        found = certified(self.head, features, [head])
-        return found.value, stage.then(found, head.bound)
 
 
 def _features(config: FeedforwardClassifierConfig) -> Iterator[nn.Module]:

@@ -1,4 +1,8 @@
-"""Free tensors to `DenseWeights`: maps whose range satisfies the certificate by construction."""
+"""Free tensors to weights: maps whose values satisfy the certificate by construction.
+
+A certificate does not rely on that: `certify` proves the weights themselves. Symbols:
+docs/glossary.md.
+"""
 
 from lben.parameterizations.complete import CompleteParameterization
 from lben.parameterizations.contraction import ContractionParameterization
@@ -7,6 +11,7 @@ from lben.parameterizations.convolutional import (
     PooledParameterization,
 )
 from lben.parameterizations.direct import DirectParameterization
+from lben.parameterizations.equilibrium import EquilibriumParameterization
 from lben.parameterizations.feedforward import FeedforwardParameterization
 from lben.parameterizations.fixed import FixedWeights
 from lben.parameterizations.multipliers import Gershgorin, MultiplierRule, Orthonormal
@@ -21,6 +26,7 @@ __all__ = [
     "ContractionParameterization",
     "ConvolutionalParameterization",
     "DirectParameterization",
+    "EquilibriumParameterization",
     "FeedforwardParameterization",
     "FixedWeights",
     "Gershgorin",

@@ -1,6 +1,7 @@
 """Which free tensors reach every (W, U, C, D, Λ) with M(Λ, γ) ⪰ 0, its boundary included?
 
-The direct parameterization needs ‖D‖₂ < γ; residual layers live at ‖D‖₂ = γ.
+The direct parameterization needs ‖D‖₂ < γ; residual layers have ‖D‖₂ = γ. Symbols:
+docs/glossary.md.
 """
 
 from __future__ import annotations
@@ -10,35 +11,53 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lben.parameterizations.equilibrium import EquilibriumParameterization
 from lben.parameterizations.feedforward import UNIT_BOUND
 from lben.weights import DenseWeights
 
 
-class CompleteParameterization(nn.Module):
-    """Unconstrained parameters of every layer that the certificate admits at γ.
+class CompleteParameterization(EquilibriumParameterization[DenseWeights]):
+    """Free tensors F, Y, C, N, d, b, b_y of every layer that the certificate admits at γ.
 
-    With [Q₁; Q₂] = F R⁻¹, RᵀR = FᵀF (orthonormal columns), γ₀ just below γ and Λ = diag eᵈ,
+    Let [Q₁; Q₂] = FR⁻¹ with RᵀR = FᵀF, which has orthonormal columns; γ₀ just below γ; Λ = diag eᵈ.
 
         D = γ₀Q₁,   U = −Λ⁻¹(CᵀQ₁ + √γ₀ YᵀQ₂),
-        W = I − Λ⁻¹(CᵀC/2γ₀ + YᵀY/2 + εΛ + N − Nᵀ),
+        W = I − Λ⁻¹(CᵀC/2γ₀ + YᵀY/2 + εΛ + N − Nᵀ).
 
-    for which M(Λ, γ₀) = [√γ₀Q₂, Y]ᵀ[√γ₀Q₂, Y] + diag(0, 2εΛ) ⪰ 0; the room between γ₀ and γ is for
-    the proof in floating point. Conversely every M(Λ, γ₀) ⪰ diag(0, 2εΛ) has such a square root,
-    and its blocks are these equations. γ is the unit of y (see `DirectParameterization`): the
+    Then M(Λ, γ₀) = [√γ₀Q₂, Y]ᵀ[√γ₀Q₂, Y] + diag(0, 2εΛ) ⪰ 0; the difference between γ₀ and γ lets
+    floating point prove it. Conversely every M(Λ, γ₀) ⪰ diag(0, 2εΛ) has such a square root, whose
+    blocks satisfy these equations. γ is the unit of y (see `DirectParameterization`): the free
     tensors are those of y/γ, for which γ = 1.
 
     Args:
-        weights: with a bound γ, from which the tensors start; best in float64.
+        weights: weights with a bound γ, at which the tensors start; best in float64.
 
     Raises:
-        ValueError: if the weights claim no bound, or do not satisfy the certificate with some room.
+        ValueError: if the weights claim no bound, or if M(Λ, γ) is singular or indefinite for them.
+
+    Reference:
+        Revay, Wang and Manchester (2024), "Recurrent equilibrium networks", for the feed-through;
+        the converse is the square root of a positive semi-definite matrix.
+
+    Example:
+        >>> import torch
+        >>> from lben import certify
+        >>> from lben.parameterizations import CompleteParameterization, DirectParameterization
+        >>> _ = torch.manual_seed(0)
+        >>> weights = DirectParameterization(4, 5, 2, gamma=2.0, dtype=torch.float64)()
+        >>> free = CompleteParameterization(weights)
+        >>> torch.allclose(free().W, weights.W, atol=1e-3), certify(free()).bound
+        (True, 2.0)
     """
 
     def __init__(self, weights: DenseWeights) -> None:
         super().__init__()
         if weights.gamma is None:
-            raise ValueError("weights without a bound cannot be parameterized by one")
-        self.gamma = weights.gamma
+            raise ValueError(
+                "the weights claim no bound (gamma is None), and this parameterization needs one: "
+                "give them that of tighten_diagonal"
+            )
+        self.gamma = self._bound = weights.gamma
         w = weights.apply(Tensor.detach).divide(self.gamma)
         gamma, identity = self._inner(), _identity(w.in_features, w.U)
         D = w.C.new_zeros(w.out_features, w.in_features) if w.D is None else w.D
@@ -55,7 +74,7 @@ class CompleteParameterization(nn.Module):
         smallest = float(torch.linalg.eigvalsh(S * scale[:, None] * scale)[0])
         if not smallest > 100 * torch.finfo(S.dtype).eps:
             raise ValueError(
-                "the weights do not satisfy the certificate with room to move: smallest "
+                "the weights do not satisfy the certificate strictly: smallest "
                 f"eigenvalue in the Λ norm {smallest:.3g}"
             )
         self.epsilon = smallest / 8
@@ -72,7 +91,7 @@ class CompleteParameterization(nn.Module):
         return 1 / math.sqrt(UNIT_BOUND)
 
     def forward(self) -> DenseWeights:
-        """Return the explicit weights, differentiable in the free tensors."""
+        """Return the explicit weights with bound γ, differentiable in the free tensors."""
         gamma, q = self._inner(), len(self.C)
         R = torch.linalg.cholesky(self.F.T @ self.F, upper=True)
         Q = torch.linalg.solve_triangular(R, self.F, upper=True, left=False)
@@ -83,7 +102,7 @@ class CompleteParameterization(nn.Module):
         return DenseWeights(
             W=W, U=U, b=self.b, C=self.C, D=gamma * Q[:q], b_y=self.b_y,
             Lambda=Lambda[:, 0], gamma=1.0,
-        ).scale(self.gamma)  # fmt: skip
+        ).scale(self._bound)  # fmt: skip
 
 
 def _identity(n: int, like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which linear maps are 1-Lipschitz? y = V T^(−½) x + b for every T ⪰ VᵀV."""
+"""Which linear maps are 1-Lipschitz? y = V T^(−½) x + b for every diagonal T ⪰ VᵀV."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from lben.parameterizations.feedforward import (
-    ROOM,
+    PROOF_SLACK,
     UNIT_BOUND,
     FeedforwardParameterization,
     compute,
-    taps,
 )
 from lben.parameterizations.multipliers import MultiplierRule
 from lben.weights import ConvolutionalWeights, DenseWeights
+from lben.weights.linear_maps import taps
 
 
 class ContractionParameterization(FeedforwardParameterization):
-    """Free V and b of y = V T^(−½) x + b: ‖VT^(−½)‖₂ ≤ 1. What runs is (V, b, T^(−½)).
+    """Free tensors V and b of y = V T^(−½) x + b, with ‖VT^(−½)‖₂ ≤ 1 for every value.
 
-    AOL (Prach and Lampert 2022) with `Gershgorin(p, learn_q=False)`; with trained q the linear map
-    of Araujo et al. (2023), Theorem 2; spectral normalisation with `Spectral()`; an orthogonal
-    map with `Orthonormal()` and a parametrization of V that keeps it orthogonal.
+    The layer runs with the tensors (V, b, T^(−½)). The rule for T makes its kind: AOL (Prach and
+    Lampert 2022) with `Gershgorin(p, learn_q=False)`; with trained q the linear map of Araujo et
+    al. (2023), Theorem 2; spectral normalisation with `Spectral()`; an orthogonal map with
+    `Orthonormal()` and a parametrization of V that keeps it orthogonal.
 
     Args:
         shape: of V: (q, p), or (q, p, k, k) for a convolution.
@@ -32,6 +33,20 @@ class ContractionParameterization(FeedforwardParameterization):
 
     Raises:
         ValueError: if a size is not positive.
+
+    Reference:
+        Prach and Lampert (2022), "Almost-orthogonal layers for efficient general-purpose Lipschitz
+        networks", Theorem 1.
+
+    Example:
+        >>> import torch
+        >>> from lben import certify
+        >>> from lben.parameterizations import ContractionParameterization, Spectral
+        >>> _ = torch.manual_seed(0)
+        >>> free = ContractionParameterization((3, 4), Spectral())
+        >>> weights = free.dense(torch.float32)
+        >>> tuple(weights.D.shape), certify(weights).bound
+        ((3, 4), 1.000001)
     """
 
     def __init__(
@@ -65,21 +80,21 @@ class ContractionParameterization(FeedforwardParameterization):
                 centre.copy_(nn.init.orthogonal_(torch.empty_like(centre)))
         nn.init.uniform_(self.b_y, -bound, bound)
 
-    def forward(self, run: torch.dtype) -> tuple[Tensor, ...]:
-        V = self.rounded(compute(self, "V"), run)
+    def forward(self, compute_dtype: torch.dtype) -> tuple[Tensor, ...]:
+        V = self.rounded(compute(self, "V"), compute_dtype)
         T = self.rule(V.transpose(0, 1))
-        (scale,) = self.in_range([(1 - ROOM / 2) * T.rsqrt()], [self.b_y])
+        (scale,) = self.in_range([(1 - PROOF_SLACK / 2) * T.rsqrt()], [self.b_y])
         return V, self.b_y, scale
 
     def blank(self, like: Tensor) -> list[Tensor]:
         return [like.new_empty(shape) for shape in (self.shape, self.shape[:1], self.shape[1:2])]
 
-    def dense(self, run: torch.dtype) -> DenseWeights:
-        V, b_y, scale = self.exact(run)
+    def dense(self, compute_dtype: torch.dtype) -> DenseWeights:
+        V, b_y, scale = self.to_exact(compute_dtype)
         return DenseWeights.affine(V * scale, b_y, UNIT_BOUND)
 
-    def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
-        V, b_y, scale = self.exact(run)
+    def convolutional(self, compute_dtype: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
+        V, b_y, scale = self.to_exact(compute_dtype)
         q, p = V.shape[:2]
         return ConvolutionalWeights(
             U=V.new_zeros(0, p, 1, 1), b=V.new_zeros(0), C=V.new_zeros(q, 0, 1, 1),

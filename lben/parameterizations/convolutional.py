@@ -1,8 +1,8 @@
 """Which convolution W makes the certificate hold for every value of the free kernels?
 
 At every frequency the formulas are those of the direct parameterization (Revay, Wang and
-Manchester 2020, section 4.2 and 5); products of convolutions are convolutions, so they are formed
-from kernels and never from matrices.
+Manchester 2020, sections 4.2 and 5). A product of convolutions is a convolution, so products are
+formed from kernels and never from matrices. Symbols: docs/glossary.md.
 """
 
 from __future__ import annotations
@@ -15,39 +15,63 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lben.parameterizations.feedforward import UNIT_BOUND, mirror, taps
+from lben.parameterizations.equilibrium import EquilibriumParameterization
+from lben.parameterizations.feedforward import UNIT_BOUND
 from lben.parameterizations.multipliers import gram
 from lben.parameterizations.polyphase import Polyphase
-from lben.weights import ConvolutionalWeights, PooledWeights, check_epsilon, check_gamma
+from lben.weights import (
+    ConvolutionalWeights,
+    ImageGeometry,
+    PooledWeights,
+    check_epsilon,
+    check_gamma,
+)
+from lben.weights.linear_maps import mirror, taps
 
 
-class ConvolutionalParameterization(nn.Module):
-    """Images to images: every matrix of the direct parameterization is a k × k convolution.
+class ConvolutionalParameterization(EquilibriumParameterization[ConvolutionalWeights]):
+    """Free k × k kernels U, C, V, N of an equilibrium layer from images to images.
 
     With one entry of Λ per channel, G = ΛU + sCᵀ/γ and r = γ − s²/γ,
 
         W = I − Λ⁻¹ ( ½CᵀC/γ + ½GGᵀ/r + VᵀV + εΛ + N − Nᵀ ),   D = sI.
 
-    At s = γ, where residual layers live, r is zero: then G has to be, and U = −Λ⁻¹Cᵀ. γ is the unit
-    of y (see `DirectParameterization`): C, D, b_y and Λ are γ times those of γ = 1, to which the
-    free kernels belong. For y = z it is the unit of z instead: U and b are γ times theirs, Λ is
-    that divided by γ.
+    W has a kernel of size 2k − 1. At s = γ, as in residual layers, r is 0; then G must be 0 too,
+    and U = −Λ⁻¹Cᵀ is not free. γ is the unit of y (see `DirectParameterization`): the free kernels
+    belong to γ = 1, and C, D, b_y and Λ are γ times what the formulas give there. For y = z
+    (C = I), γ is the unit of z instead: U and b are multiplied by γ, and Λ is divided by it.
 
     Args:
         in_channels: p.
         hidden_channels: n.
         out_channels: q; None for y = z (C = I).
         kernel_size: k, odd.
+        image: height and width of x; None for weights of every image size, which can be proved and
+            not evaluated.
+        stride: x is down-sampled first, each stride × stride block of pixels into channels.
         gamma: l2 Lipschitz bound of x ↦ y, or None.
         skip: s in [0, γ]; 0 for no feed-through.
-        learn_metric: whether Λ is trained; otherwise it is that of Λ = I at γ = 1.
+        learn_metric: whether Λ is trained; otherwise Λ is I at γ = 1.
         epsilon: slack, m ≥ ε.
         circular: whether the image is a torus; otherwise it is surrounded by zeros.
         device, dtype: as in torch.nn.
 
     Raises:
         ValueError: if a size, gamma or epsilon is not positive, the kernel size even, or a skip
-            lies outside [0, γ], has no γ, or joins unequal numbers of channels.
+            lies outside [0, γ], has no γ, or joins unequal numbers of channels; if the image is no
+            multiple of the stride, or smaller than a kernel.
+
+    Reference:
+        Revay, Wang and Manchester (2020), "Lipschitz bounded equilibrium networks", section 5.
+
+    Example:
+        >>> import torch
+        >>> from lben.parameterizations import ConvolutionalParameterization
+        >>> _ = torch.manual_seed(0)
+        >>> free = ConvolutionalParameterization(1, 2, 1, gamma=2.0, circular=True)
+        >>> weights = free()
+        >>> tuple(weights.U.shape), tuple(weights.W.shape), weights.gamma
+        ((2, 1, 3, 3), (2, 2, 5, 5), 2.0)
     """
 
     def __init__(
@@ -57,6 +81,8 @@ class ConvolutionalParameterization(nn.Module):
         out_channels: int | None,
         kernel_size: int = 3,
         *,
+        image: tuple[int, int] | None = None,
+        stride: int = 1,
         gamma: float | None = 1.0,
         skip: float = 0.0,
         learn_metric: bool = True,
@@ -76,19 +102,25 @@ class ConvolutionalParameterization(nn.Module):
                 f"a skip needs as many output channels as inputs, got {in_channels} and "
                 f"{out_channels}"
             )
-        # At s = γ the room between γ and s is for the proof in floating point.
+        # At s = γ, s is a little smaller, so that floating point can prove the bound.
         self.skip = skip / math.sqrt(UNIT_BOUND) if skip == gamma else skip
         self.gamma, self.epsilon, self.circular = gamma, epsilon, circular
-        k, n = kernel_size, hidden_channels
+        k, n, inputs = kernel_size, hidden_channels, in_channels * stride**2
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
         self.C = None if out_channels is None else parameter(outputs, n, k, k)
-        self.U = None if skip == gamma else parameter(n, in_channels, k, k)
+        self.U = None if skip == gamma else parameter(n, inputs, k, k)
         self.V, self.N = parameter(n, n, k, k), parameter(n, n, k, k)
         self.b, self.b_y = parameter(n), None if self.C is None else parameter(outputs)
         self.log_metric = parameter(n) if learn_metric else None
+        self.geometry = None
+        if image is not None:
+            self.geometry = ImageGeometry(
+                image, stride=stride, circular=circular, state_channels=n,
+                state_kernel=2 * k - 1, input_kernel=k, device=device,
+            )  # fmt: skip
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -105,7 +137,7 @@ class ConvolutionalParameterization(nn.Module):
                 nn.init.zeros_(vector)
 
     def forward(self) -> ConvolutionalWeights:
-        """Return the explicit weights, differentiable in the free kernels."""
+        """Return the explicit weights with bound γ, differentiable in the free kernels."""
         Lambda = torch.ones_like(self.b) if self.log_metric is None else self.log_metric.exp()
         C = _identity(self.b) if self.C is None else self.C
         b_y = torch.zeros_like(self.b) if self.b_y is None else self.b_y
@@ -119,7 +151,8 @@ class ConvolutionalParameterization(nn.Module):
             C, b_y, Lambda = unit * C, unit * b_y, unit * Lambda
         return ConvolutionalWeights(
             W=W, U=U, b=b, C=C, D=self.skip or None, b_y=b_y, Lambda=Lambda,
-            gamma=self.gamma, circular=self.circular,
+            gamma=self.gamma, circular=self.circular, geometry=self.geometry,
+            reads_state=self.C is None,
         )  # fmt: skip
 
     def _bound_terms(self, Lambda: Tensor, C: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -141,17 +174,19 @@ _GAIN = 2.0
 """Of U and of the read-out of `PooledParameterization` at the start."""
 
 
-class PooledParameterization(nn.Module):
-    """Images to numbers: states at one or more resolutions, averaged over windows, then a matrix.
+class PooledParameterization(EquilibriumParameterization[PooledWeights]):
+    """Free kernels of an equilibrium layer from images to numbers, with a pooled readout.
+
+    The states, at one or more resolutions, are averaged over windows; a matrix G follows.
 
         y = Cz + b_y,   C = G · (sum over windows ÷ side of the windows),
         W = I − Λ⁻¹ ( ½CᵀC/γ + ½ΛUUᵀΛ/γ + VᵀV + εΛ + N − Nᵀ ).
 
     Here γ is the unit of y (see `DirectParameterization`): C, b_y and Λ are γ times those of γ = 1.
 
-    The pooling preserves norms: ‖C‖₂ = ‖G‖₂. CᵀC has rank q and is kept apart: W is a convolution
-    plus A⟨C, ·⟩ with A = −½CΛ⁻¹/γ. So the bound is that of y, and not the product of a bound of z
-    with the norm of the read-out.
+    The pooling preserves norms: ‖C‖₂ = ‖G‖₂. CᵀC has rank q and is no convolution; so W is a
+    convolution plus A⟨C, ·⟩ with A = −½CΛ⁻¹/γ. The bound γ is therefore one of y itself, not the
+    product of a bound of z and the norm of the readout.
 
     With several numbers of hidden channels the state has as many scales, each of half the
     resolution of the one before: V and N couple a scale with itself and, by convolutions of stride
@@ -175,6 +210,18 @@ class PooledParameterization(nn.Module):
     Raises:
         ValueError: if a size, gamma or epsilon is not positive, the kernel size even, or the image
             not a multiple of the windows or of the coarsest pixels.
+
+    Reference:
+        Winston and Kolter (2020), "Monotone operator equilibrium networks", section 5, for the
+        scales.
+
+    Example:
+        >>> import torch
+        >>> from lben.parameterizations import PooledParameterization
+        >>> _ = torch.manual_seed(0)
+        >>> weights = PooledParameterization(1, 2, 3, image=(8, 8), gamma=0.5)()
+        >>> tuple(weights.C.shape), weights.gamma
+        ((3, 2, 8, 8), 0.5)
     """
 
     def __init__(
@@ -222,14 +269,17 @@ class PooledParameterization(nn.Module):
         self.G = parameter(out_features, sum(scales), *windows)
         self.b, self.b_y = parameter(sum(scales)), parameter(out_features)
         self.log_metric = parameter(sum(scales)) if learn_metric else None
+        self.geometry = ImageGeometry(
+            image, stride=coarsest, circular=circular, state_channels=self.layout.units,
+            state_kernel=2 * k - 1, input_kernel=k, device=device,
+        )  # fmt: skip
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw fresh kernels: U and G near orthogonal and of norm 2, V and N small.
 
-        Where U passes every direction at gain u, G reads at gain c, and VᵀV + ε is s, the output
-        moves by cu / (½(c² + u²) + s) at most, at γ = 1: which is reached where the two are alike
-        and large.
+        If U has gain u and G gain c in every direction, and VᵀV + ε = s, then at γ = 1 the layer
+        has the gain cu / (½(c² + u²) + s) at most. That is near 1 where u = c is large.
         """
         _draw(self.U, 0.3 * _GAIN)
         centre = self.U.shape[-1] // 2
@@ -264,7 +314,7 @@ class PooledParameterization(nn.Module):
             C, b_y, Lambda = self.gamma * C, self.gamma * b_y, self.gamma * Lambda
         state = ConvolutionalWeights(
             W=W, U=U, b=b, C=W.new_zeros(0, len(b), 1, 1), D=None, b_y=b.new_zeros(0),
-            Lambda=Lambda, gamma=None, circular=self.circular,
+            Lambda=Lambda, gamma=None, circular=self.circular, geometry=self.geometry,
         )  # fmt: skip
         return PooledWeights(
             state=state, A=torch.zeros_like(C) if A is None else A, C=C, b_y=b_y,
@@ -272,7 +322,7 @@ class PooledParameterization(nn.Module):
         )  # fmt: skip
 
     def _readout(self) -> Tensor:
-        """Return C: G spread over the pixels of its windows, with the norm of G."""
+        """Return C: each entry of G repeated over the pixels of its window; ‖C‖₂ = ‖G‖₂."""
         finest = self.layout.factors[0]
         window = self.pool // finest
         sides = self.layout.sides(self.G) * window

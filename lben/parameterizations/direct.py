@@ -1,7 +1,7 @@
 """Which W makes the certificate hold for every value of the free tensors?
 
 Revay, Wang and Manchester (2020), section 4.2, equations (15) to (17), extended by a
-feed-through D.
+feed-through D. Symbols: docs/glossary.md.
 """
 
 from __future__ import annotations
@@ -11,29 +11,30 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lben.parameterizations.equilibrium import EquilibriumParameterization
 from lben.weights import DenseWeights, check_epsilon, check_gamma
 
 
-class DirectParameterization(nn.Module):
-    """Unconstrained parameters of a Lipschitz, well-posed or monotone equilibrium layer.
+class DirectParameterization(EquilibriumParameterization[DenseWeights]):
+    """Free tensors U, C, V, N, d, X, b, b_y of a Lipschitz, well-posed or monotone layer.
 
     With Λ = diag eᵈ, R = γI − DᵀD/γ and G = ΛU + CᵀD/γ,
 
         W = I − Λ⁻¹ ( ½CᵀC/γ + ½G R⁻¹Gᵀ + VᵀV + εΛ + N − Nᵀ ),
 
-    for which M(Λ, γ) has Schur complement 2VᵀV + 2εΛ ≻ 0. One formula, three families:
+    Then M(Λ, γ) has the Schur complement 2VᵀV + 2εΛ ≻ 0. One formula makes three families:
 
     - gamma given: x ↦ y is γ-Lipschitz in l2 (LBEN);
-    - gamma None: the C and U terms are dropped; well-posed, no bound;
+    - gamma None: without the C and U terms; well-posed, no bound;
     - gamma None and learn_metric False: Λ = I as well (monDEQ, Winston and Kolter 2020).
 
     Note [γ is the unit of y]
-    The free tensors are those of γ = 1, and y is multiplied by γ: C, D, b_y and Λ are γ times what
-    the formulas give at γ = 1, V is √γ and N is γ times what is stored. So W, the state and all
-    solves are the same at any γ, and training is, up to the size of y.
+    The free tensors are those of a layer with γ = 1, whose y is multiplied by γ. So C, D, b_y and Λ
+    are γ times what the formulas give at γ = 1; in the formulas at γ, V is √γ times and N is γ
+    times the stored tensor. W and z are the same at every γ; so is training, up to the size of y.
 
-    At γ = 1 the feed-through is D = L⁻¹X with LLᵀ = I + XXᵀ, which has ‖D‖₂ < 1 for every X and
-    makes R⁻¹ = I + XᵀX free of any inverse.
+    At γ = 1 the feed-through is D = L⁻¹X with LLᵀ = I + XXᵀ. Then ‖D‖₂ < 1 for every X, and
+    R⁻¹ = I + XᵀX needs no inverse.
 
     Args:
         in_features: p.
@@ -47,6 +48,19 @@ class DirectParameterization(nn.Module):
 
     Raises:
         ValueError: if a size or epsilon or gamma is not positive, or feedthrough has no gamma.
+
+    Reference:
+        Revay, Wang and Manchester (2020), "Lipschitz bounded equilibrium networks", section 4.2,
+        equations (15) to (17); Winston and Kolter (2020) for Λ = I.
+
+    Example:
+        >>> import torch
+        >>> from lben import certify
+        >>> from lben.parameterizations import DirectParameterization
+        >>> _ = torch.manual_seed(0)
+        >>> weights = DirectParameterization(4, 6, 2, gamma=2.0)()
+        >>> tuple(weights.W.shape), certify(weights).bound
+        ((6, 6), 2.0)
     """
 
     def __init__(
@@ -88,8 +102,8 @@ class DirectParameterization(nn.Module):
     def reset_parameters(self) -> None:
         """Draw fresh parameters from torch's generator.
 
-        U and C have orthonormal rows, so the two terms of the bound weigh alike and
-        I − W starts near ½(UUᵀ + CᵀC); V and N start at 0.3 of a unit-norm random matrix.
+        U and C have orthonormal rows or columns, so the two terms of the bound have equal norms and
+        I − W starts near ½(UUᵀ + CᵀC). V and N start at 0.3 times a random matrix of norm near 1.
         """
         spread = 0.3 / math.sqrt(self.V.shape[0])
         nn.init.orthogonal_(self.U)
@@ -104,7 +118,7 @@ class DirectParameterization(nn.Module):
             nn.init.normal_(self.X, std=0.1 / math.sqrt(self.X.shape[1]))
 
     def forward(self) -> DenseWeights:
-        """Return the explicit weights, differentiable in the free tensors."""
+        """Return the explicit weights with bound γ, differentiable in the free tensors."""
         Lambda = torch.ones_like(self.b) if self.log_metric is None else self.log_metric.exp()
         D, bound_term = self._bound_term(Lambda)
         monotone = torch.addmm(self.N - self.N.T, self.V.T, self.V) + bound_term
@@ -131,7 +145,10 @@ class DirectParameterization(nn.Module):
 
     @torch.no_grad()
     def right_inverse(self, weights: DenseWeights) -> None:
-        """Set the free tensors so that `forward` returns these weights, to rounding.
+        """Set the free tensors so that `forward` returns the given weights up to rounding.
+
+        Args:
+            weights: of the same sizes, with the same γ, and D where this one has a feed-through.
 
         Raises:
             ValueError: if gamma or the presence of D differs, Λ is not γI although it is not
@@ -146,8 +163,11 @@ class DirectParameterization(nn.Module):
         if self.log_metric is not None:
             self.log_metric.copy_(weights.Lambda.log())
         elif not torch.equal(weights.Lambda, torch.ones_like(weights.Lambda)):
-            kept = "Λ = I" if self.gamma is None else f"Λ = I times {self.gamma:g}"
-            raise ValueError(f"the weights have another Λ, but this parameterization keeps {kept}")
+            own = "Λ = I" if self.gamma is None else f"Λ = I times {self.gamma:g}"
+            raise ValueError(
+                f"this parameterization has the fixed {own}, and the weights have another Λ: build "
+                "it with learn_metric=True"
+            )
         for name in ("U", "C", "b", "b_y"):
             getattr(self, name).copy_(getattr(weights, name))
         if self.X is not None and weights.D is not None:

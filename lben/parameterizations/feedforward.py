@@ -1,4 +1,7 @@
-"""What has every parameterization of an explicit layer (W = 0)?"""
+"""What do all parameterizations of a feed-forward layer (W = 0) have in common?
+
+Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +13,38 @@ import torch
 from torch import Tensor, nn
 
 from lben.parameterizations.parametrized import PicklableParametrized
-from lben.parameterizations.sizes import integer
 from lben.weights import ConvolutionalWeights, DenseWeights
+from lben.weights.sizes import integer
 from solvers.precision import cast
 
-# Note [Room for the proof]
+# Note [Slack for the proof]
 # M(Λ, γ) of these layers is singular at γ = 1: in a residual layer its upper left block
-# γI − DᵀD/γ is zero, and 2Λ − CᵀC touches zero where T touches UUᵀ. A proof in floating point needs
-# room, so the claim is a millionth above 1, and T⁻¹ is two millionths smaller than it may be (which
-# also covers the few roundings of its evaluation in float32).
+# γI − DᵀD/γ is zero, and 2Λ − CᵀC is singular where T − UUᵀ is. Floating point proves no singular
+# matrix, so the claim is a millionth above 1, and T⁻¹ is two millionths smaller than exact
+# arithmetic admits (which also covers the few roundings of its evaluation in float32).
 UNIT_BOUND = 1.0 + 1e-6
-ROOM = 2.0**-19
+PROOF_SLACK = 2.0**-19
 
 
 class FeedforwardParameterization(PicklableParametrized, ABC):
-    """Free tensors of a layer that is 1-Lipschitz for each of their values.
+    """Base of the free tensors of a feed-forward layer that is 1-Lipschitz for every value.
+
+    A subclass returns the tensors that the layer runs with (`forward`) and, in float64, the weights
+    of the same layer (`dense`, `convolutional`), which a certificate proves.
 
     Args:
         shape: of the weight: two sizes for a matrix, four for the kernel of a convolution.
 
     Raises:
         ValueError: if a size is not positive.
+
+    Example:
+        >>> from lben.parameterizations import (
+        ...     FeedforwardParameterization, ResidualParameterization, Spectral
+        ... )
+        >>> free = ResidualParameterization((8, 4), Spectral())
+        >>> isinstance(free, FeedforwardParameterization), free.shape
+        (True, (8, 4))
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -40,39 +54,49 @@ class FeedforwardParameterization(PicklableParametrized, ABC):
         self.shape = tuple(integer(f"every size of the weight {shape}", n) for n in shape)
 
     @abstractmethod
-    def forward(self, run: torch.dtype) -> tuple[Tensor, ...]:
-        """Return the tensors with which the layer runs in a precision, differentiable.
+    def forward(self, compute_dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return the tensors that the layer runs with, differentiable in the free tensors.
 
-        They keep the precision of the parameters; a weight is rounded to `run` before its
-        multiplier is computed, so that the bound is that of the rounded weight.
+        They have the dtype of the parameters. A weight is rounded to `compute_dtype` before its
+        multiplier is computed, so that the bound holds for the rounded weight.
+
+        Args:
+            compute_dtype: the precision in which the layer's products run.
+
+        Raises:
+            ValueError: if the weights are not finite, or T leaves the range of their dtype.
         """
 
     @abstractmethod
     def blank(self, like: Tensor) -> list[Tensor]:
-        """Return contiguous tensors of the shapes and dtypes that `forward` returns, unset."""
+        """Return uninitialised contiguous tensors of the shapes and dtypes of `forward`'s."""
 
     @abstractmethod
-    def dense(self, run: torch.dtype) -> DenseWeights:
-        """Return the float64 weights of a linear layer that runs in a precision, exactly."""
+    def dense(self, compute_dtype: torch.dtype) -> DenseWeights:
+        """Return the float64 weights of the dense layer that runs in `compute_dtype`, exactly."""
 
     @abstractmethod
-    def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
-        """Return the float64 weights of a convolutional layer that runs in a precision, exactly."""
+    def convolutional(self, compute_dtype: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
+        """Return the float64 kernels of the convolution that runs in `compute_dtype`, exactly."""
 
-    def exact(self, run: torch.dtype) -> tuple[Tensor, ...]:
-        """Return what runs, in float64: products of two float32 numbers are exact there."""
-        return tuple(cast(t, torch.float64) for t in self(run))
+    def to_exact(self, compute_dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return the tensors of `forward` in float64: products of two float32 numbers are exact."""
+        return tuple(cast(t, torch.float64) for t in self(compute_dtype))
 
     @staticmethod
     def in_range(scales: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
-        """Return scales that T makes, or refuse those that are no normal numbers.
+        """Return the scales computed from T, after a check that they are positive normal numbers.
 
-        They are none where the weights hold NaN or infinite numbers, which T inherits, or where T
-        leaves the range of the dtype. NaN takes their place first: where the host cannot look (in a
-        transform of torch.func, while a CUDA graph is captured) what runs is NaN, not wrong.
+        They are not if the weights hold NaN or infinite numbers, or if T leaves the range of the
+        dtype. Such a scale becomes NaN. So where the host cannot read values (in a transform of
+        torch.func, while a CUDA graph is captured) the layer returns NaN instead of a wrong value.
+
+        Args:
+            scales: made of T.
+            biases: checked to be finite.
 
         Raises:
-            ValueError: naming the reason.
+            ValueError: if a scale is no positive normal number, or a bias is not finite.
         """
         tiny = torch.finfo(scales[0].dtype).tiny
         fit = [(s >= tiny) & s.isfinite() for s in scales]
@@ -87,16 +111,18 @@ class FeedforwardParameterization(PicklableParametrized, ABC):
         return checked
 
     @staticmethod
-    def rounded(weight: Tensor, run: torch.dtype) -> Tensor:
-        """Return the weight rounded to a precision, in its own."""
-        return weight if run == weight.dtype else weight.to(run).to(weight.dtype)
+    def rounded(weight: Tensor, compute_dtype: torch.dtype) -> Tensor:
+        """Return the weight rounded to `compute_dtype`, in its own dtype."""
+        return (
+            weight if compute_dtype == weight.dtype else weight.to(compute_dtype).to(weight.dtype)
+        )
 
 
 def compute(module: nn.Module, name: str) -> Tensor:
-    """Return a weight that a parametrization of torch may compute.
+    """Return a module's weight, which a parametrization of torch may compute on access.
 
     Raises:
-        ValueError: if its linear algebra fails.
+        ValueError: if the linear algebra of the parametrization fails.
     """
     try:
         weight: Tensor = getattr(module, name)
@@ -111,13 +137,3 @@ def _out_of_range(dtype: torch.dtype) -> str:
         "the weights contain NaN or Inf, or numbers so large or small that T leaves the range of "
         f"{dtype}: did training diverge? Scale the weights towards 1, or use float64"
     )
-
-
-def taps(vector: Tensor) -> Tensor:
-    """Return one number per channel, shaped to scale the pixels of images and kernels."""
-    return vector[:, None, None]
-
-
-def mirror(kernel: Tensor) -> Tensor:
-    """Return the kernel of the adjoint convolution."""
-    return kernel.transpose(0, 1).flip(2, 3)

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lben.weights import ConvolutionalWeights, DenseWeights, PooledWeights
-
-Weights = DenseWeights | ConvolutionalWeights | PooledWeights
+from lben.parameterizations.equilibrium import W_, EquilibriumParameterization
 
 
-class FixedWeights(nn.Module):
+class FixedWeights(EquilibriumParameterization[W_]):
     """Weights that are not computed from anything.
 
     Nothing holds by construction here: a certificate of the layer proves what the weights support.
 
     Args:
-        weights: copied, in their own precision; they are not trained.
+        weights: copied, in their own precision; they are not trained. γ is what they claim.
     """
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: W_) -> None:
         super().__init__()
+        self.gamma = weights.gamma
         self._like = weights.apply(Tensor.detach)
         for name, tensor in weights.tensors().items():
             self.register_parameter(name, nn.Parameter(tensor.detach().clone(), False))
 
-    @property
-    def gamma(self) -> float | None:
-        """The bound that the weights claim."""
-        return self._like.gamma
-
-    def forward(self) -> Weights:
+    def forward(self) -> W_:
         """Return the weights."""
-        tensors: dict[str, Tensor] = dict(self.named_parameters())
-        return self._like.with_tensors(tensors)
+        return self._like.with_tensors(dict(self.named_parameters()))

@@ -1,9 +1,9 @@
-"""Which diagonal T lies above UUᵀ, for every U and with every rounding of its evaluation?
+"""Which diagonal T satisfies T ⪰ UUᵀ, for every U and with every rounding of its evaluation?
 
-U is a matrix n × p, or the kernel n × p × k × k of a convolution: then UUᵀ is the convolution
-whose kernel is U correlated with itself, n × n × (2k−1) × (2k−1), and T has one entry per channel.
-Both are treated by the same lines, since sums over taps are sums over columns: a convolution on
-a torus, or cut out of one by zero padding, is a matrix with these rows.
+U is a matrix n × p, or the kernel n × p × k × k of a convolution. For a kernel, UUᵀ is the
+convolution whose kernel is U correlated with itself, n × n × (2k−1) × (2k−1), and T has one entry
+per channel. The same code serves both: a convolution on a torus, or one cut out of it by zero
+padding, is a matrix whose row sums are sums over columns and taps. Symbols: docs/glossary.md.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lben import precision
-from lben.parameterizations.sizes import flag, integer
+from lben.weights.sizes import flag, integer
 from solvers.dependencies import transforms_are_active
-from solvers.precision import full_precision
+from solvers.precision import use_full_precision
 
 # Entries of T below it are raised to it: T⁻¹ stays finite, and rounding below the smallest normal
 # number (2⁻¹²⁶ in float32) stays below its rounding.
@@ -27,50 +27,62 @@ FLOOR = 2.0**-60
 
 
 class MultiplierRule(nn.Module, ABC):
-    """T(U), a diagonal with T ⪰ UUᵀ.
+    """Base of the rules that map U to a diagonal T(U) ⪰ UUᵀ. A subclass implements `bound`.
 
-    Note [Whose precision]
-    Error bounds are those of products in float32 or float64. What torch may round further (TF32
-    convolutions are its default on CUDA) is switched off meanwhile. T is computed in float64 for
-    kernels where the float32 algorithms include some (Winograd's) that sum otherwise.
+    Note [Precision of T]
+    The error bounds are those of products in float32 or float64. Modes of torch that round products
+    further (TF32 convolutions are its default on CUDA) are switched off while T is computed. T of a
+    kernel is computed in float64 where float32 convolutions may use algorithms, such as Winograd's,
+    that are not plain sums of products.
 
-    Note [Nothing vanishes]
-    Numbers below the smallest normal one, t, may be lost: results to underflow, operands to a
-    processor that takes denormal ones for zeros. Everything is computed in units of powers of two,
-    with which products are exact. Where one unit serves all of U, what vanishes is far below the
-    bound of the rounding, which is relative to the norm of U. Where T has a row of its own for each
-    row of U, each has a unit of its own, and what may vanish is added (`Gershgorin`).
+    Note [Underflow]
+    Let t be the smallest normal number. Smaller results may underflow, and some processors read
+    smaller operands as zero. So everything is computed in units that are powers of two, by which
+    multiplication is exact. Where one unit serves all of U, what is lost is far below the bound of
+    the rounding, which is relative to the norm of U. Where T has an entry of its own size for each
+    row of U, each row has its own unit, and a bound of the loss is added (`Gershgorin`).
+
+    Example:
+        >>> import torch
+        >>> from lben.parameterizations import MultiplierRule
+        >>> class Trace(MultiplierRule):
+        ...     def bound(self, U):
+        ...         return 1.01 * U.square().sum().expand(len(U))
+        >>> [round(t, 2) for t in Trace()(torch.eye(2)).tolist()]
+        [2.02, 2.02]
     """
 
     def forward(self, U: Float[Tensor, "n p *taps"]) -> Float[Tensor, " n"]:
-        """Return T, at least FLOOR, differentiable in U and in the rule's own parameters.
+        """Return T ⪰ UUᵀ, at least FLOOR, differentiable in U and in the rule's own parameters.
 
         Args:
-            U: float32 or float64.
+            U: float32 or float64; taps are absent or k × k.
+
+        Returns:
+            The diagonal of T, in the dtype of U.
         """
-        with full_precision(U):
+        with use_full_precision(U):
             other_sums = U.ndim > 2 and not precision.sums_plainly(U)
             T = self.multiplier(U.double() if other_sums else U).clamp_min(FLOOR)
             return T if T.dtype == U.dtype else T.to(U.dtype) * (1 + 2 * torch.finfo(U.dtype).eps)
 
     def multiplier(self, U: Float[Tensor, "n p *taps"]) -> Float[Tensor, " n"]:
-        """Return T of weights of any scale, in their precision; NaN or infinite out of range."""
+        """Return T of weights of any scale, in their dtype; NaN or infinite out of its range."""
         unit = power_of_two(U.detach().abs().amax())
         return self.bound(U / unit) * unit * unit
 
     @abstractmethod
     def bound(self, U: Float[Tensor, "n p *taps"]) -> Float[Tensor, " n"]:
-        """Return T of weights whose largest entry lies in [½, 1) (or are zero)."""
+        """Return T of weights that are zero, or whose largest entry has a size in [½, 1)."""
 
 
 class Gershgorin(MultiplierRule):
     """Tᵢ = (Σⱼ |Gᵢⱼ| qⱼ/qᵢ)^(1/2ˢ) with G = (UUᵀ)^(2ˢ) and q > 0.
 
     With s = 0 and trained q this is the T of SLL, with q = 1 that of AOL: diag(Σⱼ|G|ᵢⱼqⱼ/qᵢ) − G is
-    diagonally dominant in coordinates scaled by q, hence positive semi-definite (Araujo et al.
-    2023, Theorem 3 and Corollary; Prach and Lampert 2022). For s > 0 the same holds for the power,
-    and the root preserves the order: A ⪰ B ⪰ 0 implies A^r ⪰ B^r for 0 ≤ r ≤ 1 (Löwner–Heinz). As s
-    grows T approaches ‖U‖₂² I from above.
+    diagonally dominant in coordinates scaled by q, hence positive semi-definite. For s > 0 the same
+    holds for the power, and the root preserves the order: A ⪰ B ⪰ 0 implies A^r ⪰ B^r for
+    0 ≤ r ≤ 1 (Löwner–Heinz). As s grows, T approaches ‖U‖₂² I from above.
 
     Args:
         units: n.
@@ -80,6 +92,19 @@ class Gershgorin(MultiplierRule):
 
     Raises:
         ValueError: if units is not positive or squarings negative.
+
+    Reference:
+        Araujo, Havens, Delattre, Allauzen and Hu (2023), "A unified algebraic perspective on
+        Lipschitz neural networks", Theorem 3; Prach and Lampert (2022) for q = 1.
+
+    Example:
+        UUᵀ = [1 1; 1 2] has the row sums 2 and 3.
+
+        >>> import torch
+        >>> from lben.parameterizations import Gershgorin
+        >>> rule = Gershgorin(2, learn_q=False)
+        >>> [round(t, 3) for t in rule(torch.tensor([[1.0, 0.0], [1.0, 1.0]])).tolist()]
+        [2.0, 3.0]
     """
 
     def __init__(
@@ -103,11 +128,12 @@ class Gershgorin(MultiplierRule):
         self.log_q = nn.Parameter(q) if learn_q else None
 
     def multiplier(self, U: Tensor) -> Tensor:
-        """Return T; without squarings every row of U in a unit of its own.
+        """Return T; without squarings, every row of U is measured in a unit of its own.
 
-        With U = RV, R = diag(r) of powers of two and |V| < 1, Tᵢ = (rᵢr/qᵢ) Σⱼ |VVᵀ|ᵢⱼ (rⱼ/r)qⱼ for
-        r = max rⱼ. An entry of V has lost at most 2t(1 + 1/rᵢ), a product or sum at most 3t, and so
-        Σ at most 32 t (1 + 1/rᵢ) for each of its products.
+        Let U = RV with R = diag(r) of powers of two and |V| < 1, and r = max rⱼ. Then
+        Tᵢ = (rᵢr/qᵢ) Σⱼ |VVᵀ|ᵢⱼ (rⱼ/r)qⱼ. With t the smallest normal number, underflow costs an
+        entry of V at most 2t(1 + 1/rᵢ), and a product or sum at most 3t. So Σ loses at most
+        32 t (1 + 1/rᵢ) for each of its products.
         """
         if self.squarings:
             return super().multiplier(U)
@@ -138,15 +164,29 @@ class Gershgorin(MultiplierRule):
 
 
 class Orthonormal(MultiplierRule):
-    """T = (1 + ‖UUᵀ − I‖₂) I, for a matrix that is orthogonal up to rounding. No gradient.
+    """T = (1 + ‖UUᵀ − I‖₂) I, for a matrix that is orthogonal up to rounding. T has no gradient.
 
-    The defect is evaluated in float64, on the smaller side of U, and bounded by its row sums: the
-    rule is right for every matrix, and tight for one that a parametrization keeps orthogonal.
+    UUᵀ − I (or UᵀU − I, whichever is smaller) is evaluated in float64, and its norm bounded by its
+    row sums. T ⪰ UUᵀ holds for every matrix; T is near I for one that a parametrization keeps
+    orthogonal.
+
+    Raises:
+        ValueError: if U is a kernel.
+
+    Example:
+        >>> import torch
+        >>> from lben.parameterizations import Orthonormal
+        >>> rotation = torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
+        >>> [round(t, 3) for t in Orthonormal()(rotation).tolist()]
+        [1.0, 1.0]
     """
 
     def bound(self, U: Tensor) -> Tensor:
         if U.ndim != 2:
-            raise ValueError(f"orthogonality is defined here for matrices, got {tuple(U.shape)}")
+            raise ValueError(
+                f"Orthonormal takes a matrix, got a weight of shape {tuple(U.shape)}: for kernels "
+                "use Gershgorin or Spectral"
+            )
         A = U.detach().double()
         A = A.T if A.shape[1] < A.shape[0] else A
         defect = gram(A)
@@ -181,33 +221,35 @@ def _product(A: Tensor, B: Tensor) -> Tensor:
 
 
 def power_of_two(size: Tensor) -> Tensor:
-    """Return the power of two next above numbers ≥ 0, at least 2t: dividing by it is exact."""
+    """Return the next power of two above numbers ≥ 0, at least twice the smallest normal number."""
     size = size.clamp_min(torch.finfo(size.dtype).tiny)
     return size / torch.frexp(size).mantissa
 
 
 def gamma(k: int, like: Tensor) -> float:
-    """Return γ_k = ku/(1 − ku) of the dtype, the relative error of k roundings in any order."""
+    """Return γ_k = ku/(1 − ku) of the dtype: it bounds the relative error of k roundings."""
     unit = k * torch.finfo(like.dtype).eps / 2
     if unit >= 0.5:
-        raise ValueError(f"sums of {k} terms cannot be bounded in {like.dtype}")
+        raise ValueError(
+            f"the rounding of sums of {k} terms cannot be bounded in {like.dtype}: use float64"
+        )
     return unit / (1 - unit) * (1 + 2.0**-20)
 
 
 def absolute_row_sums(U: Tensor, q: Tensor) -> Tensor:
-    """Return Σⱼ |UUᵀ|ᵢⱼ qⱼ, for a matrix by half of the products."""
+    """Return Σⱼ |UUᵀ|ᵢⱼ qⱼ for every i; for a matrix, UUᵀ is formed from one triangle."""
     if U.ndim == 2 and not transforms_are_active():
         return _AbsoluteRowSums.apply(U, q)  # type: ignore[no-untyped-call]
     return absolute_row_sums_of(gram(U), q)
 
 
 def absolute_row_sums_of(G: Tensor, q: Tensor) -> Tensor:
-    """Return Σⱼ |G|ᵢⱼ qⱼ, summed over the taps of a kernel."""
+    """Return Σⱼ |G|ᵢⱼ qⱼ for every i, where |G|ᵢⱼ of a kernel is summed over taps."""
     return G.abs().flatten(2).sum(2) @ q if G.ndim > 2 else G.abs() @ q
 
 
 def depth(U: Tensor) -> int:
-    """Return how many roundings an entry of `gram(U)` has."""
+    """Return how many roundings an entry of `gram(U)` goes through."""
     terms = U[0].numel()
     return terms if U.ndim > 2 else min(terms, _CHUNK) + -(-terms // _CHUNK)
 

@@ -1,4 +1,7 @@
-"""Which matrices, and which convolutions of a torus, are orthogonal? The Cayley transform."""
+"""Which matrices, and which convolutions of a torus, are orthogonal? Cayley transforms.
+
+Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,27 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from lben.parameterizations.feedforward import ROOM, UNIT_BOUND, FeedforwardParameterization
-from lben.parameterizations.sizes import image_size
+from lben.parameterizations.feedforward import PROOF_SLACK, UNIT_BOUND, FeedforwardParameterization
 from lben.weights import ConvolutionalWeights, DenseWeights
+from lben.weights.sizes import image_size
 from solvers.precision import cast
 
 
 def cayley(V: Tensor) -> Tensor:
-    """Return matrices with orthonormal columns, (..., m, n), from free ones with m ≥ n.
+    """Return the Cayley transforms of matrices V: orthonormal columns, (..., m, n), m ≥ n.
 
     With V = [A; B], A square, and S = A − Aᴴ + BᴴB it is [(I − S)(I + S)⁻¹; −2B(I + S)⁻¹].
-    Trockman and Kolter (2021), "Orthogonalizing convolutional layers with the Cayley transform".
+
+    Reference:
+        Trockman and Kolter (2021), "Orthogonalizing convolutional layers with the Cayley
+        transform".
     """
     n = V.shape[-1]
     A, B = V[..., :n, :], V[..., n:, :]
     identity = torch.eye(n, dtype=V.dtype, device=V.device)
     S = A - A.mH + B.mH @ B
     inverse, info = torch.linalg.inv_ex(identity + S)
-    # I + S is never singular, but may be once it is rounded; what comes of it is refused then.
+    # I + S is never singular, but its rounding may be: then NaN, which is refused later.
     inverse = torch.where((info == 0)[..., None, None], inverse, math.nan)
     return torch.cat([(identity - S) @ inverse, -2 * B @ inverse], dim=-2)
 
@@ -35,7 +41,8 @@ def cayley(V: Tensor) -> Tensor:
 def register_orthogonal(module: nn.Module, name: str, orthogonal_map: str) -> None:
     """Register torch's orthogonal parametrization of a weight, on the meta device too.
 
-    There torch cannot draw the matrix that it starts from, and leaves it out of the state.
+    On that device torch cannot draw the matrix that the parametrization starts from, and leaves it
+    out of the state dict; here it is an unset tensor.
     """
     weight = getattr(module, name)
     parametrizations.orthogonal(module, name, orthogonal_map=orthogonal_map)
@@ -50,35 +57,48 @@ def register_orthogonal(module: nn.Module, name: str, orthogonal_map: str) -> No
 
 
 class _Reflections(parametrizations._Orthogonal):
-    """torch's Householder map, whose diagonal of X is taken as it starts.
+    """torch's Householder map, with the diagonal of X fixed at −1.
 
-    torch cuts the numbers there, which are −1 and without a gradient, to integers: an optimizer
-    that decays them by a little would make the whole matrix 0.
+    torch truncates the diagonal to integers; it is −1 and has no gradient. Weight decay would move
+    it to −0.99…, which truncates to 0, and the whole matrix would be 0.
     """
 
     def forward(self, X: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
-        """Return the orthogonal matrix of what lies beside the diagonal."""
+        """Return the orthogonal matrix that the off-diagonal entries of X parameterize."""
         signs = X.new_full((min(X.shape),), -1.0)
         return super().forward(torch.diagonal_scatter(X, signs))
 
 
 class CayleyRows(nn.Module):
-    """Free V, n × m with n ≤ m, to orthonormal rows, for torch's `register_parametrization`.
+    """Map a free V, n × m with n ≤ m, to a matrix with orthonormal rows.
 
-    One n × n inverse, where torch's own Cayley map solves an m × m system.
+    For torch's `register_parametrization`. It takes one n × n inverse; torch's own Cayley map
+    solves an m × m system.
+
+    Reference:
+        Trockman and Kolter (2021), "Orthogonalizing convolutional layers with the Cayley
+        transform".
+
+    Example:
+        >>> import torch
+        >>> from lben.parameterizations import CayleyRows
+        >>> _ = torch.manual_seed(0)
+        >>> Q = CayleyRows()(torch.randn(2, 3, dtype=torch.float64))
+        >>> torch.allclose(Q @ Q.T, torch.eye(2, dtype=torch.float64))
+        True
     """
 
     def forward(self, V: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
-        """Return the transpose of the Cayley transform of Vᵀ."""
+        """Return Q with QQᵀ = I: the transpose of the Cayley transform of Vᵀ."""
         return cayley(V.T).T
 
 
 class CayleyConvolution(FeedforwardParameterization):
     """Free k × k kernel V and b of y = Q ∗ x + b, QᵀQ = I (QQᵀ = I for fewer outputs than inputs).
 
-    The symbol Q̂(ω) is the Cayley transform of V̂(ω), unitary in its columns at every ω (Trockman
-    and Kolter 2021). What runs is (Q̂, b, s): s ≤ 1 takes back what rounding adds to ‖Q̂‖₂, measured
-    in float64.
+    The symbol Q̂(ω) is the Cayley transform of V̂(ω); its columns are orthonormal at every frequency
+    ω. The layer runs with the tensors (Q̂, b, s). s ≤ 1 is 1/‖Q̂‖₂ for the rounded Q̂, bounded in
+    float64, so that sQ̂ has a norm of at most 1.
 
     Args:
         shape: of V: (q, p, k, k).
@@ -87,6 +107,10 @@ class CayleyConvolution(FeedforwardParameterization):
 
     Raises:
         ValueError: if a size is not positive, or the image smaller than the kernel.
+
+    Reference:
+        Trockman and Kolter (2021), "Orthogonalizing convolutional layers with the Cayley
+        transform".
     """
 
     def __init__(
@@ -109,7 +133,7 @@ class CayleyConvolution(FeedforwardParameterization):
         self.b_y = nn.Parameter(torch.zeros(shape[0], device=device, dtype=dtype))
         nn.init.xavier_normal_(self.V)
 
-    def forward(self, run: torch.dtype) -> tuple[Tensor, ...]:
+    def forward(self, compute_dtype: torch.dtype) -> tuple[Tensor, ...]:
         V = torch.fft.rfft2(self.V, s=self.image).permute(2, 3, 0, 1)
         wide = V.shape[2] < V.shape[3]
         V = V.mH if wide else V
@@ -125,7 +149,7 @@ class CayleyConvolution(FeedforwardParameterization):
         # An entry of the product misses at most 8m roundings of Σ|Q||Q|, a row n entries of that.
         size = Q.abs().square().sum((-2, -1)).amax().clamp_min(1)
         defect = gap.abs().sum(-1).amax() + 64 * Q.shape[-2] ** 2 * 2.0**-52 * size
-        return ((1 - ROOM / 4) / (1 + defect).sqrt()).to(torch.float32).double()
+        return ((1 - PROOF_SLACK / 4) / (1 + defect).sqrt()).to(torch.float32).double()
 
     def blank(self, like: Tensor) -> list[Tensor]:
         rows, columns = self.image
@@ -135,15 +159,15 @@ class CayleyConvolution(FeedforwardParameterization):
         b = like.new_empty(self.shape[:1])
         return [symbols, b, like.new_empty((), dtype=torch.float64)]
 
-    def exact(self, run: torch.dtype) -> tuple[Tensor, ...]:
-        Q, b_y, s = self(run)
+    def to_exact(self, compute_dtype: torch.dtype) -> tuple[Tensor, ...]:
+        Q, b_y, s = self(compute_dtype)
         return Q.to(torch.complex128), cast(b_y, torch.float64), s
 
-    def dense(self, run: torch.dtype) -> DenseWeights:
-        raise ValueError("a convolution has no weights without its image: use convolutional()")
+    def dense(self, compute_dtype: torch.dtype) -> DenseWeights:
+        raise ValueError("a convolution has no dense weights: use convolutional()")
 
-    def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
-        Q, b_y, s = self.exact(run)
+    def convolutional(self, compute_dtype: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
+        Q, b_y, s = self.to_exact(compute_dtype)
         D = torch.fft.irfft2((Q * s).permute(2, 3, 0, 1), s=self.image)
         q, p = D.shape[:2]
         return ConvolutionalWeights(

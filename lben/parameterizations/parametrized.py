@@ -1,8 +1,8 @@
 """How is a module pickled whose class torch's parametrizations have replaced?
 
-torch refuses: the class is made when a parametrization is registered, and no module of Python holds
-it. But it is made of the class before and the names of the parametrized tensors, so these are what
-is pickled.
+torch refuses: it makes the class when a parametrization is registered, and no Python module holds
+it. But the class follows from the original class and the names of the parametrized tensors, so
+these are pickled, and the class is made again.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class PicklableParametrized(nn.Module):
         if not parametrize.is_parametrized(self):
             return super().__reduce_ex__(protocol)
         before = type(self).__mro__[1]
-        return _parametrized, (before, dict(self.__dict__))
+        return _rebuild_parametrized, (before, dict(self.__dict__))
 
 
-def _parametrized(kind: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+def _rebuild_parametrized(kind: type[nn.Module], state: dict[str, Any]) -> nn.Module:
     module = kind.__new__(kind)
     module.__dict__.update(state)
     parametrize._inject_new_class(module)

@@ -1,8 +1,9 @@
 """How do states of several resolutions become channels of one image?
 
-A pixel of the coarsest grid covers f × f pixels of a scale with factor f. Written as f² channels of
-the coarsest grid (as PixelUnshuffle orders them) that scale becomes an image on it, and a
-convolution between scales, strided or not, a convolution of stride 1 between such images.
+A pixel of the coarsest grid covers f × f pixels of a scale with factor f. These pixels become f²
+channels of the coarsest grid, in the order of torch.nn.PixelUnshuffle. Then every scale is an image
+on that grid, and every convolution between scales, strided or not, is one of stride 1 between such
+images.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Polyphase:
-    """Scales that halve their resolution one after the other, and an input at the finest.
+    """The layout of several scales, each of half the resolution of the one before, on one grid.
+
+    The input has the resolution of the finest scale.
 
     Args:
         in_channels: of the input.
@@ -33,23 +36,23 @@ class Polyphase:
 
     @cached_property
     def factors(self) -> tuple[int, ...]:
-        """Pixels of every scale along a side of a pixel of the coarsest."""
+        """f of every scale: its pixels along a side of a coarsest pixel."""
         return tuple(2**i for i in reversed(range(len(self.scales))))
 
     def spread(self, values: Float[Tensor, " channels"]) -> Float[Tensor, " n"]:
-        """Return one number per channel of the coarsest grid from one per channel of the scales."""
-        return values.repeat_interleave(self._counts(values), 0, output_size=self._units)
+        """Return one number per channel of the coarsest grid from one per channel of a scale."""
+        return values.repeat_interleave(self._counts(values), 0, output_size=self.units)
 
     def spread_channels(self, G: Float[Tensor, "q channels h w"]) -> Float[Tensor, "q n h w"]:
-        """Return G with every channel repeated as often as `spread` does."""
-        return G.repeat_interleave(self._counts(G), 1, output_size=self._units)
+        """Return G with every channel repeated f² times, as `spread` repeats numbers."""
+        return G.repeat_interleave(self._counts(G), 1, output_size=self.units)
 
     def sides(self, like: Tensor) -> Float[Tensor, " channels"]:
-        """Return the factor of every channel of the scales."""
+        """Return f of every channel of the scales."""
         return self._counts(like).to(like.dtype).sqrt()
 
     @property
-    def _units(self) -> int:
+    def units(self) -> int:
         """Channels of the coarsest grid."""
         return sum(n * f * f for n, f in zip(self.scales, self.factors, strict=True))
 
@@ -58,16 +61,16 @@ class Polyphase:
         return torch.tensor(counts, device=like.device)
 
     def input(self, U: Float[Tensor, "n p k k"]) -> Float[Tensor, "m r k k"]:
-        """Return the convolution from the input to the state; only the finest scale receives."""
+        """Return the kernel from the input to the state; it reaches the finest scale only."""
         fine = phases(U, self.factors[0], self.factors[0])
-        rest = U.new_zeros(self._units - len(fine), *fine.shape[1:])
+        rest = U.new_zeros(self.units - len(fine), *fine.shape[1:])
         return torch.cat([fine, rest]) if len(rest) else fine
 
     def state(self, kernels: Sequence[Tensor]) -> Float[Tensor, "n n k k"]:
-        """Return the convolution of the whole state.
+        """Return the kernel of the convolution of the whole state.
 
         Args:
-            kernels: of every scale with itself, then from every scale to the next.
+            kernels: of every scale to itself, then of every scale to the next coarser one.
         """
         count = len(self.scales)
         own, down = kernels[:count], kernels[count:]
@@ -88,7 +91,7 @@ class Polyphase:
 
 
 def phases(kernel: Float[Tensor, "n m k k"], to: int, of: int) -> Float[Tensor, "n_to m_of k k"]:
-    """Return a convolution of stride of/to as one between images of the coarsest grid.
+    """Return a convolution of stride of/to as a kernel between images of the coarsest grid.
 
     The output pixel `to`·Y + r sees the input pixels of·Y + r·of/to + t − ⌊k/2⌋, t in [0, k).
 

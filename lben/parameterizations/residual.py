@@ -1,7 +1,7 @@
-"""Which residual layers are 1-Lipschitz? y = x − 2UᵀT⁻¹σ(Ux + b) for every T ⪰ UUᵀ.
+"""Which residual layers are 1-Lipschitz? y = x − 2UᵀT⁻¹σ(Ux + b) for every diagonal T ⪰ UUᵀ.
 
-Araujo, Havens, Delattre, Allauzen and Hu (2023), Theorem 1, with K = Uᵀ. With W = 0,
-C = −2UᵀT⁻¹, D = I and Λ = 2T⁻¹ the matrix M(Λ, 1) is zero but for its block 4T⁻¹(T − UUᵀ)T⁻¹.
+With W = 0, C = −2UᵀT⁻¹, D = I and Λ = 2T⁻¹ the matrix M(Λ, 1) is zero except for its lower right
+block 4T⁻¹(T − UUᵀ)T⁻¹ ⪰ 0. Symbols: docs/glossary.md.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from lben.parameterizations.feedforward import (
-    ROOM,
+    PROOF_SLACK,
     UNIT_BOUND,
     FeedforwardParameterization,
-    mirror,
-    taps,
 )
 from lben.parameterizations.multipliers import MultiplierRule
 from lben.weights import ConvolutionalWeights, DenseWeights
+from lben.weights.linear_maps import mirror, taps
 
 
 class ResidualParameterization(FeedforwardParameterization):
-    """Free U and b of y = x − 2UᵀT⁻¹σ(Ux + b), 1-Lipschitz for every value.
+    """Free tensors U and b of y = x − 2UᵀT⁻¹σ(Ux + b), 1-Lipschitz for every value.
 
-    What runs is (U, b, 2T⁻¹).
+    The layer runs with the tensors (U, b, 2T⁻¹). It is SLL with T from `Gershgorin`, and CPL
+    (Meunier et al. 2022) with T from `Spectral`.
 
     Args:
         shape: of U: (n, p), or (n, p, k, k) for a convolution.
@@ -34,6 +34,20 @@ class ResidualParameterization(FeedforwardParameterization):
 
     Raises:
         ValueError: if a size is not positive.
+
+    Reference:
+        Araujo, Havens, Delattre, Allauzen and Hu (2023), "A unified algebraic perspective on
+        Lipschitz neural networks", Theorem 1, with K = Uᵀ.
+
+    Example:
+        >>> import torch
+        >>> from lben import certify
+        >>> from lben.parameterizations import Gershgorin, ResidualParameterization
+        >>> _ = torch.manual_seed(0)
+        >>> free = ResidualParameterization((8, 4), Gershgorin(8))
+        >>> weights = free.dense(torch.float32)
+        >>> tuple(weights.U.shape), certify(weights).bound
+        ((8, 4), 1.000001)
     """
 
     def __init__(
@@ -56,17 +70,17 @@ class ResidualParameterization(FeedforwardParameterization):
         bound = 1 / math.sqrt(self.U[0].numel())
         nn.init.uniform_(self.b, -bound, bound)
 
-    def forward(self, run: torch.dtype) -> tuple[Tensor, ...]:
-        U = self.rounded(self.U, run)
-        (scale,) = self.in_range([2 * (1 - ROOM) / self.rule(U)], [self.b])
+    def forward(self, compute_dtype: torch.dtype) -> tuple[Tensor, ...]:
+        U = self.rounded(self.U, compute_dtype)
+        (scale,) = self.in_range([2 * (1 - PROOF_SLACK) / self.rule(U)], [self.b])
         return U, self.b, scale
 
     def blank(self, like: Tensor) -> list[Tensor]:
         n = self.shape[:1]
         return [like.new_empty(shape) for shape in (self.shape, n, n)]
 
-    def dense(self, run: torch.dtype) -> DenseWeights:
-        U, b, scale = self.exact(run)
+    def dense(self, compute_dtype: torch.dtype) -> DenseWeights:
+        U, b, scale = self.to_exact(compute_dtype)
         p = U.shape[1]
         return DenseWeights(
             W=U.new_zeros(len(U), len(U)), U=U, b=b, C=-U.T * scale,
@@ -74,8 +88,8 @@ class ResidualParameterization(FeedforwardParameterization):
             Lambda=scale, gamma=UNIT_BOUND,
         )  # fmt: skip
 
-    def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
-        U, b, scale = self.exact(run)
+    def convolutional(self, compute_dtype: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
+        U, b, scale = self.to_exact(compute_dtype)
         return ConvolutionalWeights(
             U=U, b=b, C=-mirror(U) * taps(scale), D=1.0, b_y=U.new_zeros(U.shape[1]),
             Lambda=scale, gamma=UNIT_BOUND, circular=circular,

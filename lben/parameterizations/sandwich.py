@@ -1,9 +1,9 @@
-"""Which layers without a skip are 1-Lipschitz? y = √2 AᵀS Ψσ(√2 Ψ⁻¹S Bx + b), S² T ⪯ I.
+"""Which layers without a skip are 1-Lipschitz? y = √2 AᵀS Ψσ(√2 Ψ⁻¹S Bx + b), S²T ⪯ I.
 
-Wang and Manchester (2023), "Direct parameterization of Lipschitz-bounded deep networks", where
-S = I and [A B] has orthonormal rows. Here T ⪰ AAᵀ + BBᵀ is any rule's, so convolutions are as
-easy. With Λ = Ψ² the matrix M(Λ, 1) is [I, ·; ·, 2Ψ² − 2ΨS AAᵀ SΨ], whose Schur complement
-2Ψ(I − S(AAᵀ + BBᵀ)S)Ψ is positive semi-definite.
+Wang and Manchester (2023) have S = I and [A B] with orthonormal rows. Here T ⪰ AAᵀ + BBᵀ comes from
+any rule and S = T^(−½), so convolutions need nothing else. With Λ = Ψ² the matrix M(Λ, 1) has the
+blocks I and 2Ψ² − 2ΨS AAᵀ SΨ on its diagonal; the Schur complement of I is
+2Ψ(I − S(AAᵀ + BBᵀ)S)Ψ ⪰ 0. Symbols: docs/glossary.md.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from lben.parameterizations.feedforward import (
-    ROOM,
+    PROOF_SLACK,
     UNIT_BOUND,
     FeedforwardParameterization,
-    mirror,
-    taps,
 )
 from lben.parameterizations.multipliers import MultiplierRule
-from lben.parameterizations.sizes import integer
 from lben.weights import ConvolutionalWeights, DenseWeights
+from lben.weights.linear_maps import mirror, taps
+from lben.weights.sizes import integer
 
 
 class SandwichParameterization(FeedforwardParameterization):
-    """Free [A B], log Ψ, b and b_y. What runs is (A, B, b, b_y, √2 SΨ⁻¹, √2 SΨ).
+    """Free tensors [A B], log Ψ, b and b_y of a sandwich layer, 1-Lipschitz for every value.
+
+    The layer runs with the tensors (A, B, b, b_y, √2 SΨ⁻¹, √2 SΨ).
 
     Args:
         shape: of [A B]: (n, q + p), or (n, q + p, k, k) for a convolution.
@@ -35,7 +36,21 @@ class SandwichParameterization(FeedforwardParameterization):
         device, dtype: as in torch.nn.
 
     Raises:
-        ValueError: if a size is not positive, or no input is left.
+        ValueError: if a size is not positive, or outputs leaves no column for inputs.
+
+    Reference:
+        Wang and Manchester (2023), "Direct parameterization of Lipschitz-bounded deep networks",
+        section 3.
+
+    Example:
+        >>> import torch
+        >>> from lben import certify
+        >>> from lben.parameterizations import SandwichParameterization, Spectral
+        >>> _ = torch.manual_seed(0)
+        >>> free = SandwichParameterization((8, 3 + 4), 3, Spectral())
+        >>> weights = free.dense(torch.float32)
+        >>> tuple(weights.U.shape), tuple(weights.C.shape), certify(weights).bound
+        ((8, 4), (3, 8), 1.000001)
     """
 
     def __init__(
@@ -67,8 +82,8 @@ class SandwichParameterization(FeedforwardParameterization):
     def reset_parameters(self) -> None:
         """Draw [A B] from the normal distribution of Glorot and Bengio; Ψ = I; b as torch.nn.
 
-        A tenth of that for a kernel, whose centre is orthogonal: T is near 1 then, and the signal
-        does not fade from layer to layer.
+        A kernel is a tenth of such a draw plus an orthogonal matrix at its centre. Then T is near
+        1, and the signal does not fade from layer to layer.
         """
         nn.init.xavier_normal_(self.AB)
         if self.AB.ndim > 2:
@@ -81,9 +96,9 @@ class SandwichParameterization(FeedforwardParameterization):
         bound = 1 / math.sqrt(self.AB[0].numel())
         nn.init.uniform_(self.b, -bound, bound)
 
-    def forward(self, run: torch.dtype) -> tuple[Tensor, ...]:
-        AB = self.rounded(self.AB, run)
-        S = math.sqrt(2.0) * (1 - ROOM / 2) * self.rule(AB).rsqrt()
+    def forward(self, compute_dtype: torch.dtype) -> tuple[Tensor, ...]:
+        AB = self.rounded(self.AB, compute_dtype)
+        S = math.sqrt(2.0) * (1 - PROOF_SLACK / 2) * self.rule(AB).rsqrt()
         psi = self.log_psi.exp()
         A, B = AB[:, : self.outputs], AB[:, self.outputs :]
         inner, outer = self.in_range([S / psi, S * psi], [self.b, self.b_y])
@@ -94,15 +109,15 @@ class SandwichParameterization(FeedforwardParameterization):
         shapes = (n, q, *kernel), (n, columns - q, *kernel), (n,), (q,), (n,), (n,)
         return [like.new_empty(shape) for shape in shapes]
 
-    def dense(self, run: torch.dtype) -> DenseWeights:
-        A, B, b, b_y, inner, outer = self.exact(run)
+    def dense(self, compute_dtype: torch.dtype) -> DenseWeights:
+        A, B, b, b_y, inner, outer = self.to_exact(compute_dtype)
         return DenseWeights(
             W=A.new_zeros(len(A), len(A)), U=inner[:, None] * B, b=b, C=A.T * outer, D=None,
             b_y=b_y, Lambda=outer / inner, gamma=UNIT_BOUND,
         )  # fmt: skip
 
-    def convolutional(self, run: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
-        A, B, b, b_y, inner, outer = self.exact(run)
+    def convolutional(self, compute_dtype: torch.dtype, *, circular: bool) -> ConvolutionalWeights:
+        A, B, b, b_y, inner, outer = self.to_exact(compute_dtype)
         return ConvolutionalWeights(
             U=taps(inner)[:, None] * B, b=b, C=mirror(A) * taps(outer), D=None, b_y=b_y,
             Lambda=outer / inner, gamma=UNIT_BOUND, circular=circular,

@@ -1,4 +1,7 @@
-"""How large is the spectral norm of a matrix or of a convolution at most?"""
+"""How large is the spectral norm of a matrix or of a convolution at most?
+
+Bounds from powers of UUᵀ. Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 
@@ -16,27 +19,39 @@ from lben.parameterizations.multipliers import (
     power_of_two,
     root,
 )
-from lben.parameterizations.sizes import integer
+from lben.weights.sizes import integer
 
 
 class Spectral(MultiplierRule):
-    """T = τI with τ ≥ ‖U‖₂²: CPL (Meunier et al. 2022) and spectral normalisation rest on it.
+    """T = τI with τ ≥ ‖U‖₂², as in CPL (Meunier et al. 2022) and in spectral normalisation.
 
-    A matrix: ‖A‖₂ = ‖A^(2ˢ)‖₂^(1/2ˢ) ≤ ‖A^(2ˢ)‖_F^(1/2ˢ), A = UUᵀ, the Gram iteration of Delattre,
-    Barthélemy, Araujo and Allauzen (2023): a bound from above at every s, unlike a power iteration,
-    and at most n^(1/2ˢ⁺¹) too large.
+    For a matrix let A = UUᵀ. Then ‖A‖₂ = ‖A^(2ˢ)‖₂^(1/2ˢ) ≤ ‖A^(2ˢ)‖_F^(1/2ˢ), the Gram iteration.
+    It is an upper bound at every s, which a power iteration is not, and its factor over ‖A‖₂ is at
+    most n^(1/2ˢ⁺¹).
 
-    A convolution, of images of any size with any padding: ‖U‖₂² is the supremum of ‖Û(ω)Û(ω)ᴴ‖₂
-    over all frequencies. x*Û(ω)Û(ω)ᴴx is a real trigonometric polynomial of degree d = k − 1 in
-    both variables, so its supremum is at most cos(πd/N)⁻² times its maximum on N × N equispaced
-    points (Ehlich and Zeller 1964; Pfister and Bresler 2018); N = 16d makes that 1.04. The gradient
-    is that of the frequency where the bound is attained.
+    For a convolution of images of any size with any padding, ‖U‖₂² is at most the supremum of
+    ‖Û(ω)Û(ω)ᴴ‖₂ over all frequencies ω. For every x, xᴴÛ(ω)Û(ω)ᴴx is a real trigonometric
+    polynomial of degree d = k − 1 in both variables. So its supremum is at most cos(πd/N)⁻² times
+    its maximum on N × N equispaced points; N = 16d makes that factor 1.04. The gradient is taken at
+    the frequency of the maximum.
 
     Args:
         squarings: s.
 
     Raises:
         ValueError: if squarings is negative.
+
+    Reference:
+        Delattre, Barthélemy, Araujo and Allauzen (2023), "Efficient bound of Lipschitz constant for
+        convolutional layers by Gram iteration", for the iteration; Ehlich and Zeller (1964) and
+        Pfister and Bresler (2018) for the supremum between points.
+
+    Example:
+        >>> import torch
+        >>> from lben.parameterizations import Spectral
+        >>> U = torch.diag(torch.tensor([2.0, 1.0]))
+        >>> [round(t, 2) for t in Spectral(squarings=4)(U).tolist()]
+        [4.0, 4.0]
     """
 
     def __init__(self, squarings: int = 3) -> None:
@@ -59,25 +74,25 @@ class Spectral(MultiplierRule):
         points = max(1, 16 * (k - 1))
         phases = _phases(k, points, U)
         size = U.detach().abs().sum((2, 3)).square().sum()
-        # Symbols miss the rounding of k² terms and of the phases, their products that of 8p terms.
+        # Roundings: k² terms and the phases in a symbol, 8p terms in products of symbols.
         unit = 2 * (gamma(2 * k * k + 4, U) + 2.0**-48) + gamma(8 * U.shape[1] + 8, U)
         error = 1.01 * unit * size
         with torch.no_grad():
             everywhere = self._norms(_grams(U.detach(), phases), error.detach())
             worst = everywhere.argmax().reshape(1)
         largest = self._norms(_grams(U, phases.index_select(1, worst)), error)
-        # Evaluated alone, a frequency may round another way than among the others.
+        # Alone, a frequency may round otherwise than among the others: take the larger bound.
         most = everywhere.index_select(0, worst)
         least = largest.detach().clamp_min(torch.finfo(largest.dtype).tiny)  # of zero weights
-        room = torch.maximum(most, least) / least * (1 + 2.0**-40)
+        ratio = torch.maximum(most, least) / least * (1 + 2.0**-40)
         between = math.cos(math.pi * (k - 1) / points) ** -2 * (1 + 2.0**-40)
-        return (largest * room * between)[0]
+        return (largest * ratio * between)[0]
 
     def _norms(self, P: Tensor, error: Tensor) -> Float[Tensor, " f"]:
-        """Bound ‖P + E‖₂ of positive semi-definite matrices with ‖E‖_F ≤ error.
+        """Return upper bounds of ‖P + E‖₂ of positive semi-definite matrices with ‖E‖_F ≤ error.
 
-        P is scaled by powers of two, which is exact. Squaring P + E misses (P + E)² − P² and the
-        rounding of P²: at most 2e‖P‖ + e² + γ‖P‖² in the Frobenius norm.
+        P is scaled by powers of two, which is exact. With e = ‖E‖_F, the computed P² differs from
+        (P + E)² by at most 2e‖P‖ + e² + γ‖P‖² in the Frobenius norm.
         """
         n = P.shape[-1]
         product, total = gamma(8 * n + 8, error), gamma(2 * n * n + 8, error)
@@ -99,7 +114,7 @@ class Spectral(MultiplierRule):
 
 
 def _parts(P: Tensor) -> Tensor:
-    """Return real and imaginary parts of the entries of each matrix in a row."""
+    """Return the real and imaginary parts of the entries, one row per matrix."""
     return (torch.view_as_real(P) if P.is_complex() else P).flatten(1)
 
 
@@ -108,7 +123,7 @@ def _frobenius(P: Tensor) -> Tensor:
 
 
 def _phases(k: int, points: int, like: Tensor) -> Tensor:
-    """Return exp(iω·t), k² × frequencies, on half of a grid of points × points."""
+    """Return exp(iω·t), k² × frequencies; half of a grid of points × points suffices for real U."""
     index = torch.arange(points, device=like.device)
     tap = torch.arange(k, device=like.device)
     turns = (tap[:, None] * index) % points  # reduced in integers

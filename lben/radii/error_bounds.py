@@ -10,7 +10,8 @@ distance from the input that is known.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -28,6 +29,12 @@ class Affine:
         constant: per sample, float64.
         slope: the same for all samples.
         limit: per sample, the largest r for which it holds: beyond, a number may overflow.
+
+    Example:
+        >>> import torch
+        >>> bound = Affine(torch.tensor([1.0], dtype=torch.float64), 2.0)
+        >>> bound.at(3.0).round(decimals=6)
+        tensor([7.], dtype=torch.float64)
     """
 
     constant: Float[Tensor, " batch"]
@@ -44,6 +51,11 @@ class Affine:
         """Return the bound of some samples."""
         limit = self.limit[index] if isinstance(self.limit, Tensor) else self.limit
         return Affine(self.constant[index], self.slope, limit)
+
+    def reshape(self, batch: torch.Size) -> Affine:
+        """Return the same bounds for other batch dimensions."""
+        limit = self.limit.reshape(batch) if isinstance(self.limit, Tensor) else self.limit
+        return Affine(self.constant.reshape(batch), self.slope, limit)
 
     def __add__(self, other: Affine) -> Affine:
         return Affine(
@@ -89,14 +101,42 @@ class Certified:
         value: y, in the precision that the layer runs in.
         error: bound of ‖y − y*‖₂ per sample, float64, where y* is the exact output for the same x.
         uniform: bound of the same distance at every input within a radius of x (l2, in the layer's
-            input), for a layer that runs there with the same settings and meets its tolerance.
+            input), for a layer that runs there with the same settings and meets its tolerance; None
+            where nothing is known of other inputs: then no radius is certified of what runs.
         steps: most solver iterations that a sample needed; 0 for a layer without a solve.
+
+    Example:
+        >>> import torch
+        >>> from lben import SLLLinear
+        >>> layer = SLLLinear(4, 6)
+        >>> found = layer.forward_with_error(torch.ones(2, 4), layer.certificate())
+        >>> found.value.shape, found.error.shape, found.steps
+        (torch.Size([2, 4]), torch.Size([2]), 0)
     """
 
     value: Tensor
-    error: Float[Tensor, " batch"]
-    uniform: Affine
+    error: Float[Tensor, "*batch"]
+    uniform: Affine | None = None
     steps: int = 0
+
+    def reshape(self, batch: torch.Size) -> Self:
+        """Return the same for other batch dimensions."""
+        return replace(
+            self, value=self.value.reshape(*batch, *self.value.shape[1:]),
+            error=self.error.reshape(batch),
+            uniform=None if self.uniform is None else self.uniform.reshape(batch),
+        )  # fmt: skip
+
+    def after(self, error_in: Float[Tensor, "*batch"] | float, bound: float) -> Self:
+        """Return the same for an x that is itself off by at most `error_in`.
+
+        Args:
+            error_in: bound of ‖x − x*‖₂ per sample; y* is then the exact output for x*.
+            bound: a Lipschitz bound of the exact layer.
+        """
+        if isinstance(error_in, float) and error_in == 0:
+            return self
+        return replace(self, error=_through(error_in, bound, self.error))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,6 +147,14 @@ class Stage:
         gain: a Lipschitz bound of the exact chain so far.
         error, uniform: as of `Certified`, for the chain so far.
         steps: most solver iterations so far.
+
+    Example:
+        >>> import torch
+        >>> start = Stage.start(torch.zeros(1, 4))
+        >>> error = torch.tensor([0.5], dtype=torch.float64)
+        >>> layer = Certified(value=torch.zeros(1, 4), error=error, uniform=Affine(error, 0.0))
+        >>> start.then(layer, bound=2.0).then(layer, bound=2.0).error.round(decimals=6)  # 2 · ½ + ½
+        tensor([1.5000], dtype=torch.float64)
     """
 
     gain: float
@@ -135,10 +183,18 @@ class Stage:
             layer: evaluated at the value of this stage.
             bound: a Lipschitz bound of the exact layer.
         """
-        error = (self.error * bound).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        own = layer.uniform
+        if own is None:
+            own = Affine(torch.full_like(self.error, math.inf), math.inf)
         return Stage(
             gain=self.gain * bound * _OUTWARDS,
-            error=(error + layer.error.double()) * _OUTWARDS,
-            uniform=self.uniform * bound + layer.uniform.after(self.reach),
+            error=_through(self.error, bound, layer.error),
+            uniform=self.uniform * bound + own.after(self.reach),
             steps=max(self.steps, layer.steps),
         )
+
+
+def _through(error_in: Tensor | float, bound: float, own: Tensor) -> Tensor:
+    """Return a bound of the error after a layer from those before it and of the layer."""
+    before = torch.as_tensor(error_in, dtype=torch.float64, device=own.device) * bound
+    return (before.nan_to_num(nan=torch.inf, posinf=torch.inf) + own.double()) * _OUTWARDS

@@ -1,16 +1,17 @@
-"""Within which radius can a prediction not change, seen from the sample itself?
+"""Within which radius around one sample can the prediction not change?
 
-Near one input few units of σ can leave the branch they are on. If the input moves by Δx then the
-pre-activation vᵢ moves by at most ℓᵢ‖Δx‖, ℓᵢ a proved Lipschitz bound of x ↦ vᵢ; so within a radius
-the slopes Δzᵢ/Δvᵢ lie in an interval narrower than [0, 1], and with them the inequality shows a
-smaller bound of every difference of logits. Increments from the sample are all that matters here,
-not those between two arbitrary points.
+Near one sample few units of σ can leave the branch they are on. Let ℓᵢ be a proved Lipschitz bound
+of x ↦ vᵢ. If the input moves by Δx, then the pre-activation vᵢ moves by at most ℓᵢ‖Δx‖₂. So within
+a radius the chord slopes Δzᵢ/Δvᵢ from the sample lie in an interval narrower than [0, 1], and with
+these slope bounds the inequality shows a smaller bound of every difference of logits. Only
+increments from the sample count here, not those between two arbitrary points. Symbols:
+docs/glossary.md.
 
-Note [Facts]
-Let facts F(Δx, Δz) ≥ −o hold of all increments and w ≥ 0. A difference of logits less wᵀF + wᵀo
-falls no slower than the difference itself, so a margin that the one keeps the other keeps, whatever
-w is. The facts are Δzᵢ ≥ sΔvᵢ − o where σ lies above a line, and the room that is left to a pixel
-in [0, 1].
+Note [Constraints]
+Let linear constraints F(Δx, Δz) ≥ −o hold for all increments, and let w ≥ 0. Then the difference of
+two logits less w(F + o) is at most the difference itself. So if the former stays positive, the
+latter does, for every w. There are two kinds of constraints: Δzᵢ ≥ sΔvᵢ − o where σ lies above a
+line of slope s, and the box slack: how far a pixel is from 0 and from 1.
 """
 
 from __future__ import annotations
@@ -25,102 +26,130 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lben.certificates import CertificateError
-from lben.certificates.local import LocalClaim, fewer_inputs, is_proved_locally
+from lben.certificates import CertificateError, PairCertificate
+from lben.certificates.local import LocalClaim, can_prove_local_claim, compress_inputs
 from lben.certificates.proof import read_exactly
 from lben.radii.error_bounds import Affine
 from lben.radii.margin import ROOT2, check_labels, pair_bounds
 from lben.rigorous import Enclosure, up
-from lben.tightening.local import LocalProgram, tighten_locally, tighten_with_constraints, widen
+from lben.tightening.local import (
+    LocalProgram,
+    tighten_locally,
+    tighten_with_constraints,
+    widen_slope_bounds,
+)
 from lben.weights import DenseWeights, digest
 from solvers import ProximalActivation
 
 _BATCH = 64
-"""Programs that are solved at a time."""
-_LEAST = 2.0**-900
-"""Smaller radii and margins are not told from this: no product of them loses bits to underflow."""
-_MOST = 2.0**900
-"""No larger radius is proved: no product of it overflows."""
+"""Programs in a batch."""
+_SMALLEST = 2.0**-900
+"""Radii and margins below it are treated as this one: their products do not underflow."""
+_LARGEST = 2.0**900
+"""No larger radius is proved: its products do not overflow."""
 
 
 def network_fingerprint(
     weights: DenseWeights, activation: ProximalActivation, input_gain: float = 1.0
 ) -> str:
-    """Return a SHA-256 of all that a proof around an input depends on.
+    """Return a SHA-256 of everything that a proof around an input depends on.
 
-    Global proofs hold for every activation with slopes in [0, 1]; local ones use those of one. The
-    claims of the weights, Λ and γ, are not part of it.
+    A global proof holds for every activation with slopes in [0, 1]; a local proof uses the slopes
+    of one activation. Λ and γ, which the weights claim, are not part of it.
 
     Args:
         weights: as they run.
-        activation: σ: its class, and its numbers and tensors.
-        input_gain: Lipschitz constant of what comes before.
+        activation: σ; its class, numbers and tensors count.
+        input_gain: Lipschitz constant of the normalisation before the layer.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Example:
+        >>> import torch
+        >>> from lben import DenseWeights
+        >>> from lben.radii.local import network_fingerprint
+        >>> from solvers import ReLU, Tanh
+        >>> one, zero = torch.ones(1, 1), torch.zeros(1)
+        >>> weights = DenseWeights(
+        ...     W=0 * one, U=one, b=zero, C=one, D=None, b_y=zero, Lambda=one[0], gamma=1.0
+        ... )
+        >>> relu, tanh = network_fingerprint(weights, ReLU()), network_fingerprint(weights, Tanh())
+        >>> len(relu), relu == tanh
+        (64, False)
     """
     tensors: dict[str, Tensor] = {}
-    header = f"{weights.function_fingerprint};{_described(activation, 'σ', tensors)};"
+    header = f"{weights.function_fingerprint};{_describe(activation, 'σ', tensors)};"
     return digest(f"{header}gain={float(input_gain)!r};", tensors)
 
 
-def _described(value: object, name: str, tensors: dict[str, Tensor]) -> str:
-    """Return a class and its attributes as text, and collect the tensors among them."""
+def _describe(value: object, name: str, tensors: dict[str, Tensor]) -> str:
+    """Return a class and its attributes as text; add its tensors to `tensors`."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return name
     if not isinstance(value, ProximalActivation):
         return repr(value)
-    parts = (f"{k}={_described(v, f'{name}.{k}', tensors)}" for k, v in sorted(vars(value).items()))
+    parts = (f"{k}={_describe(v, f'{name}.{k}', tensors)}" for k, v in sorted(vars(value).items()))
     return f"{type(value).__module__}.{type(value).__qualname__}({', '.join(parts)})"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OperatingPoints:
-    """What a network is known to do at some inputs, in float64.
+    """The states of a network at some inputs, with their errors, in float64 on the CPU.
 
     Attributes:
         v: pre-activations Wz + Ux + b.
-        v_error: bound of their distance to those at the exact equilibrium, per unit.
+        v_error: bound of |v − v*|, where v* belongs to the exact equilibrium.
         logits: y.
         logit_error: bound of ‖y − y*‖₂.
-        elsewhere: bound of the same distance within a radius of the input (of raw inputs, or of
-            what the layer takes where the points are of the layer alone), as it runs there; None
-            for proofs about the exact network around the input.
-        room: how far each input can fall and rise at most, infinite where that is not known: the
-            room of a pixel, where a proof is for images in [0, 1] alone. None where it is for all
-            inputs.
-        fingerprint: of the network that they were taken from (`network_fingerprint`). None where
-            they were put together by hand: then it is for you to see that they fit.
+        box_slack: how far each input of the layer can fall and rise, infinite where that is not
+            known. With it a proof is for images in [0, 1] only; None for all inputs.
+        elsewhere: bound of ‖y − y*‖₂ as the network runs within a radius of the input, affine in
+            the radius. The radius is one of raw inputs; of inputs of the layer if the points are of
+            the layer alone. None for proofs about the exact network around the input.
+        fingerprint: of the network that they are of (`network_fingerprint`). None for points that
+            you made by hand; nothing then checks that they are of the certifier's network.
+
+    Example:
+        >>> import torch
+        >>> from lben.radii.local import OperatingPoints
+        >>> zero = torch.zeros(3, 2, dtype=torch.float64)
+        >>> points = OperatingPoints(v=zero, v_error=zero, logits=zero, logit_error=zero[:, 0])
+        >>> tuple(points.select(torch.tensor([0, 2])).v.shape)
+        (2, 2)
     """
 
     v: Float[Tensor, "batch n"]
     v_error: Float[Tensor, "batch n"]
     logits: Float[Tensor, "batch q"]
     logit_error: Float[Tensor, " batch"]
-    room: Float[Tensor, "batch 2 p"] | None = None
+    box_slack: Float[Tensor, "batch 2 p"] | None = None
     elsewhere: Affine | None = None
     fingerprint: str | None = None
 
     def select(self, index: Tensor) -> OperatingPoints:
-        """Return some of them."""
+        """Return the points at some indices of the batch."""
         return replace(
             self, v=self.v[index], v_error=self.v_error[index], logits=self.logits[index],
             logit_error=self.logit_error[index],
-            room=None if self.room is None else self.room[index],
+            box_slack=None if self.box_slack is None else self.box_slack[index],
             elsewhere=None if self.elsewhere is None else self.elsewhere.select(index),
         )  # fmt: skip
 
 
 class LocalCertifier:
-    """Proofs around single inputs, for one set of explicit weights and one activation.
+    """A certifier around single inputs, for one set of explicit weights and one activation.
 
-    Making one proves a Lipschitz bound of every pre-activation, a semidefinite program per unit:
-    seconds for 100 units, and like n⁴ from there.
+    Its construction proves a Lipschitz bound of every pre-activation by a semidefinite program per
+    unit. That takes seconds for 100 units, and time grows as n⁴.
 
     Args:
         weights: exactly as they run.
         activation: σ.
-        bound: proved for all inputs, of the logits or of each pair, as `certified_radius` takes it;
-            what it certifies is not tried again.
-        input_gain: Lipschitz constant of the preprocessing, from what radii are measured in to x.
+        bound: a proved global Lipschitz bound of the logits or of each pair, in the form that
+            `certified_radius` takes. Pairs that it certifies need no local proof.
+        input_gain: Lipschitz constant of the normalisation, from raw inputs to x.
 
     Raises:
         ValueError: if the weights are neither float32 nor float64, or the gain is not positive.
@@ -129,14 +158,33 @@ class LocalCertifier:
 
     Attributes:
         fingerprint: of weights, activation and gain, see `network_fingerprint`.
-        gains: ℓ, a proved Lipschitz bound of x ↦ vᵢ for every unit.
+        gains: ℓ, a proved l2 Lipschitz bound of x ↦ vᵢ for every unit.
+
+    Example:
+        y = (σ(x), 0) has the global bound 1, and margin 2 at x = 2, where the label is 0.
+
+        >>> import torch
+        >>> from lben import DenseWeights
+        >>> from lben.radii.local import LocalCertifier, OperatingPoints
+        >>> from solvers import ReLU
+        >>> one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        >>> weights = DenseWeights(
+        ...     W=0 * one, U=one, b=zero, C=torch.cat([one, 0 * one]), D=None,
+        ...     b_y=torch.cat([zero, zero]), Lambda=one[0], gamma=None,
+        ... )
+        >>> certifier = LocalCertifier(weights, ReLU())
+        >>> logits = torch.tensor([[2.0, 0.0]], dtype=torch.float64)
+        >>> points = OperatingPoints(v=2 * one, v_error=0 * one, logits=logits, logit_error=zero)
+        >>> label = torch.tensor([0])
+        >>> [certifier.certifies(points, label, radius).item() for radius in (1.9, 2.1)]
+        [True, False]
     """
 
     def __init__(
         self,
         weights: DenseWeights,
         activation: ProximalActivation,
-        bound: float | Float[Tensor, "q q"] = math.inf,
+        bound: float | PairCertificate | Float[Tensor, "q q"] = math.inf,
         *,
         input_gain: float = 1.0,
     ) -> None:
@@ -144,7 +192,7 @@ class LocalCertifier:
         if not 0 < input_gain < math.inf:
             raise ValueError(f"input_gain must be positive and finite, got {input_gain}")
         n, q = w.hidden_features, w.out_features
-        rows = fewer_inputs((w.U if w.D is None else torch.cat([w.U, w.D])).numpy())
+        rows = compress_inputs((w.U if w.D is None else torch.cat([w.U, w.D])).numpy())
         self._weights = w
         self._W, self._C, self._Lambda = w.W.numpy(), w.C.numpy(), w.Lambda
         self._U = rows[:n]
@@ -164,28 +212,33 @@ class LocalCertifier:
         labels: Int[Tensor, " batch"],
         radius: float | Float[Tensor, " batch"],
         *,
-        facts: bool | None = None,
+        constraints: bool | None = None,
     ) -> Bool[Tensor, " batch"]:
-        """Say for which inputs the label is proved to hold within a radius (l2, raw inputs).
+        """Return for each input whether its label is proved within an l2 radius of raw inputs.
 
         Args:
             operating_points: of the inputs.
-            labels: i.
-            radius: of all or of each.
-            facts: whether one-sided facts are used beside the slopes, see Note [Facts]: tighter,
-                and about ten times as long. If the operating_points have room when omitted.
+            labels: the index of each input's label among the logits.
+            radius: one for all inputs or one each, in the unit of raw inputs.
+            constraints: whether linear constraints are used besides slope bounds, see Note
+                [Constraints]: tighter, and about ten times as long. None uses them for points with
+                box slack.
+
+        Returns:
+            True where the label is proved; False means that no proof was found.
 
         Raises:
-            ValueError: if labels or points do not fit, a radius is negative or NaN, or facts are
-                off for points that have room.
+            ValueError: if labels or points do not fit, a radius is negative or NaN, or constraints
+                is False for points that have box slack.
             CertificateError: if the points are of other weights, another activation or another
                 normalisation.
         """
         self._check(operating_points)
-        facts = operating_points.room is not None if facts is None else facts
-        if operating_points.room is not None and not facts:
+        constraints = operating_points.box_slack is not None if constraints is None else constraints
+        if operating_points.box_slack is not None and not constraints:
             raise ValueError(
-                "room is a fact: facts cannot be off for operating_points that have it"
+                "these operating points have box_slack, which is a constraint, but constraints is "
+                "False: leave constraints out, or use points without box_slack"
             )
         labels = check_labels(operating_points.logits, labels).cpu()
         radius = torch.as_tensor(radius, dtype=torch.float64, device="cpu")
@@ -203,19 +256,19 @@ class LocalCertifier:
             error = error + operating_points.elsewhere.at(reach)
         error = ROOT2 * error * (1 + 2.0**-48)
         margins = y.gather(1, labels[:, None]) - y - error[:, None]
-        margins = margins - 2.0**-48 * (y.abs().amax(1) + error)[:, None] - _LEAST
+        margins = margins - 2.0**-48 * (y.abs().amax(1) + error)[:, None] - _SMALLEST
         rivals = torch.ones_like(margins, dtype=torch.bool).scatter(1, labels[:, None], False)
-        certain = (margins > 0).logical_or(~rivals).all(1) & (radius <= _MOST)
-        open_ = ~(radius[:, None] * self._bounds[labels] * (1 + 2.0**-48) + _LEAST < margins)
+        certain = (margins > 0).logical_or(~rivals).all(1) & (radius <= _LARGEST)
+        open_ = ~(radius[:, None] * self._bounds[labels] * (1 + 2.0**-48) + _SMALLEST < margins)
         # The least margins first: one that fails saves the others of its image.
         for rank in margins.masked_fill(~rivals, math.inf).argsort(1).T[:-1]:
             sample = (certain & open_.gather(1, rank[:, None])[:, 0]).nonzero()[:, 0]
             for part in sample.split(_BATCH) if len(sample) else ():
-                held = self._holds(
+                proved = self._prove_margins(
                     operating_points.select(part), labels[part], rank[part],
-                    margins[part, rank[part]], radius[part], facts,
+                    margins[part, rank[part]], radius[part], constraints,
                 )  # fmt: skip
-                certain[part] &= held
+                certain[part] &= proved
         return certain
 
     def radius(
@@ -225,19 +278,22 @@ class LocalCertifier:
         start: Float[Tensor, " batch"],
         *,
         steps: int = 6,
-        facts: bool | None = None,
+        constraints: bool | None = None,
     ) -> Float[Tensor, " batch"]:
-        """Return a certified radius per input, by bisection from one that is certified already.
+        """Return a certified l2 radius per input, by bisection above one known to be certified.
 
         Args:
             operating_points: of the inputs.
-            labels: i.
-            start: radii known to be certified; where 0 nothing is tried.
-            steps: of bisection, after the first one, at twice the start.
-            facts: as for `certifies`.
+            labels: the index of each input's label among the logits.
+            start: certified radii, from a global bound; inputs where it is 0 are left at 0.
+            steps: trials. Until one fails the radius is doubled, then the interval is halved.
+            constraints: as for `certifies`.
+
+        Returns:
+            Radii in the unit of raw inputs, none below `start`.
 
         Raises:
-            ValueError: as `certifies` does.
+            ValueError: if labels, points or start do not fit, as in `certifies`.
         """
         labels = check_labels(operating_points.logits, labels).cpu()
         low = start.detach().cpu().double().clone()
@@ -249,15 +305,15 @@ class LocalCertifier:
         for _ in range(steps):
             trial = torch.where(high.isinf(), 2 * low, 0.5 * (low + high))
             index = (low > 0).nonzero()[:, 0]
-            held = torch.zeros_like(labels, dtype=torch.bool)
-            held[index] = self.certifies(
-                operating_points.select(index), labels[index], trial[index], facts=facts
+            proved = torch.zeros_like(labels, dtype=torch.bool)
+            proved[index] = self.certifies(
+                operating_points.select(index), labels[index], trial[index], constraints=constraints
             )
-            low, high = torch.where(held, trial, low), torch.where(held, high, trial)
+            low, high = torch.where(proved, trial, low), torch.where(proved, high, trial)
         return low
 
     def _check(self, operating_points: OperatingPoints) -> None:
-        """Refuse operating_points that are not of this network, or not numbers."""
+        """Refuse operating points that are of another network, or contain NaN."""
         if operating_points.fingerprint not in (None, self._layer, self.fingerprint):
             raise CertificateError(
                 "these operating points are of other weights, another activation or another "
@@ -278,31 +334,31 @@ class LocalCertifier:
             if bool(value.isnan().any()):
                 raise ValueError(f"{name} of the operating_points contains NaN")
 
-    def _holds(
+    def _prove_margins(
         self,
         operating_points: OperatingPoints,
         labels: Tensor,
         rivals: Tensor,
         margins: Tensor,
         radius: Tensor,
-        facts: bool,
+        constraints: bool,
     ) -> Bool[Tensor, " batch"]:
-        """Say for which inputs y_label − y_rival is proved to stay positive."""
-        inner = radius.clamp_min(_LEAST) * self._input_gain * (1 + 2.0**-48)
+        """Return for which inputs y_label − y_rival is proved to stay positive."""
+        inner = radius.clamp_min(_SMALLEST) * self._input_gain * (1 + 2.0**-48)
         reach = self.gains * inner[:, None] * (1 + 2.0**-48)
-        slopes = widen(
+        slopes = widen_slope_bounds(
             *self._activation.slope_bounds(operating_points.v, reach, operating_points.v_error)
         )
         target = margins / inner * (1 - 2.0**-48)
         pairs = list(zip(labels.tolist(), rivals.tolist(), strict=True))
-        if facts:
-            return self._hold_with_facts(operating_points, pairs, slopes, margins, inner)
+        if constraints:
+            return self._prove_with_constraints(operating_points, pairs, slopes, margins, inner)
         first, second = labels.numpy(), rivals.numpy()
         C = Enclosure(self._C[first]) - Enclosure(self._C[second])
         D = Enclosure(self._D[first]) - Enclosure(self._D[second])
         return self._prove(C, D, slopes, target)[1]
 
-    def _hold_with_facts(
+    def _prove_with_constraints(
         self,
         operating_points: OperatingPoints,
         pairs: list[tuple[int, int]],
@@ -310,13 +366,13 @@ class LocalCertifier:
         margins: Tensor,
         radius: Tensor,
     ) -> Bool[Tensor, " batch"]:
-        """Say the same with one-sided facts."""
+        """Return the same as `_prove_margins`, with constraints besides slope bounds."""
         w, (low, high) = self._weights, slopes
         first, second = torch.tensor(pairs, device="cpu").T
         lines = self._activation.lower_lines(operating_points.v, operating_points.v_error)
-        room = operating_points.room
-        if room is None:
-            room = w.U.new_full((len(pairs), 2, w.in_features), math.inf)
+        box_slack = operating_points.box_slack
+        if box_slack is None:
+            box_slack = w.U.new_full((len(pairs), 2, w.in_features), math.inf)
         D = w.U.new_zeros(w.in_features) if w.D is None else w.D[first] - w.D[second]
         problem = LocalProgram(
             W=w.W, U=w.U.expand(len(pairs), *w.U.shape), C=(w.C[first] - w.C[second])[:, None],
@@ -325,41 +381,41 @@ class LocalCertifier:
         units, target = radius[:, None], margins / radius
         try:
             bound, multiplier, weights = tighten_with_constraints(
-                problem, [(s, o / units) for s, o in lines], room / units[..., None], target
+                problem, [(s, o / units) for s, o in lines], box_slack / units[..., None], target
             )
         except ValueError as error:
             raise CertificateError(str(error)) from error
-        # A proposal, whatever it is: only facts that are known count, and none against its sense.
+        # Weights are proposals. Only w ≥ 0 and known constraints are sound.
         n, weights = w.hidden_features, weights.clamp_min(0)
         known, inputs = weights.split([n * len(lines), 2 * w.in_features], dim=1)
         fall, rise = inputs.chunk(2, dim=1)
-        free = torch.where(fall > rise, room[:, 0], room[:, 1])
+        free = torch.where(fall > rise, box_slack[:, 0], box_slack[:, 1])
         eta = torch.where(free.isfinite(), fall - rise, 0.0)
         used = torch.cat([known, eta.abs()], dim=1)
         offsets = torch.cat([*(o for _, o in lines), free.nan_to_num(0.0, 0.0)], dim=1)
-        held = (bound <= target) & weights.isfinite().all(1)
-        for i in held.nonzero()[:, 0].tolist():
+        proved = (bound <= target) & weights.isfinite().all(1)
+        for i in proved.nonzero()[:, 0].tolist():
             price = Enclosure(used[i, None].numpy()) @ Enclosure(offsets[i, :, None].numpy())
             claim = LocalClaim(
                 gamma=float((margins[i] - price.magnitude[0, 0]) / radius[i]) * (1 - 2.0**-48),
                 Lambda=multiplier[i].numpy(), low=low[i].numpy(), high=high[i].numpy(),
             )  # fmt: skip
             nu = zip((s for s, _ in lines), known[i].view(len(lines), n), strict=True)
-            held[i] = self._holds_less(pairs[i], tuple(nu), eta[i], claim)
-        return held
+            proved[i] = self._prove_constrained_difference(pairs[i], tuple(nu), eta[i], claim)
+        return proved
 
-    def _holds_less(
+    def _prove_constrained_difference(
         self,
         pair: tuple[int, int],
         nu: Sequence[tuple[float, Tensor]],
         eta: Tensor,
         claim: LocalClaim,
     ) -> bool:
-        """Prove a claim of y_i − y_j − Σ νₛᵀ(z − sv) − ηᵀx."""
+        """Return whether a claim of y_i − y_j − Σ νₛᵀ(z − sv) − ηᵀx can be proved."""
         w, n = self._weights, len(self._W)
         direct = [] if w.D is None else [w.D[i : i + 1] for i in pair]
         try:
-            rows = fewer_inputs(torch.cat([w.U, *direct, eta[None]]).numpy())
+            rows = compress_inputs(torch.cat([w.U, *direct, eta[None]]).numpy())
         except CertificateError:
             return False
         C, D = Enclosure(self._C[[pair[0]]]) - Enclosure(self._C[[pair[1]]]), Enclosure(-rows[-1:])
@@ -370,10 +426,10 @@ class LocalCertifier:
             weight = Enclosure(numbers.numpy()[None])
             steep = weight * Enclosure(np.array([[slope]]))
             C, D = C - weight + steep @ Enclosure(self._W), D + steep @ Enclosure(U)
-        return is_proved_locally(self._W, U, C, D, claim)
+        return can_prove_local_claim(self._W, U, C, D, claim)
 
     def _prove_gains(self, units: Tensor) -> Float[Tensor, " units"]:
-        """Prove a bound of x ↦ vᵢ = Wᵢz + Uᵢx + bᵢ for some units."""
+        """Return proved Lipschitz bounds of x ↦ vᵢ = Wᵢz + Uᵢx + bᵢ for some units."""
         index = units.numpy()
         C, D = Enclosure(self._W[index]), Enclosure(self._U[index])
         ones = torch.ones(len(units), len(self._W), dtype=torch.float64, device="cpu")
@@ -385,7 +441,7 @@ class LocalCertifier:
     def _prove(
         self, C: Enclosure, D: Enclosure, slopes: tuple[Tensor, Tensor], target: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return a bound for each row of C and D, and whether it is proved (and the target)."""
+        """Return a bound for each row of C and D, and whether it is proved (≤ the target)."""
         count, (low, high) = len(C.mid), slopes
         U = torch.from_numpy(self._U)
         problem = LocalProgram(
@@ -410,5 +466,5 @@ class LocalCertifier:
                 high=high[i].numpy(),
             )  # fmt: skip
             c, d = (Enclosure(e.mid[i : i + 1], e.radius[i : i + 1]) for e in (C, D))
-            proved[i] = is_proved_locally(self._W, self._U, c, d, claim)
+            proved[i] = can_prove_local_claim(self._W, self._U, c, d, claim)
         return gamma, proved

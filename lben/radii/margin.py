@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lben.certificates import Certificate, PairCertificate
+from lben.certificates import LayerCertificate, PairCertificate
 from lben.radii.error_bounds import Affine
 from lben.rigorous import TINY, up
 from lben.weights import as_number, convert
@@ -50,6 +50,13 @@ def certified_radius(
     Raises:
         ValueError: if shapes disagree, a label is out of range, there are fewer than two classes,
             logits are not finite, or a bound is not positive.
+
+    Example:
+        >>> import torch
+        >>> from lben import certified_radius
+        >>> logits, labels = torch.tensor([[3.0, 1.0], [1.0, 3.0]]), torch.tensor([0, 0])
+        >>> certified_radius(logits, labels, 1.0).round(decimals=4)  # margin ÷ √2; 0 where wrong
+        tensor([1.4142, 0.0000], dtype=torch.float64)
     """
     labels = check_labels(logits, labels)
     pairs = pair_bounds(bound, logits.shape[1])
@@ -89,6 +96,11 @@ def pair_bounds(
 
     Raises:
         ValueError: if a bound is not a positive number, or pairs have another number of classes.
+
+    Example:
+        >>> pair_bounds(1.0, 2).round(decimals=4)
+        tensor([[1.4142, 1.4142],
+                [1.4142, 1.4142]], dtype=torch.float64)
     """
     number = as_number(bound)
     if number is not None:
@@ -156,7 +168,7 @@ def check_labels(logits: Tensor, labels: Tensor) -> Int[Tensor, " batch"]:
 
 
 def logit_error(
-    certificate: Certificate,
+    certificate: LayerCertificate,
     state_error: Float[Tensor, " batch"],
     bias_error: Float[Tensor, " batch"],
     output_error: Float[Tensor, " batch"],

@@ -1,7 +1,7 @@
 """Which smaller bound do the weights support? Proposals of (Λ, γ), for `certify` to prove.
 
-From cheap to dear: Λ kept up to a factor, for all outputs or for each pair of them; Λ optimised,
-for all outputs or for each pair.
+From cheap to expensive: the weights' own Λ times a factor, for all outputs or for each pair of
+them; Λ optimised, for all outputs or for each pair. Symbols: docs/glossary.md.
 """
 
 from lben.tightening.diagonal import tighten_diagonal, tighten_pairs

@@ -1,9 +1,10 @@
 """Which bound does the best diagonal Λ support, of all outputs or of each pair of them?
 
 Note [The least at hand]
-A program ends a little above its optimum. What is proposed is the least of it, of what Λ as it is
-shows, of what the weights claim, and, of a pair, of √2 times the bound of all outputs: M(Λ, γ) of
-the pair is at least √2 times that of all at (√2γ, √2Λ), as CᵀC of a difference is at most 2CᵀC.
+The interior-point method stops a little above the optimum. So the proposal is the least of several
+bounds: the one it found, the one that the weights' own Λ shows, and the one that the weights claim.
+For a pair of outputs √2 times the bound of all outputs is a further one: with c = (eᵢ − eⱼ)ᵀC,
+cᵀc ⪯ 2CᵀC, so M(√2Λ, √2γ) of the pair is ⪰ √2 M(Λ, γ) of all outputs.
 """
 
 from __future__ import annotations
@@ -20,38 +21,63 @@ from lben.certificates.proof import read_exactly
 from lben.rigorous import power_of_two, up
 from lben.tightening.interior_point import Program, minimise
 from lben.tightening.scaled import (
-    LEAST,
-    Kept,
-    has_no_feedthrough,
-    least,
-    promised_claim,
-    promises_less,
+    SMALLEST_BOUND,
+    ScaledMultiplier,
+    choose_least_claim,
+    get_own_claim,
+    lacks_feedthrough,
+    proves_own_claim,
 )
 from lben.weights import DenseWeights
 
-_ROOM = 1 + 1e-7
-"""For the proof: the optimum is strictly feasible by about its gap."""
+_PROOF_SLACK = 1 + 1e-7
+"""Factor of a proposed γ, so that floating point can prove it."""
 _ROOT2 = up(math.sqrt(2.0))
 
 
 def tighten_diagonal(weights: DenseWeights, *, gap: float = 1e-5) -> Claim:
     """Propose the least γ over every diagonal Λ: the LipSDP bound of what the weights assemble.
 
-    A semidefinite program (Fazlyab et al. 2019 for feed-forward networks), solved from the weights'
-    own Λ; see Note [The least at hand]. The result is a proposal: `certify` proves it.
+    The semidefinite program min γ so that M(Λ, γ) ⪰ 0, solved from the weights' own Λ; see Note
+    [The least at hand]. The result is a proposal: `certify` proves it.
 
     Args:
-        weights: of a layer, or a network put together by `stack`; with or without a claim.
+        weights: of a layer, or of a network assembled by `stack`; with or without a claim.
         gap: relative accuracy of γ².
+
+    Returns:
+        γ, an l2 Lipschitz constant of x ↦ y, and the Λ that shows it.
 
     Raises:
         CertificateError: if 2Λ − ΛW − WᵀΛ is not positive definite.
+
+    Reference:
+        Fazlyab, Robey, Hassani, Morari and Pappas (2019), "Efficient and accurate estimation of
+        Lipschitz constants for deep neural networks", Theorem 2, for feed-forward networks.
+
+    Example:
+        Two layers, 2x and then 0.5x, have the bound 1 together; so has their assembly.
+
+        >>> import torch
+        >>> from lben import DenseWeights, certify
+        >>> from lben.tightening import tighten_diagonal
+        >>> W = torch.tensor([[0.0, 0.0], [0.5, 0.0]])
+        >>> U, C = torch.tensor([[2.0], [0.0]]), torch.tensor([[0.0, 1.0]])
+        >>> zero, one = torch.zeros(2), torch.ones(2)
+        >>> network = DenseWeights(
+        ...     W=W, U=U, b=zero, C=C, D=None, b_y=zero[:1], Lambda=one, gamma=None
+        ... )
+        >>> claim = tighten_diagonal(network)
+        >>> round(claim.gamma, 3)
+        1.0
+        >>> certify(network, claim).bound == claim.gamma
+        True
     """
     exact = read_exactly(weights)
-    claims = _optimal(exact, exact.C[None], _feedthrough(exact)[None], gap)
-    if has_no_feedthrough(exact):
-        claims.append(Kept.of(exact).claim(exact.C.numpy()))
-    return least(weights, claims)
+    claims = _solve_programs(exact, exact.C[None], _feedthrough(exact)[None], gap)
+    if lacks_feedthrough(exact):
+        claims.append(ScaledMultiplier.of(exact).propose(exact.C.numpy()))
+    return choose_least_claim(weights, claims)
 
 
 def tighten_pairs(
@@ -59,23 +85,39 @@ def tighten_pairs(
 ) -> dict[tuple[int, int], Claim]:
     """Propose the least bound of yᵢ − yⱼ for every pair of outputs, i < j.
 
-    Each is at most √2γ, what the bound of all of y says of a difference; see Note [The least at
+    None is above √2γ, which a bound γ of all of y implies for a difference; see Note [The least at
     hand]. The results are proposals: `certify_pairs` proves them.
 
     Args:
         weights: of a layer, with or without a claim.
-        fix_multiplier: keep the weights' own Λ up to a factor; otherwise one semidefinite program
-            per pair, all in one batch.
-        gap: relative accuracy of the squares.
+        fix_multiplier: take the weights' own Λ times a factor; otherwise solve a semidefinite
+            program per pair, all in one batch.
+        gap: relative accuracy of γ².
+
+    Returns:
+        For every (i, j) a claim: γ with |Δyᵢ − Δyⱼ| ≤ γ‖Δx‖₂, and its Λ.
 
     Raises:
-        ValueError: if Λ is to be kept and the weights have a feed-through D.
+        ValueError: if fix_multiplier is given for weights with a feed-through D.
         CertificateError: if 2Λ − ΛW − WᵀΛ is not positive definite.
+
+    Example:
+        >>> import torch
+        >>> from lben import DenseWeights
+        >>> from lben.tightening import tighten_pairs
+        >>> eye, zero = torch.eye(2), torch.zeros(2)
+        >>> weights = DenseWeights(
+        ...     W=0 * eye, U=eye, b=zero, C=eye, D=None, b_y=zero, Lambda=zero + 1, gamma=1.1
+        ... )
+        >>> {pair: round(claim.gamma, 3) for pair, claim in tighten_pairs(weights).items()}
+        {(0, 1): 1.414}
     """
     exact = read_exactly(weights)
-    alone = has_no_feedthrough(exact)
+    alone = lacks_feedthrough(exact)
     if fix_multiplier and not alone:
-        raise ValueError("a multiplier is kept for weights without feed-through D")
+        raise ValueError(
+            "fix_multiplier needs weights without feed-through D, and these have one: leave it out"
+        )
     q = exact.out_features
     pairs = [(i, j) for i in range(q) for j in range(i + 1, q)]
     if not pairs:
@@ -84,24 +126,24 @@ def tighten_pairs(
     C, D = (t[index[:, 0]] - t[index[:, 1]] for t in (exact.C, _feedthrough(exact)))
     proposals: list[list[Claim]] = [[] for _ in pairs]
     if alone:
-        kept = Kept.of(exact)
-        whole = kept.claim(exact.C.numpy())
+        scaled = ScaledMultiplier.of(exact)
+        whole = scaled.propose(exact.C.numpy())
         for claims, row in zip(proposals, C.numpy(), strict=True):
-            claims += [pair_claim(whole), kept.claim(row[None])]
+            claims += [derive_pair_claim(whole), scaled.propose(row[None])]
     if not fix_multiplier:
         whole = tighten_diagonal(weights)
-        optimal = _optimal(exact, C[:, None], D[:, None], gap)
+        optimal = _solve_programs(exact, C[:, None], D[:, None], gap)
         for claims, claim in zip(proposals, optimal, strict=True):
-            claims += [pair_claim(whole), claim]
+            claims += [derive_pair_claim(whole), claim]
     best = [min(claims, key=lambda c: c.gamma or math.inf) for claims in proposals]
-    if fix_multiplier and promises_less(weights, max(c.gamma or 0.0 for c in best) / _ROOT2):
-        whole = pair_claim(promised_claim(weights))
+    if fix_multiplier and proves_own_claim(weights, max(c.gamma or 0.0 for c in best) / _ROOT2):
+        whole = derive_pair_claim(get_own_claim(weights))
         best = [min(c, whole, key=lambda c: c.gamma or math.inf) for c in best]
     return dict(zip(pairs, best, strict=True))
 
 
-def pair_claim(claim: Claim) -> Claim:
-    """Return what a claim of all outputs says of the difference of two."""
+def derive_pair_claim(claim: Claim) -> Claim:
+    """Return √2γ and √2Λ: a claim (Λ, γ) of all outputs implies it of the difference of two."""
     if claim.gamma is None:
         return claim
     return Claim(up(_ROOT2 * claim.gamma), _ROOT2 * claim.Lambda.detach().cpu().double())
@@ -113,27 +155,29 @@ def _feedthrough(weights: DenseWeights) -> Tensor:
     return weights.C.new_zeros(weights.out_features, weights.in_features)
 
 
-def _optimal(weights: DenseWeights, C: Tensor, D: Tensor, gap: float) -> list[Claim]:
-    """Solve one program for each C and D of a batch, in units in which all are near 1.
+def _solve_programs(weights: DenseWeights, C: Tensor, D: Tensor, gap: float) -> list[Claim]:
+    """Solve one program for each C and D of a batch, in units in which their entries are near 1.
 
-    Outputs that are constant have the claim of `Kept`, and no program.
+    Constant outputs need no program; `ScaledMultiplier` has their claim.
     """
-    u, n = _size(weights.U), weights.hidden_features
-    units = [max(_size(c) if bool(c.any()) else 0.0, (_size(d) if bool(d.any()) else 0.0) / u)
-             for c, d in zip(C, D, strict=True)]  # fmt: skip
+    u, n = _choose_unit(weights.U), weights.hidden_features
+    units = [
+        max(*(_choose_unit(t) / of if bool(t.any()) else 0.0 for t, of in ((c, 1.0), (d, u))))
+        for c, d in zip(C, D, strict=True)
+    ]
     driven = bool(weights.U.any())
     moved = [c > 0 and (driven or bool(d.any())) for c, d in zip(units, D, strict=True)]
     claims: list[Claim] = [Claim(None, weights.Lambda)] * len(C)
     if n == 0:
         for i, d in enumerate(D.numpy()):
             norm = float(np.linalg.norm(d, 2)) if d.any() else 0.0
-            claims[i] = Claim(max(norm * _ROOM, LEAST), weights.Lambda)
+            claims[i] = Claim(max(norm * _PROOF_SLACK, SMALLEST_BOUND), weights.Lambda)
         return claims
     constant = [i for i, m in enumerate(moved) if not m]
     if constant:
-        kept = Kept.of(weights)
+        scaled = ScaledMultiplier.of(weights)
         for i in constant:
-            claims[i] = kept.claim(C[i].numpy())
+            claims[i] = scaled.propose(C[i].numpy())
     index = torch.tensor([i for i, m in enumerate(moved) if m], dtype=torch.long, device="cpu")
     if not len(index):
         return claims
@@ -142,7 +186,7 @@ def _optimal(weights: DenseWeights, C: Tensor, D: Tensor, gap: float) -> list[Cl
     gammas, multipliers = _minimise(replace(weights, U=weights.U / u), C, D, gap)
     for i, unit, gamma, x in zip(index.tolist(), c.tolist(), gammas, multipliers, strict=True):
         # y/c is bounded by γ in units of u: by γuc in all, with Λ times c/u.
-        claims[i] = Claim(max(gamma * unit * u, LEAST), x / gamma * (unit / u))
+        claims[i] = Claim(max(gamma * unit * u, SMALLEST_BOUND), x / gamma * (unit / u))
     return claims
 
 
@@ -155,19 +199,19 @@ def _minimise(
     basis = torch.linalg.qr(rows.T)[0] if rows.shape[1] > rows.shape[0] else None
     U, D = (weights.U, D) if basis is None else (weights.U @ basis, D @ basis)
 
-    def repeated(t: Tensor) -> Tensor:
+    def repeat(t: Tensor) -> Tensor:
         return t.expand(len(C), *t.shape)
 
-    program = Program(W=repeated(weights.W), U=repeated(U), C=C, D=D)
+    program = Program(W=repeat(weights.W), U=repeat(U), C=C, D=D)
     # The size of Λ is free: in units of its largest entry.
-    multiplier = repeated(weights.Lambda / weights.Lambda.max())
+    multiplier = repeat(weights.Lambda / weights.Lambda.max())
     try:
         optimum = minimise(program, multiplier, gap=gap)
     except ValueError as error:
         raise CertificateError(str(error)) from error
-    gammas = [math.sqrt(float(tau)) * _ROOM for tau in optimum.tau[:, 0]]
+    gammas = [math.sqrt(float(tau)) * _PROOF_SLACK for tau in optimum.tau[:, 0]]
     return gammas, optimum.multiplier
 
 
-def _size(t: Tensor) -> float:
+def _choose_unit(t: Tensor) -> float:
     return power_of_two(float(t.abs().max())) if t.numel() else 1.0

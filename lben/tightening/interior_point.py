@@ -1,27 +1,29 @@
 """Which diagonal Λ proves the least bound? A structured interior-point method, batched.
 
-The program, for W, U, C, D of a layer and Λ′ = γΛ, is
+Let W (n × n), U (n × p), C (q × n) and D (q × p) be the weights of a layer, and Λ′ = γΛ. The
+program is
 
     minimise Σ τ   over τ, Λ′ = diag(λ) ≻ 0   so that
 
         M(τ, λ) = [ diag(τ) − DᵀD         −(UᵀΛ′ + DᵀC)              ]
                   [ −(UᵀΛ′ + DᵀC)ᵀ         2Λ′ − Λ′W − WᵀΛ′ − CᵀC    ]  ⪰ 0.
 
-With τ = γ² the same number for every input it is the least l2 bound (Fazlyab et al. 2019 for
-feed-forward networks); with a number per input, √Σ τ bounds the l∞ → l2 constant, for
-Σ τₖδₖ² ≤ ε² Σ τₖ wherever ‖δ‖_∞ ≤ ε.
+This is γM(Λ, γ) with τ for γ² (lben/certificates/inequality.py). With the same τ = γ² for every
+input its minimum is the least l2 bound that diagonal multipliers show (Fazlyab et al. 2019 for
+feed-forward networks). With a number per input, √Σ τ bounds the constant from linf to l2, since
+Σ τₖδₖ² ≤ ε² Σ τₖ wherever ‖δ‖_∞ ≤ ε. Symbols: docs/glossary.md.
 
 Note [Structure]
-A multiplier enters by Aᵢ = eᵢcᵢᵀ + cᵢeᵢᵀ, with eᵢ unit i and cᵢ = (−Uᵢ, eᵢ − Wᵢ). So with Z = M⁻¹
-the barrier −log det M has the gradient −2eᵢᵀZcᵢ and the Hessian
-2[(eᵢᵀZeⱼ)(cᵢᵀZcⱼ) + (eᵢᵀZcⱼ)(cᵢᵀZeⱼ)]: entrywise products of three n × n matrices. A Newton step
-costs a few products of matrices as large as M, and nothing that a general solver of semidefinite
-programs spends on n unstructured constraints.
+The multiplier λᵢ of unit i enters M as λᵢ(eᵢcᵢᵀ + cᵢeᵢᵀ), where eᵢ is the coordinate vector of the
+unit and cᵢ = (−Uᵢ, eᵢ − Wᵢ) holds row i of −U and of I − W. So with Z = M⁻¹ the barrier −log det M
+has the gradient −2eᵢᵀZcᵢ and the Hessian 2[(eᵢᵀZeⱼ)(cᵢᵀZcⱼ) + (eᵢᵀZcⱼ)(cᵢᵀZeⱼ)]: entrywise products
+of three n × n matrices. A Newton step costs a few products of matrices as large as M; a general
+solver of semidefinite programs would form n such matrices.
 
 Note [Units that nothing moves]
-Where no input reaches some units, every large enough multiple of their λ is feasible, −log det M
-falls without end, and there is no central path. So λ is bounded above, by `WIDE` times where it
-starts, with a barrier of its own.
+Where no input reaches some units, every large enough multiple of their λ is feasible: −log det M
+has no lower bound, and there is no central path. So a barrier of its own keeps λ below
+`MULTIPLIER_RANGE` times its start.
 
 Everything here proposes; `lben.certificates` proves.
 """
@@ -35,12 +37,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lben.tightening.central_path import follow, has_ended, is_solved, log_barrier
+from lben.tightening.central_path import (
+    evaluate_log_det_barrier,
+    follow_central_path,
+    measure_decrement,
+    solve_newton_system,
+)
 
-WIDE = 1e6
-"""Largest λ, see Note [Units that nothing moves]."""
-_SHARE = 0.1
-"""Of the norm of an output that facts take off at the start."""
+MULTIPLIER_RANGE = 1e6
+"""Largest λ over its start, see Note [Units that nothing moves]."""
+_INITIAL_SHARE = 0.1
+"""Of an output's norm: what the weighted constraints take off at the start."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,15 +55,16 @@ class Program:
     """The matrices of a batch of programs, float64.
 
     Attributes:
-        W: n × n.
-        U: n × p.
-        C: q × n.
-        D: q × p.
+        W: state to state.
+        U: input to state.
+        C: state to output.
+        D: input to output.
         per_input: whether τ has a number per input instead of one for all.
-        facts: f × (p + n), for q = 1 and one τ: F(x, z) ≥ 0 is known, so the output less wᵀF falls
-            no slower than the output itself, for every w ≥ 0, and w is optimised with the rest.
-        prices: f numbers ≥ 0: what w adds to the objective, per unit.
-        most: n upper bounds of λ; see Note [Units that nothing moves].
+        constraints: f rows F over (x, z), N = p + n, for q = 1 and one τ. F(x, z) ≥ 0 is known; so
+            for every w ≥ 0 the output less wᵀF(x, z) falls at least as fast as the output itself,
+            and a bound of the one is a bound of the other. w is optimised with τ and λ.
+        prices: f numbers ≥ 0: what a unit of each w adds to the objective.
+        multiplier_limit: upper bounds of λ; see Note [Units that nothing moves].
     """
 
     W: Float[Tensor, "batch n n"]
@@ -64,38 +72,39 @@ class Program:
     C: Float[Tensor, "batch q n"]
     D: Float[Tensor, "batch q p"]
     per_input: bool = False
-    facts: Float[Tensor, "batch f N"] | None = None
+    constraints: Float[Tensor, "batch f N"] | None = None
     prices: Float[Tensor, "batch f"] | None = None
-    most: Float[Tensor, "batch n"] | None = None
+    multiplier_limit: Float[Tensor, "batch n"] | None = None
 
-    def reduced(self) -> Program:
-        """Return the same programs with p ≤ n + q inputs, in an orthonormal basis of U and D.
+    def reduce_inputs(self) -> Program:
+        """Return programs with the same optimum and p ≤ n + q inputs.
 
-        Only for one τ: the rest of the input space asks for τ ≥ 0 alone.
+        The inputs become coordinates in an orthonormal basis of the rows of U and D. On the rest of
+        the input space M is τI, which asks for τ ≥ 0 only; so this needs one τ for all inputs.
         """
         rows = torch.cat([self.D, self.U], dim=1)
-        if self.per_input or self.facts is not None or rows.shape[2] <= rows.shape[1]:
+        if self.per_input or self.constraints is not None or rows.shape[2] <= rows.shape[1]:
             return self
         basis = torch.linalg.qr(rows.mT)[0]
         return Program(W=self.W, U=self.U @ basis, C=self.C, D=self.D @ basis)
 
     def select(self, index: Tensor) -> Program:
-        """Return some programs of the batch."""
+        """Return the programs at some indices of the batch."""
         tensors = {k: t for k, t in vars(self).items() if isinstance(t, Tensor)}
         parts: dict[str, Any] = {name: tensor[index] for name, tensor in tensors.items()}
         return replace(self, **parts)
 
     @property
     def costs(self) -> int:
-        """Numbers of τ."""
+        """How many numbers τ has."""
         return self.U.shape[2] if self.per_input else 1
 
     @property
     def parameter(self) -> int:
-        """The barrier's parameter: rows of M, bounds of units, and facts."""
-        facts = 0 if self.facts is None else self.facts.shape[1]
-        sides = 2 if self.most is None else 3
-        return sides * self.W.shape[-1] + self.U.shape[2] + facts
+        """The barrier's parameter: rows of M, bounds of every λ, and constraints."""
+        constraints = 0 if self.constraints is None else self.constraints.shape[1]
+        sides = 2 if self.multiplier_limit is None else 3
+        return sides * self.W.shape[-1] + self.U.shape[2] + constraints
 
     @property
     def columns(self) -> Float[Tensor, "batch n N"]:
@@ -105,25 +114,25 @@ class Program:
         return torch.cat([-self.U, identity - self.W], dim=2)
 
     def split(self, point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return τ, λ and w."""
+        """Return τ, λ and w, the parts of a point."""
         end = self.costs + self.W.shape[-1]
         return point[:, : self.costs], point[:, self.costs : end], point[:, end:]
 
-    def objective(self, point: Tensor) -> Float[Tensor, " batch"]:
-        """Return Στ, and what the facts in use cost."""
+    def evaluate_objective(self, point: Tensor) -> Float[Tensor, " batch"]:
+        """Return Στ plus the prices of w."""
         tau, _, w = self.split(point)
         total = tau.sum(1)
         return total if self.prices is None else total + (self.prices * w).sum(1)
 
-    def outputs(self, w: Tensor) -> Float[Tensor, "batch q N"]:
-        """Return (D, C), less what the facts take off."""
+    def combine_outputs(self, w: Tensor) -> Float[Tensor, "batch q N"]:
+        """Return (D, C) less wᵀF."""
         outputs = torch.cat([self.D, self.C], dim=2)
-        return outputs if self.facts is None else outputs - w[:, None] @ self.facts
+        return outputs if self.constraints is None else outputs - w[:, None] @ self.constraints
 
-    def matrix(self, point: Tensor) -> Float[Tensor, "batch N N"]:
+    def assemble_matrix(self, point: Tensor) -> Float[Tensor, "batch N N"]:
         """Return M(τ, λ, w)."""
         tau, lam, w = self.split(point)
-        outputs = self.outputs(w)
+        outputs = self.combine_outputs(w)
         M = -outputs.mT @ outputs
         p = self.U.shape[2]
         weighted = lam[:, :, None] * self.columns
@@ -132,32 +141,34 @@ class Program:
         M.diagonal(dim1=1, dim2=2)[:, :p] += tau
         return M
 
-    def value(self, point: Tensor, weight: Tensor) -> Float[Tensor, " batch"]:
-        """Return objective/μ − log det M − Σ log λ − Σ log w, infinite outside the cone.
+    def evaluate_barrier(self, point: Tensor, weight: Tensor) -> Float[Tensor, " batch"]:
+        """Return objective/μ − log det M − Σ log λ − Σ log w − Σ log(1 − λ/limit).
 
-        And −Σ log(most − λ), where λ is bounded.
+        Infinite outside the cone. The last sum is there where λ has a limit.
         """
         inside = (point > 0).all(1)
-        value = self.objective(point) / weight + log_barrier(self.matrix(point))
-        if self.most is not None:
-            left = 1 - self.split(point)[1] / self.most
+        value = self.evaluate_objective(point) / weight + evaluate_log_det_barrier(
+            self.assemble_matrix(point)
+        )
+        if self.multiplier_limit is not None:
+            left = 1 - self.split(point)[1] / self.multiplier_limit
             inside &= (left > 0).all(1)
             value = value - left.log().sum(1)
         return torch.where(inside, value - point[:, self.costs :].log().sum(1), torch.inf)
 
-    def newton(self, point: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return Newton's direction for that value, and the decrement."""
+    def compute_newton_step(self, point: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return Newton's direction for `evaluate_barrier`, and the decrement."""
         _, lam, w = self.split(point)
         p, c = self.U.shape[2], self.columns
-        Z = torch.cholesky_inverse(torch.linalg.cholesky_ex(self.matrix(point))[0])
+        Z = torch.cholesky_inverse(torch.linalg.cholesky_ex(self.assemble_matrix(point))[0])
         Zc = Z @ c.mT
         E, F, G, X, Y = Z[:, p:, p:], Zc[:, p:], c @ Zc, Z[:, :p, :p], Zc[:, :p]
         gradient_x = -2 * F.diagonal(dim1=1, dim2=2) - 1 / lam
         curvature = 2 * (E * G + F * F.mT)
         curvature.diagonal(dim1=1, dim2=2).add_(1 / lam.square())
-        if self.most is not None:
-            gradient_x = gradient_x + 1 / (self.most - lam)
-            curvature.diagonal(dim1=1, dim2=2).add_(1 / (self.most - lam).square())
+        if self.multiplier_limit is not None:
+            gradient_x = gradient_x + 1 / (self.multiplier_limit - lam)
+            curvature.diagonal(dim1=1, dim2=2).add_(1 / (self.multiplier_limit - lam).square())
         mixed = 2 * Z[:, p:, :p] * Y.mT
         diagonal = X.diagonal(dim1=1, dim2=2)
         if self.per_input:
@@ -166,41 +177,53 @@ class Program:
             gradient_t = (1 / weight - diagonal.sum(1))[:, None]
             square, mixed = X.square().sum((1, 2))[:, None, None], mixed.sum(2, keepdim=True)
         gradient = torch.cat([gradient_t, gradient_x], dim=1)
-        hessian = _bordered(square, mixed, curvature)
-        if self.facts is not None:
-            b = self.outputs(w)
+        hessian = _border(square, mixed, curvature)
+        if self.constraints is not None:
+            b = self.combine_outputs(w)
             z = b @ Z
-            ZF = Z @ self.facts.mT
+            ZF = Z @ self.constraints.mT
             zF, one = b @ ZF, 1 + (z @ b.mT)
-            own = 2 * (one * (self.facts @ ZF) + zF.mT @ zF)
+            own = 2 * (one * (self.constraints @ ZF) + zF.mT @ zF)
             own.diagonal(dim1=1, dim2=2).add_(1 / w.square())
             to_lam = 2 * (z[:, :, p:].mT * (c @ ZF) + (c @ z.mT) * ZF[:, p:])
             to_tau = 2 * z[:, :, :p] @ ZF[:, :p]
-            idle = (self.facts == 0).all(2)  # nothing known of a unit: its w stays where it is
+            idle = (self.constraints == 0).all(
+                2
+            )  # nothing known of a unit: its w stays where it is
             price = 0.0 if self.prices is None else self.prices / weight[:, None]
             gradient_w = torch.where(idle, 0.0, price - 2 * zF[:, 0] - 1 / w)
             gradient = torch.cat([gradient, gradient_w], dim=1)
-            hessian = _bordered(hessian, torch.cat([to_tau, to_lam], dim=1).mT, own)
-        return has_ended(is_solved(hessian, gradient), gradient)
+            hessian = _border(hessian, torch.cat([to_tau, to_lam], dim=1).mT, own)
+        return measure_decrement(solve_newton_system(hessian, gradient), gradient)
 
-    def worst_direction(self, point: Tensor) -> Float[Tensor, "batch N"]:
-        """Return (x, z), up to a factor, at which the output of q = 1 falls fastest."""
-        b = self.outputs(self.split(point)[2]).mT
-        return -torch.cholesky_solve(b, torch.linalg.cholesky_ex(self.matrix(point))[0])[:, :, 0]
+    def find_worst_direction(self, point: Tensor) -> Float[Tensor, "batch N"]:
+        """Return the increment (x, z), up to a factor, at which the output (q = 1) falls most."""
+        b = self.combine_outputs(self.split(point)[2]).mT
+        return -torch.cholesky_solve(b, torch.linalg.cholesky_ex(self.assemble_matrix(point))[0])[
+            :, :, 0
+        ]
 
 
-def _bordered(first: Tensor, border: Tensor, last: Tensor) -> Tensor:
+def _border(first: Tensor, border: Tensor, last: Tensor) -> Tensor:
     """Return [first, borderᵀ; border, last]."""
     return torch.cat([torch.cat([first, border.mT], 2), torch.cat([border, last], 2)], 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Optimum:
-    """What was found: strictly feasible, and at most `gap` (relative) above the minimum."""
+    """Strictly feasible points of a batch of programs.
+
+    Attributes:
+        tau: τ, one number or one per input.
+        multiplier: Λ′ = γΛ.
+        constraints: w, the weights of the constraints.
+        gap: relative bound of objective − minimum.
+        steps: Newton steps of the batch.
+    """
 
     tau: Float[Tensor, "batch k"]
     multiplier: Float[Tensor, "batch n"]
-    facts: Float[Tensor, "batch f"]
+    constraints: Float[Tensor, "batch f"]
     gap: Float[Tensor, " batch"]
     steps: int
 
@@ -213,46 +236,63 @@ def minimise(
     target: Float[Tensor, " batch"] | None = None,
     max_steps: int = 200,
 ) -> Optimum:
-    """Follow the central path from a multiplier for which 2Λ − ΛW − WᵀΛ is positive definite.
+    """Minimise Στ over (τ, Λ′) with M(τ, λ) ⪰ 0, for each of a batch of programs.
 
-    Each program of the batch has its own barrier weight and step length, and leaves when its gap
-    is closed.
+    An interior-point method follows the central path. Each program has its own barrier weight and
+    step length, and leaves the batch when its gap is closed.
 
     Args:
         program: the matrices.
-        multiplier: λ up to a common factor, one row per program.
-        gap: relative accuracy of the objective, Στ unless facts have a price.
-        target: a value of the objective; a program leaves once it is reached, or known to be out
-            of reach.
-        max_steps: of Newton's method.
+        multiplier: λ up to a common factor, one row per program, for which 2Λ − ΛW − WᵀΛ is
+            positive definite: the start.
+        gap: relative accuracy of the objective, Στ unless constraints have a price.
+        target: a value of the objective; a program also leaves once its objective is at most the
+            target, or once its minimum is known to be above.
+        max_steps: bound of the number of Newton steps.
 
     Returns:
-        The best point of each program; its `gap` says how far it came.
+        The last point of each program, and its gap.
 
     Raises:
         ValueError: if 2Λ − ΛW − WᵀΛ is not positive definite.
+
+    Reference:
+        Fazlyab et al. (2019), Theorem 2, for τ = γ²; Boyd and Vandenberghe (2004), section 11.6,
+        for the method.
+
+    Example:
+        y = σ(2x) has the Lipschitz constant 2, so τ = γ² = 4.
+
+        >>> import torch
+        >>> from lben.tightening.interior_point import Program, minimise
+        >>> one = torch.ones(1, 1, 1, dtype=torch.float64)
+        >>> optimum = minimise(Program(W=0 * one, U=2 * one, C=one, D=0 * one), one[0])
+        >>> round(optimum.tau.item(), 3)
+        4.0
     """
-    program = program.reduced()
-    start = find_feasible(program, multiplier)
-    program = replace(program, most=WIDE * program.split(start)[1])
-    end = follow(program, start, gap=gap, target=target, max_steps=max_steps)
+    program = program.reduce_inputs()
+    start = find_feasible_point(program, multiplier)
+    program = replace(program, multiplier_limit=MULTIPLIER_RANGE * program.split(start)[1])
+    end = follow_central_path(program, start, gap=gap, target=target, max_steps=max_steps)
     tau, lam, w = program.split(end.point)
-    return Optimum(tau=tau, multiplier=lam, facts=w, gap=end.gap, steps=end.steps)
+    return Optimum(tau=tau, multiplier=lam, constraints=w, gap=end.gap, steps=end.steps)
 
 
-def find_feasible(program: Program, multiplier: Tensor) -> Tensor:
-    """Return a point with a multiple of a given λ, at which M is well inside the cone.
+def find_feasible_point(program: Program, multiplier: Tensor) -> Tensor:
+    """Return a point (τ, λ, w) well inside the cone, with λ a multiple of a given multiplier.
 
     Raises:
         ValueError: if 2Λ − ΛW − WᵀΛ is not positive definite.
     """
     p, (batch, n) = program.U.shape[2], multiplier.shape
     w = multiplier.new_ones(batch, 0)
-    if program.facts is not None:
+    if program.constraints is not None:
         norm = torch.cat([program.D, program.C], dim=2).flatten(1).norm(dim=1)[:, None]
-        each = program.facts.norm(dim=2)
-        w = torch.where(each > 0, _SHARE * norm / (program.facts.shape[1] * each), 1.0)
-    outputs = program.outputs(w)
+        each = program.constraints.norm(dim=2)
+        w = torch.where(
+            each > 0, _INITIAL_SHARE * norm / (program.constraints.shape[1] * each), 1.0
+        )
+    outputs = program.combine_outputs(w)
     D, C = outputs[:, :, :p], outputs[:, :, p:]
     weighted = multiplier[:, :, None] * (
         torch.eye(n, dtype=multiplier.dtype, device=multiplier.device) - program.W

@@ -1,4 +1,7 @@
-"""Which multiplier shows the least bound where the slopes of σ are known to lie in [low, high]?"""
+"""Which multiplier shows the least bound where the slopes of σ are known to lie in [low, high]?
+
+The slopes are those of chords from one operating point: Δzᵢ/Δvᵢ. Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 
@@ -9,36 +12,37 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lben.tightening.cutting_planes import Facts, tighten_with_cutting_planes
+from lben.tightening.cutting_planes import Constraints, tighten_with_cutting_planes
 from lben.tightening.interior_point import Program, minimise
 from solvers.operators import batched
 
 WIDTH = 2.0**-12
-"""Of the narrowest interval of slopes: where there is none, Λ shows nothing of z̃ to start from."""
+"""Least width of an interval of slopes: at width 0 the multiplier of z̃ has no start."""
 
 
-def widen(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Return slopes in [0, 1] that contain those given, at least `WIDTH` apart."""
+def widen_slope_bounds(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Return slope bounds in [0, 1] around those given, with high − low of at least `WIDTH`."""
     low = torch.minimum(low, (high - WIDTH).clamp_min(0))
     return low, torch.maximum(high, low + WIDTH)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LocalProgram:
-    """A batch of problems, each near an input of its own.
+    """A batch of problems, each around an operating point of its own.
 
     Note [Slopes become [0, 1] again]
-    With z = low·v + (high − low)·z̃ the new unknown has slopes in [0, 1] in v, so that the program
-    is the global one of W̃ = (I − W low)⁻¹ W (high − low), Ũ = (I − W low)⁻¹ U and outputs
-    C z + D x. With c = low + high − 2 low·high,
-    c z̃(z̃ − v) ≥ z(z − v) for all z̃ and v: the discriminant of the difference is
-    −4 low (1 − low) high (1 − high). So cΛ shows of z̃ what Λ shows of z: the global multiplier is a
-    start, and a local bound never above the global one.
+    Define z̃ by z = low·v + (high − low)·z̃. As a function of v it has slopes in [0, 1]. So the local
+    problem is the global one of the weights W̃ = (I − W low)⁻¹ W (high − low) and
+    Ũ = (I − W low)⁻¹ U, with the outputs Cz + Dx. Let c = low + high − 2 low·high. Then
+    c z̃(z̃ − v) ≥ z(z − v) for all z̃ and v, as the discriminant of the difference is
+    −4 low (1 − low) high (1 − high). So the multiplier cΛ of z̃ shows every bound that Λ shows of z:
+    it is a start, and no local bound is above the global one.
 
     Attributes:
-        W, U, C, D: of the layers; only W is common to all.
+        W: of the layer, common to all problems.
+        U, C, D: of each problem, with k inputs and q outputs.
         Lambda: a multiplier for which 2Λ − ΛW − WᵀΛ is positive definite.
-        low, high: slopes, from `widen`.
+        low, high: slope bounds, from `widen_slope_bounds`.
     """
 
     W: Float[Tensor, "n n"]
@@ -56,11 +60,11 @@ class LocalProgram:
 
     @property
     def start(self) -> Float[Tensor, "batch n"]:
-        """What Λ is to z̃."""
+        """The multiplier of z̃ from which a program starts: (low + high − 2 low·high)Λ."""
         return self.Lambda * (self.low + self.high - 2 * self.low * self.high)
 
     def transform(self) -> Program:
-        """Return the program of z̃."""
+        """Return the global program of z̃."""
         identity = torch.eye(len(self.W), dtype=self.W.dtype, device=self.W.device)
         inner, _ = batched.inverse(identity - self._scaled)
         through, drive = inner @ (self.W * self.width[:, None, :]), inner @ self.U
@@ -78,15 +82,33 @@ class LocalProgram:
 def tighten_locally(
     problem: LocalProgram, *, gap: float = 1e-2, target: Float[Tensor, " batch"] | None = None
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch n"]]:
-    """Propose the least γ and its Λ̃ for each of a batch of local problems.
+    """Propose the least γ and its multiplier for each of a batch of local problems.
 
     Args:
         problem: the batch.
         gap: relative accuracy of γ².
-        target: stop at this γ, once it is reached or known to be out of reach.
+        target: a problem also ends once its γ is at most the target, or known to be above.
 
     Returns:
-        γ (the target where that is reached) and the multiplier of z̃.
+        γ, with ‖Δy‖₂ ≤ γ‖Δx‖₂ (the target itself where γ is below it); the multiplier of z̃.
+
+    Raises:
+        ValueError: if 2Λ − ΛW − WᵀΛ is not positive definite.
+
+    Example:
+        A unit with slopes in [0, ½] bounds y = z by half of what slopes in [0, 1] do.
+
+        >>> import torch
+        >>> from lben.tightening.local import LocalProgram, tighten_locally, widen_slope_bounds
+        >>> one = torch.ones(1, 1, dtype=torch.float64)
+        >>> low, high = widen_slope_bounds(0 * one, 0.5 * one)
+        >>> problem = LocalProgram(
+        ...     W=0 * one, U=one[None], C=one[None], D=0 * one[None], Lambda=one[0],
+        ...     low=low, high=high,
+        ... )
+        >>> gamma, _ = tighten_locally(problem)
+        >>> round(gamma.item(), 2)
+        0.5
     """
     squares = None if target is None else target.square()
     optimum = minimise(problem.transform(), problem.start, gap=gap, target=squares)
@@ -99,34 +121,38 @@ def tighten_locally(
 def tighten_with_constraints(
     problem: LocalProgram,
     lines: Sequence[tuple[float, Float[Tensor, "batch n"]]],
-    room: Float[Tensor, "batch 2 k"],
+    box_slack: Float[Tensor, "batch 2 k"],
     target: Float[Tensor, " batch"],
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch n"], Float[Tensor, "batch m"]]:
-    """Propose Λ̃ and weights of facts: z ≥ sv − o in every unit, and inputs with little room.
+    """Propose a bound from slope bounds, the constraints Δz ≥ sΔv − o, and the box slack of inputs.
 
     Args:
-        problem: the batch, with one output each, for inputs of at most unit length.
-        lines: s and o.
-        room: how far each input can fall and rise, infinite where that is not known.
-        target: stop at this bound, once it is reached.
+        problem: the batch, with one output (q = 1) each, for increments with ‖Δx‖₂ ≤ 1.
+        lines: pairs of a slope s and offsets o, one offset per unit.
+        box_slack: how far each input can fall and rise; infinite where that is not known.
+        target: a problem ends once its bound is at most the target.
 
     Returns:
-        The bound that is said to hold; the multiplier of z̃ for the output less the weighted facts;
-        the weights, of every unit for line after line, then of inputs that fall and that rise.
+        The bound of how far the output falls; the multiplier of z̃ for the output less the weighted
+        constraints; the m weights: of every unit for line after line, then of the inputs that fall
+        and of the inputs that rise.
+
+    Raises:
+        ValueError: if 2Λ − ΛW − WᵀΛ is not positive definite.
     """
     program, batch = problem.transform(), len(target)
     slopes = [problem.low[:, :, None] - s for s, _ in lines]
     own = torch.diag_embed(problem.width)
     n, k = program.U.shape[1:]
-    facts = Facts(
-        of_inputs=_joined([s * program.U for s in slopes], program.U.new_zeros(batch, 0, k)),
-        of_units=_joined([s * program.W + own for s in slopes], own.new_zeros(batch, 0, n)),
-        offsets=_joined([o for _, o in lines], target.new_zeros(batch, 0)),
-        room=room,
+    constraints = Constraints(
+        input_rows=_stack_rows([s * program.U for s in slopes], program.U.new_zeros(batch, 0, k)),
+        unit_rows=_stack_rows([s * program.W + own for s in slopes], own.new_zeros(batch, 0, n)),
+        offsets=_stack_rows([o for _, o in lines], target.new_zeros(batch, 0)),
+        box_slack=box_slack,
     )
-    found = tighten_with_cutting_planes(program, facts, problem.start, target)
+    found = tighten_with_cutting_planes(program, constraints, problem.start, target)
     return found.bound, found.multiplier / found.gamma[:, None], found.weights
 
 
-def _joined(parts: list[Tensor], none: Tensor) -> Tensor:
+def _stack_rows(parts: list[Tensor], none: Tensor) -> Tensor:
     return torch.cat([none, *parts], dim=1)

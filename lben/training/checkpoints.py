@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lben.certificates import CertificateError, NetworkCertificate
+from lben.certificates import CertificateError, ChainCertificate
 from lben.models import (
     Classifier,
     ClassifierConfig,
@@ -246,7 +246,7 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> Classi
     return model.to(device).eval()
 
 
-def certificate_doubts(folder: Path | str, proved: NetworkCertificate) -> str | None:
+def certificate_doubts(folder: Path | str, proved: ChainCertificate) -> str | None:
     """Compare certificate.json with a new proof of the model beside it.
 
     Args:
@@ -264,7 +264,7 @@ def certificate_doubts(folder: Path | str, proved: NetworkCertificate) -> str | 
     return f"{Path(folder) / CERTIFICATE} is of this model, but {shortfall}" if shortfall else None
 
 
-def prove_again(folder: Path | str, model: Classifier) -> tuple[NetworkCertificate, str | None]:
+def prove_again(folder: Path | str, model: Classifier) -> tuple[ChainCertificate, str | None]:
     """Prove what certificate.json claims, by the cheapest bound of the model that shows it.
 
     A file whose claims are missed by what rounding differs from machine to machine gets the bounds
@@ -283,11 +283,11 @@ def prove_again(folder: Path | str, model: Classifier) -> tuple[NetworkCertifica
     """
     proved = model.certificate()
     kept = _kept(Path(folder) / CERTIFICATE, proved)
-    if isinstance(kept, NetworkCertificate):
+    if isinstance(kept, ChainCertificate):
         for bound in model.bounds:
             if bound != "promised" and proved.shortfall(kept, _MACHINES):
                 with suppress(CertificateError):  # may fail where a cheaper one holds
-                    proved = model.certificate(bound)
+                    proved = model.certificate(bound=bound)
         if proved.shortfall(kept) and not proved.shortfall(kept, _MACHINES):
             write_json(Path(folder) / CERTIFICATE, proved)
     return proved, certificate_doubts(folder, proved)
@@ -297,10 +297,10 @@ _MACHINES = 1e-6
 """How far the same proof may differ, relatively, from machine to machine and with their threads."""
 
 
-def _kept(path: Path, proved: NetworkCertificate) -> NetworkCertificate | str:
+def _kept(path: Path, proved: ChainCertificate) -> ChainCertificate | str:
     """Return the certificate of a file, or say why it is none of the network that was proved."""
     try:
-        kept = NetworkCertificate.from_json(path.read_text(encoding="utf-8"))
+        kept = ChainCertificate.from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"{path} is missing"
     except (OSError, ValueError) as error:

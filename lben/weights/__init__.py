@@ -1,6 +1,9 @@
 """What a layer is once its parameterization is gone: one class of weights per structure."""
 
 from lben.weights.base import (
+    Rates,
+    Rounding,
+    Weights,
     as_number,
     check_dimensions,
     check_epsilon,
@@ -11,12 +14,17 @@ from lben.weights.base import (
 )
 from lben.weights.convolutional import ConvolutionalWeights
 from lben.weights.dense import DenseWeights, stack
+from lben.weights.image import ImageGeometry
 from lben.weights.pooled import PooledWeights
 
 __all__ = [
     "ConvolutionalWeights",
     "DenseWeights",
+    "ImageGeometry",
     "PooledWeights",
+    "Rates",
+    "Rounding",
+    "Weights",
     "as_number",
     "check_dimensions",
     "check_epsilon",

@@ -1,22 +1,198 @@
-"""What do the weights of every kind of layer have in common?"""
+"""What do the weights of every kind of layer have in common?
+
+A layer is z = σ(Wz + Ux + b), y = Cz + Dx + b_y. Its weights answer everything that depends on how
+W, U, C and D are stored: products with them, the rounding of these products, and who they are.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import numbers
-from collections.abc import Mapping
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from solvers import LinearOperator, ProximalActivation
+from solvers.dependencies import Sendable
 from solvers.precision import cast
 
 
+class Rounding(NamedTuple):
+    """How far v = Ux + b and y, evaluated in float64, may be from the exact ones.
+
+    Attributes:
+        drive: bound of the error of v in the Λ norm, per sample.
+        output: bound of the error of y in l2 for a given z, per sample.
+    """
+
+    drive: Float[Tensor, " batch"]
+    output: Float[Tensor, " batch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """How sizes and roundings grow with the input and the state, states in the Λ norm.
+
+    Attributes:
+        drive: ‖v‖ per ‖x‖₂.
+        drive_rounding: the rounding of v per ‖x‖₂.
+        readout: the rounding of Cz per ‖z‖.
+        through: the rounding of Dx per ‖x‖₂.
+    """
+
+    drive: float
+    drive_rounding: float
+    readout: float
+    through: float = 0.0
+
+
+class Weights(Sendable, ABC):
+    """The weights of one layer, without a trace of how they were parameterized.
+
+    Subclasses are frozen dataclasses of tensors. Nothing here is proved: `gamma` is a claim, and
+    `lben.certify` proves it from the tensors alone.
+
+    Attributes:
+        gamma: γ, the l2 Lipschitz bound of x ↦ y that is claimed; None for no claim.
+        b_y: the bias of y.
+
+    Example:
+        >>> import torch
+        >>> from lben import EquilibriumLinear
+        >>> weights = EquilibriumLinear(4, 6, 2).weights()
+        >>> x = torch.ones(3, 4)
+        >>> v = weights.drive(x)
+        >>> weights.readout(x, torch.relu(v)).shape
+        torch.Size([3, 2])
+    """
+
+    gamma: float | None
+    b_y: Tensor
+    entry: ClassVar[str]
+    """What one number of x is called."""
+
+    @property
+    @abstractmethod
+    def sample_shape(self) -> tuple[int, ...]:
+        """The shape of one x."""
+
+    @property
+    @abstractmethod
+    def multiplier(self) -> Float[Tensor, " n"]:
+        """Λ, one positive number per unit or channel."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name; absent ones are left out."""
+
+    @abstractmethod
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """Return the weights with these tensors in place of those of the same names."""
+
+    @abstractmethod
+    def operator(self) -> LinearOperator:
+        """Return W as an operator on states, cut from the graph."""
+
+    @abstractmethod
+    def operator_tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors that define W, with their graph: see `LinearOperator.tensors`."""
+
+    @abstractmethod
+    def drive(self, x: Tensor) -> Float[Tensor, "*batch n"]:
+        """Return v = Ux + b."""
+
+    @abstractmethod
+    def readout(self, x: Tensor, z: Float[Tensor, "*batch n"]) -> Tensor:
+        """Return y = Cz + Dx + b_y."""
+
+    @abstractmethod
+    def rounding(self, x: Tensor, z: Float[Tensor, "*batch n"]) -> Rounding:
+        """Bound the rounding of `drive` and `readout` in float64."""
+
+    @abstractmethod
+    def rates(self, unit: float) -> Rates:
+        """Return how sizes and roundings grow where products run with a unit roundoff.
+
+        Args:
+            unit: of the precision that runs; the weights themselves are float64.
+        """
+
+    @abstractmethod
+    def largest(self) -> float:
+        """Return an upper bound of the sum of the largest entries of U, C and D."""
+
+    @abstractmethod
+    def check_input(self, x: Tensor) -> None:
+        """Refuse inputs of another shape.
+
+        Raises:
+            ValueError: naming the shape that is expected.
+        """
+
+    @abstractmethod
+    def header(self) -> str:
+        """Return what is part of the fingerprint besides the tensors."""
+
+    def proved_size(self) -> tuple[tuple[int, int], bool] | None:
+        """Return the image size that a proof has to cover, and whether it must be exactly this one.
+
+        None for weights that know of no image size.
+        """
+        return None
+
+    def restrict(self, activation: ProximalActivation) -> ProximalActivation:
+        """Return σ as it acts on states: units that are no part of the layer stay at 0."""
+        return activation
+
+    def check_values(self) -> None:
+        """Refuse tensors that contradict what else the weights say.
+
+        Raises:
+            ValueError: naming the contradiction.
+        """
+        return
+
+    def check_sums(self) -> None:
+        """Refuse devices that may sum products in ways whose rounding is not bounded.
+
+        Raises:
+            ValueError: naming the library and the cure.
+        """
+        return
+
+    def apply(self, transform: Callable[[Tensor], Tensor]) -> Self:
+        """Return the weights with every tensor transformed."""
+        return self.with_tensors({name: transform(t) for name, t in self.tensors().items()})
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """Return the weights in another precision, cut from the graph, on the CPU."""
+        return self.apply(lambda t: convert(t, dtype))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of names, shapes, dtypes, bits and gamma: ties a certificate to its weights.
+
+        0.0 and −0.0 are two numbers here. Device, memory layout, and whether a gradient is asked
+        for are not part of it.
+        """
+        return digest(self.header(), self.tensors())
+
+
 def digest(header: str, tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of a header and of names, shapes, dtypes and bits of tensors."""
+    """Return the SHA-256 of a header and of names, shapes, dtypes and bits of tensors.
+
+    Example:
+        >>> import torch
+        >>> digest("γ", {"W": torch.zeros(2)})[:12]
+        '572a66e2576c'
+    """
     result = hashlib.sha256(header.encode())
     for name, value in sorted(tensors.items()):
         array = value.detach().cpu().resolve_neg().contiguous()
@@ -30,6 +206,11 @@ def convert(t: Tensor, dtype: torch.dtype) -> Tensor:
 
     To float64 it is exact, also where the process reads denormal numbers as zero: those of float32
     are an integer times 2⁻¹⁴⁹.
+
+    Example:
+        >>> import torch
+        >>> convert(torch.tensor([0.5], dtype=torch.bfloat16), torch.float64)
+        tensor([0.5000], dtype=torch.float64)
     """
     t = t.detach().to("cpu")
     # bfloat16 and float16 to float32: a matter of bits.
@@ -37,7 +218,7 @@ def convert(t: Tensor, dtype: torch.dtype) -> Tensor:
     return cast(t.to(torch.float32) if dtype == torch.float64 and narrow else t, dtype)
 
 
-def check_tensors(values: Mapping[str, Any]) -> None:
+def check_tensors(values: Mapping[str, object]) -> None:
     """Raise ValueError unless every value is None or a tensor."""
     for name, value in values.items():
         if value is not None and not isinstance(value, Tensor):
@@ -53,11 +234,15 @@ def check_dimensions(name: str, value: Tensor, count: int) -> None:
         raise ValueError(f"{name} must have {count} dimensions, got shape {tuple(value.shape)}")
 
 
-def check_gamma(gamma: Any) -> float | None:
+def check_gamma(gamma: object) -> float | None:
     """Return gamma as a float, or None for None.
 
     Raises:
         ValueError: unless gamma is None or a positive, finite real number.
+
+    Example:
+        >>> check_gamma(2), check_gamma(None)
+        (2.0, None)
     """
     number = None if gamma is None else as_number(gamma)
     if gamma is not None and (number is None or not 0 < number < math.inf):
@@ -68,11 +253,15 @@ def check_gamma(gamma: Any) -> float | None:
     return number
 
 
-def check_epsilon(epsilon: Any) -> float:
+def check_epsilon(epsilon: object) -> float:
     """Return epsilon as a float.
 
     Raises:
         ValueError: unless it is a positive, finite real number.
+
+    Example:
+        >>> check_epsilon(1)
+        1.0
     """
     number = as_number(epsilon)
     if number is None or not 0 < number < math.inf:
@@ -80,8 +269,14 @@ def check_epsilon(epsilon: Any) -> float:
     return number
 
 
-def as_number(value: Any) -> float | None:
-    """Return a real number of Python, NumPy or torch as a float; None for all else, and bool."""
+def as_number(value: object) -> float | None:
+    """Return a real number of Python, NumPy or torch as a float; None for all else, and bool.
+
+    Example:
+        >>> import torch
+        >>> as_number(torch.tensor(2)), as_number("2"), as_number(True)
+        (2.0, None, None)
+    """
     if isinstance(value, Tensor | np.ndarray) and value.ndim:
         return None
     if isinstance(value, Tensor | np.ndarray | np.generic):

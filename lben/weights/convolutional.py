@@ -1,37 +1,39 @@
-"""What is a layer of images, once all parameterization is gone?
-
-As `DenseWeights` (lben.weights.dense), with convolutions in place of matrices.
-"""
+"""What are the weights of a layer of images? Kernels of convolutions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from lben.rigorous import UNIT, gamma_k
 from lben.weights.base import (
+    Rates,
+    Rounding,
+    Weights,
     as_number,
     check_dimensions,
     check_gamma,
     check_tensors,
-    convert,
-    digest,
 )
 from lben.weights.dense import DenseWeights
-from solvers.dependencies import Sendable
+from lben.weights.growth import absolute_norm, largest_up, norms_up, underflow
+from lben.weights.image import ImageGeometry
+from lben.weights.linear_maps import refuse_other_sums, taps
+from solvers import ConvolutionOperator, LinearOperator, ProximalActivation, ZeroOperator
 
 _LARGEST = 2**28
 """Entries of a matrix that `dense` writes out."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ConvolutionalWeights(Sendable):
+class ConvolutionalWeights(Weights):
     """Weights of z = σ(W∗z + U∗x + b), y = C∗z + D∗x + b_y with n, p and q channels and stride 1.
 
     (U∗x)[i, s] = Σ U[i, j, t] x[j, s + t − a], summed over channels j and offsets t; the anchor a
@@ -39,7 +41,7 @@ class ConvolutionalWeights(Sendable):
     of U. Another padding of the layer only shifts z and changes nothing here.
 
     Args:
-        W: n × n × j × j with odd j; None for an explicit layer (W = 0).
+        W: n × n × j × j with odd j; None for W = 0, a layer without a solve.
         U: n × p × k × k.
         b: n.
         C: q × n × k × k; of another size where both are odd.
@@ -48,11 +50,24 @@ class ConvolutionalWeights(Sendable):
         Lambda: one positive multiplier per channel of z.
         gamma: the l2 Lipschitz bound that is claimed, or None for no claim.
         circular: whether the image is a torus; otherwise it is surrounded by zeros.
+        geometry: the image size and where states lie; None for weights of every image size, which
+            can be proved and not evaluated.
+        reads_state: whether y = z: C is then I and b_y is 0, and neither is evaluated.
 
     Raises:
         ValueError: if something is not a tensor, the shapes do not fit each other, or gamma is not
             positive and finite.
+
+    Example:
+        >>> from lben import SLLConv2d, certify
+        >>> weights = SLLConv2d(3, 5).weights()
+        >>> weights.U.shape, weights.D
+        (torch.Size([5, 3, 3, 3]), 1.0)
+        >>> weights.dense((4, 4)).U.shape  # as a matrix on images of 4 × 4 pixels
+        torch.Size([80, 48])
     """
+
+    entry: ClassVar[str] = "entry"
 
     W: Float[Tensor, "n n j j"] | None = None
     U: Float[Tensor, "n p k k"]
@@ -63,6 +78,8 @@ class ConvolutionalWeights(Sendable):
     Lambda: Float[Tensor, " n"]
     gamma: float | None
     circular: bool
+    geometry: ImageGeometry | None = None
+    reads_state: bool = False
 
     def __post_init__(self) -> None:
         if self.D is not None and (number := as_number(self.D)) is not None:
@@ -119,10 +136,6 @@ class ConvolutionalWeights(Sendable):
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: v for k, v in values.items() if isinstance(v, Tensor)}
 
-    def to(self, dtype: torch.dtype) -> ConvolutionalWeights:
-        """Return the weights in another precision, cut from the graph, on the CPU."""
-        return self.apply(lambda t: convert(t, dtype))
-
     def dense(self, image: tuple[int, int]) -> DenseWeights:
         """Return the same layer as matrices on flattened images, channels first.
 
@@ -163,23 +176,192 @@ class ConvolutionalWeights(Sendable):
         basis = torch.eye(inputs, dtype=kernel.dtype, device=kernel.device)
         basis = basis.reshape(inputs, kernel.shape[1], *size)
         if self.circular:
-            after = kernel.shape[-1] - 1 - anchor
-            basis = functional.pad(basis, (anchor, after, anchor, after), mode="circular")
-            return functional.conv2d(basis, kernel).flatten(1).T
+            return self._convolve(basis, kernel, anchor).flatten(1).T
         return functional.conv2d(basis, kernel, padding=anchor).flatten(1).T
 
-    def apply(self, transform: Callable[[Tensor], Tensor]) -> ConvolutionalWeights:
-        """Return the weights with every tensor transformed."""
-        changes: dict[str, Any] = {k: transform(v) for k, v in self.tensors().items()}
-        return replace(self, **changes)
+    def _convolve(
+        self, x: Tensor, kernel: Tensor, anchor: int, bias: Tensor | None = None
+    ) -> Tensor:
+        """Return the convolution of images, of their own size."""
+        after = kernel.shape[-1] - 1 - anchor
+        if not self.circular and anchor == after:
+            return functional.conv2d(x, kernel, bias, padding=anchor)
+        mode = "circular" if self.circular else "constant"
+        x = functional.pad(x, (anchor, after, anchor, after), mode=mode)
+        return functional.conv2d(x, kernel, bias)
 
-    def with_tensors(self, tensors: dict[str, Tensor]) -> ConvolutionalWeights:
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Channels, height and width of one x."""
+        geometry = self.placed
+        return (self.U.shape[1] // geometry.stride**2, *geometry.image)
+
+    @property
+    def multiplier(self) -> Float[Tensor, " n"]:
+        """Λ, one number per channel."""
+        return self.Lambda
+
+    @property
+    def placed(self) -> ImageGeometry:
+        """Where images and states lie.
+
+        Raises:
+            ValueError: if the weights are of no image size.
+        """
+        if self.geometry is None:
+            raise ValueError(
+                "these weights are of no image size: a layer that is evaluated through them needs "
+                "a geometry, dataclasses.replace(weights, geometry=ImageGeometry(...))"
+            )
+        return self.geometry
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> ConvolutionalWeights:
         """Return the weights with these tensors in place of those of the same names."""
         changes: dict[str, Any] = dict(tensors)
         return replace(self, **changes)
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256, as that of `DenseWeights`."""
+    def operator(self) -> LinearOperator:
+        """Return W as an operator on states, cut from the graph."""
+        if self.W is None:
+            units = math.prod(self.placed.torus)
+            return ZeroOperator(self.Lambda.detach().repeat_interleave(units))
+        return self.convolution()
+
+    def convolution(self) -> ConvolutionOperator:
+        """Return W as an operator, of weights that have one."""
+        assert self.W is not None
+        return ConvolutionOperator(self.W.detach(), self.placed.torus, self.Lambda.detach())
+
+    def operator_tensors(self) -> tuple[Tensor, ...]:
+        """Return the kernel W, if there is one."""
+        return () if self.W is None else (self.W,)
+
+    def drive(self, x: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch units"]:
+        """Return v = U∗x + b, as states."""
+        return self.placed.embed(self._drive_images(x, self.U, self.b))
+
+    def _drive_images(self, x: Tensor, U: Tensor, b: Tensor) -> Tensor:
+        return self._convolve(self.placed.downsample(x), U, U.shape[-1] // 2, b)
+
+    def readout(
+        self, x: Float[Tensor, "batch c h w"], z: Float[Tensor, "batch units"]
+    ) -> Float[Tensor, "batch q i j"]:
+        """Return y = C∗z + D∗x + b_y."""
+        y = self.placed.crop(z)
+        if not self.reads_state:
+            y = self._read(y, self.C, self.b_y)
+        if self.D is None:
+            return y
+        x = self.placed.downsample(x)
+        return y + (self.D * x if isinstance(self.D, float) else self._pass(x, self.D))
+
+    def _read(self, z: Tensor, C: Tensor, b_y: Tensor) -> Tensor:
+        return self._convolve(z, C, C.shape[-1] - 1 - C.shape[-1] // 2, b_y)
+
+    def _pass(self, x: Tensor, D: Tensor) -> Tensor:
+        return self._convolve(x, D, D.shape[-1] // 2)
+
+    def rounding(
+        self, x: Float[Tensor, "batch c h w"], z: Float[Tensor, "batch units"]
+    ) -> Rounding:
+        """Bound the rounding of `drive` and `readout` in float64."""
+        size = self.placed.crop(z).abs()
+        y = torch.zeros_like(size[:, : len(self.b_y)])
+        if not self.reads_state:
+            terms = self.C[0].numel()
+            y = gamma_k(terms + 4) * self._read(size, self.C.abs(), self.b_y.abs())
+            y = y + underflow(terms, size, self.C, dims=3)
+        if self.D is not None:
+            inputs = self.placed.downsample(x)
+            y = y + 4 * UNIT * self.readout(x, z).abs() + self._through_rounding(inputs, self.D)
+        return Rounding(self.drive_rounding(x), norms_up(y.flatten(1), 1))
+
+    def _through_rounding(self, x: Tensor, D: Tensor | float) -> Tensor:
+        """Bound the rounding of D∗x."""
+        if isinstance(D, float):
+            lost = underflow(1, x, x.new_tensor(D), dims=3)
+            return 4 * UNIT * abs(D) * x.abs() + lost
+        terms = D[0].numel()
+        size = self._pass(x.abs(), D.abs())
+        return gamma_k(terms + 4) * size + underflow(terms, x, D, dims=3)
+
+    def drive_rounding(self, x: Float[Tensor, "batch c h w"]) -> Float[Tensor, " batch"]:
+        """Bound the rounding of `drive` in float64, in the Λ norm."""
+        size = self._drive_images(x.abs(), self.U.abs(), self.b.abs())
+        terms = self.U[0].numel()
+        lost = underflow(terms, x, self.U, dims=3)
+        v = (size * gamma_k(terms + 4) + lost) * taps(self.Lambda.sqrt())
+        return norms_up(v.flatten(1), 1)
+
+    def drive_rates(self, unit: float) -> Rates:
+        """Return how v and its rounding grow with x; nothing of the output."""
+        root = self.Lambda.sqrt()
+        drive = absolute_norm(root[:, None] * self.U.abs().flatten(2).sum(2))
+        rounding = (self.U[0].numel() + 4) * unit * drive
+        return Rates(drive=drive, drive_rounding=rounding, readout=0.0)
+
+    def rates(self, unit: float) -> Rates:
+        """Return how sizes and roundings grow where products run with a unit roundoff."""
+        root, readout, through = self.Lambda.sqrt(), 0.0, 0.0
+        if not self.reads_state:
+            size = absolute_norm(self.C.abs().flatten(2).sum(2) / root)
+            readout = (self.C[0].numel() + 8) * unit * size
+        if isinstance(self.D, float):
+            through, readout = 8 * unit * abs(self.D), readout + 4 * unit / float(root.min())
+        elif self.D is not None:
+            through = (self.D[0].numel() + 8) * unit * absolute_norm(self.D)
+            readout = readout + 4 * unit / float(root.min())
+        return replace(self.drive_rates(unit), readout=readout, through=through)
+
+    def largest(self) -> float:
+        """Return an upper bound of the sum of the largest entries of U, C and D."""
+        size = largest_up(self.U) + largest_up(self.C)
+        if isinstance(self.D, float):
+            return size + abs(self.D)
+        return size if self.D is None else size + largest_up(self.D)
+
+    def proved_size(self) -> tuple[tuple[int, int], bool] | None:
+        """Return the grid, which a proof has to match exactly where it is a torus."""
+        return None if self.geometry is None else (self.geometry.grid, self.circular)
+
+    def restrict(self, activation: ProximalActivation) -> ProximalActivation:
+        """Return σ that is 0 on the border of the torus."""
+        return self.placed.restrict(activation, self.b.device)
+
+    def check_values(self) -> None:
+        """Refuse C ≠ I or b_y ≠ 0 where y = z.
+
+        Raises:
+            ValueError: saying so.
+        """
+        if self.reads_state:
+            identity = torch.eye(len(self.b)).to(self.C)[:, :, None, None]
+            if not torch.equal(self.C, identity) or bool(self.b_y.any()):
+                raise ValueError("reads_state says that y = z, but C is not I or b_y is not 0")
+
+    def check_sums(self) -> None:
+        """Refuse CPUs whose convolutions may be summed in ways whose rounding is not bounded."""
+        if self.U.is_cpu:  # `solvers.acceptance` knows CUDA
+            refuse_other_sums(self.U)
+
+    def check_input(self, x: Tensor) -> None:
+        """Refuse what is no batch of images of the layer's size.
+
+        Raises:
+            ValueError: naming both shapes.
+        """
+        expected = self.sample_shape
+        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+            hint = "the layer is built for one image size"
+            if tuple(x.shape[-3:]) == expected:
+                hint = "merge the leading dimensions, x.flatten(0, -4), and unflatten the result"
+                hint = "add a batch dimension, x[None]" if x.ndim == 3 else hint
+            raise ValueError(
+                f"expected images of shape (batch, {', '.join(map(str, expected))}), "
+                f"got {tuple(x.shape)}: {hint}"
+            )
+
+    def header(self) -> str:
+        """Return γ, a number D and the padding as text."""
         D = self.D if isinstance(self.D, float) else None
-        return digest(f"gamma={self.gamma!r};D={D!r};circular={self.circular};", self.tensors())
+        return f"gamma={self.gamma!r};D={D!r};circular={self.circular};"

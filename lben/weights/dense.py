@@ -1,21 +1,32 @@
-"""What is a layer, once all parameterization is gone? The noun that everything agrees on."""
+"""What are the weights of a layer of vectors? Matrices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
-from lben.weights.base import check_dimensions, check_gamma, check_tensors, convert, digest
-from solvers.dependencies import Sendable
+from lben.rigorous import gamma_k
+from lben.weights.base import (
+    Rates,
+    Rounding,
+    Weights,
+    check_dimensions,
+    check_gamma,
+    check_tensors,
+    digest,
+)
+from lben.weights.growth import absolute_norm, largest_up, norms_up, not_nan, underflow
+from solvers import DenseOperator
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class DenseWeights(Sendable):
+class DenseWeights(Weights):
     """Weights of z = σ(Wz + Ux + b), y = Cz + Dx + b_y with n units, p inputs and q outputs.
 
     Args:
@@ -32,7 +43,19 @@ class DenseWeights(Sendable):
     Raises:
         ValueError: if something is not a tensor, the shapes do not fit each other, or gamma is not
             positive and finite.
+
+    Example:
+        >>> import torch
+        >>> from lben import DenseWeights, certify
+        >>> one = torch.ones(1, 1)
+        >>> weights = DenseWeights(
+        ...     W=-one, U=one, b=one[0], C=one, D=None, b_y=0 * one[0], Lambda=one[0], gamma=1.0
+        ... )  # z = σ(−z + x + 1), y = z
+        >>> certify(weights).bound
+        1.0
     """
+
+    entry: ClassVar[str] = "feature"
 
     W: Float[Tensor, "n n"]
     U: Float[Tensor, "n p"]
@@ -73,33 +96,114 @@ class DenseWeights(Sendable):
         """q."""
         return self.C.shape[0]
 
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """(p,)."""
+        return (self.in_features,)
+
+    @property
+    def multiplier(self) -> Float[Tensor, " n"]:
+        """Λ."""
+        return self.Lambda
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, leaving out an absent D."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: v for k, v in values.items() if isinstance(v, Tensor)}
 
-    def to(self, dtype: torch.dtype) -> DenseWeights:
-        """Return the weights in another precision, cut from the graph, on the CPU."""
-        return self.apply(lambda t: convert(t, dtype))
-
-    def apply(self, transform: Callable[[Tensor], Tensor]) -> DenseWeights:
-        """Return the weights with every tensor transformed."""
-        changes: dict[str, Any] = {k: transform(v) for k, v in self.tensors().items()}
-        return replace(self, **changes)
-
-    def with_tensors(self, tensors: dict[str, Tensor]) -> DenseWeights:
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> DenseWeights:
         """Return the weights with these tensors in place of those of the same names."""
         changes: dict[str, Any] = dict(tensors)
         return replace(self, **changes)
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of names, shapes, dtypes, bits and gamma: ties a certificate to its weights.
+    def operator(self) -> DenseOperator:
+        """Return W as an operator on states, cut from the graph."""
+        return DenseOperator(self.W.detach(), self.Lambda.detach())
 
-        0.0 and −0.0 are two numbers here. Device, memory layout, and whether a gradient is asked
-        for are not part of it.
+    def operator_tensors(self) -> tuple[Tensor, ...]:
+        """Return W."""
+        return (self.W,)
+
+    def drive(self, x: Float[Tensor, "*batch p"]) -> Float[Tensor, "*batch n"]:
+        """Return v = Ux + b."""
+        return functional.linear(x, self.U, self.b)
+
+    def readout(
+        self, x: Float[Tensor, "*batch p"], z: Float[Tensor, "*batch n"]
+    ) -> Float[Tensor, "*batch q"]:
+        """Return y = Cz + Dx + b_y."""
+        y = functional.linear(z, self.C, self.b_y)
+        return y if self.D is None else y + x @ self.D.T
+
+    def rounding(self, x: Float[Tensor, "*batch p"], z: Float[Tensor, "*batch n"]) -> Rounding:
+        """Bound the rounding of `drive` and `readout` in float64."""
+        size = x.abs()
+        u_n, u_p = gamma_k(self.hidden_features + 4), gamma_k(self.in_features + 4)
+        # A bias that an accumulator starts with is one more summand.
+        v = u_p * self._drive_magnitude(size) + underflow(self.in_features, x, self.U)
+        y = u_n * (z.abs() @ self.C.abs().T + self.b_y.abs())
+        y = y + underflow(self.hidden_features, z, self.C)
+        if self.D is not None:
+            y = y + u_p * (size @ self.D.abs().T) + underflow(self.in_features, x, self.D)
+        return Rounding(norms_up(v * self.Lambda.sqrt(), 1), norms_up(y, 1))
+
+    def _drive_magnitude(self, size: Tensor) -> Tensor:
+        """Return |U||x| + |b|."""
+        return size @ self.U.abs().T + self.b.abs()
+
+    def rates(self, unit: float) -> Rates:
+        """Return how sizes and roundings grow where products run with a unit roundoff."""
+        root = self.Lambda.sqrt()
+        drive, inputs = absolute_norm(root[:, None] * self.U), (self.in_features + 4) * unit
+        return Rates(
+            drive=drive,
+            drive_rounding=inputs * drive,
+            readout=(self.hidden_features + 8) * unit * absolute_norm(self.C / root),
+            through=0.0 if self.D is None else (inputs + 4 * unit) * absolute_norm(self.D),
+        )
+
+    def largest(self) -> float:
+        """Return an upper bound of the sum of the largest entries of U, C and D."""
+        return sum(largest_up(t) for t in (self.U, self.C, self.D) if t is not None)
+
+    def preactivation_error(
+        self,
+        x: Float[Tensor, "*batch p"],
+        z: Float[Tensor, "*batch n"],
+        state_error: Float[Tensor, "*batch"],
+    ) -> Float[Tensor, "*batch n"]:
+        """Bound how far Wz + Ux + b, evaluated in float64, is from that of the equilibrium.
+
+        Args:
+            x: float64.
+            z: a state, float64.
+            state_error: bound of its distance to the equilibrium, in the Λ norm.
+
+        Returns:
+            One bound per unit; infinite where nothing is known.
         """
-        return digest(f"gamma={self.gamma!r};", self.tensors())
+        moved = torch.linalg.vector_norm(self.W / self.Lambda.sqrt(), dim=1)
+        unit = gamma_k(self.hidden_features + self.in_features + 8)
+        size = z.abs() @ self.W.abs().T + self._drive_magnitude(x.abs())
+        lost = underflow(self.hidden_features, z, self.W)
+        lost = lost + underflow(self.in_features, x, self.U)
+        return not_nan((state_error[..., None] * moved + 2 * unit * size + lost) * (1 + 1e-9))
+
+    def check_input(self, x: Tensor) -> None:
+        """Refuse inputs whose last dimension has another size than p.
+
+        Raises:
+            ValueError: naming both sizes.
+        """
+        if x.ndim < 1 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"expected {self.in_features} features in the last dimension of x, "
+                f"got shape {tuple(x.shape)}"
+            )
+
+    def header(self) -> str:
+        """Return γ as text."""
+        return f"gamma={self.gamma!r};"
 
     @property
     def function_fingerprint(self) -> str:
@@ -151,6 +255,12 @@ def stack(first: DenseWeights, second: DenseWeights) -> DenseWeights:
     Raises:
         ValueError: if the sizes, dtypes or devices do not fit, or only one of the two claims a
             bound.
+
+    Example:
+        >>> from lben import SLLLinear, certify, stack
+        >>> both = stack(SLLLinear(4, 6).weights(), SLLLinear(4, 5).weights())
+        >>> both.hidden_features, round(certify(both).bound, 4)
+        (11, 1.0)
     """
     a, b = first, second
     if a.out_features != b.in_features:

@@ -1,23 +1,33 @@
-"""What is a layer of images whose output is pooled and then multiplied by a matrix?"""
+"""What are the weights of a layer of images whose output is pooled and multiplied by a matrix?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
-from lben.weights.base import check_dimensions, check_gamma, check_tensors, convert, digest
+from lben.rigorous import gamma_k
+from lben.weights.base import (
+    Rates,
+    Rounding,
+    Weights,
+    check_dimensions,
+    check_gamma,
+    check_tensors,
+)
 from lben.weights.convolutional import ConvolutionalWeights
 from lben.weights.dense import DenseWeights
-from solvers.dependencies import Sendable
+from lben.weights.growth import absolute_norm, largest_up, norms_up, underflow
+from lben.weights.linear_maps import taps
+from solvers import LinearOperator, LowRankUpdate, ProximalActivation
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PooledWeights(Sendable):
+class PooledWeights(Weights):
     """Weights of z = σ(W∗z + A⟨C, z⟩ + U∗x + b), y = ⟨C, z⟩ + b_y: images in, q numbers out.
 
     ⟨C, z⟩ are the q inner products of C with z, over all channels and pixels. What the bound of y
@@ -33,7 +43,15 @@ class PooledWeights(Sendable):
     Raises:
         ValueError: if the shapes do not fit each other, the state has outputs or a claim, or gamma
             is not positive and finite.
+
+    Example:
+        >>> from lben import PooledEquilibriumConv2d
+        >>> weights = PooledEquilibriumConv2d(3, 4, 10, image=(8, 8)).weights()
+        >>> weights.C.shape, weights.dense().W.shape
+        (torch.Size([10, 4, 8, 8]), torch.Size([256, 256]))
     """
+
+    entry: ClassVar[str] = "entry"
 
     state: ConvolutionalWeights
     A: Float[Tensor, "q n h w"]
@@ -63,22 +81,28 @@ class PooledWeights(Sendable):
         """Height and width of the only images that fit."""
         return (self.C.shape[2], self.C.shape[3])
 
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Channels, height and width of one x."""
+        return self.state.sample_shape
+
+    @property
+    def multiplier(self) -> Float[Tensor, " n"]:
+        """Λ, one number per channel."""
+        return self.state.Lambda
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name."""
         return {**_nonempty(self.state.tensors()), "A": self.A, "C": self.C, "b_y": self.b_y}
 
-    def to(self, dtype: torch.dtype) -> PooledWeights:
-        """Return the weights in another precision, cut from the graph, on the CPU."""
-        return self.apply(lambda t: convert(t, dtype))
-
     def apply(self, transform: Callable[[Tensor], Tensor]) -> PooledWeights:
-        """Return the weights with every tensor transformed."""
+        """Return the weights with every tensor transformed, empty ones of the state included."""
         return replace(
             self, state=self.state.apply(transform), A=transform(self.A), C=transform(self.C),
             b_y=transform(self.b_y),
         )  # fmt: skip
 
-    def with_tensors(self, tensors: dict[str, Tensor]) -> PooledWeights:
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> PooledWeights:
         """Return the weights with these tensors in place of those of the same names."""
         own: dict[str, Any] = {n: tensors[n] for n in ("A", "C", "b_y") if n in tensors}
         rest = {name: t for name, t in tensors.items() if name not in own}
@@ -91,10 +115,69 @@ class PooledWeights(Sendable):
             whole, W=whole.W + self.A.flatten(1).T @ C, C=C, b_y=self.b_y, gamma=self.gamma
         )
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256, as that of `DenseWeights`."""
-        return digest(f"gamma={self.gamma!r};circular={self.state.circular};", self.tensors())
+    def operator(self) -> LinearOperator:
+        """Return W∗ + A⟨C, ·⟩ as an operator on states, cut from the graph."""
+        A, C = (t.detach() for t in self._factors())
+        return LowRankUpdate(self.state.convolution(), A, C)
+
+    def operator_tensors(self) -> tuple[Tensor, ...]:
+        """Return the kernel W, A and C."""
+        return (*self.state.operator_tensors(), *self._factors())
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """Return A and C as units × q, on the torus."""
+        embed = self.state.placed.embed
+        return embed(self.A).T, embed(self.C).T
+
+    def drive(self, x: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch units"]:
+        """Return v = U∗x + b, as states."""
+        return self.state.drive(x)
+
+    def readout(
+        self, x: Float[Tensor, "batch c h w"], z: Float[Tensor, "batch units"]
+    ) -> Float[Tensor, "batch q"]:
+        """Return y = ⟨C, z⟩ + b_y."""
+        state = self.state.placed.crop(z).flatten(1)
+        return functional.linear(state, self.C.flatten(1), self.b_y)
+
+    def rounding(
+        self, x: Float[Tensor, "batch c h w"], z: Float[Tensor, "batch units"]
+    ) -> Rounding:
+        """Bound the rounding of `drive` and `readout` in float64."""
+        C, state = self.C.flatten(1), self.state.placed.crop(z).flatten(1)
+        size = state.abs() @ C.abs().T + self.b_y.abs()
+        y = gamma_k(C.shape[1] + 4) * size + underflow(C.shape[1], state, C)
+        return Rounding(self.state.drive_rounding(x), norms_up(y, 1))
+
+    def rates(self, unit: float) -> Rates:
+        """Return how sizes and roundings grow where products run with a unit roundoff."""
+        C = (self.C / taps(self.state.Lambda.sqrt())).flatten(1)
+        readout = (C.shape[1] + 8) * unit * absolute_norm(C)
+        return replace(self.state.drive_rates(unit), readout=readout)
+
+    def largest(self) -> float:
+        """Return an upper bound of the sum of the largest entries of U and C."""
+        return largest_up(self.state.U) + largest_up(self.C)
+
+    def proved_size(self) -> tuple[tuple[int, int], bool] | None:
+        """As `ConvolutionalWeights.proved_size`."""
+        return self.state.proved_size()
+
+    def restrict(self, activation: ProximalActivation) -> ProximalActivation:
+        """Return σ that is 0 on the border of the torus."""
+        return self.state.restrict(activation)
+
+    def check_sums(self) -> None:
+        """As `ConvolutionalWeights.check_sums`."""
+        self.state.check_sums()
+
+    def check_input(self, x: Tensor) -> None:
+        """As `ConvolutionalWeights.check_input`."""
+        self.state.check_input(x)
+
+    def header(self) -> str:
+        """Return γ and the padding as text."""
+        return f"gamma={self.gamma!r};circular={self.state.circular};"
 
 
 def _nonempty(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

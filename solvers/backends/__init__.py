@@ -1,4 +1,8 @@
-"""A splitting's loop in one piece, where there is one for the problem: CPU or CUDA device."""
+"""Where does a splitting run as one fused loop?
+
+Compiled on a CPU (`cpu`) and in Triton on a CUDA device (`triton`), for the problems that
+`find_obstacle` accepts.
+"""
 
 from types import ModuleType
 
@@ -15,29 +19,55 @@ __all__ = [
     "KernelWarning",
     "activate",
     "activates",
+    "find_obstacle",
     "reflect_sum",
     "run",
     "run_fixed_steps",
-    "supports",
 ]
 
 
-def supports(problem: Inclusion) -> str | None:
-    """Return why no fused loop can solve this problem, or None when one can."""
-    return _backend(problem).supports(problem)
+def find_obstacle(problem: Inclusion) -> str | None:
+    """Return why no fused loop can solve this problem, or None if one can.
+
+    Example:
+        >>> import torch
+        >>> from solvers import DenseOperator, Tanh
+        >>> problem = Inclusion(DenseOperator(torch.zeros(2, 2)), torch.ones(1, 2), Tanh())
+        >>> find_obstacle(problem)
+        'Tanh() is not piecewise linear'
+    """
+    return _backend(problem).find_obstacle(problem)
 
 
 def run(problem: Inclusion, iteration: Iteration, request: Request) -> Outcome | str:
-    """Solve a flat problem that `supports` accepts, or say why its kernels cannot run here."""
+    """Solve a problem for which `find_obstacle` returned None.
+
+    Args:
+        problem: with a bias of shape batch × n, cut from the graph.
+        iteration: the splitting.
+        request: tolerance in the Λ norm, step limit and start.
+
+    Returns:
+        The outcome, or why the kernels cannot run on this device.
+    """
     return _backend(problem).run(problem, iteration, request)
 
 
 def run_fixed_steps(
     problem: Inclusion, iteration: Iteration, steps: int
 ) -> tuple[Tensor, Tensor] | None:
-    """Return z and its relative residual after some steps of a flat problem, or at rest.
+    """Take a number of steps in one launch, without waiting for the device.
 
-    The host never waits, so a graph may capture it. None where no kernel does it in one launch.
+    A CUDA graph may capture it, because the host never waits.
+
+    Args:
+        problem: with a bias of shape batch × n, cut from the graph.
+        iteration: the splitting.
+        steps: how many; the kernel may stop earlier if the iteration is at rest.
+
+    Returns:
+        z and its relative residual per sample in the Λ norm, or None if no kernel does all steps in
+        one launch.
     """
     backend = _backend(problem)
     return triton.run_fixed_steps(problem, iteration, steps) if backend is triton else None

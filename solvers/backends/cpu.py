@@ -1,8 +1,8 @@
 """Which problems does the compiled loop solve, and how are they handed to it?
 
-Dense W in the memory of the processor, an activation that is linear on either side of zero or
-linear per sample, float32 or float64. A float64 problem iterates mostly in float32, rebased on a
-residual in float64 at every check.
+Dense W in host memory, a piecewise linear activation, float32 or float64. A float64 problem
+iterates mostly in float32: at every check its residual is evaluated in float64, and the float32
+iteration computes a correction from it.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from solvers.activations import PIECEWISE_LINEAR
-from solvers.backends.step import Iteration, Outcome, Request, coefficients, plain
+from solvers.backends.step import Iteration, Outcome, Request, materialize, slope_coefficients
 from solvers.inclusion import Inclusion
 from solvers.native import Build, build
 from solvers.operators import DenseOperator
-from solvers.operators.dense import DenseMap
+from solvers.operators.matrix import DenseMap
 
 _KINDS = {torch.float32: "float", torch.float64: "double"}
 
 
 class _Problem(ctypes.Structure):
-    """Problem<T> of splitting.cpp, field by field."""
+    """Mirror `Problem<T>` of splitting.cpp, field by field."""
 
     _fields_ = [
         ("n", ctypes.c_int64), ("samples", ctypes.c_int64),
@@ -39,8 +39,8 @@ class _Problem(ctypes.Structure):
     ]  # fmt: skip
 
 
-def supports(problem: Inclusion) -> str | None:
-    """Return why the compiled loop cannot solve this problem, or None when it can."""
+def find_obstacle(problem: Inclusion) -> str | None:
+    """Return why the compiled loop cannot solve this problem, or None if it can."""
     operator, v = problem.operator, problem.bias
     if type(operator) is not DenseOperator:
         return f"the operator is a {type(operator).__name__}, not a DenseOperator"
@@ -59,25 +59,29 @@ def supports(problem: Inclusion) -> str | None:
 
 
 def run(problem: Inclusion, iteration: Iteration, request: Request) -> Outcome:
-    """Solve a flat problem that `supports` accepts."""
+    """Solve a problem for which `find_obstacle` returned None.
+
+    Raises:
+        MemoryError: if there is no memory for the loop.
+    """
     kernels = _kernels()
-    operator, v = problem.operator, plain(problem.bias)
+    operator, v = problem.operator, materialize(problem.bias)
     assert isinstance(operator, DenseOperator)
     prepared = operator.memo(("compiled", iteration.map), lambda: _prepare(operator, iteration))
     samples = v.shape[0]
     z = torch.empty_like(v)
     residual = v.new_empty(samples)
     steps, checks = v.new_empty(samples, dtype=torch.int64), ctypes.c_int64()
-    slope, negative = coefficients(problem.activation)
-    start = None if request.z0 is None else plain(request.z0)
+    slope, negative = slope_coefficients(problem.activation)
+    start = None if request.z0 is None else materialize(request.z0)
     arguments = _Problem(
         n=operator.n, samples=samples, map=prepared.map.data_ptr(),
         rough=_pointer(prepared.rough), weights=prepared.weights.data_ptr(), bias=v.data_ptr(),
         start=_pointer(start), alpha=prepared.alpha.data_ptr(), root=prepared.root.data_ptr(),
         slope=_pointer(slope), negative=negative, reflected=iteration.reflected,
-        max_steps=request.max_steps - iteration.done, threads=torch.get_num_threads(),
-        theta=iteration.relaxation, tol=request.tol, noise=problem.noise_factor,
-        done=iteration.done, z=z.data_ptr(), residual=residual.data_ptr(),
+        max_steps=request.max_steps - iteration.initial_steps, threads=torch.get_num_threads(),
+        theta=iteration.relaxation, tol=request.tol, noise=problem.roundoff_share,
+        done=iteration.initial_steps, z=z.data_ptr(), residual=residual.data_ptr(),
         steps=steps.data_ptr(), checks=ctypes.addressof(checks),
     )  # fmt: skip
     if getattr(kernels, f"lben_solve_{_KINDS[v.dtype]}")(ctypes.byref(arguments)) != 0:
@@ -113,7 +117,7 @@ def _prepare(operator: DenseOperator, iteration: Iteration) -> _Prepared:
 
 
 def _pack(matrix: Tensor) -> Tensor:
-    """Return the columns of a matrix in the panels that the compiled product reads in order."""
+    """Return the columns of a matrix in panels, in the order that the compiled product reads."""
     kernels, kind, n = _kernels(), _KINDS[matrix.dtype], matrix.shape[0]
     lanes = getattr(kernels, f"lben_lanes_{kind}")()
     packed = matrix.new_empty(n * (n + -n % lanes))

@@ -1,7 +1,7 @@
-"""What happens where a kernel cannot be compiled for a device, or not be launched on it?
+"""What happens if a kernel cannot be compiled for a device or cannot be launched on it?
 
-PyTorch does the work instead: the first failure is told once, with its reason, and remembered, so
-that nobody waits for the compiler again.
+PyTorch does the work instead. The first failure is warned of once, with its reason, and remembered,
+so that the compiler is not tried again.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from torch import Tensor
 
 
 class KernelWarning(RuntimeWarning):
-    """A kernel does not run on this device; PyTorch takes its place, more slowly."""
+    """Tell that a kernel does not run on this device; PyTorch does its work, more slowly."""
 
 
 @functools.cache
 def has_triton() -> bool:
-    """Say whether Triton is installed; it is looked for once."""
+    """Say whether Triton is installed; it is searched for once."""
     return importlib.util.find_spec("triton") is not None
 
 
 # Note [Failures of a first launch]
-# A kernel is compiled at its first launch with some options and dtype. What goes wrong then is the
-# compiler's or the device's: a construct that Triton refuses, too much shared memory, no C compiler
-# for the launcher, a cache that cannot be written. Later launches run what ran before, and their
-# RuntimeErrors are raised; not so Triton's own errors, for another divisibility of an argument is
-# compiled anew. Wrong arguments (TypeError, ValueError) are never caught, nor is a lack of memory,
-# nor what Triton's interpreter finds.
+# A kernel is compiled at its first launch with given options and dtype. An error then comes from
+# the compiler or the device: a construct that Triton refuses, too much shared memory, no C compiler
+# for the launcher, a cache that cannot be written. A RuntimeError of a later launch is raised,
+# because the same code ran before. Triton's own errors count as failures at any launch, because it
+# compiles anew if the divisibility of an argument changes. Three kinds of errors are always raised:
+# wrong arguments (TypeError, ValueError), lack of memory, and errors of Triton's interpreter.
 @dataclass(frozen=True, eq=False)
 class _Record:
-    """How the launches of one kernel went, by options, dtype and device."""
+    """Record how the launches of one kernel went, by options, dtype and device."""
 
     kernel: Any
     works: set[Hashable] = field(default_factory=set)
@@ -48,13 +48,10 @@ class _Record:
 _records: dict[int, _Record] = {}
 
 
-def launch_or_fall_back(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any
-) -> str | None:
-    """Launch a kernel of Triton, multiplications and additions fused, on its tensors' device.
+def try_launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> str | None:
+    """Launch a Triton kernel on the device of its tensors, with fused multiply-adds.
 
-    Where this returns a reason nothing was computed and nothing was written: the caller does in
-    PyTorch what the kernel would have done.
+    If it returns a reason, the kernel wrote nothing, and the caller does its work in PyTorch.
 
     Args:
         kernel: a function under `triton.jit`.
@@ -63,8 +60,12 @@ def launch_or_fall_back(
         **options: constexpr arguments by name, and options of Triton such as `num_warps`.
 
     Returns:
-        None if it was launched, or why it cannot be: the error of the first launch with this dtype
-        and these options on this device.
+        None if the kernel was launched; else the error of its first launch with this dtype and
+        these options on this device.
+
+    Raises:
+        TypeError, ValueError: of wrong arguments.
+        torch.OutOfMemoryError: if the device has no memory left.
 
     Warns:
         KernelWarning: once per kernel and reason.
@@ -78,12 +79,12 @@ def launch_or_fall_back(
     if reason is not None:
         return reason
     try:
-        with _on(like.device):
+        with _use_device(like.device):
             kernel[grid](*arguments, enable_fp_fusion=True, **options)
     except Exception as error:
         if not _is_a_failure(error, first=key not in record.works):
             raise
-        reason = f"{type(error).__name__}: {_line(error)}"
+        reason = f"{type(error).__name__}: {_last_line(error)}"
     else:
         record.works.add(key)
         return None
@@ -100,12 +101,12 @@ def launch_or_fall_back(
 
 
 def forget_failures() -> None:
-    """Forget how launches went: every kernel is tried again, and failures are told again."""
+    """Forget how launches went: every kernel is tried again, and failures are warned of again."""
     _records.clear()
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of the tensors."""
+def _use_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a device current within the block, because Triton launches on the current one."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
@@ -121,8 +122,8 @@ def _is_a_failure(error: Exception, *, first: bool) -> bool:
     return isinstance(error, (RuntimeError, OSError, subprocess.SubprocessError))
 
 
-def _line(error: BaseException) -> str:
-    """Return the line of the cause that says something: Triton shows source and a caret before."""
+def _last_line(error: BaseException) -> str:
+    """Return the last line of the cause that has words; Triton shows source and a caret before."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]

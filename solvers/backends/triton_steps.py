@@ -1,7 +1,7 @@
 """How is a large problem solved on a CUDA device, one launch per step?
 
-The rules are those of the kernel `resident` (Note [Increments] and Note [When the device looks] of
-`device_kernels`), evaluated on the host, which waits for the device at bases and checks.
+The rules are those of the kernel `resident`: Note [Increments] and Note [When the device looks] of
+`triton_kernels`. The host evaluates them, so it waits for the device at bases and checks.
 """
 
 from __future__ import annotations
@@ -14,44 +14,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers.backends.step import FIRST_CHECK, STALL, Outcome, Request, plain
-from solvers.backends.triton_launch import launch_or_fall_back
+from solvers.backends.step import FIRST_CHECK, STALL, Outcome, Request, materialize
+from solvers.backends.triton_launch import try_launch
 from solvers.backends.triton_tiles import Loop, kernels
 from solvers.inclusion import Inclusion
 
 _GROUP = 8
-"""Tiles of samples that run side by side, for all units: they read the same columns of M."""
+"""Tiles of samples that run side by side because they read the same columns of M."""
 _LONGEST = 64
 _GAIN = 4.5
 """Logarithm of what a block may gain before the rounding of its increments matters."""
 _LEAVE_SHARE = 0.5
 
 
-class _Failed(Exception):
-    """A kernel cannot run here."""
+class _LaunchFailure(Exception):
+    """Tell that a kernel cannot run on this device."""
 
 
 def run_stepwise(problem: Inclusion, loop: Loop, request: Request) -> Outcome | str:
-    """Solve a flat problem, or say why its kernels cannot run here."""
+    """Solve a problem of batch × n, or return why its kernels cannot run on this device."""
     try:
         return _solve(problem, Steps(loop), request)
-    except _Failed as failure:
+    except _LaunchFailure as failure:
         return str(failure)
 
 
 @dataclass(eq=False)
 class Steps:
-    """Launches of one solve, for the samples that are in it still."""
+    """Launch the kernels of one solve, for the samples that are still in the batch."""
 
     loop: Loop
 
     @property
     def has_increments(self) -> bool:
-        """Whether steps may be increments: in float32, without relaxation."""
+        """Return whether steps may be increments: in float32, without relaxation."""
         return self.loop.prepared.low is not None and self.loop.iteration.relaxation == 1.0
 
     def new_change(self, x: Tensor) -> Tensor:
-        """Return memory for what ρ changes by, padded as matrices are."""
+        """Return memory for the change of ρ, padded as matrices are."""
         low = self.loop.prepared.low
         assert low is not None
         return x.new_empty(x.shape[0], self.loop.cut.width, dtype=low.dtype)
@@ -60,7 +60,7 @@ class Steps:
         """Return Wz + v."""
         return self._product(z, v, self.loop.prepared.weights, KIND="plain", RELAXED=False)
 
-    def times(self, x: Tensor, shift: Tensor) -> Tensor:
+    def multiply(self, x: Tensor, shift: Tensor) -> Tensor:
         """Return s + xM."""
         return self._product(x, shift, self.loop.prepared.map, KIND="plain", RELAXED=False)
 
@@ -69,9 +69,9 @@ class Steps:
         return self._product(x, shift, self.loop.prepared.map)
 
     def base(self, x: Tensor, shift: Tensor, change: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return T(x) and ‖T(x) − x‖ ÷ ‖prox(x)‖ per sample, x gauged with Λ^½/(2α).
+        """Return T(x) and ‖T(x) − x‖ / ‖prox(x)‖ per sample, with x weighted by Λ^½/(2α).
 
-        What ρ changes by is written into `change`.
+        The change of ρ is written into `change`.
         """
         sums = self._new_sums(x)
         image = self._product(x, shift, self.loop.prepared.map, change, sums)
@@ -79,16 +79,13 @@ class Steps:
         return image, torch.where(moved == 0, 0.0, 0.5 * (moved / size).sqrt())
 
     def residual(self, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the relative residual of z per sample, and the share of 16 roundoffs of v in it.
-
-        As `Inclusion.measure`.
-        """
+        """Return what `Inclusion.residual_and_roundoff` does: residual and roundoff per sample."""
         loop, sums = self.loop, self._new_sums(z)
         self._launch(
-            kernels().look, plain(z), plain(v), loop.prepared.weights, loop.prepared.root,
-            self._scale, sums, z if loop.slope is None else loop.slope, loop.numbers(1.0),
-            *z.shape, loop.cut.width, KIND=loop.flags["KIND"], DEPTH=loop.cut.depth,
-            PRECISION=loop.precision,
+            kernels().look, materialize(z), materialize(v), loop.prepared.weights,
+            loop.prepared.root, self._scale, sums, z if loop.slope is None else loop.slope,
+            loop.numbers(1.0), *z.shape, loop.cut.width, KIND=loop.flags["KIND"],
+            DEPTH=loop.cut.depth, PRECISION=loop.precision,
         )  # fmt: skip
         change, image, size, active = sums.sum(0).sqrt()
         size = torch.maximum(image, size)
@@ -96,7 +93,7 @@ class Steps:
         return change / size, 16 * torch.finfo(z.dtype).eps * active / size
 
     def increment(self, x: Tensor, change: Tensor, spare: Tensor) -> None:
-        """Make one step of bfloat16 in place, and write the next change of ρ into `spare`."""
+        """Take one step in bfloat16 in place, and write the next change of ρ into `spare`."""
         loop = self.loop
         flags = {name: loop.flags[name] for name in ("REFLECTED", "KIND")}
         self._launch(
@@ -107,9 +104,10 @@ class Steps:
 
     @functools.cached_property
     def _scale(self) -> Tensor:
-        """One over the power of two below the largest |v| of each sample, 1 for 0 and NaN.
+        """Return per sample 1 / 2^k, 2^k the largest power of two up to max |v|; 1 for 0 and NaN.
 
-        In this unit no square overflows, and none that matters vanishes: `_unit` of the kernels.
+        Scaled by it, no square overflows and none that matters vanishes; see `_unit` of the
+        kernels.
         """
         largest, tiny = self.loop.v.abs().amax(1), torch.finfo(self.loop.v.dtype).tiny
         kind, mask = (
@@ -128,10 +126,10 @@ class Steps:
     ) -> Tensor:  # fmt: skip
         loop, own, out = self.loop, self.loop.prepared, torch.empty_like(x)
         self._launch(
-            kernels().advance, plain(x), plain(shift), out, x if change is None else change, matrix,
-            own.alpha, own.root, own.reach, x if sums is None else self._scale,
-            x if sums is None else sums, x if loop.slope is None else loop.slope,
-            loop.numbers(1.0), *x.shape, loop.cut.width, CHANGES=change is not None,
+            kernels().advance, materialize(x), materialize(shift), out,
+            x if change is None else change, matrix, own.alpha, own.root, own.reach, x if sums is
+            None else self._scale, x if sums is None else sums, x if loop.slope is None else
+            loop.slope, loop.numbers(1.0), *x.shape, loop.cut.width, CHANGES=change is not None,
             LOOKS=sums is not None, DEPTH=loop.cut.depth, PRECISION=loop.precision,
             **{**loop.flags, **flags},
         )  # fmt: skip
@@ -140,29 +138,31 @@ class Steps:
     def _launch(self, kernel: Any, x: Tensor, *arguments: Any, **options: Any) -> None:
         cut, (samples, n) = self.loop.cut, x.shape
         programs = -(-samples // cut.rows) * -(-n // cut.blocks[0])
-        reason = launch_or_fall_back(
+        reason = try_launch(
             kernel, (programs,), x, *arguments, ROWS=cut.rows, UNITS=cut.blocks[0], GROUP=_GROUP,
             num_warps=cut.warps, **options,
         )  # fmt: skip
         if reason is not None:
-            raise _Failed(reason)
+            raise _LaunchFailure(reason)
 
 
 @dataclass
 class _Plan:
-    """When to look, and how long blocks are.
+    """Decide when the residual is checked, and how long blocks are.
 
     Attributes:
-        limit: of steps.
-        tol: of the solve.
-        step: how many have been made.
-        due: whether to look at the residual now, before the next step.
+        limit: step limit of the solve.
+        tol: tolerance of the solve.
+        step: number of steps taken.
+        due: whether the residual is checked before the next step.
         stalled: whether the displacement has come to rest.
-        length: of blocks, at most; ahead: of this one.
+        length: largest length of a block.
+        ahead: length of this block.
         rate: logarithm of the factor of the displacement per step; 0 while unknown.
-        ratio: of the residual to the displacement.
-        worst, looked: the largest displacement at the last base, and residual at the last check.
-        mark, mark_step: where stalling was last excluded, and the displacement there.
+        ratio: residual divided by displacement.
+        worst: largest displacement at the last base.
+        looked: largest residual at the last check.
+        mark, mark_step: displacement and step at which stalling was last excluded.
     """
 
     limit: int
@@ -179,8 +179,8 @@ class _Plan:
     mark: float = math.inf
     mark_step: int = 0
 
-    def block(self, worst: float) -> int:
-        """Return how many steps to make from a base, given the displacement there."""
+    def plan_block(self, worst: float) -> int:
+        """Return how many steps to take from a base, given the largest displacement there."""
         before, self.worst = self.worst, worst
         if self.due and worst > 0 and self.looked > 0:
             self.ratio = 1.05 * self.looked / worst
@@ -212,7 +212,7 @@ class _Plan:
 
 @dataclass
 class _Open:
-    """The samples that are in the batch: the whole of it at first."""
+    """Hold the answers of all samples, and the state of those that are still in the batch."""
 
     value: Tensor
     residual: Tensor
@@ -227,13 +227,17 @@ def _solve(problem: Inclusion, steps: Steps, request: Request) -> Outcome:
     loop, tol = steps.loop, request.tol
     iteration, v = loop.iteration, loop.v
     samples = v.shape[0]
-    plan = _Plan(limit=request.max_steps, tol=tol, step=iteration.done)
+    plan = _Plan(limit=request.max_steps, tol=tol, step=iteration.initial_steps)
     drive, alpha = v * iteration.alpha, iteration.alpha
-    shift = steps.times(drive, drive) if iteration.reflected else drive
+    shift = steps.multiply(drive, drive) if iteration.reflected else drive
     x = drive
     if request.z0 is not None:
-        z = plain(request.z0)
-        x = z + alpha * (steps.affine(z, v) - z) if iteration.reflected else steps.times(z, shift)
+        z = materialize(request.z0)
+        x = (
+            z + alpha * (steps.affine(z, v) - z)
+            if iteration.reflected
+            else steps.multiply(z, shift)
+        )
     state = _Open(
         value=torch.empty_like(v), residual=v.new_empty(samples),
         steps=v.new_empty(samples, dtype=torch.int64),
@@ -242,24 +246,26 @@ def _solve(problem: Inclusion, steps: Steps, request: Request) -> Outcome:
     )  # fmt: skip
     while True:
         if plan.due:
-            ends, share = _looks(problem, steps, state, plan, problem.activation.prox(x, alpha))
+            ends, share = _check_residual(
+                problem, steps, state, plan, problem.activation.prox(x, alpha)
+            )
             if ends:
                 return Outcome(
                     value=state.value, residual=state.residual, steps=state.steps,
                     checks=state.checks, loop="device",
                 )  # fmt: skip
             if share >= _LEAVE_SHARE:
-                keep = (~state.finished).nonzero().squeeze(-1)
-                problem, x, shift = problem.select(keep), x[keep], shift[keep]
-                state.index = keep if state.index is None else state.index[keep]
-                state.finished, state.before = state.finished[keep], state.before[keep]
-                slope = None if loop.slope is None else loop.slope[keep]
-                loop = replace(loop, v=plain(problem.bias), slope=slope)
+                rest = (~state.finished).nonzero().squeeze(-1)
+                problem, x, shift = problem.select(rest), x[rest], shift[rest]
+                state.index = rest if state.index is None else state.index[rest]
+                state.finished, state.before = state.finished[rest], state.before[rest]
+                slope = None if loop.slope is None else loop.slope[rest]
+                loop = replace(loop, v=materialize(problem.bias), slope=slope)
                 steps = Steps(loop)
         change = steps.new_change(x) if steps.has_increments else None
         x, moved = steps.base(x, shift, change)
         moved = torch.where(state.finished, 0.0, moved)
-        ahead = plan.block(float(moved.nan_to_num(math.inf, math.inf).max()))
+        ahead = plan.plan_block(float(moved.nan_to_num(math.inf, math.inf).max()))
         if change is None:
             for _ in range(1, ahead):
                 x = steps.step(x, shift)
@@ -270,11 +276,14 @@ def _solve(problem: Inclusion, steps: Steps, request: Request) -> Outcome:
                 change, spare = spare, change
 
 
-def _looks(
+def _check_residual(
     problem: Inclusion, steps: Steps, state: _Open, plan: _Plan, z: Tensor
 ) -> tuple[bool, float]:
-    """Evaluate the residual of z and keep what has passed; say whether the solve ends, and which
-    share of the batch has finished."""
+    """Evaluate the residual of z, and store the samples that have passed.
+
+    Returns:
+        Whether the solve ends, and the share of the batch that has finished.
+    """
     tol = plan.tol
     residual, floor = steps.residual(z, problem.bias)
     left = residual
@@ -284,7 +293,7 @@ def _looks(
     state.before = residual
     state.checks += 1
     passed = state.finished | (left <= tol)
-    # The one wait; the maximum propagates NaN.
+    # The only wait for the device; the maximum propagates NaN.
     worst, plan.looked, share = torch.stack(
         [
             torch.where(state.finished, 0.0, left).max(),
@@ -295,7 +304,7 @@ def _looks(
     last = worst <= tol or plan.step >= plan.limit or not math.isfinite(worst)
     if not last and plan.stalled:
         limit = STALL * torch.finfo(z.dtype).eps
-        last = worst <= limit or bool((state.finished | problem.rests(z, tol)).all())
+        last = worst <= limit or bool((state.finished | problem.is_rounding_limited(z, tol)).all())
     newly = ~state.finished if last else passed & ~state.finished
     rows = newly.nonzero().squeeze(-1)
     target = rows if state.index is None else state.index[rows]

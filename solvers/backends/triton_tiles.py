@@ -1,4 +1,7 @@
-"""What is a solve on a CUDA device given: tiles, padded matrices, numbers?"""
+"""How is a problem cut into tiles for a CUDA device, and which tensors do its kernels get?
+
+A `Cut` gives the tiles, `Prepared` the padded matrices, and a `Loop` all that one solve is given.
+"""
 
 from __future__ import annotations
 
@@ -13,28 +16,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from solvers.backends.step import STALL, Iteration, coefficients, plain
+from solvers.backends.step import STALL, Iteration, materialize, slope_coefficients
 from solvers.inclusion import Inclusion
 from solvers.operators import DenseOperator
-from solvers.operators.dense import DenseMap
+from solvers.operators.matrix import DenseMap
 
 
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU."""
+def is_interpreted() -> bool:
+    """Say whether kernels run in Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a problem is cut for a kernel.
+    """Hold how a problem is cut for a kernel.
 
     Attributes:
         blocks: units of each tile; their sum is the width to which matrices are padded.
-        rows: samples of a program.
-        depth: of a product that is streamed.
-        warps: of a program.
-        resident: whether x and M stay on the chip, else one launch makes one step.
-        held: matrices of which all parts do: M and W, M alone, or none.
+        rows: samples per program.
+        depth: units that a product reads at a time from a matrix that is not on the chip.
+        warps: warps per program.
+        resident: whether one launch solves the problem, with x and M on the chip; else one launch
+            takes one step.
+        held: how many matrices are wholly on the chip, with all their parts: 2 (M and W), 1 (M) or
+            0.
     """
 
     blocks: tuple[int, ...]
@@ -46,19 +51,19 @@ class Cut:
 
     @property
     def width(self) -> int:
-        """Units with padding."""
+        """Return the number of units with padding."""
         return sum(self.blocks)
 
 
-def cut(n: int, dtype: torch.dtype, most: int = 256) -> Cut:
-    """Return how n units are cut: what fits the registers and the memory of a multiprocessor.
+def choose_cut(n: int, dtype: torch.dtype, most: int = 256) -> Cut:
+    """Return the tiles for n units that fit the registers and memory of a multiprocessor.
 
-    Counted in instructions and bytes of the compiled kernels (`benchmarks.gpu_compiled`).
+    The limits were found from the compiled kernels (`benchmarks.gpu_compiled`).
 
     Args:
-        n: units.
+        n: number of units.
         dtype: of the problem.
-        most: units that may stay on the chip in float32, as `most_resident` says.
+        most: how many units may stay on the chip in float32; see `most_resident`.
     """
     if dtype == torch.float64:
         for blocks in ((16,), (32,), (64,), (64, 64)):
@@ -76,10 +81,10 @@ def cut(n: int, dtype: torch.dtype, most: int = 256) -> Cut:
 
 
 def most_resident(capability: tuple[int, int]) -> int:
-    """Return how many units of float32 stay on the chip, given a device's compute capability.
+    """Return how many units of float32 stay on the chip, for a device's compute capability.
 
-    A block has 227 KiB of shared memory on 9.0, 163 on 8.0 and 99 on 8.6 and 8.9. From 10.0 on
-    products take tensor memory, and Triton 3.6 does not compile the loop with them.
+    A block has 227 KiB of shared memory on 9.0, 163 KiB on 8.0, and 99 KiB on 8.6 and 8.9. From
+    10.0 on products use tensor memory, and Triton 3.6 does not compile the loop for it.
     """
     if capability >= (10, 0):
         return 0
@@ -87,7 +92,7 @@ def most_resident(capability: tuple[int, int]) -> int:
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
-    if interpreted():
+    if is_interpreted():
         return 9, 0
     return torch.cuda.get_device_capability(device if device.type == "cuda" else None)
 
@@ -98,16 +103,17 @@ def _tiles(n: int, units: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prepared:
-    """What is made of W once: matrices padded with zeros to the width of their tiles, in order.
+    """Hold all that is computed from W once: matrices, padded with zeros to the width of the tiles.
 
     Attributes:
-        map: M, or where it stays on the chip in float32 its three parts, see Note [Six products] of
-            `device_kernels`.
-        low: M rounded to bfloat16, the first of the parts; None in float64.
-        weights: Wᵀ, as `map`.
-        parts: how many there are, 1 or 3.
-        alpha, root, reach: step sizes α, padded with 1, Λ^½ and Λ^½/α, with 0.
-        size: Frobenius' norm of Λ^½WΛ^(−½), one number.
+        map: M, or its three parts if it stays on the chip in float32; see Note [Six products] of
+            `triton_kernels`.
+        low: M rounded to bfloat16, which is the first of the parts; None in float64.
+        weights: Wᵀ, stored as `map` is.
+        parts: number of parts, 1 or 3.
+        alpha: step sizes α, padded with 1.
+        root, reach: Λ^½ and Λ^½/α, padded with 0.
+        size: Frobenius norm of Λ^½WΛ^(−½), one number.
     """
 
     map: Tensor
@@ -120,45 +126,46 @@ class Prepared:
     size: Tensor
 
     @staticmethod
-    def of(operator: DenseOperator, iteration: Iteration, cut: Cut) -> Prepared:
+    def pad(operator: DenseOperator, iteration: Iteration, cut: Cut) -> Prepared:
         W, root, n = operator.W.detach(), operator.root_metric, operator.n
         assert isinstance(iteration.map, DenseMap)
         line = (0, cut.width - n)
         parts = 3 if cut.resident and W.dtype == torch.float32 else 1
 
-        def padded(matrix: Tensor) -> Tensor:
+        def pad_matrix(matrix: Tensor) -> Tensor:
             whole = nn.functional.pad(matrix.resolve_neg(), 2 * line).contiguous()
-            return whole if parts == 1 else torch.stack(_parts(whole, parts))
+            return whole if parts == 1 else torch.stack(_split_bfloat16(whole, parts))
 
         alpha = iteration.alpha  # a number is not copied from the host: that would wait
         alpha = (alpha if isinstance(alpha, Tensor) else W.new_full((), alpha)).expand(n)
-        M, low = padded(iteration.map.matrix.detach()), None
+        M, low = pad_matrix(iteration.map.matrix.detach()), None
         if W.dtype == torch.float32:
-            low = M[0] if parts == 3 else _parts(M, 1)[0]
+            low = M[0] if parts == 3 else _split_bfloat16(M, 1)[0]
         return Prepared(
-            map=M, low=low, weights=padded(W.T), parts=parts,
+            map=M, low=low, weights=pad_matrix(W.T), parts=parts,
             alpha=nn.functional.pad(alpha, line, value=1.0), root=nn.functional.pad(root, line),
             reach=nn.functional.pad(root / alpha, line),
             size=torch.linalg.matrix_norm(W * root[:, None] / root).reshape(1),
         )  # fmt: skip
 
 
-def _parts(matrix: Tensor, count: int) -> list[Tensor]:
-    """Return numbers of bfloat16 that sum up to a matrix, largest first.
+def _split_bfloat16(matrix: Tensor, count: int) -> list[Tensor]:
+    """Return matrices of bfloat16 numbers that sum up to a matrix, the largest first.
 
-    Triton's interpreter multiplies the bits of bfloat16 as integers: it is given them as float32.
+    They are stored in float32 for Triton's interpreter, which multiplies the bits of bfloat16 as
+    integers.
     """
     parts = []
     for _ in range(count):
         part = matrix.bfloat16()
         matrix = matrix - part.float()
-        parts.append(part.float() if interpreted() else part)
+        parts.append(part.float() if is_interpreted() else part)
     return parts
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Loop:
-    """The tensors of one solve."""
+    """Hold the tensors of one solve."""
 
     v: Tensor
     slope: Tensor | None
@@ -168,37 +175,39 @@ class Loop:
     cut: Cut
 
     @staticmethod
-    def of(problem: Inclusion, iteration: Iteration) -> Loop:
+    def prepare(problem: Inclusion, iteration: Iteration) -> Loop:
         operator = problem.operator
         assert isinstance(operator, DenseOperator)
-        slope, negative = coefficients(problem.activation)
-        size = Loop.cut_of(problem)
+        slope, negative = slope_coefficients(problem.activation)
+        size = Loop.choose_cut(problem)
         return Loop(
-            v=plain(problem.bias), slope=slope, negative=negative, iteration=iteration, cut=size,
+            v=materialize(problem.bias), slope=slope, negative=negative, iteration=iteration,
+            cut=size,
             prepared=operator.memo(
                 ("device", iteration.map, size),
-                lambda: Prepared.of(operator, iteration, size),
+                lambda: Prepared.pad(operator, iteration, size),
             ),
         )  # fmt: skip
 
     @staticmethod
-    def cut_of(problem: Inclusion) -> Cut:
-        """Return how a problem is cut on its device."""
+    def choose_cut(problem: Inclusion) -> Cut:
+        """Return the tiles of a problem on its device."""
         operator = problem.operator
-        return cut(operator.n, operator.dtype, most_resident(_capability(operator.device)))
+        return choose_cut(operator.n, operator.dtype, most_resident(_capability(operator.device)))
 
     @property
     def precision(self) -> str:
-        """How Triton multiplies as in float32: by three parts of TF32 on the tensor cores of CUDA.
+        """Return the name of Triton's precision for float32 products.
 
-        Its interpreter, and AMD's devices, multiply in full.
+        On CUDA's tensor cores a product is three of TF32. Triton's interpreter and AMD's devices
+        multiply in float32.
         """
-        whole = self.v.dtype == torch.float64 or interpreted() or torch.version.hip is not None
+        whole = self.v.dtype == torch.float64 or is_interpreted() or torch.version.hip is not None
         return "ieee" if whole else "tf32x3"
 
     @property
     def flags(self) -> dict[str, Any]:
-        """What kernels are compiled for."""
+        """Return the constants that kernels are compiled for."""
         kind = "linear" if self.slope is not None else "sides"
         if self.iteration.reflected and self.slope is None and self.negative == 0:
             kind = "abs"
@@ -207,16 +216,17 @@ class Loop:
             "KIND": kind,
         }  # fmt: skip
 
-    def numbers(self, tol: float, *, lasting: bool = False) -> Tensor:
-        """Return `NUMBERS` of the kernels, kept by value: to copy them from the host is to wait.
+    def numbers(self, tol: float, *, permanent: bool = False) -> Tensor:
+        """Return `NUMBERS` of the kernels, cached: copying them from the host waits for the device.
 
         Args:
-            tol: tolerance.
-            lasting: whether to keep them for ever, for a captured graph reads them where they lie;
-                else the last few hundred are kept.
+            tol: relative tolerance in the Λ norm.
+            permanent: whether they are cached for ever, because a captured graph reads them at
+                their address; else the last few hundred are cached.
         """
-        kept = _lasting_numbers if lasting else _numbers
-        return kept(self.negative, self.iteration.relaxation, tol, self.v.dtype, self.v.device)
+        make_numbers = _permanent_numbers if permanent else _numbers
+        theta, v = self.iteration.relaxation, self.v
+        return make_numbers(self.negative, theta, tol, v.dtype, v.device)
 
 
 def _new_numbers(
@@ -233,7 +243,7 @@ def _new_numbers(
 
 
 _numbers = functools.lru_cache(maxsize=256)(_new_numbers)
-_lasting_numbers = functools.cache(_new_numbers)
+_permanent_numbers = functools.cache(_new_numbers)
 
 
 @functools.cache

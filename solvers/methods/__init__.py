@@ -1,4 +1,4 @@
-"""What finds z: splittings, Newton's method, flows and the choice among them, a file each."""
+"""Which methods find z? Splittings, Newton's method, flows, and the choice among them."""
 
 from solvers.backends.step import Outcome, Request
 from solvers.methods.anderson import Anderson

@@ -1,4 +1,7 @@
-"""How is a splitting accelerated without losing its guarantee?"""
+"""How is a splitting accelerated without losing its guarantee?
+
+By Anderson acceleration, whose step is taken only where a safeguard accepts it.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ from solvers.methods.splitting import PeacemanRachford
 
 @dataclass
 class AndersonState(State):
-    """Iterate and history of an accelerated splitting.
+    """Hold the iterate and the history of an accelerated splitting.
 
     Attributes:
-        base: state of the accelerated method; its x is overwritten at every step.
-        changes: ring of the last differences of T(x), samples × memory × n.
-        residual_changes: the same of f = T(x) − x.
-        last: T(x) and f of the step before, or None at the first.
+        base: state of the splitting; its x is overwritten at every step.
+        changes: ring buffer of the last differences of T(x), samples × memory × n.
+        residual_changes: ring buffer of the last differences of f = T(x) − x, of the same shape.
+        last: T(x) and f of the step before; None at the first step.
         count: steps done.
         first: ‖f‖ at the first step, per sample.
         best: smallest ‖f‖ so far, per sample.
@@ -41,29 +44,37 @@ class AndersonState(State):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Anderson(Splitting):
-    """Anderson acceleration, type II, of a splitting's fixed-point map T, per sample.
+    """Find z by Anderson acceleration, type II, of a splitting's fixed-point map T.
 
-    x ← T(x) − Σⱼ γⱼ ΔTⱼ with γ minimising ‖f − Σⱼ γⱼ Δfⱼ‖₂ over the last `memory` differences of
-    T(x) and of f = T(x) − x. The step is taken only where ‖f‖ is the smallest so far and at most
-    D ‖f₀‖ (a + 1)^(−1−1e−6) after a accepted steps; elsewhere the plain step T(x) is, so the
-    convergence of an averaged T is kept. Without the first condition samples can go round for ever
-    between a kink of σ and the accelerated step that jumps over it.
-    Walker and Ni (2011); safeguard of Zhang, O'Donoghue and Boyd (2020), in the type-II form of
-    Fu, Zhang and Boyd (2020).
+    For every sample the accelerated step is x ← T(x) − Σⱼ γⱼ ΔTⱼ. Here f = T(x) − x, ΔTⱼ and Δfⱼ
+    are the last `memory` differences of T(x) and of f, and γ minimises ‖f − Σⱼ γⱼ Δfⱼ‖₂.
 
-    Differences are measured in the plain norm, in which least squares are cheapest; which candidate
-    is tried depends on it, what is accepted as solved does not.
+    The accelerated step is accepted if ‖f‖ is the smallest so far and at most
+    D ‖f₀‖ (a + 1)^(−1−1e−6) after a accepted steps; else the step is T(x). The second condition
+    preserves the convergence of an averaged T. Without the first one a sample can cycle for ever
+    between a kink of σ and an accelerated step that jumps over it.
 
-    A step costs 2·memory + O(memory²) vector operations per sample beyond the method's own.
+    Lengths are Euclidean here, because least squares are cheapest in that norm. The norm influences
+    which step is tried, not which z is accepted as a solution. A step costs
+    2·memory + O(memory²) vector operations per sample more than one of the splitting.
+    Reference: Walker and Ni (2011); safeguard of Zhang, O'Donoghue and Boyd (2020), in the type-II
+    form of Fu, Zhang and Boyd (2020).
 
     Args:
         method: the splitting to accelerate.
-        memory: how many differences are used.
-        safeguard: D; 0 never accepts an accelerated step.
+        memory: how many differences are used, at least 1.
+        safeguard: D ≥ 0; 0 never accepts an accelerated step.
 
     Raises:
+        TypeError: if the method is no splitting.
         ValueError: if memory is below 1, the safeguard is negative, or the method is itself
             accelerated.
+
+    Example:
+        >>> from solvers import DenseOperator, Inclusion, ReLU, solve
+        >>> W, v = torch.tensor([[0.0, -0.5], [0.5, 0.0]]), torch.ones(1, 2)
+        >>> solve(Inclusion(DenseOperator(W), v, ReLU()), Anderson(memory=2), tol=1e-6).value
+        tensor([[0.4000, 1.2000]])
     """
 
     method: Splitting = PeacemanRachford()
@@ -133,8 +144,9 @@ class Anderson(Splitting):
         changes, residuals = state.changes[:, :used], state.residual_changes[:, :used]
         gram = residuals @ residuals.mT
         # Note [Regularised least squares]
-        # Tikhonov at a multiple of roundoff keeps the small system solvable when differences are
-        # parallel or zero. It changes which candidate is tried, never what is accepted as solved.
+        # Tikhonov regularisation by a multiple of roundoff makes the small system solvable even if
+        # differences are parallel or zero. It influences which step is tried, not which z is
+        # accepted as a solution.
         weight = 64 * math.sqrt(used) * torch.finfo(f.dtype).eps
         trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         shift = (weight * trace).clamp_min(torch.finfo(f.dtype).tiny)

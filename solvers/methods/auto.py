@@ -1,4 +1,7 @@
-"""Which method solves this problem fastest?"""
+"""Which method solves this problem fastest?
+
+`Auto` chooses by W, σ, dtype and device; its docstring lists the cases.
+"""
 
 from __future__ import annotations
 
@@ -17,34 +20,42 @@ from solvers.methods.splitting import DouglasRachford, PeacemanRachford
 from solvers.methods.step_size import Determinant, InverseGeometricMean
 from solvers.operators import BlockTriangularOperator, DenseOperator
 
-_NEWTON_COSTS = 500
-"""Steps of a splitting, at most; see `SemismoothNewton`."""
+_NEWTON_COST = 500
+"""About how many steps of a splitting cost as much as one Newton step; see `SemismoothNewton`."""
 _LARGE = 4096
-"""Units beyond which one LU per sample takes too long, and too much memory."""
+"""With more units than this one LU per sample takes too long, and too much memory."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Auto(Method):
-    """Choose by what is known of the problem; the solution names the choice.
+    """Choose a method by what is known of the problem; the solution names the choice.
 
-    - Weights known not to be strongly monotone (m ≤ 0) that are to be solved all the same:
-      `DouglasRachford`, whose guarantee reaches to m = 0.
-    - Piecewise linear σ in float64 where there is no compiled loop: `SemismoothNewton`, which ends
-      Peaceman–Rachford after 200 steps in PyTorch (1.7 to 2.2 times as fast at m = 0.01).
-    - Block triangular W, as of multilayer nets: one `BlockSubstitution` over its blocks.
-    - Everything else: `PeacemanRachford`, which converges at any step size, in the compiled loop
-      where there is one.
-    - Adjoint problems, dense on a CPU: Peaceman–Rachford for as many steps as one LU per sample on
-      its active units costs, then that LU: `SemismoothNewton(patience=500)` in the compiled loop
-      (measured: 350 to 600 at n from 80 to 1000), 100 in PyTorch (65 to 130). Where the forward
-      solve took more steps than that, the LU at once (patience=0): both need about the same.
+    - Weights that are not strongly monotone (m ≤ 0), if `require_monotone=False` admits them:
+      `DouglasRachford`, whose guarantee includes m = 0.
+    - Block triangular W, as of multilayer networks: `BlockSubstitution`.
+    - Dense W and piecewise linear σ in float64 on a CPU without a compiled loop:
+      `SemismoothNewton`, 200 steps of Peaceman–Rachford and then Newton's (1.7 to 2.2 times as fast
+      at m = 0.01).
+    - Everything else: `PeacemanRachford`, which converges at any step size, in a fused loop if
+      there is one.
+    - Adjoint problems with dense W on a CPU: Peaceman–Rachford for as many steps as cost one LU per
+      sample on its active units, then that LU. This is `SemismoothNewton(patience=500)` in the
+      compiled loop (measured: 350 to 600 steps at n from 80 to 1000) and `patience=100` in PyTorch
+      (65 to 130). Forward and adjoint solves need about the same number of steps; so if the forward
+      one took more than that, the LU comes at once (patience=0).
 
-    Where samples are missed all the same, one more method goes on from where they are
-    (`fallbacks`); the solution then names both.
+    If samples miss their tolerance, one more method continues from where they are (`fallbacks`).
+    The solution then names both methods.
 
-    Never chosen, because they won no measurement: forward–backward (2 to 100 times the steps at
-    the same cost) and Anderson acceleration (its vector operations cost more than the products
-    that it saves at n ≤ 1000 on a CPU).
+    Two methods are never chosen, because they won no measurement: forward–backward (2 to 100 times
+    as many steps of the same cost) and Anderson acceleration (at n ≤ 1000 on a CPU its vector
+    operations cost more than the products that it saves).
+
+    Example:
+        >>> from solvers import DenseOperator, Inclusion, ReLU, solve
+        >>> W, v = torch.tensor([[0.0, -0.5], [0.5, 0.0]]), torch.ones(1, 2)
+        >>> solve(Inclusion(DenseOperator(W), v, ReLU()), Auto(), tol=1e-6).method
+        'PeacemanRachford()'
     """
 
     def choose(self, problem: Inclusion) -> Method:
@@ -55,26 +66,36 @@ class Auto(Method):
             return BlockSubstitution()
         v = problem.bias
         if v.dtype == torch.float64 and v.device.type == "cpu" and _has_active_set(problem):
-            return PeacemanRachford() if backends.supports(problem) is None else SemismoothNewton()
+            return (
+                PeacemanRachford()
+                if backends.find_obstacle(problem) is None
+                else SemismoothNewton()
+            )
         return PeacemanRachford()
 
-    def adjoint(self, forward_steps: float, problem: Inclusion) -> Method:
-        """Return the method for an adjoint problem whose forward solve took so many steps."""
+    def choose_adjoint(self, forward_steps: float, problem: Inclusion) -> Method:
+        """Return the method for an adjoint problem.
+
+        Args:
+            forward_steps: mean number of steps of the forward solve.
+            problem: the adjoint problem.
+        """
         if problem.bias.device.type != "cpu" or not _has_active_set(problem):
             return self
-        patience = 500 if backends.supports(problem) is None else 100
+        patience = 500 if backends.find_obstacle(problem) is None else 100
         return SemismoothNewton(patience=0 if forward_steps > patience else patience)
 
     def fallbacks(self, problem: Inclusion, request: Request) -> tuple[Method, ...]:
-        """Return what goes on where the method chosen stopped, if anything can.
+        """Return the method that continues on samples that the chosen one missed, if any can.
 
-        Newton's steps know the active units exactly, whatever the spectrum of W is: they arrive
-        where the eigenvalues lie so far apart that no step size serves all of them, and where z is
-        so much smaller than v that an iteration through all of v rounds it away. For other σ and
-        very large W it is the step size of Peaceman–Rachford's best guarantee. Nothing where less
-        than `_NEWTON_COSTS` steps were granted: a Newton step costs as much.
+        For piecewise linear σ it is Newton's method, which solves for the active units exactly,
+        whatever the spectrum of W is. It succeeds where the eigenvalues lie so far apart that no
+        step size serves all of them. It also succeeds where z is so much smaller than v that an
+        iteration, which adds v, rounds z away. For other σ and for very large W it is
+        Peaceman–Rachford at the step size of its best guarantee. If `max_steps` is below
+        `_NEWTON_COST` there is no fallback, because a Newton step would cost more than was granted.
         """
-        if request.max_steps < _NEWTON_COSTS:
+        if request.max_steps < _NEWTON_COST:
             return ()
         if isinstance(problem.activation, PIECEWISE_LINEAR) and problem.operator.n <= _LARGE:
             return (SemismoothNewton(patience=0),)
@@ -83,7 +104,7 @@ class Auto(Method):
         return ()
 
     def run(self, problem: Inclusion, request: Request) -> Outcome:
-        """Solve by the method chosen."""
+        """Solve by the chosen method."""
         return self.choose(problem).run(problem, request)
 
 

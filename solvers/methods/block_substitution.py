@@ -1,4 +1,8 @@
-"""How are layers solved one after the other, when later ones do not feed earlier ones?"""
+"""How is a block triangular problem solved?
+
+Block after block, as in forward substitution: each is an equilibrium of its own once the blocks
+before it are known.
+"""
 
 from __future__ import annotations
 
@@ -14,27 +18,42 @@ from solvers.methods.splitting import PeacemanRachford
 from solvers.operators import BlockTriangularOperator, ZeroOperator
 
 # Note [Tolerance of a block]
-# Once the blocks before it are fixed, the residual of the whole problem at a block is that block's
-# own. Solved to tol, the blocks make the whole a solution to about tol, if the operator's metric
-# is that of the blocks. Half of it leaves room for the "about". The metric may be another, and a
-# block's norm is not that of the whole: so the residual of the whole is evaluated after a sweep,
-# and what misses is swept again, warm, at the tolerance that proportion suggests, until a sweep
-# does not halve the worst residual.
+# Once the blocks before it are fixed, the residual of the whole problem at a block is that of the
+# block alone. If every block is solved to tol, the whole is solved to about tol, provided that the
+# operator's metric is that of the blocks; blocks are solved to half of tol to allow for "about".
+# But the metric may be another, and the norm of a block is not that of the whole. So the residual
+# of the whole is evaluated after each pass over the blocks. Samples that miss the tolerance are
+# passed again, warm-started, at a tolerance that is smaller in proportion to their residual, until
+# a pass does not halve the worst residual.
 _ROOM = 0.5
 _GAIN = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class BlockSubstitution(Method):
-    """Solves a block-triangular problem block after block, each by another method.
+    """Find z of a block triangular problem block after block, each by a given method.
 
-    Block i is z_i = σ(W_ii z_i + v_i + Σⱼ W_ij zⱼ) with the zⱼ already found, in reverse order for
-    a transpose; a `ZeroOperator` block is evaluated. `max_steps` limits the sum of the steps of
-    all blocks, and that sum is what is reported. Forward substitution by blocks (Golub and Van
-    Loan 2013, section 3.1), with an equilibrium in the place of each pivot.
+    Block i is z_i = σ(W_ii z_i + v_i + Σⱼ W_ij zⱼ), where the sum runs over the blocks zⱼ that are
+    already found. For a transpose the order is reversed. A block whose W_ii is a `ZeroOperator` is
+    evaluated without iteration. `max_steps` limits the sum of the steps of all blocks, which is
+    also the number that is reported.
+    Reference: forward substitution by blocks, Golub and Van Loan (2013), section 3.1, with an
+    equilibrium in place of each pivot.
 
     Args:
         method: how a block is solved.
+
+    Raises:
+        TypeError: if method is no `Method`.
+        ValueError: on solving, if the operator is not block triangular.
+
+    Example:
+        >>> from solvers import DenseOperator, ReLU, solve
+        >>> layers = [ZeroOperator(torch.ones(1)), DenseOperator(torch.tensor([[-1.0]]))]
+        >>> W = BlockTriangularOperator(layers, {(1, 0): torch.tensor([[2.0]])})
+        >>> problem = Inclusion(W, torch.tensor([[1.0, 0.0]]), ReLU())
+        >>> solve(problem, BlockSubstitution(), tol=1e-6).value
+        tensor([[1., 1.]])
     """
 
     method: Method = PeacemanRachford()
@@ -43,14 +62,18 @@ class BlockSubstitution(Method):
         check_method(self.method)
 
     def run(self, problem: Inclusion, request: Request) -> Outcome:
-        """Substitute until the residual of the whole problem is within tolerance, or cannot be.
+        """Pass over the blocks until the whole problem is within tolerance, or cannot be.
+
+        Args:
+            problem: with a `BlockTriangularOperator`, of shape batch × n, cut from the graph.
+            request: tolerance in the Λ norm, limit of the sum of steps, and start.
 
         Raises:
             ValueError: if the operator is not block triangular.
         """
-        _operator(problem)
+        _require_block_triangular(problem)
         tol = _ROOM * request.tol
-        outcome = self._sweep(problem, replace(request, tol=tol))
+        outcome = self._substitute_blocks(problem, replace(request, tol=tol))
         while True:
             index = (outcome.residual > request.tol).nonzero().squeeze(-1)
             if len(index) == 0:
@@ -60,22 +83,22 @@ class BlockSubstitution(Method):
             if left < 1 or not torch.isfinite(before).all():
                 return outcome
             tol = max(tol * _ROOM * request.tol / worst, torch.finfo(problem.bias.dtype).eps)
-            again = self._sweep(
+            again = self._substitute_blocks(
                 problem.select(index), Request(tol=tol, max_steps=left, z0=outcome.value[index])
             )
             better = again.residual < before
-            kept = replace(
+            improved = replace(
                 again,
                 value=torch.where(better[:, None], again.value, outcome.value[index]),
                 residual=torch.where(better, again.residual, before),
             )
-            outcome = outcome.continue_samples(index, kept)
-            if not float(kept.residual.max()) <= max(_GAIN * worst, request.tol):
+            outcome = outcome.continue_samples(index, improved)
+            if not float(improved.residual.max()) <= max(_GAIN * worst, request.tol):
                 return outcome  # at rest
 
-    def _sweep(self, problem: Inclusion, request: Request) -> Outcome:
-        """Solve every block once to the tolerance of the request, and measure the whole."""
-        operator, v = _operator(problem), problem.bias
+    def _substitute_blocks(self, problem: Inclusion, request: Request) -> Outcome:
+        """Solve every block once to the tolerance, and evaluate the residual of the whole."""
+        operator, v = _require_block_triangular(problem), problem.bias
         layout = operator.layout
         steps = torch.zeros(v.shape[0], dtype=torch.long, device=v.device)
         inner: list[Outcome] = []
@@ -109,8 +132,8 @@ class BlockSubstitution(Method):
         )
 
     def likely_causes(self, problem: Inclusion) -> str:
-        """Say why the method may have failed on the block with the smallest m."""
-        operator = _operator(problem)
+        """Return why the method may have failed on the block with the smallest m."""
+        operator = _require_block_triangular(problem)
         solved = [i for i, b in enumerate(operator.blocks) if not isinstance(b, ZeroOperator)]
         if not solved:
             return f"Cause: the tolerance is below the rounding of {problem.bias.dtype}."
@@ -122,7 +145,7 @@ class BlockSubstitution(Method):
         return f"In block {worst}, the hardest: {self.method.likely_causes(block)}"
 
 
-def _operator(problem: Inclusion) -> BlockTriangularOperator:
+def _require_block_triangular(problem: Inclusion) -> BlockTriangularOperator:
     operator = problem.operator
     if not isinstance(operator, BlockTriangularOperator):
         raise ValueError(

@@ -1,7 +1,7 @@
-"""When does the loop of a splitting in PyTorch look, and when does it stop?
+"""When does the loop of a splitting in PyTorch evaluate the residual, and when does it stop?
 
-A `Splitting` prepares a state, advances it and reads z from it. It never loops: `drive` does, for
-all of them: stopping per sample, leaving of finished samples, and statistics.
+A `Splitting` prepares a state, advances it and reads z from it. The loop is `iterate`, the same for
+all splittings: it stops sample by sample, takes finished samples out of the batch, and counts.
 """
 
 from __future__ import annotations
@@ -23,14 +23,20 @@ from solvers.operators import Map
 
 @dataclass
 class State:
-    """Iterate of a splitting; tensors are updated in place.
+    """Hold the iterate of a splitting; its tensors are updated in place.
 
-    Attributes:
-        x: the variable that is iterated, samples × n.
-        map: the linear part of one step.
-        shift: the constant term, samples × n.
+    Args:
+        x: the variable that is iterated, batch × n.
+        map: M, the linear part of one step.
+        shift: the constant term of one step, batch × n.
         apply: the activation's part of one step; it may overwrite its argument.
-        spare: scratch of the shape of x.
+        spare: memory of the shape of x whose content does not matter.
+
+    Example:
+        >>> from solvers import DenseOperator, PeacemanRachford, ReLU
+        >>> problem = Inclusion(DenseOperator(torch.zeros(2, 2)), torch.ones(1, 2), ReLU())
+        >>> PeacemanRachford(step_size=1.0).init(problem, None).x  # αv
+        tensor([[1., 1.]])
     """
 
     x: Tensor
@@ -42,46 +48,71 @@ class State:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Splitting(Method):
-    """A method that advances an iterate towards the solution; it never loops."""
+    """Find z by advancing an iterate step by step; a subclass gives the step, not the loop.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from solvers import DenseOperator, ForwardBackward, ReLU, solve
+        >>> @dataclass(frozen=True, kw_only=True, repr=False)
+        ... class Cautious(ForwardBackward):
+        ...     def step(self, problem, state):
+        ...         before = state.x.clone()
+        ...         state = super().step(problem, state)
+        ...         state.x.lerp_(before, 0.1)
+        ...         return state
+        >>> W, v = torch.tensor([[0.0, -0.5], [0.5, 0.0]]), torch.ones(1, 2)
+        >>> method = Cautious(step_size=0.5, compiled=False)
+        >>> solve(Inclusion(DenseOperator(W), v, ReLU()), method, tol=1e-6).value
+        tensor([[0.4000, 1.2000]])
+    """
 
     @abstractmethod
     def init(self, problem: Inclusion, z0: Float[Tensor, "batch n"] | None) -> State:
-        """Prepare the state for a two-dimensional problem, from z0 or from a cold start."""
+        """Return the first state for a problem of batch × n, from z0 or from a cold start."""
 
     @abstractmethod
     def step(self, problem: Inclusion, state: State) -> State:
-        """Advance by one iteration."""
+        """Advance the state by one iteration, in place where that is faster, and return it."""
 
     @abstractmethod
     def value(self, problem: Inclusion, state: State) -> Float[Tensor, "batch n"]:
-        """Return the current estimate z, in new memory."""
+        """Return the current estimate of z, in new memory."""
 
     def run(self, problem: Inclusion, request: Request) -> Outcome:
         """Iterate in PyTorch until every sample is done."""
-        return drive(problem, self, request)
+        return iterate(problem, self, request)
 
 
-# Note [When to look]
-# A check costs one product and a host synchronisation. The first comes after FIRST_CHECK steps;
-# from two residuals, the first of them 1 at the start, the rate predicts where the slowest sample
-# will pass, and the next check is put there, but never at more than twice the steps done so far.
-# Finished samples leave when at least half of the batch is done: below that, gathering costs more
-# than it saves. The loop stops early when the worst residual has not halved while the steps grew by
-# a quarter and 64, and is within STALL roundoffs or rounding explains what is above the tolerance.
-# In float32 a sample leaves where 16 roundoffs of v are more than tol and explain what is left, and
-# the residual has not halved since the last check: float64 goes on from there, at less cost than
-# the steps that show that nothing moves.
+# Note [When to check]
+# A check costs one product and a host synchronisation. The first one comes after FIRST_CHECK steps.
+# The last two residuals (1 at step 0) give a rate, which predicts the step at which the slowest
+# sample will pass. The next check is put there, but at no more than twice the steps done so far.
+# Finished samples are taken out when at least half of the batch is finished; below that, gathering
+# costs more than it saves. The loop stops early if the worst residual has not halved while the
+# number of steps grew by a quarter and 64, and either it is within STALL roundoffs or rounding
+# explains its excess over the tolerance. A float32 sample is taken out early if 16 roundoffs of v
+# exceed tol and explain its residual, and that has not halved since the last check: float64 then
+# continues from there, which costs less than the steps that would show that nothing moves.
 _LEAVE_SHARE = 0.5
 
 
-def drive(problem: Inclusion, method: Splitting, request: Request) -> Outcome:
-    """Advance `method` until every sample's residual is within tolerance, or cannot be."""
+def iterate(problem: Inclusion, method: Splitting, request: Request) -> Outcome:
+    """Advance a splitting until every sample is within its tolerance, or cannot be.
+
+    Args:
+        problem: of shape batch × n, cut from the graph.
+        method: whose steps are taken.
+        request: tolerance, step limit and start.
+
+    Returns:
+        z, residuals in the Λ norm and steps per sample.
+    """
     tol, max_steps = request.tol, request.max_steps
     samples, device = problem.bias.shape[0], problem.bias.device
     value = torch.empty_like(problem.bias)
     residual = torch.zeros(samples, dtype=problem.bias.dtype, device=device)
     steps = torch.zeros(samples, dtype=torch.long, device=device)
-    open_samples: Tensor | None = None  # None while all are in the batch
+    open_samples: Tensor | None = None  # None while all samples are in the batch
     if samples == 0:
         return Outcome(value=value, residual=residual, steps=steps, checks=0)
 
@@ -96,7 +127,9 @@ def drive(problem: Inclusion, method: Splitting, request: Request) -> Outcome:
             state = method.step(problem, state)
             done_steps += 1
         z = method.value(problem, state)
-        r, floor = problem.measure(z) if single else (problem.relative_residual(z), 0.0)
+        r, floor = (
+            problem.residual_and_roundoff(z) if single else (problem.relative_residual(z), 0.0)
+        )
         left = torch.where((floor > tol) & (r > 0.5 * before), r - floor, r) if single else r
         before = r
         checks += 1
@@ -104,8 +137,8 @@ def drive(problem: Inclusion, method: Splitting, request: Request) -> Outcome:
         # in the batch have their answer: what they do now does not matter.
         worst = float(torch.where(finished, 0.0, left).max())
         last = worst <= tol or done_steps >= max_steps or not math.isfinite(worst)
-        if not last and stall.at_rest(done_steps, worst):
-            last = worst <= limit or bool((finished | problem.rests(z, tol)).all())
+        if not last and stall.is_at_rest(done_steps, worst):
+            last = worst <= limit or bool((finished | problem.is_rounding_limited(z, tol)).all())
         if last and open_samples is None and not bool(finished.any()):
             return Outcome(value=z, residual=r, steps=steps.fill_(done_steps), checks=checks)
         newly = (torch.ones_like(finished) if last else left <= tol) & ~finished
@@ -116,31 +149,33 @@ def drive(problem: Inclusion, method: Splitting, request: Request) -> Outcome:
             return Outcome(value=value, residual=residual, steps=steps, checks=checks)
         finished |= newly
         if float(finished.float().mean()) >= _LEAVE_SHARE:
-            keep = (~finished).nonzero().squeeze(-1)
-            open_samples = keep if open_samples is None else open_samples[keep]
-            problem, x = problem.select(keep), state.x[keep]
+            rest = (~finished).nonzero().squeeze(-1)
+            open_samples = rest if open_samples is None else open_samples[rest]
+            problem, x = problem.select(rest), state.x[rest]
             state = method.init(problem, None)
-            state.x, finished, before = x, finished[keep], before[keep]
-        next_check = _predict(done_steps, worst, steps_before, worst_before, tol, max_steps)
+            state.x, finished, before = x, finished[rest], before[rest]
+        next_check = _predict_next_check(
+            done_steps, worst, steps_before, worst_before, tol, max_steps
+        )
         worst_before, steps_before = worst, done_steps
 
 
 @dataclass
 class _Stall:
-    """Notices that the worst residual has come to rest."""
+    """Notice that the worst residual has stopped falling."""
 
     mark: float = math.inf
     mark_steps: int = 0
 
-    def at_rest(self, steps: int, worst: float) -> bool:
+    def is_at_rest(self, steps: int, worst: float) -> bool:
         if steps < self.mark_steps * 5 // 4 + 64:
             return False
-        resting = worst > 0.5 * self.mark
+        at_rest = worst > 0.5 * self.mark
         self.mark, self.mark_steps = worst, steps
-        return resting
+        return at_rest
 
 
-def _predict(
+def _predict_next_check(
     done: int, worst: float, before: int, worst_before: float, tol: float, max_steps: int
 ) -> int:
     ahead = done

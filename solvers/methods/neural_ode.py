@@ -3,10 +3,10 @@
 The state follows ż = T(z) − z with the forward–backward map T(z) = prox_{αf}((1 − α)z + α(Wz + v)),
 which contracts with factor q = √(1 − 2αm + α²L²) < 1 for 0 < α < 2m/L²: two trajectories approach
 each other like e^(−(1−q)t) in the Λ norm. The flow ż = σ(Wz + v) − z of a recurrent network need
-not, although its equilibrium is unique: W = [[0, −k], [k, 0]] has m = 1, but at D = diag(1, 0) the
-symmetric part of DW − I has the eigenvalue k/2 − 1 (more in any other diagonal metric, there or at
-D = diag(0, 1)), so for k ≥ 2 trajectories stay apart or part; Euler's method with h = 1 spirals
-out for k > 1.
+not contract, although its equilibrium is unique. An example is W = [[0, −k], [k, 0]] with m = 1. At
+D = diag(1, 0) the symmetric part of DW − I has the eigenvalue k/2 − 1; in any other diagonal metric
+it has a larger one, there or at D = diag(0, 1). So for k ≥ 2 two trajectories need not approach
+each other, and for k > 1 Euler's method with h = 1 spirals outwards.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from solvers.methods.iteration import Splitting, State
 from solvers.methods.splitting import ForwardBackward
 from solvers.methods.step_size import ForwardStep, StepSizeRule
 
-# Per stage: where it evaluates the field, as a share of h along the slope before it, and its weight
-# in the step. Both methods use no older slope.
+# Per stage: where it evaluates the field, as a share of h along the slope of the stage before, and
+# its weight in the step. Neither method uses an older slope.
 _STAGES = {
     1: ((0.0, 1.0),),
     4: ((0.0, 1 / 6), (1 / 2, 1 / 3), (1 / 2, 1 / 3), (1.0, 1 / 6)),
@@ -32,17 +32,19 @@ _STAGES = {
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class NeuralODE(Splitting):
-    """An explicit Runge–Kutta method on ż = prox_{αf}((1 − α)z + α(Wz + v)) − z.
+    """Find z by an explicit Runge–Kutta method on ż = T(z) − z, T(z) = prox_{αf}((1 − α)z + α(Wz +
+    v)).
 
-    Equilibrium networks as limits of neural ODEs: Revay, Wang and Manchester (2020).
+    Order 1 is Euler's method, z ← (1 − h)z + hT(z), which is relaxed forward–backward splitting. It
+    contracts with factor 1 − h(1 − q) in the Λ norm, where q is the factor of T.
 
-    Order 1 is Euler's method, z ← (1 − h)z + hT(z): relaxed forward–backward splitting. It
-    contracts with factor 1 − h(1 − q) in the Λ norm. Order 4 is the classical method. Proved is a
-    factor of at most √(1 − h(1 − q²)/6), see Note [Circle contractivity], and for linear T at most
-    R(−h(1 − q)) ≈ e^(−h(1−q)), R(x) = 1 + x + x²/2 + x³/6 + x⁴/24 (von Neumann's inequality: as a
-    polynomial in T, R(h(T − I)) has no negative coefficient for h ≤ 1); measured on random
-    problems, no activation exceeds the latter. A step of order 4 takes four products with W, so
-    for the equilibrium alone order 1 with h = 1, which is `ForwardBackward`, is the cheaper one.
+    Order 4 is the classical method. Its proved factor is √(1 − h(1 − q²)/6), see Note [Circle
+    contractivity]. For linear T the factor is at most R(−h(1 − q)) ≈ e^(−h(1−q)) with
+    R(x) = 1 + x + x²/2 + x³/6 + x⁴/24, by von Neumann's inequality: as a polynomial in T,
+    R(h(T − I)) has no negative coefficient for h ≤ 1. On random problems no activation was measured
+    above R(−h(1 − q)). A step takes four products with W. So for the equilibrium alone order 1 with
+    h = 1, which is `ForwardBackward`, costs less.
+    Reference: Revay, Wang and Manchester (2020), equilibrium networks as limits of neural ODEs.
 
     Args:
         order: 1 or 4.
@@ -52,14 +54,20 @@ class NeuralODE(Splitting):
     Raises:
         ValueError: if the order is another, time_step lies outside (0, 1], or a numerical
             step_size is not positive and finite.
+
+    Example:
+        >>> from solvers import DenseOperator, Inclusion, ReLU, solve
+        >>> W, v = torch.tensor([[0.0, -0.5], [0.5, 0.0]]), torch.ones(1, 2)
+        >>> solve(Inclusion(DenseOperator(W), v, ReLU()), NeuralODE(order=1), tol=1e-6).value
+        tensor([[0.4000, 1.2000]])
     """
 
     # Note [Circle contractivity]
-    # T non-expansive means ⟨Δk, Δy⟩ ≤ −½‖Δk‖² for k = T(y) − y, and a Runge–Kutta method with
-    # weights b > 0 and matrix A keeps ‖Δz‖ from growing there for h ≤ r when BA + AᵀB − bbᵀ + B/r
-    # is positive semi-definite (Dahlquist and Jeltsch 1979): r = 1 for both orders. With T's
-    # factor q, 2⟨Δk, Δy⟩ ≤ −‖Δk‖² − (1 − q²)‖Δy‖², and the first stage (y = z, weight 1/6) leaves
-    # ‖Δz₊‖² ≤ (1 − h(1 − q²)/6) ‖Δz‖² for order 4.
+    # If T is non-expansive, then ⟨Δk, Δy⟩ ≤ −½‖Δk‖² for k = T(y) − y. A Runge–Kutta method with
+    # weights b > 0, B = diag b and matrix A does not enlarge ‖Δz‖ for such a field and h ≤ r if
+    # BA + AᵀB − bbᵀ + B/r is positive semi-definite (Dahlquist and Jeltsch 1979); r = 1 for both
+    # orders. If T has factor q, then 2⟨Δk, Δy⟩ ≤ −‖Δk‖² − (1 − q²)‖Δy‖², and the first stage (y =
+    # z, weight 1/6) leaves ‖Δz₊‖² ≤ (1 − h(1 − q²)/6) ‖Δz‖² for order 4.
 
     order: Literal[1, 4] = 4
     time_step: float = 1.0

@@ -1,8 +1,8 @@
 """Which splittings solve 0 ∈ (I − W)z − v + ∂f(z)?
 
-A `Splitting` is a frozen description of a method. It runs in a fused loop where there is one for
-the problem (`solvers.backends`), and elsewhere step by step in PyTorch
-(`solvers.methods.iteration`), with the same result to rounding.
+Peaceman–Rachford, Douglas–Rachford and forward–backward. Each runs in a fused loop if there is one
+for the problem (`solvers.backends`), else step by step in PyTorch (`solvers.methods.iteration`);
+the results agree to rounding.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from solvers.operators import LinearOperator, Map
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SteppedSplitting(Splitting):
-    """A splitting with a step size.
+    """Find z by a splitting that has a step size.
 
     Args:
         step_size: α > 0, or a rule that computes it from the operator.
-        compiled: whether to iterate in a fused loop, compiled on a CPU, in Triton on a CUDA device;
-            where possible when omitted.
+        compiled: whether to iterate in a fused loop, which is compiled on a CPU and in Triton on a
+            CUDA device; if omitted, wherever there is one.
 
     Raises:
-        ValueError: if a numerical step size is not positive and finite; on solving, if the compiled
-            loop is demanded and cannot solve the problem.
+        ValueError: if a numerical step size is not positive and finite; on solving, if
+            `compiled=True` and there is no fused loop for the problem.
     """
 
     step_size: float | StepSizeRule
@@ -47,19 +47,19 @@ class SteppedSplitting(Splitting):
         check_step_size(self.step_size)
 
     def iteration(self, problem: Inclusion) -> backends.Iteration | None:
-        """Describe one step to the compiled loop; None when it knows no such step."""
+        """Return one step as fused loops take it, or None if they know no such step."""
         return None
 
     def run(self, problem: Inclusion, request: Request) -> Outcome:
-        """Iterate until every sample is done, in the compiled loop where there is one."""
+        """Iterate until every sample is done, in a fused loop if there is one."""
         if self.compiled is False:
             return super().run(problem, request)
-        reason, failure = backends.supports(problem), None
+        reason, failure = backends.find_obstacle(problem), None
         if reason is None:
             iteration = self.iteration(problem)
             if iteration is None:
                 reason = f"it does not know {type(self).__name__}"
-            elif request.max_steps <= iteration.done:
+            elif request.max_steps <= iteration.initial_steps:
                 reason = "it enters with the first step done"
             else:
                 found = backends.run(problem, iteration, request)
@@ -74,15 +74,30 @@ class SteppedSplitting(Splitting):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class PeacemanRachford(SteppedSplitting):
-    """Peaceman–Rachford splitting: ū = 2R_α(u + αv) − u, z = prox_{αf}(ū), u ← 2z − ū.
+    """Find z by Peaceman–Rachford splitting: ū = 2R_α(u + αv) − u, z = prox_{αf}(ū), u ← 2z − ū.
 
-    Converges for every α > 0 when I − W is strongly monotone, with factor at most
-    √(1 − 4αm/(1 + 2αm + α²L²)) in the Λ norm. Lions and Mercier (1979); for equilibrium
-    networks Winston and Kolter (2020), section 3.3.
+    R_α = (I + α(I − W))⁻¹ is the resolvent. The splitting converges for every α > 0 if I − W is
+    strongly monotone, with a factor of at most √(1 − 4αm/(1 + 2αm + α²L²)) per step in the Λ norm.
 
-    One iteration is ū ← K r(ū) + (I + K) αv with K = 2R_α − I and the reflected prox r (for ReLU
-    the absolute value): one product and one elementwise pass. Where products are dear it is
-    ū ← K(r(ū) + αv) + αv, which saves one before the first step.
+    One iteration is ū ← K r(ū) + (I + K) αv with K = 2R_α − I and r = 2 prox_{αf} − id (for ReLU
+    the absolute value): one product and one elementwise pass. If a product is expensive, the
+    iteration is ū ← K(r(ū) + αv) + αv, which saves the product (I + K) αv before the first step.
+    Reference: Lions and Mercier (1979); for equilibrium networks Winston and Kolter (2020), section
+    3.3.
+
+    Args:
+        step_size: α > 0, or a rule that computes it from the operator.
+        compiled: whether to iterate in a fused loop; if omitted, wherever there is one.
+
+    Raises:
+        ValueError: as for every splitting with a step size: if a number is not positive and finite;
+            on solving, if `compiled=True` and there is no fused loop for the problem.
+
+    Example:
+        >>> from solvers import DenseOperator, Inclusion, ReLU, solve
+        >>> W, v = torch.tensor([[0.0, -0.5], [0.5, 0.0]]), torch.ones(1, 2)
+        >>> solve(Inclusion(DenseOperator(W), v, ReLU()), PeacemanRachford(), tol=1e-6).value
+        tensor([[0.4000, 1.2000]])
     """
 
     step_size: float | StepSizeRule = JacobiDeterminant()
@@ -93,9 +108,9 @@ class PeacemanRachford(SteppedSplitting):
         map_ = self._map(operator)
         alpha_v, reflect = v * alpha, problem.activation.reflector(alpha)
         # The point u = −αv has resolvent 0, so ū = αv: a cold start needs no product. At the
-        # solution ū = z + α(Wz + v − z); a z0 near it gives a ū near it.
+        # solution ū = z + α(Wz + v − z), so a z0 near the solution gives a ū near its ū.
         x = alpha_v.clone() if z0 is None else z0 + alpha * (operator.affine(z0, v) - z0)
-        if map_.is_dear:
+        if map_.is_expensive:
             apply = backends.reflect_sum(problem, alpha, alpha_v)
             apply = apply or (lambda u: reflect(u).add_(alpha_v))
             return State(x, map_, alpha_v, apply, torch.empty_like(x))
@@ -112,7 +127,7 @@ class PeacemanRachford(SteppedSplitting):
         return problem.activation.prox(state.x, alpha)
 
     def iteration(self, problem: Inclusion) -> backends.Iteration:
-        """Describe one step to the compiled loop."""
+        """Return one step as fused loops take it."""
         alpha = choose_step_size(self.step_size, problem.operator)
         return backends.Iteration(map=self._map(problem.operator), alpha=alpha, reflected=True)
 
@@ -125,19 +140,26 @@ class PeacemanRachford(SteppedSplitting):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class DouglasRachford(PeacemanRachford):
-    """Relaxed Douglas–Rachford splitting: u ← (1 − θ)u + θ T(u) with Peaceman–Rachford's map T.
+    """Find z by relaxed Douglas–Rachford splitting: u ← (1 − θ)u + θ T(u).
 
-    θ = ½ is Douglas–Rachford itself, θ = 1 Peaceman–Rachford. For θ < 1 it converges for every
-    α > 0 as soon as I − W is monotone (m ≥ 0) and a solution exists; for m > 0 its factor is at
-    most 1 − θ + θρ with Peaceman–Rachford's ρ, so it is the slower of the two there. Lions and
-    Mercier (1979); Eckstein and Bertsekas (1992), Theorem 8.
+    T is the map of one step of Peaceman–Rachford. θ = ½ is Douglas–Rachford itself, θ = 1 is
+    Peaceman–Rachford. For θ < 1 the splitting converges for every α > 0 if I − W is monotone
+    (m ≥ 0) and a solution exists. For m > 0 its factor is at most 1 − θ + θρ with
+    Peaceman–Rachford's ρ, so there it is the slower of the two.
+    Reference: Lions and Mercier (1979); Eckstein and Bertsekas (1992), Theorem 8.
 
     Args:
         relaxation: θ in (0, 1].
-        step_size: as for `PeacemanRachford`.
+        step_size, compiled: as for `PeacemanRachford`.
 
     Raises:
-        ValueError: if relaxation lies outside (0, 1].
+        ValueError: if relaxation lies outside (0, 1], or as for `PeacemanRachford`.
+
+    Example:
+        >>> from solvers import DenseOperator, Inclusion, ReLU, solve
+        >>> W, v = torch.tensor([[0.0, -0.5], [0.5, 0.0]]), torch.ones(1, 2)
+        >>> solve(Inclusion(DenseOperator(W), v, ReLU()), DouglasRachford(), tol=1e-6).value
+        tensor([[0.4000, 1.2000]])
     """
 
     relaxation: float = 0.5
@@ -153,17 +175,29 @@ class DouglasRachford(PeacemanRachford):
         return state
 
     def iteration(self, problem: Inclusion) -> backends.Iteration:
-        """Describe one step to the compiled loop."""
+        """Return one step as fused loops take it."""
         return replace(super().iteration(problem), relaxation=self.relaxation)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class ForwardBackward(SteppedSplitting):
-    """Forward–backward splitting: z ← prox_{αf}((1 − α)z + α(Wz + v)).
+    """Find z by forward–backward splitting: z ← prox_{αf}((1 − α)z + α(Wz + v)).
 
-    Converges for 0 < α < 2m/L² with factor √(1 − 2αm + α²L²), m and L in the Λ norm. Passty
-    (1979); for equilibrium networks Winston and Kolter (2020), section 3.3. With σ in place of
-    the prox and α = 1 it is plain fixed-point iteration, which need not converge.
+    It converges for 0 < α < 2m/L² with factor √(1 − 2αm + α²L²) in the Λ norm, in which m and L are
+    measured. At α = 1 it is the fixed-point iteration z ← σ(Wz + v), which need not converge.
+    Reference: Passty (1979); for equilibrium networks Winston and Kolter (2020), section 3.3.
+
+    Args:
+        step_size, compiled: as for `PeacemanRachford`.
+
+    Raises:
+        ValueError: as for `PeacemanRachford`.
+
+    Example:
+        >>> from solvers import DenseOperator, Inclusion, ReLU, solve
+        >>> W, v = torch.tensor([[0.0, -0.5], [0.5, 0.0]]), torch.ones(1, 2)
+        >>> solve(Inclusion(DenseOperator(W), v, ReLU()), ForwardBackward(), tol=1e-6).value
+        tensor([[0.4000, 1.2000]])
     """
 
     step_size: float | StepSizeRule = ForwardStep()
@@ -185,7 +219,7 @@ class ForwardBackward(SteppedSplitting):
         return state.x.clone()
 
     def iteration(self, problem: Inclusion) -> backends.Iteration:
-        """Describe one step to the compiled loop."""
+        """Return one step as fused loops take it."""
         alpha = choose_step_size(self.step_size, problem.operator)
         return backends.Iteration(map=self._map(problem.operator), alpha=alpha, reflected=False)
 

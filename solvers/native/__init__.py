@@ -1,4 +1,4 @@
-"""What is compiled for this machine's processor, and is it there?"""
+"""Which C++ kernels are compiled for this machine's processor, and could they be built?"""
 
 from solvers.native.library import Build, build, status
 

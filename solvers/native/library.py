@@ -1,10 +1,10 @@
-"""How do the compiled kernels come to be, and what if they cannot?
+"""How are the C++ kernels built, and what happens if they cannot be?
 
-On first use the sources beside this file are compiled for the processor that runs them, by the C++
-compiler that $CXX names, with arguments if any, or else c++, g++ or clang++; about three seconds,
-once per machine, processor and version. They are kept in $XDG_CACHE_HOME/lben (by default
-~/.cache/lben). Without a compiler every solve runs in PyTorch, which returns the same to rounding;
-`status()` says which it is and why, and each solution names the loop that ran.
+At their first use the sources beside this file are compiled for the processor at hand. The compiler
+is the command in $CXX, or else c++, g++ or clang++. It takes about three seconds, once per machine,
+processor and version; the result is stored in $XDG_CACHE_HOME/lben (by default ~/.cache/lben).
+Without a compiler every solve runs in PyTorch, with the same result to rounding. `status()` says
+which of both it is and why, and each solution names the loop that ran.
 """
 
 from __future__ import annotations
@@ -32,11 +32,15 @@ _SECONDS = 120
 
 @dataclass(frozen=True)
 class Build:
-    """Outcome of a build.
+    """Hold the outcome of a build.
 
     Attributes:
-        kernels: loaded; None when there are none.
-        message: where they lie, or why there are none.
+        kernels: the loaded library; None if there is none.
+        message: the path of the library, or why there is none.
+
+    Example:
+        >>> Build(kernels=None, message="no compiled kernels: no C++ compiler found")
+        Build(kernels=None, message='no compiled kernels: no C++ compiler found')
     """
 
     kernels: ctypes.PyDLL | None
@@ -44,23 +48,33 @@ class Build:
 
 
 def status() -> str:
-    """Say whether the compiled kernels are there, and if not, why."""
+    """Return where the compiled kernels are, or why there are none.
+
+    Example:
+        >>> "compiled kernels" in status()
+        True
+    """
     return build().message
 
 
 @functools.cache
 def build() -> Build:
-    """Load the compiled kernels, compiling them if this machine has not done so before."""
+    """Load the compiled kernels, and compile them first if this machine has not done so before.
+
+    Example:
+        >>> build().message == status()
+        True
+    """
     try:
         compiler = _compiler()
         if not compiler:
             return Build(
                 None, "no compiled kernels: no C++ compiler found (install g++ or set CXX)"
             )
-        path = _cache() / f"kernels-{_fingerprint(compiler)}.so"
+        path = _cache_folder() / f"kernels-{_fingerprint(compiler)}.so"
         if not _is_intact(path):
             _compile(compiler, path)
-        return Build(_loaded(path), f"compiled kernels: {path}")
+        return Build(_load(path), f"compiled kernels: {path}")
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or "").strip().splitlines() or ["no message"]
         return Build(None, f"no compiled kernels: {shlex.join(compiler)} failed: {lines[0]}")
@@ -69,10 +83,11 @@ def build() -> Build:
         return Build(None, f"no compiled kernels: {error}")
 
 
-def _loaded(path: Path) -> ctypes.PyDLL:
-    """Load kernels that give the interpreter's lock back themselves and look for signals.
+def _load(path: Path) -> ctypes.PyDLL:
+    """Load the library, and give it the functions of Python that its kernels call.
 
-    An exception that a signal's handler raised, such as KeyboardInterrupt, comes out of the call.
+    Kernels release the interpreter's lock while they run, and check for signals. So an exception of
+    a signal's handler, such as KeyboardInterrupt, ends a kernel and is raised by the call.
     """
     kernels, python = ctypes.PyDLL(str(path)), ctypes.pythonapi
     functions = (python.PyEval_SaveThread, python.PyEval_RestoreThread, python.PyErr_CheckSignals)
@@ -87,7 +102,7 @@ def _compiler() -> list[str]:
     return next(([found, *rest] for name, *rest in candidates if (found := shutil.which(name))), [])
 
 
-def _cache() -> Path:
+def _cache_folder() -> Path:
     folder = os.environ.get("XDG_CACHE_HOME")
     path = (Path(folder) if folder else Path.home() / ".cache") / "lben"
     path.mkdir(parents=True, exist_ok=True)
@@ -95,7 +110,7 @@ def _cache() -> Path:
 
 
 def _fingerprint(compiler: list[str]) -> str:
-    """Return a name for these sources, this compiler and processor: all shape the kernels."""
+    """Return a hash of all that the kernels depend on: sources, compiler and processor."""
     command = shlex.join([*compiler, *_FLAGS])
     version = _run([*compiler, "--version"])
     sources = [path.read_text("utf-8") for path in (*_SOURCES, *sorted(_FOLDER.glob("*.h")))]
@@ -116,12 +131,12 @@ def _compile(compiler: list[str], path: Path) -> None:
         fresh = Path(folder) / path.name
         _run([*compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(fresh)])
         kernels = fresh.read_bytes()
-        fresh.write_bytes(kernels + hashlib.sha256(kernels).digest())  # loaders ignore what follows
+        fresh.write_bytes(kernels + hashlib.sha256(kernels).digest())  # loaders ignore the suffix
         fresh.replace(path)  # atomic: two processes may build at once
 
 
 def _is_intact(path: Path) -> bool:
-    """Say whether the file is there and whole: to load a truncated one would end the process."""
+    """Say whether the file exists and is complete: loading a truncated one ends the process."""
     if not path.exists():
         return False
     content = path.read_bytes()

@@ -1,7 +1,7 @@
 """How is a spectrum multiplied by a matrix per frequency, and how are those matrices inverted?
 
-Compiled on a CPU, where no gradient is asked for and there is a compiler; else by PyTorch, the same
-to rounding.
+By C++ kernels on a CPU if no gradient is needed and there is a compiler; else by PyTorch, with the
+same result to rounding.
 """
 
 from __future__ import annotations
@@ -17,17 +17,29 @@ from solvers.native.library import build
 
 _KINDS = {torch.complex64: "float", torch.complex128: "double"}
 _LEAF = 16
-"""Matrices that PyTorch inverts one by one."""
+"""Largest size of matrices that PyTorch inverts one by one."""
 
 
 def product(
     symbols: Complex[Tensor, "f c c"], spectrum: Complex[Tensor, "batch c f"]
 ) -> Complex[Tensor, "batch c f"]:
-    """Return the spectrum whose frequency ω is symbols[ω] times that of the given one.
+    """Return the product of a spectrum with a matrix per frequency: Y[:, ω] = symbols[ω] X[:, ω].
+
+    Args:
+        symbols: one c × c matrix per frequency.
+        spectrum: X, c channels at f frequencies per sample.
+
+    Returns:
+        Y, of the shape of the spectrum.
 
     Raises:
         ValueError: if the shapes or types do not fit.
         MemoryError: if there is no memory for a few frequencies of all channels.
+
+    Example:
+        >>> symbols = 2 * torch.eye(1, dtype=torch.complex64).expand(3, 1, 1)
+        >>> product(symbols, torch.ones(1, 1, 3, dtype=torch.complex64)).real
+        tensor([[[2., 2., 2.]]])
     """
     c, f = spectrum.shape[-2:]
     if spectrum.ndim != 3 or symbols.shape != (f, c, c) or symbols.dtype != spectrum.dtype:
@@ -37,35 +49,47 @@ def product(
         )
     if not _can_compile(symbols, spectrum):
         return (symbols @ spectrum.permute(2, 1, 0).contiguous()).permute(2, 1, 0)
-    A, X = _written(symbols), _written(spectrum)
+    A, X = _materialize(symbols), _materialize(spectrum)
     Y = torch.empty_like(X)
     _call("spectral", (A, X), X.shape, Y)
     return Y
 
 
 def inverses(matrices: Complex[Tensor, "f c c"]) -> Complex[Tensor, "f c c"]:
-    """Return the inverses of many small matrices, by elimination without pivots.
+    """Return the inverses of many small matrices, by elimination without pivoting.
 
-    The leading blocks of I + P(I − Ŵ) and their Schur complements have positive definite symmetric
-    parts in the metric ΛP⁻¹ where W is monotone (Golub and Van Loan 1979), so that none is needed.
-    Elsewhere the result may be wrong or not finite.
+    Resolvents need no pivots: if W is monotone, the leading blocks of I + P(I − Ŵ) and their Schur
+    complements have positive definite symmetric parts in the metric ΛP⁻¹. For other matrices the
+    result may be wrong or not finite.
+    Reference: Golub and Van Loan (1979), Unsymmetric positive definite linear systems.
+
+    Args:
+        matrices: one c × c matrix per frequency.
+
+    Returns:
+        Their inverses, of the same shape.
 
     Raises:
         ValueError: if the matrices are not square.
         MemoryError: if there is no memory for a matrix.
+
+    Example:
+        >>> inverses(4 * torch.eye(2, dtype=torch.complex64)[None]).real
+        tensor([[[0.2500, 0.0000],
+                 [0.0000, 0.2500]]])
     """
     if matrices.ndim != 3 or matrices.shape[1] != matrices.shape[2]:
         raise ValueError(f"matrices must be (f, c, c), got {tuple(matrices.shape)}")
     if not _can_compile(matrices):
         return _inverses(matrices)
-    A = _written(matrices)
+    A = _materialize(matrices)
     inverse = torch.empty_like(A)
     _call("inverses", (A,), (A.shape[-1], len(A)), inverse)
     return inverse
 
 
 def _inverses(A: Complex[Tensor, "f c c"]) -> Complex[Tensor, "f c c"]:
-    """Eliminate 2 × 2 blocks: batched products are faster than LAPACK for one after the other."""
+    """Invert by 2 × 2 blocks: batched products are faster than LAPACK for each matrix alone."""
     c = A.shape[-1]
     if c <= _LEAF:
         return torch.linalg.inv_ex(A)[0]
@@ -94,7 +118,7 @@ def _call(name: str, inputs: tuple[Tensor, ...], sizes: tuple[int, ...], out: Te
 
 
 def _can_compile(*tensors: Tensor) -> bool:
-    """Say whether these are numbers in the memory of the processor, and kernels for them here."""
+    """Say whether C++ kernels serve these tensors: numbers in host memory without a gradient."""
     for tensor in tensors:
         if tensor.device.type != "cpu" or (torch.is_grad_enabled() and tensor.requires_grad):
             return False
@@ -107,6 +131,6 @@ def _can_compile(*tensors: Tensor) -> bool:
     return build().kernels is not None
 
 
-def _written(tensor: Tensor) -> Tensor:
-    """Return the numbers in order in memory, with no conjugation pending."""
+def _materialize(tensor: Tensor) -> Tensor:
+    """Return the same numbers contiguous in memory, with no conjugation pending."""
     return tensor.resolve_conj().contiguous()

@@ -1,18 +1,19 @@
 """What must a linear operator W offer so that z = σ(Wz + v) can be split?
 
-Products with W and Wᵀ, the resolvent of the monotone part I − W, and the constants (m, L) of
-I − W in the norm ‖z‖_Λ = √(zᵀΛz) that the operator carries.
+Products with W and Wᵀ. Everything else is derived from those, unless a class knows a faster way:
+the resolvent of the monotone part I − W, the constants (m, L) of I − W in the norm
+‖z‖_Λ = √(zᵀΛz) that the operator carries, and bounds of rounding.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from itertools import islice
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,220 +21,265 @@ from jaxtyping import Float
 from torch import Tensor
 
 from solvers.activations import Step
-from solvers.dependencies import (
-    Sendable,
-    Snapshot,
-    all_same,
-    must_not_cache,
-    outside_transforms,
-)
+from solvers.operators import matrix, roundoff
+from solvers.operators.maps import Map, Resolvent, own_step, step_key
+from solvers.operators.matrix import Constants
+from solvers.operators.memo import Memoized
 from solvers.precision import cast
 
-T_ = TypeVar("T_")
+_LARGEST = 8192
+"""Units up to which W is written out as a matrix: 512 MiB in float64."""
+_BLOCK = 256
+"""Unit vectors in one product while it is."""
 
 
-class NotMonotoneError(ValueError):
-    """I − W is not strongly monotone in the Λ norm, so the equilibrium need not exist."""
-
-
-@dataclass(frozen=True)
-class Constants:
-    """Constants of I − W in the Λ norm, with H = Λ^½ (I − W) Λ^(−½).
-
-    Attributes:
-        m: lower bound of the strong monotonicity λmin(sym H).
-        L: upper bound of the Lipschitz constant ‖H‖₂.
-    """
-
-    m: float
-    L: float
-
-
-class Map(ABC):
-    """A linear map M that a splitting applies once per step."""
-
-    is_dear: bool = False
-    """Whether a product costs many elementwise passes over its argument."""
-
-    @abstractmethod
-    def add(
-        self, x: Float[Tensor, "batch n"], shift: Float[Tensor, "batch n"], out: Tensor | None
-    ) -> Float[Tensor, "batch n"]:
-        """Return shift + Mx, written to `out` (which is neither x nor shift) when given."""
-
-
-class Resolvent(ABC):
-    """R = (I + diag(α)(I − W))⁻¹, factored once per weight change."""
-
-    @abstractmethod
-    def solve(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        """Return R x."""
-
-    @property
-    @abstractmethod
-    def T(self) -> Resolvent:
-        """The resolvent of Wᵀ with the same step, from the same factor.
-
-        (I + P(I − Wᵀ))⁻¹ = P (I + P(I − W))⁻ᵀ P⁻¹ with P = diag(α).
-        """
-
-    @abstractmethod
-    def reflection(self) -> Map:
-        """Return 2R − I."""
-
-
-class LinearOperator(Sendable, ABC):
+class LinearOperator(Memoized):
     """A linear map W on ℝⁿ with the inner product ⟨y, z⟩_Λ = yᵀΛz.
 
-    Laws, each tested: ⟨Wz, y⟩ = ⟨z, Wᵀy⟩; resolvent(α) inverts I + diag(α)(I − W);
-    ⟨(I − W)z, z⟩_Λ ≥ m ‖z‖²_Λ and ‖(I − W)z‖_Λ ≤ L ‖z‖_Λ.
+    An operator of your own is a frozen dataclass of its tensors, with `eq=False`, a field or
+    property `metric`, and two methods:
+
+    - `mv(z)` returns Wz for any leading batch dimensions,
+    - `rmv(z)` returns Wᵀz,
+
+    both by sums and products of z with the tensors of its fields. The floating-point tensors among
+    the fields, `metric` aside, are what gradients are taken for. Everything else follows from the
+    two, by one of three ways: W is written out as a matrix, once per change of the weights
+    (resolvent, constants, determinant, entries); autograd differentiates `mv` (`pullback`); or `mv`
+    runs once more on absolute values (`magnitude`, `summands`, `losses`, `unread`: bounds of
+    rounding). Override `resolvent` first where a matrix of n × n is too much.
+
+    Laws, each tested by `solvers.testing.OperatorLaws`: ⟨Wz, y⟩ = ⟨z, Wᵀy⟩; resolvent(α) inverts
+    I + diag(α)(I − W); ⟨(I − W)z, z⟩_Λ ≥ m ‖z‖²_Λ and ‖(I − W)z‖_Λ ≤ L ‖z‖_Λ.
+
+    Example:
+        >>> import torch
+        >>> from dataclasses import dataclass
+        >>> from solvers import Inclusion, LinearOperator, ReLU, solve
+        >>> @dataclass(frozen=True, eq=False)
+        ... class Product(LinearOperator):
+        ...     A: torch.Tensor
+        ...     B: torch.Tensor
+        ...     metric: torch.Tensor
+        ...     def mv(self, z):
+        ...         return (z @ self.B.T) @ self.A.T
+        ...     def rmv(self, z):
+        ...         return (z @ self.A) @ self.B
+        >>> W = Product(-torch.eye(3), torch.eye(3), torch.ones(3))
+        >>> solve(Inclusion(W, torch.ones(1, 3), ReLU())).value.tolist()  # z = max(v − z, 0)
+        [[0.5, 0.5, 0.5]]
     """
 
     metric: Float[Tensor, " n"]
     """Λ, positive."""
-    transposed: bool
-    """Whether this is the transpose of the operator whose factors the memo holds."""
-    _memo: dict[Hashable, Any]
-
-    # Note [Whose values a memo holds]
-    # What the memo keeps belongs to values of W and Λ, of which it has a snapshot. A lookup
-    # compares the values now with it (`solvers.dependencies`); where they differ, the operator
-    # starts a memo of its own. W, Wᵀ and operators rebuilt on equal tensors share one memo, so the
-    # snapshot is of the tensors of W as first given. A solve looks often: it compares once, when it
-    # begins, and its lookups trust that nobody writes to W meanwhile (`settled`).
-    def __post_init__(self) -> None:
-        """Give the operator a memo and an orientation, unless its class has fields for them."""
-        for name, value in (("_memo", {}), ("transposed", False)):
-            if name not in self.__dict__:
-                object.__setattr__(self, name, value)
-
-    def _given(self) -> tuple[Tensor, ...]:
-        """Return the tensors of W as first given, whose transpose this may be."""
-        return self.tensors
-
-    def _own_metric(self) -> Tensor:
-        """Return the tensor that `metric` is made of."""
-        return self.metric
-
-    def _parts(self) -> tuple[LinearOperator, ...]:
-        """Return the operators that this one is made of, which have memos of their own."""
-        return ()
-
-    def _shared(self) -> dict[Hashable, Any]:
-        """Return the memo, a new one where the values are no longer those that it belongs to."""
-        if id(self._memo) in _trusted.memos:
-            return self._memo
-        if must_not_cache():
-            return {}
-        self._settle()
-        return self._memo
-
-    def _settle(self) -> None:
-        """Compare all values at once; where some changed, find out which memos end."""
-        values = self._values()
-        tensors: list[Tensor] = []
-        copies: list[Tensor] = []
-        for memo, key, own in values:
-            if key in memo:
-                tensors += own
-                copies += memo[key].copies
-        if len(tensors) != len(copies) or not all_same(tensors, copies):
-            return self._settle_apart()
-        for memo, key, own in values:
-            if key not in memo:
-                memo[key] = Snapshot.of(own)
-        return None
-
-    def _values(self) -> list[tuple[dict[Hashable, Any], Hashable, tuple[Tensor, ...]]]:
-        """Return the tensors of which memos hold snapshots: memo, key and tensors, of all parts."""
-        found: list[tuple[dict[Hashable, Any], Hashable, tuple[Tensor, ...]]] = [
-            (self._memo, "values of W", self._given()),
-            (self._memo, ("values of Λ", self.transposed), (self._own_metric(),)),
-        ]
-        for part in self._parts():
-            found += part._values()
-        return found
-
-    def _settle_apart(self) -> None:
-        for part in self._parts():
-            part._settle()
-        for memo, key, tensors in self._values()[:2]:
-            snapshot = memo.get(key)
-            if snapshot is not None and not snapshot.fits(tensors):
-                object.__setattr__(self, "_memo", {})
-                return self._settle()
-            if snapshot is None:
-                memo[key] = Snapshot.of(tensors)
-        return None
-
-    def adopt(self, other: LinearOperator) -> None:
-        """Take over the memo of another operator of this structure, as far as the values agree."""
-        object.__setattr__(self, "_memo", other._memo)
-        for own, theirs in zip(self._parts(), other._parts(), strict=True):
-            own.adopt(theirs)
-
-    def _memos(self) -> dict[int, dict[Hashable, Any]]:
-        """Return the memos of this operator and of those that it is made of, by identity."""
-        found = {id(self._memo): self._memo}
-        for part in self._parts():
-            found |= part._memos()
-        return found
-
-    def settled(self) -> AbstractContextManager[None]:
-        """Compare all values with those that the memo is of; within the block trust the result.
-
-        For this operator, those that it is made of, and their transposes, on this thread.
-        """
-        if id(self._memo) in _trusted.memos or must_not_cache():
-            return nullcontext()
-        self._settle()
-        return _Trusting(self._memos())
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_memo": {}}
-
-    @property
-    @abstractmethod
-    def n(self) -> int:
-        """Number of units."""
-
-    @property
-    @abstractmethod
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors that define W: what a gradient with respect to W is taken for."""
-
-    @property
-    @abstractmethod
-    def T(self) -> LinearOperator:
-        """Wᵀ, monotone in Λ⁻¹ where W is monotone in Λ, sharing every factor."""
-
-    @abstractmethod
-    def rebuild(self, tensors: tuple[Tensor, ...]) -> LinearOperator:
-        """Return this operator on `tensors`, equal in value, keeping all cached factors."""
-
-    @abstractmethod
-    def to(self, dtype: torch.dtype) -> LinearOperator:
-        """Return the same operator in another precision, detached; built once."""
 
     @abstractmethod
     def mv(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Return Wz."""
 
     @abstractmethod
+    def rmv(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """Return Wᵀz."""
+
+    @property
+    def n(self) -> int:
+        """Number of units."""
+        return self.metric.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the numbers."""
+        return self.metric.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers are."""
+        return self.metric.device
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that define W: what a gradient with respect to W is taken for."""
+        return tuple(
+            t
+            for value in self._fields(metric=False).values()
+            for part in _contents(value)
+            for t in ((part,) if isinstance(part, Tensor) else part.tensors)
+            if t.is_floating_point()
+        )
+
+    @property
+    def T(self) -> LinearOperator:
+        """Wᵀ, monotone in Λ⁻¹ where W is monotone in Λ, sharing every factor."""
+        return TransposedOperator(self)
+
+    def rebuild(self, tensors: tuple[Tensor, ...]) -> LinearOperator:
+        """Return this operator on `tensors`, equal in value, with all cached factors."""
+        left = iter(tensors)
+        rebuilt = self._mapped(
+            lambda t: next(left) if t.is_floating_point() else t,
+            lambda part: part.rebuild(tuple(islice(left, len(part.tensors)))),
+            metric=False,
+        )
+        object.__setattr__(rebuilt, "_memo", self._shared())
+        return rebuilt
+
+    def to(self, dtype: torch.dtype) -> LinearOperator:
+        """Return the same operator in another precision, detached; built once."""
+        if dtype == self.dtype:
+            return self
+
+        def convert(t: Tensor) -> Tensor:
+            return cast(t.detach(), dtype) if t.is_floating_point() else t
+
+        return self.memo(
+            ("to", dtype, self.transposed), lambda: self._mapped(convert, lambda p: p.to(dtype))
+        )
+
+    def _mapped(
+        self,
+        tensor: Callable[[Tensor], Tensor],
+        part: Callable[[LinearOperator], LinearOperator],
+        *,
+        metric: bool = True,
+    ) -> Self:
+        """Return this operator with its tensors and parts changed, and an empty memo."""
+        changed = {k: _map(v, tensor, part) for k, v in self._fields(metric=metric).items()}
+        names = {f.name for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]
+        fresh: dict[str, Any] = {"_memo": {}} if "_memo" in names else {}
+        made = dataclasses.replace(self, **changed, **fresh)  # type: ignore[type-var]
+        if "transposed" in made.__dict__:
+            object.__setattr__(made, "transposed", self.transposed)
+        return made
+
+    def _fields(self, *, metric: bool) -> dict[str, Any]:
+        """Return what the dataclass is built from, with Λ or without."""
+        if not dataclasses.is_dataclass(self):
+            raise TypeError(
+                f"{type(self).__name__} must be a dataclass of its tensors: put "
+                "@dataclass(frozen=True, eq=False) above it, or define tensors, rebuild and to"
+            )
+        skipped = {"_memo", "transposed"} | (set() if metric else {"metric"})
+        return {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.init and f.name not in skipped
+        }
+
+    def _given(self) -> tuple[Tensor, ...]:
+        return tuple(
+            t
+            for value in self._fields(metric=False).values()
+            for part in _contents(value)
+            for t in ((part,) if isinstance(part, Tensor) else part._given())
+        )
+
+    def _own_metric(self) -> Tensor:
+        return self.metric
+
+    def _parts(self) -> tuple[LinearOperator, ...]:
+        if not dataclasses.is_dataclass(self):
+            return ()
+        found = (_contents(value) for value in self._fields(metric=False).values())
+        return tuple(p for parts in found for p in parts if isinstance(p, LinearOperator))
+
+    def affine(
+        self, z: Float[Tensor, "*batch n"], v: Float[Tensor, "*batch n"]
+    ) -> Float[Tensor, "*batch n"]:
+        """Return Wz + v."""
+        return self.mv(z) + v
+
     def pullback(
         self, u: Float[Tensor, "*batch n"], z: Float[Tensor, "*batch n"]
     ) -> tuple[Tensor, ...]:
-        """Return the gradient of Σ ⟨u, Wz⟩ with respect to `tensors`."""
+        """Return the gradient of Σ ⟨u, Wz⟩ with respect to `tensors`; differentiable."""
+        if not self.tensors:
+            return ()
+        _, pull, *_ = torch.func.vjp(lambda *t: self.rebuild(t).mv(z), *self.tensors)
+        return pull(u)
 
-    @abstractmethod
-    def magnitude(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        """Return |W| z for non-negative z, or more; rounding errors of Wz are below
-        γ_summands · magnitude(|z|)."""
+    def to_dense(self) -> Float[Tensor, "n n"]:
+        """Return W as a matrix without a graph, written out once by products in float64.
 
-    @property
-    def summands(self) -> int:
-        """The longest chain of roundings in one entry of Wz."""
-        return self.n
+        Raises:
+            ValueError: if W has so many units that the matrix would take gigabytes.
+        """
+        W = self.memo("matrix", self._write_out)
+        return W.T if self.transposed else W
+
+    def _write_out(self) -> Float[Tensor, "n n"]:
+        """Return W as first given."""
+        if self.n > _LARGEST:
+            raise ValueError(
+                f"{type(self).__name__} has {self.n} units, and W is written out as a matrix for "
+                f"at most {_LARGEST}: define resolvent, log_determinant, diagonal and constants of "
+                "the class, with the structure of W"
+            )
+        first = self.T if self.transposed else self
+        exact = first.to(torch.float64)
+        units = torch.eye(self.n, dtype=torch.float64, device=self.device).split(_BLOCK)
+        written = torch.cat([exact.mv(block).detach() for block in units]).T
+        return cast(written.contiguous(), self.dtype)
+
+    def diagonal(self) -> Float[Tensor, " n"]:
+        """Return the diagonal of W."""
+        return self.to_dense().diagonal()
+
+    def preconditioner(self) -> Float[Tensor, " n"]:
+        """Return the diagonal of W as far as step sizes per unit can follow it."""
+        return self.diagonal()
+
+    def submatrix(self, rows: Tensor, columns: Tensor) -> Float[Tensor, "... r c"]:
+        """Return W[rows, columns] for index tensors of shapes (..., r) and (..., c)."""
+        return self.to_dense()[rows[..., :, None], columns[..., None, :]]
+
+    def log_determinant(self) -> float:
+        """Return log |det(I − W)|."""
+        return self.memo(
+            "log det", lambda: float(torch.linalg.slogdet(matrix.complement(self.to_dense()))[1])
+        )
+
+    def mean_log_eigenvalue(self) -> float:
+        """Return log |det(I − W)| / n, or an approximation that is cheaper: any step converges."""
+        return self.log_determinant() / self.n
+
+    def resolvent(self, step: Step) -> Resolvent:
+        """Factor I + diag(α)(I − W), once per α for this operator and its transpose.
+
+        Raises:
+            NotMonotoneError: if that matrix is singular, which no monotone W allows.
+        """
+        key = ("resolvent", step_key(step))
+        factor = self.memo(key, lambda: matrix.resolvent(self._first(), own_step(step)))
+        return factor.T if self.transposed else factor
+
+    def _first(self) -> Float[Tensor, "n n"]:
+        """Return W as first given, whose transpose this may be, as a matrix."""
+        W = self.to_dense()
+        return W.T if self.transposed else W
+
+    def relax(self, step: Step) -> Map:
+        """Return (1 − α)I + αW."""
+        return matrix.relaxation(self.to_dense(), step)
+
+    def is_monotone(self) -> bool:
+        """Say whether m > 0; evaluated once for W and Wᵀ."""
+        return self.memo("is monotone", lambda: self.constants().m > 0)
+
+    def constants(self) -> Constants:
+        """Return (m, L) of I − W in the Λ norm, each rounded to the safe side.
+
+        From the matrix in float64, whose rounding while it was written out is taken off m and added
+        to L.
+        """
+        return self.memo("constants", self._constants)
+
+    def _constants(self) -> Constants:
+        exact = self.to(torch.float64)
+        # A column of the matrix is a product with a unit vector.
+        lost = torch.finfo(torch.float64).tiny * float(exact.norm_above(exact.losses()))
+        lost *= float(exact.n / exact.root_metric.min())
+        error = exact.rounding_gain(torch.float64) + lost
+        return matrix.constants(exact.to_dense(), cast(self.metric.detach(), torch.float64), error)
 
     # Note [Rounding of a product]
     # A sum of k products, added in any order and in any number of accumulators, with or without
@@ -257,19 +303,46 @@ class LinearOperator(Sendable, ABC):
         lost = finfo.tiny * (exact.losses() + exact.unread(size))
         return exact.norm_above(unit * exact.magnitude(size) + lost)
 
+    def magnitude(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """Return |W| z for non-negative z, or more; rounding errors of Wz are below
+        γ_summands · magnitude(|z|)."""
+        return self._bounded(z).bound
+
+    @property
+    def summands(self) -> int:
+        """The longest chain of roundings in one entry of Wz."""
+        zero = torch.zeros_like(self.metric.detach())
+        return self.memo(("summands", self.transposed), lambda: self._bounded(zero).depth)
+
     def losses(self) -> Float[Tensor, " n"]:
         """Return what Wz may lose to underflow, per unit, in units of the smallest normal number.
 
         2 for each operation, times what is multiplied by it later, and |W|1.
         """
-        ones = torch.ones_like(self.metric.detach())
-        return 2.0 * (self.summands + 4) + self.magnitude(ones)
+        return self._bounded(torch.zeros_like(self.metric.detach())).lost
 
     def unread(self, size: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Return what Wz may miss where entries of W are read as zero, in the same units.
 
-        Linear in size = |z|.
+        At most linear in size = |z|, `losses` aside.
         """
+        return self._bounded(size).lost
+
+    def _bounded(self, size: Tensor) -> roundoff.Magnitude:
+        """Return bounds of |Wz| and of its rounding for |z| ≤ size."""
+        return _evaluate(self._readable().mv, size)
+
+    def _readable(self) -> Self:
+        """Return this operator with the magnitudes of its tensors."""
+        return self._mapped(roundoff.leaf, lambda part: part._readable())
+
+    def _losses_of_sums(self) -> Float[Tensor, " n"]:
+        """Return `losses` where every entry of Wz is one sum of products: 2 per operation, |W|1."""
+        ones = torch.ones_like(self.metric.detach())
+        return 2.0 * (self.summands + 4) + self.magnitude(ones)
+
+    def _unread_of_sums(self, size: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """Return `unread` where every entry of Wz is one sum of products: Σ|z|."""
         return size.sum(-1, keepdim=True).expand_as(size)
 
     @property
@@ -302,82 +375,6 @@ class LinearOperator(Sendable, ABC):
         gain = gain * (1 + 2 * terms * torch.finfo(torch.float64).eps)
         return math.inf if math.isnan(gain) else gain
 
-    @abstractmethod
-    def diagonal(self) -> Float[Tensor, " n"]:
-        """Return the diagonal of W."""
-
-    def preconditioner(self) -> Float[Tensor, " n"]:
-        """Return the diagonal of W as far as step sizes per unit can follow it."""
-        return self.diagonal()
-
-    @abstractmethod
-    def submatrix(self, rows: Tensor, columns: Tensor) -> Float[Tensor, "... r c"]:
-        """Return W[rows, columns] for index tensors of shapes (..., r) and (..., c)."""
-
-    @abstractmethod
-    def log_determinant(self) -> float:
-        """Return log |det(I − W)|."""
-
-    def mean_log_eigenvalue(self) -> float:
-        """Return log |det(I − W)| / n, or an approximation that is cheaper: any step converges."""
-        return self.log_determinant() / self.n
-
-    @abstractmethod
-    def resolvent(self, step: Step) -> Resolvent:
-        """Factor I + diag(α)(I − W), once per α for this operator and its transpose.
-
-        Raises:
-            NotMonotoneError: if that matrix is singular, which no monotone W allows.
-        """
-
-    @abstractmethod
-    def relax(self, step: Step) -> Map:
-        """Return (1 − α)I + αW."""
-
-    @abstractmethod
-    def constants(self) -> Constants:
-        """Return (m, L) of I − W in the Λ norm, each rounded to the safe side."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the numbers."""
-        return self.metric.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the numbers are."""
-        return self.metric.device
-
-    def affine(
-        self, z: Float[Tensor, "*batch n"], v: Float[Tensor, "*batch n"]
-    ) -> Float[Tensor, "*batch n"]:
-        """Return Wz + v."""
-        return self.mv(z) + v
-
-    def is_monotone(self) -> bool:
-        """Say whether m > 0; evaluated once for W and Wᵀ."""
-        return self.memo("is monotone", lambda: self.constants().m > 0)
-
-    def memo(self, key: Hashable, build: Callable[[], T_]) -> T_:
-        """Return what `build` returned on the first call with `key`, here or on the transpose.
-
-        Everything is built again after W or Λ have changed, however they were changed. Within a
-        function transform, a trace or a capture nothing is kept.
-        """
-        trusts = id(self._memo) in _trusted.memos
-        if not trusts:
-            if must_not_cache():
-                return build()
-            self._settle()
-        memo = self._memo
-        if key not in memo:
-            trusting = nullcontext() if trusts else _Trusting(self._memos())
-            with trusting, outside_transforms(self.device.type):
-                value = build()
-            # Of several threads that build at once, all return what the first has stored.
-            return memo.setdefault(key, value)
-        return memo[key]
-
     def _dual_metric(self) -> Tensor:
         """Return Λ⁻¹, the metric in which Wᵀ is monotone where W is in Λ; of Wᵀ itself, Λ again."""
 
@@ -408,10 +405,109 @@ class LinearOperator(Sendable, ABC):
         return torch.where(norm.isnan(), torch.inf, norm)
 
 
-def is_finite(t: Tensor) -> bool:
-    """Say whether all numbers are finite."""
-    # A sum that is finite has no other summands, and takes one pass.
-    return math.isfinite(float(t.detach().sum())) or bool(torch.isfinite(t.detach()).all())
+@dataclass(frozen=True, eq=False)
+class TransposedOperator(LinearOperator):
+    """Wᵀ of an operator whose class has no transpose of its own; both share one memo.
+
+    Args:
+        of: W.
+    """
+
+    of: LinearOperator
+
+    @property
+    def transposed(self) -> bool:  # type: ignore[override]
+        """Whether this is the transpose of the operator whose factors the memo holds."""
+        return not self.of.transposed
+
+    @property
+    def _memo(self) -> dict[Any, Any]:  # type: ignore[override]
+        return self.of._memo
+
+    @property
+    def metric(self) -> Float[Tensor, " n"]:  # type: ignore[override]
+        """Λ⁻¹."""
+        return self.of._dual_metric()
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.of.tensors
+
+    @property
+    def T(self) -> LinearOperator:
+        return self.of
+
+    def rebuild(self, tensors: tuple[Tensor, ...]) -> LinearOperator:
+        return TransposedOperator(self.of.rebuild(tensors))
+
+    def to(self, dtype: torch.dtype) -> LinearOperator:
+        if dtype == self.dtype:
+            return self
+        return self.memo(("to", dtype, self.transposed), lambda: self.of.to(dtype).T)
+
+    def mv(self, z: Tensor) -> Tensor:
+        return self.of.rmv(z)
+
+    def rmv(self, z: Tensor) -> Tensor:
+        return self.of.mv(z)
+
+    def pullback(self, u: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        return self.of.pullback(z, u)  # ⟨u, Wᵀz⟩ = ⟨z, Wu⟩
+
+    def _bounded(self, size: Tensor) -> roundoff.Magnitude:
+        return _evaluate(self.of._readable().rmv, size)
+
+    # What a memo holds belongs to the values of W.
+    def _given(self) -> tuple[Tensor, ...]:
+        return self.of._given()
+
+    def _parts(self) -> tuple[LinearOperator, ...]:
+        return self.of._parts()
+
+    def _values(self) -> Any:
+        return self.of._values()
+
+    def _settle_apart(self) -> None:
+        self.of._settle_apart()
+
+    def adopt(self, other: Memoized) -> None:
+        """Let W take over the memo of another transpose's W, as far as the values agree."""
+        assert isinstance(other, TransposedOperator)
+        self.of.adopt(other.of)
+
+
+def _evaluate(product: Callable[[Tensor], Tensor], size: Tensor) -> roundoff.Magnitude:
+    """Return the magnitude of a product for |z| ≤ size."""
+    rows = size.reshape(-1, size.shape[-1])
+    with torch.no_grad():
+        found = roundoff.read(product(roundoff.leaf(rows)))
+    return roundoff.Magnitude(
+        found.bound.reshape(size.shape), found.lost.reshape(size.shape), found.depth
+    )
+
+
+def _contents(value: Any) -> Iterator[Tensor | LinearOperator]:
+    """Yield the tensors and operators in a field."""
+    if isinstance(value, Tensor | LinearOperator):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _contents(part)
+    elif isinstance(value, Mapping):
+        yield from _contents(tuple(value.values()))
+
+
+def _map(value: Any, tensor: Callable[..., Any], operator: Callable[..., Any]) -> Any:
+    """Return a field with its tensors and operators changed, in the order of `_contents`."""
+    if isinstance(value, Tensor):
+        return tensor(value)
+    if isinstance(value, LinearOperator):
+        return operator(value)
+    if isinstance(value, tuple | list):
+        return tuple(_map(part, tensor, operator) for part in value)
+    if isinstance(value, Mapping):
+        return {key: _map(part, tensor, operator) for key, part in value.items()}
+    return value
 
 
 def check_tensors(**tensors: object) -> None:
@@ -436,28 +532,6 @@ def check_tensors(**tensors: object) -> None:
             )
 
 
-class _Trusted(threading.local):
-    """The memos, by identity, whose values were compared when what runs on this thread began."""
-
-    def __init__(self) -> None:
-        self.memos: dict[int, dict[Hashable, Any]] = {}
-
-
-_trusted = _Trusted()
-
-
-class _Trusting(AbstractContextManager[None]):
-    def __init__(self, memos: dict[int, dict[Hashable, Any]]) -> None:
-        self.memos = memos
-
-    def __enter__(self) -> None:
-        self.before = _trusted.memos
-        _trusted.memos = self.before | self.memos
-
-    def __exit__(self, *_: object) -> None:
-        _trusted.memos = self.before
-
-
 def check_metric(metric: Tensor, n: int, like: Tensor) -> None:
     """Check that Λ holds one number per unit, of the type and on the device of `like`.
 
@@ -474,28 +548,3 @@ def check_metric(metric: Tensor, n: int, like: Tensor) -> None:
         raise ValueError(
             f"metric is {metric.dtype} on {metric.device}, W is {like.dtype} on {like.device}"
         )
-
-
-def step_key(step: Step) -> Hashable:
-    """Return what names α in a memo: its value."""
-    if isinstance(step, float | int):
-        return step
-    return step.shape, step.dtype, step.device, step.detach().cpu().numpy().tobytes()
-
-
-def own_step(step: Step) -> Step:
-    """Return an α that nobody else can change, for a resolvent that a memo keeps."""
-    return step.detach().clone() if isinstance(step, Tensor) else step
-
-
-def column(step: Step) -> Step:
-    """Return α to scale the rows of a matrix: one number, or a column of one per unit."""
-    return step[:, None] if isinstance(step, Tensor) and step.ndim else step
-
-
-def singular(step: Step) -> NotMonotoneError:
-    """Return the error for a matrix I + α(I − W) without an inverse."""
-    return NotMonotoneError(
-        "I + α(I − W) is singular or not finite, so W is not monotone (or not finite) "
-        f"at step size {step}: check the weights with their certificate"
-    )

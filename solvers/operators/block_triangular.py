@@ -13,17 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from solvers.activations import Step
-from solvers.operators.base import (
-    Constants,
-    LinearOperator,
-    Map,
-    NotMonotoneError,
-    Resolvent,
-    check_metric,
-    check_tensors,
-    step_key,
-)
+from solvers.operators.base import LinearOperator, check_metric, check_tensors
 from solvers.operators.dense import DenseOperator
+from solvers.operators.maps import Map, NotMonotoneError, Resolvent, step_key
+from solvers.operators.matrix import Constants
 from solvers.precision import cast
 
 Couplings = Mapping[tuple[int, int], Tensor]
@@ -87,16 +80,6 @@ class BlockRelaxed(Map):
 
 
 @dataclass(frozen=True, eq=False)
-class BlockReflection(Map):
-    """M = 2R − I by substitution."""
-
-    resolvent: BlockTriangularResolvent
-
-    def add(self, x: Tensor, shift: Tensor, out: Tensor | None) -> Tensor:
-        return torch.add(shift, self.resolvent.solve(x), alpha=2, out=out).sub_(x)
-
-
-@dataclass(frozen=True, eq=False)
 class BlockTriangularResolvent(Resolvent):
     """R by substitution: zᵢ = Rᵢ(xᵢ + αᵢ Σⱼ W_ij zⱼ) with the resolvents Rᵢ of the blocks.
 
@@ -121,9 +104,6 @@ class BlockTriangularResolvent(Resolvent):
         return BlockTriangularResolvent(
             _transposed(self.layout), tuple(part.T for part in self.parts), self.steps
         )
-
-    def reflection(self) -> BlockReflection:
-        return BlockReflection(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +171,6 @@ class BlockTriangularOperator(LinearOperator):
             metric = torch.cat([block.metric.detach() for block in self.blocks])
             object.__setattr__(self, "metric", metric)
         check_metric(self.metric, self.n, like)
-        super().__post_init__()
 
     @property
     def n(self) -> int:
@@ -262,6 +241,9 @@ class BlockTriangularOperator(LinearOperator):
     def mv(self, z: Tensor) -> Tensor:
         return self._product(z, self.layout, lambda block, z_i: block.mv(z_i))
 
+    def rmv(self, z: Tensor) -> Tensor:
+        return self.T.mv(z)
+
     def magnitude(self, z: Tensor) -> Tensor:
         layout = self.layout
         sizes = {key: W.detach().abs() for key, W in self.couplings.items()}
@@ -299,11 +281,11 @@ class BlockTriangularOperator(LinearOperator):
         return any(block.by_kernels for block in self.blocks)
 
     def losses(self) -> Tensor:
-        return super().losses() + torch.cat([block.losses() for block in self.blocks])
+        return self._losses_of_sums() + torch.cat([block.losses() for block in self.blocks])
 
     def unread(self, size: Tensor) -> Tensor:
         parts = zip(self.blocks, self.layout.split(size), strict=True)
-        return super().unread(size) + torch.cat([b.unread(part) for b, part in parts], -1)
+        return self._unread_of_sums(size) + torch.cat([b.unread(part) for b, part in parts], -1)
 
     def diagonal(self) -> Tensor:
         return torch.cat([block.diagonal() for block in self.blocks])

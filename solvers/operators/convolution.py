@@ -15,19 +15,10 @@ from torch.nn.grad import conv2d_weight
 from solvers.activations import Step
 from solvers.native import spectral
 from solvers.operators import batched
-from solvers.operators.base import (
-    Constants,
-    LinearOperator,
-    Map,
-    Resolvent,
-    check_metric,
-    check_tensors,
-    column,
-    own_step,
-    singular,
-    step_key,
-)
+from solvers.operators.base import LinearOperator, check_metric, check_tensors
 from solvers.operators.fourier import Torus
+from solvers.operators.maps import Map, Resolvent, column, own_step, singular, step_key
+from solvers.operators.matrix import Constants
 from solvers.precision import cast
 
 
@@ -35,7 +26,7 @@ from solvers.precision import cast
 class SpectralMap(Map):
     """A convolution by its symbols."""
 
-    is_dear = True
+    is_expensive = True
     torus: Torus
     symbols: Complex[Tensor, "f c c"]
 
@@ -127,7 +118,6 @@ class ConvolutionOperator(LinearOperator):
             object.__setattr__(self, "channel_metric", torch.ones_like(K.detach()[:, 0, 0, 0]))
         check_metric(self.channel_metric, K.shape[0], K)
         object.__setattr__(self, "torus", Torus(K.shape[0], *self.image))
-        super().__post_init__()
 
     @property
     def n(self) -> int:
@@ -154,6 +144,9 @@ class ConvolutionOperator(LinearOperator):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.kernel,)
+
+    def _given(self) -> tuple[Tensor, ...]:
+        return self.tensors
 
     @property
     def T(self) -> ConvolutionOperator:
@@ -192,6 +185,9 @@ class ConvolutionOperator(LinearOperator):
             return self.torus.multiply(_adjoint(symbols) if self.transposed else symbols, z)
         return self.torus.multiply(self._symbols(), z)
 
+    def rmv(self, z: Tensor) -> Tensor:
+        return self.T.mv(z)
+
     def pullback(self, u: Tensor, z: Tensor) -> tuple[Tensor, ...]:
         if self.transposed:  # ⟨u, Wᵀz⟩ = ⟨z, Wu⟩
             u, z = z, u
@@ -219,9 +215,12 @@ class ConvolutionOperator(LinearOperator):
 
     def losses(self) -> Tensor:
         if self._is_direct:
-            return super().losses()
+            return self._losses_of_sums()
         lost = 2 * (self.summands + self.n) * math.sqrt(self.n) * (1 + self._size())
         return torch.full_like(self.metric, lost)
+
+    def unread(self, size: Tensor) -> Tensor:
+        return self._unread_of_sums(size)
 
     @property
     def by_kernels(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,62 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from solvers.activations import Step
-from solvers.operators.base import (
-    Constants,
-    LinearOperator,
-    Map,
-    Resolvent,
-    check_metric,
-    check_tensors,
-    column,
-    is_finite,
-    own_step,
-    singular,
-    step_key,
-)
+from solvers.operators import matrix
+from solvers.operators.base import LinearOperator, check_metric, check_tensors
+from solvers.operators.maps import own_step, step_key
+from solvers.operators.matrix import Constants, DenseResolvent
 from solvers.precision import cast
-
-
-@dataclass(frozen=True, eq=False)
-class DenseMap(Map):
-    """M stored as its transpose, contiguous for the product with rows of samples."""
-
-    matrix: Float[Tensor, "n n"]
-
-    def add(self, x: Tensor, shift: Tensor, out: Tensor | None) -> Tensor:
-        return torch.addmm(shift, x, self.matrix, out=out)
-
-
-@dataclass(frozen=True, eq=False)
-class DenseResolvent(Resolvent):
-    """R as a matrix.
-
-    The inverse is stored: one n × n product per application, against two triangular solves, and
-    its rounding cannot move the fixed point that a solve reports, because residuals are evaluated
-    with W.
-
-    Attributes:
-        inverse: R.
-        step: α, one number or one per unit.
-    """
-
-    inverse: Float[Tensor, "n n"]
-    step: Step
-
-    def solve(self, x: Tensor) -> Tensor:
-        return x @ self.inverse.T
-
-    @property
-    def T(self) -> DenseResolvent:
-        if isinstance(self.step, Tensor) and self.step.ndim == 1:
-            scaled = self.inverse.T * (self.step[:, None] / self.step[None, :])
-            return DenseResolvent(scaled, self.step)
-        return DenseResolvent(self.inverse.T, self.step)
-
-    def reflection(self) -> DenseMap:
-        matrix = (2 * self.inverse.T).contiguous()
-        matrix.diagonal().sub_(1)
-        return DenseMap(matrix)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +44,6 @@ class DenseOperator(LinearOperator):
         if self.metric is None:
             object.__setattr__(self, "metric", torch.ones_like(W.detach()[0]))
         check_metric(self.metric, W.shape[0], W)
-        super().__post_init__()
 
     @property
     def n(self) -> int:
@@ -132,6 +79,9 @@ class DenseOperator(LinearOperator):
     def mv(self, z: Tensor) -> Tensor:
         return z @ self.W.T
 
+    def rmv(self, z: Tensor) -> Tensor:
+        return z @ self.W
+
     def affine(self, z: Tensor, v: Tensor) -> Tensor:
         if z.ndim == 2:
             return torch.addmm(v, z, self.W.T)
@@ -143,29 +93,23 @@ class DenseOperator(LinearOperator):
     def magnitude(self, z: Tensor) -> Tensor:
         return z @ self.W.detach().abs().T
 
-    def diagonal(self) -> Tensor:
-        return self.W.detach().diagonal()
+    @property
+    def summands(self) -> int:
+        return self.n
 
-    def submatrix(self, rows: Tensor, columns: Tensor) -> Tensor:
-        return self.W.detach()[rows[..., :, None], columns[..., None, :]]
+    def losses(self) -> Tensor:
+        return self._losses_of_sums()
 
-    def log_determinant(self) -> float:
-        return self.memo("log det", lambda: float(torch.linalg.slogdet(self._I_minus_W())[1]))
+    def unread(self, size: Tensor) -> Tensor:
+        return self._unread_of_sums(size)
 
-    def _I_minus_W(self) -> Tensor:
-        A = -self.W.detach()
-        A.diagonal().add_(1)
-        return A
+    def to_dense(self) -> Tensor:
+        return self.W.detach()
 
     def resolvent(self, step: Step) -> DenseResolvent:
-        factor = self.memo(("resolvent", step_key(step)), lambda: self._factor(own_step(step)))
+        key = ("resolvent", step_key(step))
+        factor = self.memo(key, lambda: matrix.resolvent(self._first(), own_step(step)))
         return factor.T if self.transposed else factor
-
-    def _factor(self, step: Step) -> DenseResolvent:
-        factor, info = self.unchecked_resolvent(step)
-        if int(info) != 0 or not is_finite(factor.inverse):
-            raise singular(step)
-        return factor
 
     def unchecked_resolvent(self, step: Step) -> tuple[DenseResolvent, Tensor]:
         """Factor anew without waiting for the device; the second is not 0 if it failed.
@@ -177,41 +121,16 @@ class DenseOperator(LinearOperator):
 
     def shifted(self, step: Step) -> Tensor:
         """Return I + α(I − W), what a resolvent inverts, of the operator as it was given."""
-        A = self._I_minus_W()
-        A = (A.T if self.transposed else A) * column(step)
-        A.diagonal().add_(1)
-        return A
-
-    def relax(self, step: Step) -> DenseMap:
-        matrix = self.W.detach().T * step  # column j of the transpose belongs to unit j
-        matrix.diagonal().add_(1 - step)
-        return DenseMap(matrix.contiguous())
+        return matrix.shifted(self._first(), step)
 
     def is_monotone(self) -> bool:
         """Say whether m > 0: by one Cholesky factorization, and where that fails by m itself."""
         return self.memo("is monotone", lambda: self._cholesky() or self.constants().m > 0)
 
     def _cholesky(self) -> bool:
-        A = self._I_minus_W() * self.metric.detach()[:, None]
+        A = matrix.complement(self.W.detach()) * self.metric.detach()[:, None]
         _, info = torch.linalg.cholesky_ex(A + A.T)
         return int(info) == 0
 
-    def constants(self) -> Constants:
-        """Return (m, L), widened by the backward error of the symmetric eigensolver.
-
-        Note: m is computed from the eigenvalues of float64 sym H and lowered by 8 n u ‖H‖_F, a
-        standard bound of that computation's backward error (Higham 2002, ch. 3 and LAPACK
-        Users' Guide §4.7); L likewise raised. A machine-checked proof of m is the business of a
-        certificate, not of a solver.
-        """
-        return self.memo("constants", self._constants)
-
     def _constants(self) -> Constants:
-        W, metric = (cast(t.detach(), torch.float64) for t in (self.W, self.metric))
-        root, H = metric.sqrt(), torch.eye(self.n, dtype=torch.float64, device=W.device) - W
-        H = root[:, None] * H / root[None, :]
-        if not is_finite(H):
-            return Constants(m=-math.inf, L=math.inf)
-        slack = 8 * self.n * torch.finfo(torch.float64).eps * float(torch.linalg.matrix_norm(H))
-        m = float(torch.linalg.eigvalsh(0.5 * (H + H.T))[0]) - slack
-        return Constants(m=m, L=float(torch.linalg.matrix_norm(H, 2)) + slack)
+        return matrix.constants(self.W.detach(), self.metric.detach())

@@ -12,19 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from solvers.activations import Step
-from solvers.operators.base import (
-    Constants,
-    LinearOperator,
-    Map,
-    Resolvent,
-    check_metric,
-    check_tensors,
-    column,
-    own_step,
-    singular,
-    step_key,
-)
+from solvers.operators.base import LinearOperator, check_metric, check_tensors
 from solvers.operators.eigenvalue_bounds import DiagonalPlusLowRank
+from solvers.operators.maps import Map, Resolvent, column, own_step, singular, step_key
+from solvers.operators.matrix import Constants
 from solvers.precision import cast
 
 
@@ -109,7 +100,6 @@ class LowRankOperator(LinearOperator):
         if self.metric is None:
             object.__setattr__(self, "metric", torch.ones_like(d.detach()))
         check_metric(self.metric, self.n, d)
-        super().__post_init__()
 
     @property
     def n(self) -> int:
@@ -145,6 +135,9 @@ class LowRankOperator(LinearOperator):
     def mv(self, z: Tensor) -> Tensor:
         return z * self.d + (z @ self.B) @ self.A.T
 
+    def rmv(self, z: Tensor) -> Tensor:
+        return z * self.d + (z @ self.A) @ self.B.T
+
     def pullback(self, u: Tensor, z: Tensor) -> tuple[Tensor, ...]:
         u, z = u.reshape(-1, self.n), z.reshape(-1, self.n)
         return (u * z).sum(0), u.T @ (z @ self.B), z.T @ (u @ self.A)
@@ -158,7 +151,7 @@ class LowRankOperator(LinearOperator):
         return self.n + self.A.shape[1] + 1
 
     def losses(self) -> Tensor:
-        return super().losses() + 2 * (self.summands + 4) * self.A.detach().abs().sum(1)
+        return self._losses_of_sums() + 2 * (self.summands + 4) * self.A.detach().abs().sum(1)
 
     def unread(self, size: Tensor) -> Tensor:
         A, B = self.A.detach().abs(), self.B.detach().abs()

@@ -12,18 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from solvers.activations import Step
-from solvers.operators.base import (
-    Constants,
-    LinearOperator,
-    Map,
-    Resolvent,
-    check_tensors,
-    column,
-    own_step,
-    singular,
-    step_key,
-)
+from solvers.operators.base import LinearOperator, check_tensors
 from solvers.operators.convolution import ConvolutionOperator
+from solvers.operators.maps import Map, Resolvent, column, own_step, singular, step_key
+from solvers.operators.matrix import Constants
 from solvers.precision import cast
 
 
@@ -31,7 +23,7 @@ from solvers.precision import cast
 class UpdatedMap(Map):
     """M = base + left · rightᵀ."""
 
-    is_dear = True
+    is_expensive = True
     base: Map
     left: Float[Tensor, "n r"]
     right: Float[Tensor, "n r"]
@@ -96,7 +88,6 @@ class LowRankUpdate(LinearOperator):
                     f"{name} is {t.dtype} on {t.device}, the convolution {self.base.dtype} on "
                     f"{self.base.device}"
                 )
-        super().__post_init__()
 
     @property
     def metric(self) -> Float[Tensor, " n"]:  # type: ignore[override]
@@ -143,6 +134,9 @@ class LowRankUpdate(LinearOperator):
 
     def mv(self, z: Tensor) -> Tensor:
         return self.base.mv(z) + (z @ self.B) @ self.A.T
+
+    def rmv(self, z: Tensor) -> Tensor:
+        return self.base.rmv(z) + (z @ self.A) @ self.B.T
 
     def pullback(self, u: Tensor, z: Tensor) -> tuple[Tensor, ...]:
         flat_u, flat_z = u.reshape(-1, self.n), z.reshape(-1, self.n)

@@ -11,7 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from solvers.activations import Step
-from solvers.operators.base import Constants, LinearOperator, Map, Resolvent, check_tensors
+from solvers.operators.base import LinearOperator, check_tensors
+from solvers.operators.maps import Map, Resolvent
+from solvers.operators.matrix import Constants
 from solvers.precision import cast
 
 
@@ -63,7 +65,6 @@ class ZeroOperator(LinearOperator):
         check_tensors(metric=self.metric)
         if self.metric.ndim != 1:
             raise ValueError(f"metric must be a vector, got shape {tuple(self.metric.shape)}")
-        super().__post_init__()
 
     @property
     def n(self) -> int:
@@ -87,6 +88,9 @@ class ZeroOperator(LinearOperator):
         return self.memo(key, lambda: ZeroOperator(cast(self.metric.detach(), dtype)))
 
     def mv(self, z: Tensor) -> Tensor:
+        return torch.zeros_like(z)
+
+    def rmv(self, z: Tensor) -> Tensor:
         return torch.zeros_like(z)
 
     def pullback(self, u: Tensor, z: Tensor) -> tuple[Tensor, ...]:

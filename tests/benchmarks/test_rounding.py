@@ -41,7 +41,7 @@ def test_exact_logits_are_those_of_the_network(kind):
     x = torch.rand(1, *model.shape, dtype=torch.float64)
     (exact,) = rounding.exact_logits(model, x)
     expected = torch.from_numpy(exact.nearest())[None]
-    torch.testing.assert_close(model.exact(1e-12)(x), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(model.to_exact(1e-12)(x), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_a_bound_that_is_too_small_is_counted():

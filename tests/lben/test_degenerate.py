@@ -14,12 +14,11 @@ from lben import (
     PooledEquilibriumConv2d,
     certified_radius,
     certify,
-    certify_pairs,
     tighten_diagonal,
     tighten_pairs,
     tighten_scaled,
 )
-from lben.certificates import certify_linf, certify_pooled, interval_bounds
+from lben.certificates import IntervalClaim
 from lben.radii.local import LocalCertifier, OperatingPoints
 from lben.tightening import tighten_linf, tighten_pooled
 from solvers import ReLU
@@ -95,19 +94,19 @@ def test_every_bound_is_proved_and_they_are_ordered(case, feedthrough):
     w = CASES[case](layer(feedthrough=feedthrough))
     p, above = w.in_features, 1 + 1e-12
     whole = certify(w, tighten_diagonal(w)).bound
-    pairs = certify_pairs(w, tighten_pairs(w))
-    largest = certify_linf(w, tighten_linf(w))
-    best = certify_linf(w, tighten_linf(w, fix_multiplier=False))
+    pairs = certify(w, tighten_pairs(w))
+    largest = certify(w, tighten_linf(w))
+    best = certify(w, tighten_linf(w, fix_multiplier=False))
     assert all(b <= 2**0.5 * whole * above for b in least(pairs))
     assert all(b <= c * above for b, c in zip(least(best), least(largest), strict=True))
     if p:
         root = p**0.5 * (1 + 1e-7)
         assert all(b <= root * c for b, c in zip(least(best), least(pairs), strict=True))
-    intervals = least(interval_bounds(w))
+    intervals = least(certify(w, IntervalClaim()))
     assert all(b <= c for b, c in zip(least(largest), intervals, strict=True))
     if w.D is None or not bool(w.D.any()):
         assert whole <= certify(w, tighten_scaled(w)).bound * above
-        kept = certify_pairs(w, tighten_pairs(w, fix_multiplier=True))
+        kept = certify(w, tighten_pairs(w, fix_multiplier=True))
         assert all(b <= c * above for b, c in zip(least(pairs), least(kept), strict=True))
         if p:
             assert all(b <= root * c for b, c in zip(least(largest), least(kept), strict=True))
@@ -148,8 +147,8 @@ def test_a_false_claim_of_the_weights_is_not_proposed():
     for propose in (tighten_scaled, tighten_diagonal):
         assert certify(false, propose(false)).bound > 0.01
     kept = tighten_pairs(false, fix_multiplier=True)
-    assert min(least(certify_pairs(false, kept))) > 0.01
-    certify_linf(false, tighten_linf(false))
+    assert min(least(certify(false, kept))) > 0.01
+    certify(false, tighten_linf(false))
 
 
 def test_a_true_claim_of_the_weights_is_never_given_up():
@@ -159,7 +158,7 @@ def test_a_true_claim_of_the_weights_is_never_given_up():
         gamma=1 + 1e-10,
     )  # fmt: skip
     assert tighten_scaled(w).gamma == tighten_diagonal(w).gamma == 1 + 1e-10
-    assert max(least(certify_pairs(w, tighten_pairs(w)))) <= 2**0.5 * (1 + 2e-7)
+    assert max(least(certify(w, tighten_pairs(w)))) <= 2**0.5 * (1 + 2e-7)
 
 
 def test_intervals_have_no_bound_where_the_comparison_matrix_is_singular():
@@ -168,7 +167,7 @@ def test_intervals_have_no_bound_where_the_comparison_matrix_is_singular():
         W=turn, U=EYE[:2, :2], b=0 * EYE[0, :2], C=EYE[:2, :2], D=None, b_y=0 * EYE[0, :2],
         Lambda=EYE.sum(0)[:2], gamma=None,
     )  # fmt: skip
-    assert least(interval_bounds(w)) == [math.inf]
+    assert least(certify(w, IntervalClaim())) == [math.inf]
 
 
 @pytest.mark.parametrize("what", ["C", "U", "both", "W", "small", "large"])
@@ -184,7 +183,7 @@ def test_pooled_weights(what):
         w = change(w, state=change(w.state, W=None))
     if what in ("small", "large"):
         w = change(w, C=w.C * (1e-100 if what == "small" else 1e100))
-    bound = certify_pooled(w, tighten_pooled(w)).bound
+    bound = certify(w, tighten_pooled(w)).bound
     assert 0 < bound < math.inf
     assert bound < 1e-90 or what in ("W", "large")
 
@@ -205,7 +204,7 @@ def test_a_classifier_of_constants(what):
             free.C[1] = free.C[0]
     x = torch.rand(2, 1, 2, 2, dtype=torch.float64)
     for bound in net.bounds:
-        found = net.certified_radius(x, torch.tensor([0, 1]), net.certificate(bound))
+        found = net.certified_radius(x, torch.tensor([0, 1]), net.certificate(bound=bound))
         assert bool((found >= 0).all())
         assert bool(found.isfinite().all())
 
@@ -220,7 +219,9 @@ def test_local_proofs_of_constants(what):
     y = torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
     operating_points = OperatingPoints(v=v, v_error=0 * v, logits=y, logit_error=0 * y[:, 0])
     labels = y.argmax(1)
-    for facts in (False, True):
-        held = local.certifies(operating_points, labels, torch.tensor([0.0, math.inf]), facts=facts)
+    for constraints in (False, True):
+        held = local.certifies(
+            operating_points, labels, torch.tensor([0.0, math.inf]), constraints=constraints
+        )
         assert held.tolist() == [True, False]
     assert certify(w, Claim(None, w.Lambda)).bound == math.inf

@@ -20,7 +20,7 @@ from lben import (
     precision,
 )
 from solvers import ReLU
-from solvers.precision import full_precision
+from solvers.precision import use_full_precision
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def reduced():
 
 
 def test_reduced_products_are_seen_and_switched_off(reduced):
-    with precision.full(), precision.full():
+    with precision.use_float32_products(), precision.use_float32_products():
         assert torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
         assert torch.backends.cudnn.conv.fp32_precision in ("none", "ieee")
     assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
@@ -43,8 +43,8 @@ def test_reduced_products_are_seen_and_switched_off(reduced):
 def test_what_one_has_set_does_not_end_under_another(reduced):
     matmul = torch.backends.mkldnn.matmul
     first, second = contextlib.ExitStack(), contextlib.ExitStack()
-    first.enter_context(precision.full())
-    second.enter_context(full_precision(torch.ones(1)))  # finds full products, and not its own
+    first.enter_context(precision.use_float32_products())
+    second.enter_context(use_full_precision(torch.ones(1)))  # finds full products, and not its own
     first.close()
     assert matmul.fp32_precision in ("none", "ieee")
     second.close()
@@ -52,7 +52,7 @@ def test_what_one_has_set_does_not_end_under_another(reduced):
 
 
 def test_settings_come_back_after_an_error(reduced):
-    with pytest.raises(ZeroDivisionError), precision.full():
+    with pytest.raises(ZeroDivisionError), precision.use_float32_products():
         raise ZeroDivisionError
     assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
 
@@ -73,10 +73,12 @@ def test_layers_run_within(reduced):
 CLAIMS = {
     "weights": lambda layer, x: layer.weights(),
     "certificate": lambda layer, x: layer.certificate(),
-    "certificate of rounded weights": lambda layer, x: layer.certificate(run=torch.bfloat16),
+    "certificate of rounded weights": lambda layer, x: layer.certificate(
+        compute_dtype=torch.bfloat16
+    ),
     "rounding": lambda layer, x: layer.rounding(x),
     "growth": lambda layer, x: layer.rounding_growth((6,), torch.float32),
-    "chain": lambda layer, x: LipschitzSequential(layer).certificates((6,)),
+    "chain": lambda layer, x: LipschitzSequential(layer).certificate((6,)),
     "chain's growth": lambda layer, x: LipschitzSequential(layer).rounding_growth(
         (6,), torch.float32
     ),
@@ -100,7 +102,8 @@ def test_nothing_is_claimed_under_autocast(make, claim):
 
 @pytest.mark.parametrize("call", [
     lambda x: NormalizedLinear(6, 4).weights(), lambda x: NormalizedLinear(6, 4).certificate(),
-    lambda x: NormalizedLinear(6, 4).pair_bounds(), lambda x: NormalizedLinear(6, 4).rounding(x),
+    lambda x: NormalizedLinear(6, 4).pair_certificate(),
+    lambda x: NormalizedLinear(6, 4).rounding(x),
     lambda x: NormPooling(2).rounding(x[None]), lambda x: Normalize((0.5,), (1.0,)).rounding(
         x[None]
     ),
@@ -117,14 +120,16 @@ def test_neither_of_heads_and_companions(call):
 
 def test_chains_give_no_error_under_autocast_and_none_is_left_behind():
     chain = LipschitzSequential(SLLLinear(6, 4), NormalizedLinear(6, 3)).eval()
-    proofs, x = chain.certificates((6,)), torch.randn(3, 6)
+    proofs, x = chain.certificate((6,)), torch.randn(3, 6)
     with torch.no_grad():
-        before, error, _ = chain.with_error(x, proofs)
+        found = chain.forward_with_error(x, proofs)
+        before, error = found.value, found.error
         with torch.autocast("cpu", torch.bfloat16):
             assert not torch.equal(chain(x), before)
             with pytest.raises(ValueError, match="autocast is enabled"):
-                chain.with_error(x, proofs)
-        after, again, _ = chain.with_error(x, proofs)
+                chain.forward_with_error(x, proofs)
+        found = chain.forward_with_error(x, proofs)
+        after, again = found.value, found.error
     assert torch.equal(before, after)
     assert torch.equal(error, again)
     assert chain[0].weights().fingerprint == proofs[0].fingerprint
@@ -135,12 +140,12 @@ def test_a_certificate_of_rounded_weights_does_not_serve_the_layer():
     with torch.no_grad():
         for p in layer.parameters():
             p.copy_(p.bfloat16())  # the weights, and so their fingerprint, are the same
-    proof = layer.certificate(run=torch.bfloat16)
+    proof = layer.certificate(compute_dtype=torch.bfloat16)
     assert proof.dtype == "bfloat16"
     assert proof.fingerprint == layer.certificate().fingerprint
     for call in (
         lambda: layer.check(proof, x),
-        lambda: LipschitzSequential(layer).with_error(x, [proof]),
+        lambda: LipschitzSequential(layer).forward_with_error(x, [proof]),
     ):
         with pytest.raises(CertificateError, match="rounded to bfloat16"):
             call()
@@ -163,5 +168,5 @@ def test_reduced_precision_is_named(reduced):
         precision.refuse_reduced("cpu", convolution=False)
     with pytest.raises(ValueError, match=r"cudnn\.conv"):
         precision.refuse_reduced("cuda", convolution=True)
-    with precision.full():
+    with precision.use_float32_products():
         precision.refuse_reduced("cpu", convolution=True)

@@ -25,8 +25,6 @@ from lben.certificates import (
     CertificateError,
     Claim,
     certify,
-    certify_pairs,
-    certify_pooled,
     compose,
     sensitivity,
 )
@@ -64,7 +62,7 @@ def slow(rho, dtype, tol, large=0.0):
     model = model.to(dtype).eval().requires_grad_(False)
     Lambda = torch.tensor([1.0, 1e-9, 1e-9, 1e-9, 1e-9], dtype=F64)
     weights = model.layer.weights()
-    pairs = certify_pairs(weights, {(0, 1): Claim(1.0 + 1e-3, Lambda)})
+    pairs = certify(weights, {(0, 1): Claim(1.0 + 1e-3, Lambda)})
     return model, compose([certify(weights, Claim(2.0, Lambda))], model.normalize.gain, pairs)
 
 
@@ -131,7 +129,7 @@ def test_the_error_is_bounded_all_over_the_ball(name, dtype):
     seen = 0.0
     for tol in (1e-2, 1e-3, 1e-5):
         layer.tol = tol
-        found = layer.certified(x, proof)
+        found = layer.forward_with_error(x, proof)
         for rho in (0.0, 1e-3, 1.0, 30.0):
             direction = torch.randn(x.shape, dtype=F64)
             direction /= direction.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
@@ -183,7 +181,7 @@ def check_gains(w, gains):
 def test_gains_of_a_bound_through_the_state():
     layer, _ = build("scales", F64)
     weights = layer.weights()
-    proof = certify_pooled(weights, tighten_pooled(weights))
+    proof = certify(weights, tighten_pooled(weights))
     check_gains(weights.dense(), sensitivity(weights, proof))
 
 
@@ -254,7 +252,7 @@ def test_a_chain_adds_up_errors_and_what_moves():
 def test_a_bound_ends_where_numbers_may_overflow():
     layer = EquilibriumLinear(3, 4, 2).requires_grad_(False)
     x = torch.randn(2, 3)
-    uniform = layer.certified(x, layer.certificate()).uniform
+    uniform = layer.forward_with_error(x, layer.certificate()).uniform
     limit = torch.as_tensor(uniform.limit)
     assert bool((limit > 1e20).all() and (limit < torch.finfo(torch.float32).max).all())
     assert bool(torch.isfinite(uniform.at(0.99 * limit)).all())
@@ -301,7 +299,7 @@ def test_a_certificate_names_everything_it_depends_on(config, change):
     with pytest.raises(CertificateError, match="for another network"):
         other.certified_radius(x, labels, proof)
     with pytest.raises(CertificateError, match="for another network"):
-        other.certified_logits(x, proof)
+        other.forward_with_error(x, proof)
     other.certified_radius(x, labels, other.certificate())
 
 
@@ -345,8 +343,8 @@ def test_a_proof_for_another_torus_is_refused():
     large.load_state_dict(small.state_dict())
     x = torch.randn(2, 1, 9, 9)
     with pytest.raises(CertificateError, match=r"images of \(5, 5\), got images of \(9, 9\)"):
-        large.with_error(x, small.certificate())
-    large.with_error(x, large.certificate())
+        large.forward_with_error(x, small.certificate())
+    large.forward_with_error(x, large.certificate())
 
 
 @pytest.fixture
@@ -371,7 +369,7 @@ def one_unit(C, Lambda, u=1.0):
 @pytest.mark.parametrize("c", [1e-15, 1e-25])
 def test_what_underflows_in_the_output_counts_whatever_the_metric(Lambda, c):
     layer = one_unit(torch.tensor([[c], [-c]]), Lambda)
-    known = layer.certified(torch.zeros(1, 1), layer.certificate()).uniform
+    known = layer.forward_with_error(torch.zeros(1, 1), layer.certificate()).uniform
     for size in range(1, 40):
         x = torch.tensor([[size * 0.37e-45 / c]])
         exact = torch.tensor([c, -c], dtype=torch.float32).double() * x.double()
@@ -385,9 +383,9 @@ def test_denormal_weights_count_where_the_processor_drops_them(flushed, Lambda):
     layer, x = one_unit(bits.view(torch.float32), Lambda, u=1e20), torch.tensor([[1e10]])
     proof = layer.certificate()
     exact = 714000 * 2.0**-149 * float(x) * float(torch.tensor(1e20)) * math.sqrt(2)
-    found = layer.certified(x, proof)
+    found = layer.forward_with_error(x, proof)
     assert float((found.value.double().norm() - exact).abs()) <= float(found.error)
-    around = layer.certified(torch.zeros(1, 1), proof).uniform
+    around = layer.forward_with_error(torch.zeros(1, 1), proof).uniform
     assert float((layer(x).double().norm() - exact).abs()) <= float(around.at(float(x)))
 
 
@@ -448,15 +446,15 @@ def test_maps_without_a_certificate_are_those_that_were_built(name, other):
 def test_a_hooked_layer_is_not_certified():
     layer = EquilibriumLinear(3, 4, 2).requires_grad_(False)
     chain = LipschitzSequential(SLLLinear(3, 4), layer)
-    x, proof, proofs = torch.randn(2, 3), layer.certificate(), chain.certificates((3,))
+    x, proof, proofs = torch.randn(2, 3), layer.certificate(), chain.certificate((3,))
     layer.register_forward_hook(lambda module, inputs, output: 5 * output)
     with pytest.raises(CertificateError, match="EquilibriumLinear has a forward hook"):
-        layer.certified(x, proof)
+        layer.forward_with_error(x, proof)
     with pytest.raises(CertificateError, match=r"EquilibriumLinear \(1\) has a forward hook"):
-        chain.certified(x, proofs)
+        chain.forward_with_error(x, proofs)
     layer = EquilibriumLinear(3, 4, 2).requires_grad_(False)
     layer.parameterization.register_forward_hook(lambda module, inputs, output: None)
-    layer.certified(x, layer.certificate())  # part of the making of weights
+    layer.forward_with_error(x, layer.certificate())  # part of the making of weights
 
 
 @pytest.mark.parametrize("config", [EQUILIBRIUM, RESIDUAL], ids=["equilibrium", "residual"])

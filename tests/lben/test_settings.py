@@ -12,13 +12,12 @@ from lben import (
     PooledEquilibriumConv2d,
     certified_radius,
     certify,
-    certify_pairs,
     tighten_diagonal,
     tighten_pairs,
     tighten_pooled,
     tighten_scaled,
 )
-from lben.certificates import certify_convolution, certify_linf, certify_pooled, interval_bounds
+from lben.certificates import IntervalClaim
 from lben.radii.local import LocalCertifier, OperatingPoints
 from lben.tightening import tighten_linf
 from solvers import ReLU
@@ -38,7 +37,7 @@ STATES = torch.linspace(-1, 1, 32, dtype=torch.float64).view(4, 8)
 
 def everything() -> list[float]:
     w, y, labels = DENSE, LOGITS, LOGITS.argmax(1)
-    pairs = certify_pairs(w, tighten_pairs(w))
+    pairs = certify(w, tighten_pairs(w))
     local = LocalCertifier(w, ReLU(), 2.0)
     operating_points = OperatingPoints(
         v=STATES, v_error=0 * STATES, logits=y, logit_error=0 * y[:, 0]
@@ -49,17 +48,17 @@ def everything() -> list[float]:
         certify(w.to(torch.float32)).m,
         certify(w, tighten_scaled(w)).bound,
         certify(w, tighten_diagonal(w)).bound,
-        certify_convolution(KERNELS, (4, 4)).margin,
-        certify_pooled(POOLED, tighten_pooled(POOLED)).bound,
+        certify(KERNELS, image=(4, 4)).margin,
+        certify(POOLED, tighten_pooled(POOLED)).bound,
         *(b for row in pairs for b in row),
-        *certify_pairs(w, tighten_pairs(w, fix_multiplier=True))[0],
-        *certify_linf(w, tighten_linf(w))[0],
-        *certify_linf(w, tighten_linf(w, fix_multiplier=False))[0],
-        *interval_bounds(w)[0],
+        *certify(w, tighten_pairs(w, fix_multiplier=True))[0],
+        *certify(w, tighten_linf(w))[0],
+        *certify(w, tighten_linf(w, fix_multiplier=False))[0],
+        *certify(w, IntervalClaim())[0],
         *radii.tolist(),
         *certified_radius(y.float(), labels, pairs, logit_error=0.01).tolist(),
         *local.radius(operating_points, labels, radii, steps=2).tolist(),
-        *map(float, local.certifies(operating_points, labels, 0.2, facts=True).tolist()),
+        *map(float, local.certifies(operating_points, labels, 0.2, constraints=True).tolist()),
         *(int(text[:12], 16) for text in (w.fingerprint, KERNELS.fingerprint, local.fingerprint)),
     ]
     assert not any(map(math.isnan, found))

@@ -19,7 +19,7 @@ from lben import (
 )
 from lben.certificates import CertificateError
 from solvers import LeakyReLU, LinearSlope, Masked
-from solvers.dependencies import read
+from solvers.dependencies import collect_dependencies
 
 FACTOR = 0.3
 
@@ -151,7 +151,7 @@ def test_settings_are_seen_in_whatever_holds_them(change, kind, grad):
         torch.testing.assert_close(after, layer(x).detach(), rtol=0, atol=0)
     assert not torch.equal(before, after)
     with pytest.raises(CertificateError, match="other weights"):
-        layer.check(old, x) if kind == "SLL" else layer.certified(x, old)
+        layer.check(old, x) if kind == "SLL" else layer.forward_with_error(x, old)
 
 
 def test_a_global_number_of_a_function_is_seen(monkeypatch):
@@ -166,9 +166,9 @@ def test_a_global_number_of_a_function_is_seen(monkeypatch):
 
 def test_what_cannot_be_read_is_different_from_itself():
     part = Scaled(types.SimpleNamespace(scale=1.0))
-    assert read(part)[1] == read(part)[1]
+    assert collect_dependencies(part)[1] == collect_dependencies(part)[1]
     part.generator = torch.Generator()
-    assert read(part)[1] != read(part)[1]
+    assert collect_dependencies(part)[1] != collect_dependencies(part)[1]
 
 
 LAYERS = {

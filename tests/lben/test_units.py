@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lben import EquilibriumConv2d, EquilibriumLinear, PooledEquilibriumConv2d, certify
-from lben.layers import DenseEquilibriumLayer
+from lben.layers import EquilibriumLayer
 from lben.parameterizations import CompleteParameterization, DirectParameterization
 from lben.weights import DenseWeights
 
@@ -28,7 +28,7 @@ def pooled(gamma, dtype=torch.float64, **options):
 
 def complete(gamma, dtype=torch.float64):
     weights = dense(gamma, torch.float64, feedthrough=True).weights()
-    layer = DenseEquilibriumLayer(CompleteParameterization(weights.apply(torch.Tensor.detach)))
+    layer = EquilibriumLayer(CompleteParameterization(weights.apply(torch.Tensor.detach)))
     return layer.to(dtype)
 
 
@@ -47,7 +47,7 @@ LAYERS = {
 
 
 def inputs(layer, dtype):
-    if isinstance(layer, DenseEquilibriumLayer):
+    if isinstance(layer, EquilibriumLayer):
         return torch.randn(16, 7, dtype=dtype)
     return torch.randn(4, 2 if isinstance(layer, PooledEquilibriumConv2d) else 3, *layer.image,
                        dtype=dtype)  # fmt: skip
@@ -67,8 +67,10 @@ def test_every_layer_is_that_of_one_in_other_units(name, gamma, dtype):
     proof, proof_of_one = layer.certificate(), one.certificate()
     assert proof.bound == gamma
     assert abs(proof.m / proof_of_one.m - 1) < 1e-2
-    _, error, _ = layer.with_error(x, proof)
-    _, error_of_one, _ = one.with_error(x, proof_of_one)
+    found = layer.forward_with_error(x, proof)
+    error = found.error
+    found = one.forward_with_error(x, proof_of_one)
+    error_of_one = found.error
     assert bool((error <= 3 * gamma * error_of_one.amax()).all())
 
 

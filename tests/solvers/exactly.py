@@ -34,3 +34,15 @@ def dense(operator):
     """Return W of any operator as a float64 matrix whose entries are exact."""
     units = torch.arange(operator.n)
     return operator.to(torch.float64).submatrix(units, units)
+
+
+def largest_residual(problem, z):
+    """Return the largest relative residual, of z as it is returned."""
+    W, (metric,) = rows(dense(problem.operator)), rows(problem.operator.metric[None])
+    largest = 0.0
+    for x, v in zip(rows(z), rows(problem.bias), strict=True):
+        y = image(W, v, x)
+        gap = square(metric, [a - b for a, b in zip(y, x, strict=True)])
+        size = max(square(metric, y), square(metric, x))
+        largest = max(largest, float(gap / size) ** 0.5 if size else 0.0)
+    return largest

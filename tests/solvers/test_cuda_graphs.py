@@ -267,7 +267,7 @@ def test_each_kind_of_call_has_its_graph_and_the_one_unused_for_longest_goes(mac
     with torch.inference_mode():
         assert captures(*half) == 1
     assert captures(*half) == 2
-    assert len(graphed._kept) == 2
+    assert len(graphed._recordings) == 2
 
 
 def test_a_graph_that_was_dropped_still_serves_its_backward_pass(machine):

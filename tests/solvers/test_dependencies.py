@@ -21,8 +21,8 @@ from solvers import (
     equilibrium,
     solve,
 )
-from solvers.dependencies import Snapshot, all_same, must_not_cache, read
-from solvers.operators import base
+from solvers.dependencies import Snapshot, are_identical, collect_dependencies, must_not_cache
+from solvers.operators import memo
 from tests.problems import (
     block_triangular_operator,
     convolution_operator,
@@ -42,7 +42,7 @@ OPERATORS = {
 
 
 def same(a, b):
-    return all_same((a,), (b,))
+    return are_identical((a,), (b,))
 
 
 def fused_step(t):
@@ -129,7 +129,7 @@ def test_a_solve_reports_the_residual_of_the_weights_as_they_are():
 
 def test_a_lookup_within_a_solve_compares_nothing(monkeypatch):
     looks = []
-    monkeypatch.setattr(base, "all_same", lambda *_: looks.append(1) or True)
+    monkeypatch.setattr(memo, "are_identical", lambda *_: looks.append(1) or True)
     W = monotone_operator(5)
     W.constants()
     looks.clear()
@@ -220,10 +220,10 @@ SETTINGS = {
 @pytest.mark.parametrize("change", SETTINGS)
 def test_every_setting_of_a_module_is_read(change):
     module = Scaled()
-    snapshot = Snapshot.of(*read(module))
-    assert snapshot.fits(*read(module))
+    snapshot = Snapshot.take(*collect_dependencies(module))
+    assert snapshot.fits(*collect_dependencies(module))
     SETTINGS[change](module)
-    assert not snapshot.fits(*read(module))
+    assert not snapshot.fits(*collect_dependencies(module))
 
 
 @pytest.mark.parametrize("kind", OPERATORS)
@@ -330,7 +330,7 @@ def test_pending_negations_and_conjugates_are_done(place):
 def test_a_snapshot_on_a_device_is_waited_for_once(monkeypatch, count):
     monkeypatch.setattr(dependencies, "_is_on_host", lambda t: False)
     tensors = tuple(torch.randn(3, i + 1) for i in range(count))
-    snapshot = Snapshot.of(tensors)
+    snapshot = Snapshot.take(tensors)
     with Looks() as looks:
         assert snapshot.fits(tensors)
     assert looks.count == 1
@@ -344,4 +344,4 @@ def test_a_snapshot_on_a_device_is_waited_for_once(monkeypatch, count):
     with Looks() as looks:
         assert not snapshot.fits((*tensors[1:], torch.zeros(9)))  # shapes are the host's to tell
     assert looks.count == 0
-    assert all_same((), ())
+    assert are_identical((), ())

@@ -184,8 +184,8 @@ def test_an_overflow_ends_as_an_outcome():
     calls = []
 
     class Recording(TorchDEQ):
-        def _call(self, *arguments):
-            calls.append(super()._call(*arguments))
+        def _run_solver(self, *arguments):
+            calls.append(super()._run_solver(*arguments))
             return calls[-1]
 
     method = Recording(solver="fixed_point_iter", step_size=1.0)

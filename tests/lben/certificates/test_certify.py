@@ -283,7 +283,8 @@ def test_logit_error_covers_an_inexact_solve_and_is_not_idle(tol):
     layer = EquilibriumLinear(7, 6, 3, gamma=weights.gamma, feedthrough=True, tol=tol).double()
     layer.parameterization.forward = lambda: weights
     x = torch.randn(200, 7, dtype=torch.float64)
-    y, bound, _ = layer.with_error(x, certify(weights))
+    found = layer.forward_with_error(x, certify(weights))
+    y, bound = found.value, found.error
     true_error = (y - forward(weights, x)).norm(dim=1)
     assert (true_error <= bound + 1e-11).all()
     assert (bound <= 1000 * true_error.max() + 1e-9).all()

@@ -10,8 +10,7 @@ from lben import (
     CertificateError,
     DenseWeights,
     EquilibriumLinear,
-    certify_linf,
-    interval_bounds,
+    IntervalClaim,
     tighten_linf,
 )
 from lben.certificates import LinfClaim
@@ -41,8 +40,8 @@ def found(w, i, j, samples=4000):
 @pytest.mark.parametrize("feedthrough", [False, True])
 def test_bounds_hold_and_are_not_far_off(feedthrough):
     w = weights(feedthrough)
-    kept = certify_linf(w, tighten_linf(w))
-    best = certify_linf(w, tighten_linf(w, fix_multiplier=False))
+    kept = certify(w, tighten_linf(w))
+    best = certify(w, tighten_linf(w, fix_multiplier=False))
     for i, j in [(0, 1), (0, 2), (1, 2)]:
         least = found(w, i, j)
         assert least <= best[i][j] <= kept[i][j] * (1 + 1e-3)
@@ -60,18 +59,18 @@ def test_bounds_beyond_all_numbers_are_one_sentence_with_the_next_step():
     claims = tighten_linf(w)
     claims[0, 1] = LinfClaim(tau=np.full(6, np.inf), Lambda=claims[0, 1].Lambda)
     with pytest.raises(CertificateError, match="τ must be positive and finite") as caught:
-        certify_linf(w, claims)
+        certify(w, claims)
     assert "\n" not in str(caught.value)
 
 
 def test_intervals_hold_where_there_is_a_bound():
     w = weights(scale=0.05, gamma=None)
     w = dataclasses.replace(w, W=0.3 * w.W - 0.5 * torch.eye(9).double())
-    bounds = interval_bounds(w)
+    bounds = certify(w, IntervalClaim())
     for i, j in [(0, 1), (0, 2), (1, 2)]:
         assert found(w, i, j) <= bounds[i][j] <= 10 * found(w, i, j)
     wild = dataclasses.replace(w, W=-2 * torch.ones(9, 9).double())
-    assert interval_bounds(wild)[0][1] == float("inf")
+    assert certify(wild, IntervalClaim())[0][1] == float("inf")
 
 
 def test_false_claims_are_refused():
@@ -80,10 +79,10 @@ def test_false_claims_are_refused():
     claim = claims[0, 1]
     claims[0, 1] = dataclasses.replace(claim, tau=claim.tau * (1 - 1e-3))
     with pytest.raises(CertificateError, match="could not be proved"):
-        certify_linf(w, claims)
+        certify(w, claims)
     del claims[0, 1]
     with pytest.raises(ValueError, match="outputs 0 and 1"):
-        certify_linf(w, claims)
+        certify(w, claims)
     with pytest.raises(CertificateError, match="not positive definite"):
         tighten_linf(dataclasses.replace(w, W=9 * w.W.abs()))
 
@@ -96,7 +95,7 @@ def test_claims_of_another_size_are_refused():
         D=None, b_y=0 * eye[0], Lambda=eye[0] + eye[1], gamma=None,
     )  # fmt: skip
     claim = LinfClaim(tau=np.full(2, 32.1), Lambda=np.full(2, 32.0))
-    assert 8 <= certify_linf(weights, {(0, 1): claim})[0][1] < 8.02
+    assert 8 <= certify(weights, {(0, 1): claim})[0][1] < 8.02
     for change in ({"tau": np.full(1, 32.1)}, {"Lambda": np.full(1, 32.0)}):
         with pytest.raises(ValueError, match="a claim needs"):
-            certify_linf(weights, {(0, 1): dataclasses.replace(claim, **change)})
+            certify(weights, {(0, 1): dataclasses.replace(claim, **change)})

@@ -210,13 +210,14 @@ def test_the_bound_that_a_layer_names_is_that_of_what_runs():
 
 def test_a_proof_is_checked_against_what_runs():
     chain, x = LipschitzSequential(SLLLinear(64, 64)).eval(), torch.rand(8, 64)
-    old = chain.certificates((64,))
+    old = chain.certificate((64,))
     with torch.no_grad():
         chain(x)
     chain[0].parameterization.U.data.view(-1)[1234] += 20.0
     with pytest.raises(CertificateError):
-        chain.with_error(x, old)
-    y, error, _ = chain.with_error(x, chain.certificates((64,)))
+        chain.forward_with_error(x, old)
+    found = chain.forward_with_error(x, chain.certificate((64,)))
+    y, error = found.value, found.error
     w = chain[0].weights()
     exact = x.double() @ w.D.T + torch.relu(x.double() @ w.U.T + w.b) @ w.C.T + w.b_y
     assert bool(((y.double() - exact).norm(dim=1) <= error.double()).all())

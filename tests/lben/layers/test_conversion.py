@@ -67,7 +67,7 @@ def test_outputs_and_bound_are_kept(name, dtype):
 def _exact(part, x):
     if isinstance(part, EquilibriumLinear):
         return part(x)
-    return part.evaluate(x, torch.float64, part.parameterization.exact(torch.float32))
+    return part.evaluate(x, torch.float64, part.parameterization.to_exact(torch.float32))
 
 
 @pytest.mark.parametrize("name", STACKS)

@@ -378,7 +378,8 @@ def lost_products(n, q, batch):
 @pytest.mark.parametrize(("n", "q", "batch"), [(1000, 256, 8), (300, 16, 1), (1000, 256, 64)])
 def test_a_readout_whose_accumulators_start_with_the_bias(n, q, batch):
     layer, x = lost_products(n, q, batch)
-    y, error, _ = layer.with_error(x, layer.certificate())
+    found = layer.forward_with_error(x, layer.certificate())
+    y, error = found.value, found.error
     exact = 1 + n * Fraction(0.49 * 2.0**-52)
     for row, bound in zip(y, error, strict=True):
         true = sum((Fraction(float(a)) - exact) ** 2 for a in row)
@@ -440,8 +441,10 @@ def test_arrays_are_named_with_what_to_do():
 def test_leading_dimensions_of_any_number(shape, dtype):
     layer = EquilibriumLinear(6, 8, 4, feedthrough=True, dtype=dtype)
     x = torch.randn(*shape, 6, dtype=dtype, requires_grad=True)
-    y, error, _ = layer.with_error(x, layer.certificate())
-    rows, errors, _ = layer.with_error(x.reshape(-1, 6), layer.certificate())
+    found = layer.forward_with_error(x, layer.certificate())
+    y, error = found.value, found.error
+    found = layer.forward_with_error(x.reshape(-1, 6), layer.certificate())
+    rows, errors = found.value, found.error
     assert y.shape == (*shape, 4)
     assert error.shape == shape
     torch.testing.assert_close(y.reshape(-1, 4), rows)
@@ -465,8 +468,8 @@ def test_images_without_a_batch_are_told_what_to_add():
     proof = layer.certificate()
     last = batch.contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(layer(last), layer(batch))
-    assert layer.with_error(batch[:0], proof)[1].shape == (0,)
-    assert layer.with_error(last, proof)[1].shape == (2,)
+    assert layer.forward_with_error(batch[:0], proof).error.shape == (0,)
+    assert layer.forward_with_error(last, proof).error.shape == (2,)
 
 
 def test_layers_of_unequal_types_are_not_stacked():
@@ -483,7 +486,7 @@ def test_writing_to_weights_that_were_given_changes_no_layer(write):
     given = layer.weights().W
     given.data.mul_(0.9) if write == "data" else np.multiply(given, 0.9, out=given.numpy())
     assert torch.equal(layer(x), y)
-    layer.certified(x, proof)
+    layer.forward_with_error(x, proof)
 
 
 @pytest.fixture

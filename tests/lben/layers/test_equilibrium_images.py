@@ -14,7 +14,6 @@ from lben import (
     PooledEquilibriumConv2d,
     SLLConv2d,
     certify,
-    certify_pooled,
     tighten_pooled,
 )
 from lben.parameterizations.polyphase import Polyphase, phases
@@ -114,7 +113,8 @@ def test_an_inexact_solve_is_covered(layer):
     x, proof = draw(layer), layer.certificate()
     exact = layer(x)
     layer.tol = 1e-3
-    y, error, steps = layer.with_error(x, proof)
+    found = layer.forward_with_error(x, proof)
+    y, error, steps = found.value, found.error, found.steps
     found = (y - exact).flatten(1).norm(dim=1)
     assert (found <= error).all()
     assert (error <= 1e4 * found + 1e-8).all()
@@ -148,27 +148,26 @@ def test_the_bound_of_the_whole_is_below_the_product(name):
     weights = layer.weights()
     state = dataclasses.replace(weights, A=torch.zeros_like(weights.A), gamma=None)
     product = tighten_pooled(state)
-    proof = certify_pooled(state, product)
+    proof = certify(state, product)
     assert proof.bound == product.gamma
     with pytest.raises(CertificateError):
-        certify_pooled(state, Claim(product.gamma * (1 - 1e-3), product.Lambda))
+        certify(state, Claim(product.gamma * (1 - 1e-3), product.Lambda))
     with pytest.raises(ValueError, match="claim a bound of their own"):
         tighten_pooled(weights)
     with pytest.raises(ValueError, match="claim no bound"):
-        certify_pooled(weights, product)
+        certify(weights, product)
 
 
 def test_a_rounded_coupling_is_taken_off_the_proof():
     weights = pooled().weights()
     noise = torch.randn_like(weights.A)
     proofs = [
-        certify_pooled(dataclasses.replace(weights, A=weights.A + scale * noise))
-        for scale in (0.0, 1e-4)
+        certify(dataclasses.replace(weights, A=weights.A + scale * noise)) for scale in (0.0, 1e-4)
     ]
     assert 0 < proofs[1].margin < proofs[0].margin
     assert proofs[1].m < proofs[0].m
     with pytest.raises(CertificateError, match="could not be proved"):
-        certify_pooled(dataclasses.replace(weights, A=weights.A + 0.1 * noise))
+        certify(dataclasses.replace(weights, A=weights.A + 0.1 * noise))
 
 
 def test_float32_weights_are_proved_as_they_run():
@@ -186,8 +185,9 @@ def test_in_a_chain_with_explicit_layers():
         SLLConv2d(2, 3, 3, dtype=torch.float64), conv(2, 4, 2, skip=1.0), pooled()
     )
     x = draw(chain[1])
-    proofs = chain.certificates((2, *IMAGE))
-    y, error, _ = chain.with_error(x, proofs)
+    proofs = chain.certificate((2, *IMAGE))
+    found = chain.forward_with_error(x, proofs)
+    y, error = found.value, found.error
     assert len(proofs) == 3
     assert (error < 1e-7).all()
     assert y.shape == (3, 3)
@@ -276,9 +276,9 @@ def test_another_method_solves_the_same_problem_or_is_refused():
 def test_rounding_is_not_bounded_where_other_sums_may_run():
     layer = EquilibriumConv2d(2, 3, 2, image=(6, 6)).requires_grad_(False)
     x, proof = torch.randn(2, 2, 6, 6), layer.certificate()
-    layer.certified(x, proof)
+    layer.forward_with_error(x, proof)
     with torch.backends.mkldnn.flags(enabled=False):
         with pytest.raises(ValueError, match="round"):
-            layer.certified(x, proof)
+            layer.forward_with_error(x, proof)
         double = layer.double()
-        double.certified(x.double(), double.certificate())
+        double.forward_with_error(x.double(), double.certificate())

@@ -23,11 +23,11 @@ from lben import (
     SpectralConv2d,
     SpectralLinear,
 )
-from lben.layers.linear_maps import Dense
 from lben.parameterizations import FixedWeights, Gershgorin, Spectral
 from lben.parameterizations.feedforward import UNIT_BOUND
 from lben.parameterizations.multipliers import FLOOR, power_of_two
 from lben.weights import ConvolutionalWeights, DenseWeights
+from lben.weights.linear_maps import Dense
 
 DTYPES = [torch.float32, torch.float64]
 LAYERS = {
@@ -84,7 +84,7 @@ FILLS = {
 
 def largest_quotient(layer):
     """Of unit vectors in float64, through the layer's own maps and the tensors that run."""
-    tensors = layer.parameterization.exact(next(layer.parameters()).dtype)
+    tensors = layer.parameterization.to_exact(next(layer.parameters()).dtype)
     shape = (layer.inputs,) if isinstance(layer.map, Dense) else (layer.inputs, 4, 4)
     d = torch.cat([torch.eye(math.prod(shape)).reshape(-1, *shape), torch.randn(8, *shape)])
     d, best = d.double(), 0.0
@@ -134,7 +134,7 @@ def test_the_rounded_weights_are_proved_too(kind):
     with torch.no_grad():
         weight(layer).copy_(scale(28, weight(layer)))
     image = (4, 4) if "images" in kind else None
-    assert layer.certificate(image, run=torch.bfloat16).bound == UNIT_BOUND
+    assert layer.certificate(image, compute_dtype=torch.bfloat16).bound == UNIT_BOUND
 
 
 @pytest.mark.parametrize("kind", ["SLL", "SLL squared", "AOL", "CPL", "SLL of images"])
@@ -186,7 +186,8 @@ def test_denormal_weights_of_equilibria_taken_for_zeros(images, dtype, lost, sha
         pytest.skip("this processor flushes no denormal numbers")
     try:
         inputs = x[..., None, None] if images else x
-        y, bound, _ = layer.with_error(inputs, layer.certificate())
+        found = layer.forward_with_error(inputs, layer.certificate())
+        y, bound = found.value, found.error
     finally:
         torch.set_flush_denormal(False)
     U, C, x = rows

@@ -32,10 +32,9 @@ from lben import (
     SpectralConv2d,
     SpectralLinear,
     certify,
-    certify_convolution,
 )
-from lben.layers.linear_maps import Convolution, Dense
 from lben.parameterizations.feedforward import UNIT_BOUND
+from lben.weights.linear_maps import Convolution, Dense
 from solvers import LeakyReLU, Sigmoid, Softplus, Tanh, backends
 
 DENSE = {
@@ -252,7 +251,7 @@ def test_a_T_of_too_few_taps_is_refused():
         U=U, b=w.b, C=C, D=1.0, b_y=w.b_y, Lambda=2 / T, gamma=w.gamma, circular=False
     )
     with pytest.raises(CertificateError, match="could not be proved"):
-        certify_convolution(wrong, (16, 16))
+        certify(wrong, image=(16, 16))
 
 
 @pytest.mark.parametrize("kind", DENSE)
@@ -452,7 +451,7 @@ def test_rounding_where_the_activation_of_zero_is_not_zero(activation):
     with torch.no_grad():
         layer.parameterization.b.zero_()
         x = torch.zeros(1, 6)
-        tensors = layer.parameterization.exact(torch.float32)
+        tensors = layer.parameterization.to_exact(torch.float32)
         exact = layer.evaluate(x.double(), torch.float64, tensors)
         error = (layer(x).double() - exact).norm()
     assert 0 < float(error) <= float(layer.rounding(x))
@@ -537,11 +536,11 @@ def test_autocast_runs_and_certifies_the_rounded_weights():
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, layer(x), rtol=0, atol=0.1)
     assert not torch.equal(y, layer(x))
-    certificate = layer.certificate(run=torch.bfloat16)
+    certificate = layer.certificate(compute_dtype=torch.bfloat16)
     assert certificate.bound == UNIT_BOUND
     assert certificate.fingerprint != layer.certificate().fingerprint
     # A T of the weights before rounding does not hold for those after it.
-    U, b, scale = layer.parameterization.exact(torch.float32)
+    U, b, scale = layer.parameterization.to_exact(torch.float32)
     U = U.bfloat16().double()
     w = layer.weights()
     bad = DenseWeights(
@@ -583,7 +582,7 @@ def test_rounding_is_bounded(kind):
     layer = draw_report((DENSE | CONVOLUTIONAL)[kind]())
     x = sample(layer, 20)
     exact = copy.deepcopy(layer).double()
-    weights = layer.parameterization.exact(torch.float32)
+    weights = layer.parameterization.to_exact(torch.float32)
     y = exact.evaluate(x.double(), torch.float64, weights)
     error = (layer(x).double() - y).flatten(1).norm(dim=1)
     bound = layer.rounding(x).double()
@@ -707,13 +706,13 @@ def test_one_pass_in_place_of_three_changes_nothing(kind, channels_last, monkeyp
 def test_what_is_proved_is_what_runs_also_where_products_are_rounded(make):
     layer = make()
     expected = layer.weights().fingerprint
-    pairs = layer.pair_bounds() if isinstance(layer, NormalizedLinear) else torch.zeros(())
+    pairs = layer.pair_certificate() if isinstance(layer, NormalizedLinear) else torch.zeros(())
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         assert layer.weights().fingerprint == expected
         if isinstance(layer, NormalizedLinear):
-            assert torch.equal(layer.pair_bounds(), pairs)
+            assert torch.equal(layer.pair_certificate(), pairs)
         with (
             torch.autocast("cpu", torch.bfloat16),
             pytest.raises(ValueError, match="autocast is enabled"),

@@ -91,7 +91,7 @@ def test_group_sort_sorts():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_heads_bound_pairs_of_logits(kind, dtype):
     head = NormalizedLinear(20, 5, kind=kind, dtype=dtype)
-    bounds, Q = head.pair_bounds(), head.matrix().detach().double()
+    bounds, Q = head.pair_certificate(), head.matrix().detach().double()
     exact = (Q[:, None] - Q[None]).norm(dim=2)
     off = ~torch.eye(5, dtype=torch.bool)
     assert (bounds[off] >= exact[off]).all()
@@ -109,12 +109,14 @@ def test_a_chain_proves_each_layer():
         ChannelPadding(4), SLLConv2d(4, 2), AOLConv2d(4, 6), GroupSort(), AveragePooling(4),
         Flatten(), SLLLinear(24, 8), EquilibriumLinear(24, 5, 3, gamma=0.5),
     ).double()  # fmt: skip
-    proofs = chain.certificates((3, 8, 8))
+    proofs = chain.certificate((3, 8, 8))
     assert [p.bound for p in proofs] == [UNIT_BOUND] * 3 + [0.5]
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
-    loose, error, steps = chain.with_error(x, proofs)
+    found = chain.forward_with_error(x, proofs)
+    loose, error, steps = found.value, found.error, found.steps
     chain[-1].tol = 1e-13
-    tight, small, more = chain.with_error(x, proofs)
+    found = chain.forward_with_error(x, proofs)
+    tight, small, more = found.value, found.error, found.steps
     assert ((loose - tight).norm(dim=1) <= error + small).all()
     assert float(small.max()) < 1e-9 < float(error.max())
     assert 0 < steps < more
@@ -124,14 +126,15 @@ def test_rounding_adds_up_along_a_chain():
     chain = LipschitzSequential(SLLConv2d(3, 4), GroupSort(3), Flatten(), SLLLinear(48, 30))
     x = torch.randn(20, 3, 4, 4)
     with torch.no_grad():
-        y, bound, _ = chain.with_error(x, chain.certificates((3, 4, 4)))
+        found = chain.forward_with_error(x, chain.certificate((3, 4, 4)))
+        y, bound = found.value, found.error
         exact = x.double()
         for layer in chain:
             tensors = getattr(layer, "parameterization", None)
             if tensors is None:
                 exact = layer(exact)
             else:
-                exact = layer.evaluate(exact, torch.float64, tensors.exact(torch.float32))
+                exact = layer.evaluate(exact, torch.float64, tensors.to_exact(torch.float32))
     assert ((y.double() - exact).norm(dim=1) <= bound.double()).all()
 
 
@@ -162,10 +165,11 @@ def test_bad_input_is_named(call, message):
 
 def test_heads_are_links_of_a_chain():
     chain = LipschitzSequential(SLLLinear(6, 9), NormalizedLinear(6, 4))
-    proofs, x = chain.certificates((6,)), torch.randn(5, 6)
+    proofs, x = chain.certificate((6,)), torch.randn(5, 6)
     assert proofs[1] == chain[1].certificate()
     with torch.no_grad():
-        y, error, steps = chain.with_error(x, proofs)
+        found = chain.forward_with_error(x, proofs)
+        y, error, steps = found.value, found.error, found.steps
         wide = x.double()
         for w in (layer.weights() for layer in chain):
             z = torch.relu(wide @ w.U.T + w.b) @ w.C.T
@@ -174,24 +178,26 @@ def test_heads_are_links_of_a_chain():
     assert ((y.double() - wide).norm(dim=1) <= error).all()
     other = LipschitzSequential(SLLLinear(6, 9), NormalizedLinear(6, 4))
     with pytest.raises(CertificateError, match="other weights"):
-        other.with_error(x, [other.certificates((6,))[0], proofs[1]])
+        other.forward_with_error(x, [other.certificate((6,)).value, proofs[1]])
 
 
 def test_chains_nest():
     inner = LipschitzSequential(GroupSort(), SLLLinear(12, 9), NormalizedLinear(12, 4))
     chain = LipschitzSequential(SLLConv2d(3, 2), AveragePooling(2), Flatten(), inner)
     flat = LipschitzSequential(*chain[:3], *inner)
-    proofs, x = chain.certificates((3, 4, 4)), torch.randn(5, 3, 4, 4)
-    assert proofs == flat.certificates((3, 4, 4))
-    for a, b in zip(chain.with_error(x, proofs), flat.with_error(x, proofs), strict=True):
+    proofs, x = chain.certificate((3, 4, 4)), torch.randn(5, 3, 4, 4)
+    assert proofs == flat.certificate((3, 4, 4))
+    for a, b in zip(
+        chain.forward_with_error(x, proofs), flat.forward_with_error(x, proofs), strict=True
+    ):
         torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b))
     torch.testing.assert_close(chain.rounding(x), flat.rounding(x), rtol=1e-9, atol=0)
     with pytest.raises(ValueError, match="expected 3 certificates, got 2"):
-        chain.with_error(x, proofs[:2])
+        chain.forward_with_error(x, proofs[:2])
     inner.append(nn.Linear(4, 4))
     for call in (
-        lambda: chain.certificates((3, 4, 4)),
-        lambda: chain.with_error(x, proofs),
+        lambda: chain.certificate((3, 4, 4)),
+        lambda: chain.forward_with_error(x, proofs),
         lambda: chain.rounding(x),
     ):
         with pytest.raises(ValueError, match="Linear has no proved Lipschitz bound"):
@@ -200,17 +206,18 @@ def test_chains_nest():
 
 def test_chains_of_nothing_and_of_one_layer_twice():
     empty, x = LipschitzSequential(), torch.randn(2, 3)
-    y, error, steps = empty.with_error(x, empty.certificates((3,)))
+    found = empty.forward_with_error(x, empty.certificate((3,)))
+    y, error, steps = found.value, found.error, found.steps
     assert torch.equal(y, x)
     assert error.tolist() == [0.0, 0.0]
     assert steps == 0
     layer = SLLLinear(3, 4)
     twice = LipschitzSequential(layer, layer)
-    proofs = twice.certificates((3,))
+    proofs = twice.certificate((3,))
     assert proofs[0] == proofs[1]
-    torch.testing.assert_close(twice.with_error(x, proofs)[0], layer(layer(x)))
+    torch.testing.assert_close(twice.forward_with_error(x, proofs).value, layer(layer(x)))
     with pytest.raises(ValueError, match="expected 2 certificates, got 1"):
-        twice.with_error(x, proofs[:1])
+        twice.forward_with_error(x, proofs[:1])
 
 
 @pytest.mark.parametrize("make", [
@@ -235,11 +242,12 @@ def test_any_number_of_batch_dimensions(make):
         for j in range(3):
             torch.testing.assert_close(y[i, j], layer(x[i, j]))
     if isinstance(layer, LipschitzSequential):
-        proofs = layer.certificates(sample)
-        whole, error, _ = layer.with_error(x, proofs)
+        proofs = layer.certificate(sample)
+        found = layer.forward_with_error(x, proofs)
+        whole, error = found.value, found.error
         torch.testing.assert_close(whole, y)
         assert error.shape == (2, 3)
-        assert layer.with_error(x[0, 0], proofs)[1].shape == ()
+        assert layer.forward_with_error(x[0, 0], proofs).error.shape == ()
 
 
 def test_norms_of_pixels_neither_overflow_nor_vanish():

@@ -133,7 +133,7 @@ def test_what_a_compiled_layer_does_to_the_identity_is_what_is_proved(kind, back
     proved = layer.weights().D.T
     if kind == "head":
         assert torch.equal(found.double(), proved)
-        bounds = layer.pair_bounds()
+        bounds = layer.pair_certificate()
         for i in range(10):
             for j in range(i):
                 gaps = (found[:, i].double() - found[:, j].double()).tolist()

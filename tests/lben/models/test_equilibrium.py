@@ -47,7 +47,7 @@ def test_bound_counts_the_normalization(config):
     assert certificate.bound == pytest.approx(0.5 / 0.25)
     assert certificate.bound >= 2.0
     for bound in model.bounds[1:]:
-        assert model.certificate(bound).bound <= certificate.bound
+        assert model.certificate(bound=bound).bound <= certificate.bound
     assert ("diagonal" in model.bounds) == isinstance(config, EquilibriumClassifierConfig)
     with pytest.raises(ValueError, match=f"has the bounds {', '.join(model.bounds)}, not 'least'"):
         model.certificate("least")
@@ -57,7 +57,7 @@ def test_pairs_certify_more_and_joint_pairs_most():
     model = CONFIGS["dense"].build().double().requires_grad_(False)
     x = images(100)
     labels = model(x).argmax(1)
-    by = {bound: model.certificate(bound) for bound in model.bounds}
+    by = {bound: model.certificate(bound=bound) for bound in model.bounds}
     radii = {bound: model.certified_radius(x, labels, proof) for bound, proof in by.items()}
     for less, more in [("scaled", "pairs"), ("pairs", "diagonal pairs"), ("scaled", "diagonal")]:
         assert bool((radii[less] <= radii[more] * (1 + 1e-3)).all()), (less, more)
@@ -97,7 +97,7 @@ def test_certified_logits_are_near_the_exact_ones(config):
     exact = model(x)
     for tol in (1e-2, 1e-6):
         model.layer.tol = tol
-        result = model.certified_logits(x, model.certificate())
+        result = model.forward_with_error(x, model.certificate())
         assert ((result.logits - exact).norm(dim=1) <= result.error + 1e-11).all()
 
 
@@ -109,13 +109,13 @@ def test_logits_of_the_network_as_it_runs_are_bounded(config):
             p.add_(torch.randn_like(p), alpha=0.2)
     x = images(30, dtype=torch.float32, config=config)
     weights = model.layer.weights().to(torch.float64)
-    exact = model.exact(1e-12)
+    exact = model.to_exact(1e-12)
     exact.layer.weights = lambda: weights
     mean, std = (t.double() for t in (model.normalize.mean, model.normalize.std))
     truth = exact.logits((x.double() - mean) / std)
     for tol in (1e-1, 1e-3, 1e-6):
         model.layer.tol, model.layer.on_failure = tol, "warn"
-        result = model.certified_logits(x, model.certificate())
+        result = model.forward_with_error(x, model.certificate())
         assert result.logits.dtype == torch.float32
         away = (result.logits.double() - truth).norm(dim=1)
         assert bool((away <= result.error + 1e-11).all())
@@ -129,7 +129,7 @@ def test_half_precision_has_no_bounded_logits():
         torch.autocast("cpu", torch.bfloat16),
         pytest.raises(ValueError, match="float32 and float64 without autocast"),
     ):
-        model.certified_logits(x, certificate)
+        model.forward_with_error(x, certificate)
 
 
 def test_the_textbook_radius_is_larger_and_wrong_where_ours_is_not():
@@ -138,7 +138,7 @@ def test_the_textbook_radius_is_larger_and_wrong_where_ours_is_not():
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.2)
-    exact = model.exact(1e-12)
+    exact = model.to_exact(1e-12)
     a, b = images(200), images(200)
     near, across = across_the_boundary(exact, a, b, distance=1e-3)
     assert len(near) > 20
@@ -147,7 +147,7 @@ def test_the_textbook_radius_is_larger_and_wrong_where_ours_is_not():
     wrong = {}
     for tol in (1e-1, 1e-2, 1e-5):
         model.layer.tol, model.layer.on_failure = tol, "warn"
-        labels, proof = model(near).argmax(1), model.certificate("diagonal")
+        labels, proof = model(near).argmax(1), model.certificate(bound="diagonal")
         for sound in (True, False):
             radius = model.certified_radius(near, labels, proof, sound=sound)
             wrong[tol, sound] = int(((radius >= distance) & (labels != beyond)).sum())
@@ -179,7 +179,7 @@ def test_a_convolution_without_a_bound_is_bounded_afterwards():
     model = config.build().double().requires_grad_(False)
     assert model.bounds == ("promised", "scaled")
     assert model.certificate().bound == math.inf
-    certificate = model.certificate("scaled")
+    certificate = model.certificate(bound="scaled")
     x = images(100, config=config)
     y = x + 0.1 * torch.randn_like(x)
     quotient = (model(x) - model(y)).norm(dim=1) / (x - y).flatten(1).norm(dim=1)
@@ -191,9 +191,9 @@ def test_a_chain_with_an_equilibrium_core():
         shape=(3, 8, 8), classes=4, mean=(0.5,) * 3, std=(1.0,) * 3, channels=(6,), depths=(1,),
         conv_hidden=3, pool=4, dense_depth=1, dense_hidden=8, core=5,
     )  # fmt: skip
-    model = config.build().exact(1e-9)
+    model = config.build().to_exact(1e-9)
     x = torch.rand(10, 3, 8, 8, dtype=torch.float64)
-    result = model.certified_logits(x, model.certificate())
+    result = model.forward_with_error(x, model.certificate())
     assert result.steps > 0
     torch.testing.assert_close(result.logits, model(x))
     with pytest.raises(ValueError, match="core must be at least 0"):

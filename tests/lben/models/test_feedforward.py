@@ -22,11 +22,11 @@ def config(**changes):
 
 @pytest.mark.parametrize("block", ["sll", "cpl", "aol", "spectral", "sandwich"])
 def test_every_family_is_certified_and_holds(block):
-    model = config(block=block, channels=(6, 8), depths=(1, 2), pool=2).build().exact(1e-8)
+    model = config(block=block, channels=(6, 8), depths=(1, 2), pool=2).build().to_exact(1e-8)
     certificate = model.certificate()
     assert 0.3 < certificate.bound < 1.01 * model.gamma
     x = torch.rand(30, 3, 8, 8, dtype=torch.float64)
-    logits = model.certified_logits(x, certificate)
+    logits = model.forward_with_error(x, certificate)
     torch.testing.assert_close(logits.logits, model(x))
     assert float(logits.error.max()) < 1e-8
     labels = logits.logits.argmax(1)
@@ -38,7 +38,7 @@ def test_every_family_is_certified_and_holds(block):
 
 
 def test_a_radius_is_approached():
-    model = config(channels=(3,), depths=(0,), pool=1, dense_depth=0).build().exact(1e-8)
+    model = config(channels=(3,), depths=(0,), pool=1, dense_depth=0).build().to_exact(1e-8)
     x = 0.4 + 0.2 * torch.rand(20, 3, 8, 8, dtype=torch.float64)
     labels = model(x).argmax(1)
     radius = model.certified_radius(x, labels)
@@ -94,7 +94,7 @@ def test_odd_channels_are_refused_by_name():
     with pytest.raises(ValueError, match="size must be"):
         published_architecture("huge")
     with pytest.raises(ValueError, match="has the bounds promised, not 'diagonal'"):
-        config().build().certificate("diagonal")
+        config().build().certificate(bound="diagonal")
 
 
 def test_checkpoints_bring_it_back(tmp_path):

@@ -96,7 +96,7 @@ def test_right_inverse_refuses_what_it_cannot_represent():
     with pytest.raises(ValueError, match="feed-through D"):
         target.right_inverse(scrambled({"gamma": 1.0, "feedthrough": True})())
     fixed = DirectParameterization(7, 6, 3, dtype=torch.float64, gamma=1.0, learn_metric=False)
-    with pytest.raises(ValueError, match="keeps Λ = I"):
+    with pytest.raises(ValueError, match="fixed Λ = I"):
         fixed.right_inverse(scrambled({"gamma": 1.0})())
     infeasible = scrambled({"gamma": 1.0})().apply(torch.Tensor.detach)
     infeasible.W.mul_(0).fill_diagonal_(0.99)

@@ -14,13 +14,13 @@ from lben import (
     EquilibriumClassifierConfig,
     EquilibriumLinear,
 )
-from lben.certificates.local import LocalClaim, fewer_inputs, is_proved_locally
+from lben.certificates.local import LocalClaim, can_prove_local_claim, compress_inputs
 from lben.evaluation.attacks import pgd_l2
 from lben.radii.error_bounds import Affine
 from lben.radii.local import LocalCertifier, OperatingPoints
 from lben.radii.margin import certified_radius
 from lben.rigorous import Enclosure
-from lben.tightening.local import LocalProgram, tighten_locally, widen
+from lben.tightening.local import LocalProgram, tighten_locally, widen_slope_bounds
 from solvers import LeakyReLU, ReLU, Tanh
 
 CONFIG = EquilibriumClassifierConfig(
@@ -35,7 +35,7 @@ def model(seed=0, activation="relu", feedthrough=False):
     with torch.no_grad():
         for p in built.parameters():
             p.add_(torch.randn_like(p), alpha=0.3)
-    return built.exact(1e-9).requires_grad_(False)
+    return built.to_exact(1e-9).requires_grad_(False)
 
 
 @pytest.fixture(params=[("relu", False), ("leaky_relu", False), ("tanh", False), ("relu", True)])
@@ -43,7 +43,7 @@ def case(request):
     net = model(3, *request.param)
     x = torch.rand(60, 1, 4, 4, dtype=torch.float64)
     labels = net(x).argmax(1)
-    certificate = net.certificate("diagonal")
+    certificate = net.certificate(bound="diagonal")
     local = net.local_certifier(certificate)
     operating_points = net.operating_points(x, certificate, local)
     start = certified_radius(
@@ -73,7 +73,7 @@ def test_local_certificates_are_not_far_from_attacks():
     net = model(1)
     x = torch.rand(40, 1, 4, 4, dtype=torch.float64)
     labels = net(x).argmax(1)
-    certificate = net.certificate("diagonal")
+    certificate = net.certificate(bound="diagonal")
     local = net.local_certifier(certificate)
     operating_points = net.operating_points(x, certificate, local)
     start = certified_radius(operating_points.logits, labels, certificate.radius_bound())
@@ -89,14 +89,14 @@ def test_lines_enlarge_radii_that_withstand_attacks():
     """Nothing but σ is one-sided here: the inputs may go anywhere."""
     net = model(3)
     x = torch.rand(60, 1, 4, 4, dtype=torch.float64)
-    labels, certificate = net(x).argmax(1), net.certificate("diagonal")
+    labels, certificate = net(x).argmax(1), net.certificate(bound="diagonal")
     local = net.local_certifier(certificate)
     operating_points = net.operating_points(x, certificate, local)
     start = certified_radius(operating_points.logits, labels, certificate.radius_bound()) * (
         1 - 1e-6
     )
     plain = local.radius(operating_points, labels, start, steps=6)
-    radius = local.radius(operating_points, labels, start, steps=6, facts=True)
+    radius = local.radius(operating_points, labels, start, steps=6, constraints=True)
     assert float((radius / plain).min()) > 0.98  # the programs stop at a gap
     assert float((radius / plain).max()) > 1.02
     for i in (radius / plain).argsort(descending=True)[:12].tolist():
@@ -123,7 +123,7 @@ def test_lines_are_below(activation):
     assert Tanh().lower_lines(v, 0 * v) == ()
 
 
-def test_weights_of_facts_are_not_trusted(monkeypatch):
+def test_weights_of_constraints_are_not_trusted(monkeypatch):
     """Weights of the wrong sign, of nothing known, or without their price would show anything."""
     eye = torch.eye(2, dtype=torch.float64)
     zero, much = 0 * eye, 4.0 * torch.tensor([[0.0, 0.0], [1.0, 1.0]]).double()
@@ -135,13 +135,13 @@ def test_weights_of_facts_are_not_trusted(monkeypatch):
         )
         room = torch.tensor([[[0.0, 0.0], [rise, rise]]]).double()
         operating_points = OperatingPoints(
-            v=zero[:1], v_error=zero[:1], logits=eye[:1], logit_error=zero[0, :1], room=room
+            v=zero[:1], v_error=zero[:1], logits=eye[:1], logit_error=zero[0, :1], box_slack=room
         )
         proposal = torch.zeros(1, 8).double()
         proposal[:, place : place + 2] = value
         monkeypatch.setattr(
             "lben.radii.local.tighten_with_constraints",
-            lambda problem, lines, room, target: (target, 0.1 + zero[:1], proposal),
+            lambda problem, lines, box_slack, target: (target, 0.1 + zero[:1], proposal),
         )
         return bool(
             LocalCertifier(weights, ReLU()).certifies(operating_points, torch.tensor([0]), 1.0)
@@ -177,11 +177,13 @@ def test_training_on_does_not_change_a_proof():
     assert torch.equal(local.certifies(operating_points, logits.argmax(1), 0.5), held)
 
 
-def test_room_without_facts_is_refused(case):
+def test_box_slack_without_constraints_is_refused(case):
     _, _, labels, local, operating_points, start = case
-    faced = dataclasses.replace(operating_points, room=torch.zeros(60, 2, 16, dtype=torch.float64))
-    with pytest.raises(ValueError, match="room is a fact"):
-        local.certifies(faced, labels, start, facts=False)
+    faced = dataclasses.replace(
+        operating_points, box_slack=torch.zeros(60, 2, 16, dtype=torch.float64)
+    )
+    with pytest.raises(ValueError, match="have box_slack, which is a constraint"):
+        local.certifies(faced, labels, start, constraints=False)
 
 
 def test_a_larger_radius_is_never_easier(case):
@@ -199,7 +201,7 @@ def test_images_that_stay_in_their_range_have_larger_radii(case):
     """Attacks stay in [0, 1] too; half of the pixels are 0 or 1."""
     net, x, _, local, *_ = case
     x = (1.6 * x - 0.3).clamp(0, 1)
-    labels, certificate = net(x).argmax(1), net.certificate("diagonal")
+    labels, certificate = net(x).argmax(1), net.certificate(bound="diagonal")
     anywhere = net.operating_points(x, certificate, local)
     inside = net.operating_points(x, certificate, local, pixels=True)
     start = certified_radius(anywhere.logits, labels, certificate.radius_bound())
@@ -213,7 +215,7 @@ def test_images_that_stay_in_their_range_have_larger_radii(case):
         assert not bool(broken.any())
 
 
-def test_room_helps_exactly_where_it_should():
+def test_box_slack_helps_exactly_where_it_should():
     """y = (1, 4(x₁ − x₂)) at x = 0: without x₁ rising or x₂ falling the label cannot change."""
     eye = torch.eye(2, dtype=torch.float64)
     weights = DenseWeights(
@@ -228,7 +230,7 @@ def test_room_helps_exactly_where_it_should():
     def held(radius, fall=(np.inf, np.inf), rise=(np.inf, np.inf)):
         room = torch.tensor([[fall, rise]]).double()
         operating_points = OperatingPoints(
-            v=v, v_error=0 * v, logits=y, logit_error=0 * v[:, 0], room=room
+            v=v, v_error=0 * v, logits=y, logit_error=0 * v[:, 0], box_slack=room
         )
         return bool(local.certifies(operating_points, label, radius))
 
@@ -260,7 +262,7 @@ def test_errors_of_the_anchor_cost_radius(case):
 
 def test_gains_bound_every_pre_activation(case):
     net, x, _, local, operating_points, _ = case
-    certificate = net.certificate("diagonal")
+    certificate = net.certificate(bound="diagonal")
     moved = x + 0.3 * torch.randn_like(x)
     other = net.operating_points(moved, certificate, local)
     distance = (moved - x).flatten(1).norm(dim=1) * net.normalize.gain
@@ -273,19 +275,21 @@ def test_gains_bound_every_pre_activation(case):
 def test_fewer_inputs_reach_what_all_inputs_reach(shape):
     A = torch.randn(shape, dtype=torch.float64).numpy()
     A[0] *= 1e6
-    R = fewer_inputs(A)
+    R = compress_inputs(A)
     assert R.shape == (shape[0], shape[0])
     excess = np.linalg.eigvalsh(np.linalg.pinv(R) @ A @ A.T @ np.linalg.pinv(R).T)
     assert excess.max() <= 1 + 1e-9
     assert excess.max() > 1 - 1e-3
-    assert not fewer_inputs(np.zeros(shape)).any()
+    assert not compress_inputs(np.zeros(shape)).any()
 
 
 def test_a_false_local_claim_is_refused():
     """γ below the gain of the linear map that remains when every unit is fixed."""
     torch.manual_seed(0)
     weights = EquilibriumLinear(5, 6, 2, gamma=3.0, dtype=torch.float64).weights().to(torch.float64)
-    low, high = widen(*(torch.full((1, 6), s, dtype=torch.float64) for s in (1.0, 1.0)))
+    low, high = widen_slope_bounds(
+        *(torch.full((1, 6), s, dtype=torch.float64) for s in (1.0, 1.0))
+    )
     matrices = (weights.W, weights.U[None], weights.C[None], weights.C.new_zeros(1, 2, 5))
     W, U, C, D = matrices
     problem = LocalProgram(W=W, U=U, C=C, D=D, Lambda=weights.Lambda, low=low, high=high)
@@ -302,7 +306,7 @@ def test_a_false_local_claim_is_refused():
         )  # fmt: skip
         W, U, C, D = (t.reshape(t.shape[-2:]).numpy() for t in matrices)
         claim = dataclasses.replace(claim, **changes)
-        return is_proved_locally(W, U, Enclosure(C), Enclosure(D), claim)
+        return can_prove_local_claim(W, U, Enclosure(C), Enclosure(D), claim)
 
     assert proved(1.0)
     assert not proved(0.98)
@@ -361,7 +365,7 @@ def test_units_that_see_no_input_have_proofs():
 
 def pieces(seed=0):
     net = model(seed)
-    certificate = net.certificate("scaled")
+    certificate = net.certificate(bound="scaled")
     local = net.local_certifier(certificate)
     x = torch.rand(5, 1, 4, 4, dtype=torch.float64)
     return net, certificate, local, x, net(x).argmax(1)
@@ -383,7 +387,7 @@ def test_local_proofs_are_of_one_activation_and_normalisation(what):
     REPLACED[what](net)
     with pytest.raises(CertificateError, match="for another network"):
         net.operating_points(x, certificate, local)
-    other = net.local_certifier(net.certificate("scaled"))
+    other = net.local_certifier(net.certificate(bound="scaled"))
     assert other.fingerprint != local.fingerprint
     with pytest.raises(CertificateError, match="another activation or another normalisation"):
         other.certifies(before, labels, 1e-3)
@@ -436,9 +440,13 @@ def test_labels_of_any_integer_type(dtype):
 def test_radii_and_anchors_that_are_no_numbers():
     net, certificate, local, x, labels = pieces()
     operating_points = net.operating_points(x, certificate, local)
-    for facts in (False, True):
-        assert not bool(local.certifies(operating_points, labels, math.inf, facts=facts).any())
-        assert not bool(local.certifies(operating_points, labels, 1e300, facts=facts).any())
+    for constraints in (False, True):
+        assert not bool(
+            local.certifies(operating_points, labels, math.inf, constraints=constraints).any()
+        )
+        assert not bool(
+            local.certifies(operating_points, labels, 1e300, constraints=constraints).any()
+        )
     with pytest.raises(ValueError, match="one for all or 5"):
         local.certifies(operating_points, labels, torch.zeros(4))
     for bad in (math.nan, -1.0):
@@ -459,10 +467,10 @@ def test_radii_and_anchors_that_are_no_numbers():
 
 def test_rows_too_small_to_be_reduced_are_refused():
     with pytest.raises(CertificateError, match="denormal"):
-        fewer_inputs(np.array([[1e-310, 0.0], [1.0, 0.0]]))
+        compress_inputs(np.array([[1e-310, 0.0], [1.0, 0.0]]))
     with pytest.raises(CertificateError, match="not finite"):
-        fewer_inputs(np.array([[math.inf, 0.0]]))
-    large = fewer_inputs(np.array([[1e200, 0.0], [0.0, 1e-200]]))
+        compress_inputs(np.array([[math.inf, 0.0]]))
+    large = compress_inputs(np.array([[1e200, 0.0], [0.0, 1e-200]]))
     assert np.isfinite(large).all()
 
 

@@ -13,11 +13,10 @@ from lben import (
     EquilibriumLinear,
     certified_radius,
     certify,
-    certify_pairs,
     compose,
     tighten_pairs,
 )
-from lben.certificates import certify_linf, interval_bounds
+from lben.certificates import IntervalClaim
 from lben.radii.margin import pair_bounds
 from lben.tightening import tighten_linf
 
@@ -121,7 +120,7 @@ def layer():
 )
 def test_bounds_of_pairs_come_as_they_are(kind):
     weights = layer().weights()
-    pairs = certify_pairs(weights, tighten_pairs(weights, fix_multiplier=True))
+    pairs = certify(weights, tighten_pairs(weights, fix_multiplier=True))
     table = {
         "record": pairs, "tuples": pairs.bounds, "lists": [list(row) for row in pairs],
         "array": np.array(pairs), "float32 array": np.array(pairs, dtype=np.float32),
@@ -138,7 +137,7 @@ def test_bounds_of_pairs_come_as_they_are(kind):
 
 def test_bounds_of_pairs_know_their_weights():
     weights = layer().weights().apply(torch.Tensor.detach)
-    pairs = certify_pairs(weights, tighten_pairs(weights, fix_multiplier=True))
+    pairs = certify(weights, tighten_pairs(weights, fix_multiplier=True))
     assert len(pairs) == 3
     assert pairs[0][1] == pairs.bounds[0][1] == pairs[1][0]
     assert [row[2] for row in pairs] == [row[2] for row in pairs.bounds]
@@ -149,7 +148,7 @@ def test_bounds_of_pairs_know_their_weights():
         compose([certify(other)], 1.0, pairs)
     with pytest.raises(CertificateError, match="other weights"):
         compose([], 1.0, pairs)
-    for found in (interval_bounds(weights), certify_linf(weights, tighten_linf(weights))):
+    for found in (certify(weights, IntervalClaim()), certify(weights, tighten_linf(weights))):
         assert found.norm == "linf"
         with pytest.raises(CertificateError, match="take certify_pairs"):
             compose([certify(weights)], 1.0, found)

@@ -15,7 +15,6 @@ from lben import (
     SandwichLinear,
     SLLLinear,
     certify,
-    certify_pairs,
     stack,
     tighten_diagonal,
     tighten_pairs,
@@ -105,8 +104,8 @@ def test_joint_and_pair_bounds_are_those_of_a_general_solver(gamma, feedthrough)
 def test_bounds_of_pairs_are_proved_and_ordered():
     weights = dense()
     whole = certify(weights, tighten_diagonal(weights)).bound
-    jointly = torch.tensor(certify_pairs(weights, tighten_pairs(weights)))
-    kept = torch.tensor(certify_pairs(weights, tighten_pairs(weights, fix_multiplier=True)))
+    jointly = torch.tensor(certify(weights, tighten_pairs(weights)))
+    kept = torch.tensor(certify(weights, tighten_pairs(weights, fix_multiplier=True)))
     assert bool((jointly <= kept * (1 + 1e-4)).all())
     off = ~torch.eye(4, dtype=torch.bool)
     assert bool((jointly[off] <= 2**0.5 * whole * (1 + 1e-4)).all())
@@ -123,10 +122,10 @@ def test_a_false_bound_of_a_pair_is_refused():
     claim = claims[1, 2]
     claims[1, 2] = Claim(claim.gamma * (1 - 1e-5), claim.Lambda)
     with pytest.raises(CertificateError, match="could not be proved"):
-        certify_pairs(weights, claims)
+        certify(weights, claims)
     del claims[1, 2]
     with pytest.raises(ValueError, match="outputs 1 and 2"):
-        certify_pairs(weights, claims)
+        certify(weights, claims)
 
 
 def test_the_interior_point_method_closes_its_gap():

@@ -8,8 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lben import EquilibriumLinear, certify_pairs, interval_bounds
-from lben.certificates import Certificate, NetworkCertificate, PairCertificate
+from lben import EquilibriumLinear, IntervalClaim
+from lben.certificates import (
+    ChainCertificate,
+    LayerCertificate,
+    PairCertificate,
+    certify,
+)
 from lben.models import EquilibriumClassifierConfig, FeedforwardClassifierConfig
 from lben.tightening import tighten_pairs
 from lben.training import checkpoints
@@ -113,35 +118,38 @@ def test_a_foreign_state_of_training_is_refused(run, tmp_path, change, message):
 
 def test_a_certificate_is_read_back_equal(run):
     text = (run / "certificate.json").read_text(encoding="utf-8")
-    found = NetworkCertificate.from_json(text)
+    found = ChainCertificate.from_json(text)
     assert found.to_json() + "\n" == text
-    assert NetworkCertificate.from_json(found.to_json()) == found
-    layer = found.layers[0]
-    assert Certificate.from_json(layer.to_json()) == layer
+    assert ChainCertificate.from_json(found.to_json()) == found
+    layer = found.layers[-1]
+    assert type(layer).from_json(layer.to_json()) == layer
     unbounded = EquilibriumClassifierConfig(**IMAGES, hidden=6, gamma=None).build().certificate()
     assert json.loads(unbounded.to_json())["bound"] is None
-    assert NetworkCertificate.from_json(unbounded.to_json()) == unbounded
-    with pytest.raises(ValueError, match="margin and m must be numbers"):
-        Certificate.from_json(layer.to_json().replace(f'"m": {layer.m!r}', '"m": null'))
+    assert ChainCertificate.from_json(unbounded.to_json()) == unbounded
+    with pytest.raises(ValueError, match="m must be a number"):
+        type(layer).from_json(layer.to_json().replace(f'"m": {layer.m!r}', '"m": null'))
 
 
 @pytest.mark.parametrize("bad", ["0.0", "-1.0", "NaN", "-Infinity"])
 def test_a_certificate_whose_numbers_bound_nothing_is_refused_by_name(bad):
-    found = EquilibriumClassifierConfig(**IMAGES, hidden=6).build().certificate("pairs")
+    found = EquilibriumClassifierConfig(**IMAGES, hidden=6).build().certificate(bound="pairs")
     for change, name in {
-        lambda record: record.update(bound=bad): "bound must be positive",
-        lambda record: record.update(input_gain=bad): "input_gain must be positive",
-        lambda record: record["layers"][0].update(bound=bad): "bound of a layer must be positive",
-        lambda record: record["pairs"][0].__setitem__(1, bad): "pairs must be positive",
+        lambda record: record.update(bound=bad): "ChainCertificate: bound must be positive",
+        lambda record: record["layers"][0].update(bound=bad): (
+            "LipschitzCertificate: bound must be positive"
+        ),
+        lambda record: record["pairs"]["bounds"][0].__setitem__(1, bad): (
+            "PairCertificate: bounds must be positive"
+        ),
     }.items():
         record = json.loads(found.to_json())
         change(record)
         text = json.dumps(record).replace(f'"{bad}"', bad)
-        with pytest.raises(ValueError, match=f"this is no NetworkCertificate: {name}"):
-            NetworkCertificate.from_json(text)
-    layer = found.layers[0]
-    with pytest.raises(ValueError, match="this is no Certificate: bound must be positive"):
-        Certificate.from_json(
+        with pytest.raises(ValueError, match=f"this is no {name}"):
+            ChainCertificate.from_json(text)
+    layer = found.layers[-1]
+    with pytest.raises(ValueError, match="this is no LayerCertificate: bound must be positive"):
+        LayerCertificate.from_json(
             layer.to_json().replace(f'"bound": {layer.bound!r}', f'"bound": {bad}')
         )
 
@@ -149,8 +157,8 @@ def test_a_certificate_whose_numbers_bound_nothing_is_refused_by_name(bad):
 def test_bounds_of_pairs_are_read_back_equal():
     torch.manual_seed(0)
     weights = EquilibriumLinear(6, 9, 3, gamma=2.0).weights()
-    pairs = certify_pairs(weights, tighten_pairs(weights))
-    for found in (pairs, interval_bounds(weights)):
+    pairs = certify(weights, tighten_pairs(weights))
+    for found in (pairs, certify(weights, IntervalClaim())):
         again = PairCertificate.from_json(found.to_json())
         assert again == found
         assert torch.equal(again.tensor(), found.tensor())
@@ -168,17 +176,17 @@ def test_bounds_of_pairs_are_read_back_equal():
 @pytest.mark.parametrize("less", [1e-12, 1e-3])
 def test_bounds_that_rounding_moves_are_proved_anew_without_a_word(run, tmp_path, less):
     model = checkpoints.load_model(run)
-    proved = model.certificate("diagonal pairs")
-    (layer,) = proved.layers
+    proved = model.certificate(bound="diagonal pairs")
+    *first, layer = proved.layers
     claimed = replace(
         proved, bound=proved.bound * (1 - less),
-        layers=(replace(layer, bound=layer.bound * (1 - less)),),
+        layers=(*first, replace(layer, bound=layer.bound * (1 - less))),
     )  # fmt: skip
     path = tmp_path / checkpoints.CERTIFICATE
     checkpoints.write_json(path, claimed)
     found, doubts = checkpoints.prove_again(tmp_path, model)
     assert (doubts is None) == (less < 1e-6)
-    kept = NetworkCertificate.from_json(path.read_text(encoding="utf-8"))
+    kept = ChainCertificate.from_json(path.read_text(encoding="utf-8"))
     assert kept.bound == (found.bound if less < 1e-6 else claimed.bound)
     assert bool(found.shortfall(claimed))
     assert bool(found.shortfall(claimed, 1e-6)) == (less > 1e-6)
@@ -187,23 +195,25 @@ def test_bounds_that_rounding_moves_are_proved_anew_without_a_word(run, tmp_path
 def test_what_a_certificate_claims_beyond_a_proof_is_named(run, tmp_path):
     folder = copied(run, tmp_path)
     model = checkpoints.load_model(folder)
-    best = model.certificate("diagonal pairs")
-    pairs = [[0.01 * b for b in row] for row in best.pairs]
+    best = model.certificate(bound="diagonal pairs")
+    pairs = replace(best.pairs, bounds=tuple(tuple(0.01 * b for b in row) for row in best.pairs))
+    *first, layer = best.layers
     for changes, name in (
         ({"bound": 1e-3}, "it claims 0.001 as the bound, and only"),
-        ({"layers": (replace(best.layers[0], bound=1e-9),)}, "1e-09 as the bound of layer 0, and"),
-        ({"pairs": tuple(map(tuple, pairs))}, "as the bound of the outputs 0 and 1, and only"),
+        ({"layers": (*first, replace(layer, bound=1e-9))}, "1e-09 as the bound of module 2, and"),
+        ({"pairs": pairs}, "as the bound of the outputs 0 and 1, and only"),
     ):
         checkpoints.write_json(folder / "certificate.json", replace(best, **changes))
         proved, doubts = checkpoints.prove_again(folder, model)
         assert name in doubts
-        assert proved == best  # the dearest proof
+        assert proved == best  # the most expensive proof
         assert name in checkpoints.certificate_doubts(folder, best)
     larger = tuple((*row, 1.0) for row in (*best.pairs, best.pairs[0]))
+    larger = replace(best.pairs, bounds=larger)
     checkpoints.write_json(folder / "certificate.json", replace(best, pairs=larger))
     assert "it is of 11 outputs, and there are 10" in checkpoints.prove_again(folder, model)[1]
     for bound in model.bounds:
-        found = model.certificate(bound)
+        found = model.certificate(bound=bound)
         checkpoints.write_json(folder / "certificate.json", found)
         proved, doubts = checkpoints.prove_again(folder, model)
         assert doubts is None
@@ -214,14 +224,14 @@ def test_a_certificate_is_checked_against_the_model_beside_it(run, tmp_path):
     folder = copied(run, tmp_path)
     model = checkpoints.load_model(folder)
     assert checkpoints.certificate_doubts(folder, model.certificate()) is None
-    assert checkpoints.certificate_doubts(folder, model.certificate("scaled")) is None
+    assert checkpoints.certificate_doubts(folder, model.certificate(bound="scaled")) is None
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.layer.parameterization.b[0] += 2.0**-10
     doubts = checkpoints.certificate_doubts(folder, other.certificate())
-    assert "of another model: layer 0 has fingerprint" in doubts
+    assert "of another model: module 2 has fingerprint" in doubts
     doubts = checkpoints.certificate_doubts(folder, model.double().certificate())
-    assert "layer 0 has dtype" in doubts
+    assert "module 0 has dtype" in doubts
     (folder / "certificate.json").write_text("{")
     assert "cannot be read" in checkpoints.certificate_doubts(folder, model.certificate())
     (folder / "certificate.json").unlink()

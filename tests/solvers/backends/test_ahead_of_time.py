@@ -36,7 +36,7 @@ def test_the_launcher_refuses_no_case_and_none_is_lost(front_end):
         assert row["kernel"], f"{row['case']}: {row['error']}"
     assert len(front_end) >= 30
     words = " ".join(row["case"] for row in front_end)
-    for word in ("n=80 ", "n=256 ", "n=600 ", "float64", "reflected_sum", "activated", "adjoint"):
+    for word in ("n=80 ", "n=256 ", "n=600 ", "float64", "reflect_sum", "activated", "adjoint"):
         assert word in words, f"no specialisation for {word}"
 
 

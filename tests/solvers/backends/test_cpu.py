@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -14,14 +11,14 @@ from solvers import (
     PeacemanRachford,
     ReLU,
     Tanh,
+    native,
     solve,
 )
-from solvers import native as compiled
 from solvers.native import library
 from tests.problems import monotone_operator, random_inclusion
 
 pytestmark = pytest.mark.skipif(
-    library.build().kernels is None, reason=f"no compiled kernels here: {compiled.status()}"
+    library.build().kernels is None, reason=f"no compiled kernels here: {native.status()}"
 )
 METHODS = [PeacemanRachford, DouglasRachford, ForwardBackward]
 
@@ -160,68 +157,3 @@ def test_float32_goes_on_in_float64_where_it_stalls():
         double = solve(problem.to(torch.float64), tol=1e-12, max_steps=20000, on_failure="raise")
         error = double.value - solution.value.double()
         assert (operator.to(torch.float64).norm(error) <= solution.error_bound).all()
-
-
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"PATH": ""}, "no C\\+\\+ compiler found"),
-        ({"CXX": "false"}, "no compiled kernels: .*false"),
-        ({"CXX": "'false"}, "no compiled kernels: No closing quotation"),
-        ({"CXX": "env false"}, "no compiled kernels: .*env false failed"),
-        (
-            {"CXX": "sh -c 'printf \\\\351 >&2; exit 1'"},
-            "no compiled kernels: .*sh .*failed: \ufffd",
-        ),
-        ({"XDG_CACHE_HOME": "/proc/nowhere"}, "no compiled kernels: .*nowhere"),
-    ],
-)
-def test_without_a_compiler_every_solve_runs_in_torch_and_says_so(
-    environment, message, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    result = library.build.__wrapped__()
-    assert result.kernels is None
-    monkeypatch.setattr("solvers.backends.cpu.build", lambda: result)
-    problem = random_inclusion()
-    assert solve(problem).stats.loop == "torch"
-    with pytest.raises(ValueError, match=f"demanded, but .*{message}"):
-        solve(problem, PeacemanRachford(compiled=True))
-
-
-def test_without_a_home_every_solve_runs_in_torch(monkeypatch):
-    def no_home():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(library.Path, "home", no_home)
-    assert library.build.__wrapped__().message.endswith(
-        "no compiled kernels: Could not determine home directory."
-    )
-
-
-@pytest.mark.parametrize("size", [0, 100, 9000])
-def test_a_damaged_library_is_built_again(size, tmp_path):
-    code = "from solvers import compiled; print(compiled.status())"
-    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "CXX": "env c++"}
-    command = [sys.executable, "-c", code]
-    for _ in range(2):
-        output = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
-        assert output.startswith(b"compiled kernels: ")
-        (library,) = (tmp_path / "lben").iterdir()
-        library.write_bytes(library.read_bytes()[:size])
-
-
-def test_two_processes_may_build_at_once(tmp_path):
-    code = "from solvers import compiled; print(compiled.status())"
-    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    both = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
-        for _ in range(2)
-    ]
-    for process in both:
-        output, _ = process.communicate(timeout=120)
-        assert output.startswith(b"compiled kernels: ")
-    assert len(list((tmp_path / "lben").iterdir())) == 1

@@ -90,7 +90,7 @@ def test_bias_activation_and_scale_in_one_pass(everywhere, sigma, dtype, shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradients_in_one_pass(everywhere, monkeypatch, sigma, dtype, shape):
     u, b, t, s = draw_report(shape, dtype, grad=True)
-    monkeypatch.setattr(pointwise, "_pulled", None)  # the kernel answers alone
+    monkeypatch.setattr(pointwise, "_pull_back", None)  # the kernel answers alone
     for bias, inner in variants(b, s):
         inputs = [x for x in (u, bias, t, inner) if x is not None]
         expected = composed(u, bias, t, inner, sigma)
@@ -168,7 +168,7 @@ class Refused:
 @pytest.fixture
 def refused(everywhere, monkeypatch):
     """No kernel can be compiled."""
-    names = ("activate", "activate_backward", "reflected_sum")
+    names = ("activate", "activate_backward", "reflect_sum")
     kernels = SimpleNamespace(**{name: Refused(name) for name in names})
     monkeypatch.setattr(pointwise, "_kernels", lambda: kernels)
     launch.forget_failures()
@@ -223,7 +223,7 @@ def test_a_reflection_that_fails_is_pytorchs(refused):
     x = torch.randn_like(problem.bias)
     apply = backends.reflect_sum(problem, 0.5, problem.bias)
     expected = x.abs() + problem.bias
-    with pytest.warns(KernelWarning, match="kernel reflected_sum does not run"):
+    with pytest.warns(KernelWarning, match="kernel reflect_sum does not run"):
         torch.testing.assert_close(apply(x.clone()), expected)
     torch.testing.assert_close(apply(x.clone()), expected)
 

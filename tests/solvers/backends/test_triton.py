@@ -27,27 +27,16 @@ from solvers.backends import triton_tiles as tiles
 from solvers.backends.step import Request
 from solvers.backends.triton_steps import Steps
 from solvers.backends.triton_tiles import Loop
-from solvers.operators import base
+from solvers.operators import memo
 from tests.problems import monotone_operator, random_inclusion
 from tests.solvers.test_fixed_steps import NoLook
 
 pytest.importorskip("triton")
 HERE = "cuda" if torch.cuda.is_available() else "cpu"
-CUT = tiles.cut
+CUT = tiles.choose_cut
 METHODS = [PeacemanRachford, DouglasRachford, ForwardBackward]
 # Units: of a program that has all in its registers, of one that has tiles, of one launch a step.
 SIZES = [(3, 5), (16, 18), (21, 17), (27, 18)]
-
-
-@pytest.mark.parametrize(("n", "capability", "resident"), [
-    (80, (8, 9), True), (80, (10, 0), False), (81, (8, 9), False), (81, (9, 4), False),
-    (128, (8, 0), True), (129, (8, 0), False), (256, (9, 0), True), (257, (9, 0), False),
-])  # fmt: skip
-def test_what_stays_on_the_chip_depends_on_the_chip(n, capability, resident):
-    found = CUT(n, torch.float32, tiles.most_resident(capability))
-    assert found.resident == resident
-    assert found.width >= n
-    assert CUT(n, torch.float64).resident == (n <= 128)
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +49,7 @@ def small_tiles(monkeypatch):
         held = {3: 0, 16: 1}.get(n, 2) if dtype == torch.float32 else 0
         return tiles.Cut(blocks, rows=16, depth=16, warps=4, resident=n <= 24, held=held)
 
-    monkeypatch.setattr(tiles, "cut", cut)
+    monkeypatch.setattr(tiles, "choose_cut", cut)
 
 
 def on_device(problem):
@@ -105,7 +94,7 @@ def test_the_loop_of_the_device_agrees_with_the_plain_one(method, kind, dtype, n
 @pytest.mark.parametrize(("n", "m"), [(7, 0.1), (80, 0.1), (80, 0.001), (150, 0.1)])
 def test_increments_cost_no_steps_and_say_the_residual(monkeypatch, n, m, tol):
     """With the tiles of the device: 80 units are 64 and 16, 150 are padded to 256."""
-    monkeypatch.setattr(tiles, "cut", CUT)
+    monkeypatch.setattr(tiles, "choose_cut", CUT)
     problem = on_device(random_inclusion(n, (19,), dtype=torch.float32, m=m, seed=n))
     one = solve(problem, PeacemanRachford(compiled=True), tol=tol, on_failure="raise")
     other = solve(problem, PeacemanRachford(compiled=False), tol=tol, on_failure="raise")
@@ -192,10 +181,10 @@ def test_refusals_say_why(monkeypatch):
     with pytest.raises(ValueError, match="is not piecewise linear"):
         solve(dataclasses.replace(problem, activation=Tanh()), PeacemanRachford(compiled=True))
     monkeypatch.setattr(device, "has_triton", lambda: False)
-    assert device.supports(problem) == "Triton is not installed (pip install triton)"
+    assert device.find_obstacle(problem) == "Triton is not installed (pip install triton)"
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     if HERE == "cpu":
-        assert device.supports(problem) == "the problem is on cpu, not on a CUDA device"
+        assert device.find_obstacle(problem) == "the problem is on cpu, not on a CUDA device"
 
 
 @pytest.mark.gpu
@@ -265,8 +254,8 @@ def test_a_budget_never_waits_for_the_device(n, step_size, activation, monkeypat
         compared.extend(tensors)
         return True
 
-    for module in (dependencies, base):
-        monkeypatch.setattr(module, "all_same", counted)
+    for module in (dependencies, memo):
+        monkeypatch.setattr(module, "are_identical", counted)
     with NoLook():
         run()
     assert compared == []
@@ -312,13 +301,13 @@ def test_few_steps_end_with_an_exact_one():
 
 def test_the_numbers_of_a_captured_graph_stay_where_they_are(monkeypatch):
     handed = []
-    own = tiles._lasting_numbers
+    own = tiles._permanent_numbers
 
     def watched(*key):
         handed.append(own(*key))
         return handed[-1]
 
-    monkeypatch.setattr(tiles, "_lasting_numbers", watched)
+    monkeypatch.setattr(tiles, "_permanent_numbers", watched)
     W, v = torch.zeros(16, 16), torch.ones(3, 16)
     fixed_step_equilibrium(W, v, ReLU(), step_size=0.5, steps=3)
     for tol in range(1, 300):
@@ -348,8 +337,10 @@ def test_what_rounding_of_v_makes_of_a_residual_is_that_of_the_units_that_are_no
     n, operator = 27, monotone_operator(27, m=0.5, dtype=torch.float32)
     problem = on_device(Inclusion(operator, torch.randn(5, n), ReLU()))
     z = torch.relu(torch.randn(5, n)).to(HERE)
-    steps = Steps(Loop.of(problem, PeacemanRachford(step_size=1.0).iteration(problem)))
-    for found, expected in zip(steps.residual(z, problem.bias), problem.measure(z), strict=True):
+    steps = Steps(Loop.prepare(problem, PeacemanRachford(step_size=1.0).iteration(problem)))
+    for found, expected in zip(
+        steps.residual(z, problem.bias), problem.residual_and_roundoff(z), strict=True
+    ):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 

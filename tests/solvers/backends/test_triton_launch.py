@@ -11,7 +11,7 @@ from solvers.backends.triton_launch import (
     KernelWarning,
     forget_failures,
     has_triton,
-    launch_or_fall_back,
+    try_launch,
 )
 
 
@@ -70,28 +70,28 @@ FAILURES = [
 def test_a_failure_is_told_once_and_stays(error):
     kernel = Kernel(error)
     with pytest.warns(KernelWarning, match=r"kernel example does not run on cpu .*PyTorch takes"):
-        reason = launch_or_fall_back(kernel, (2,), X, 5, SIZE=16)
+        reason = try_launch(kernel, (2,), X, 5, SIZE=16)
     assert reason.startswith(type(error).__name__)
     assert str(error).splitlines()[-1] in reason
     for _ in range(3):
-        assert launch_or_fall_back(kernel, (7,), X, 6, SIZE=16) == reason
+        assert try_launch(kernel, (7,), X, 6, SIZE=16) == reason
     assert len(kernel.launches) == 1
     forget_failures()
-    assert launch_or_fall_back(kernel, (2,), X, 5, SIZE=16) is None
+    assert try_launch(kernel, (2,), X, 5, SIZE=16) is None
 
 
 def test_the_reason_is_the_causes_and_no_caret():
     error = CompilationError("at 3:4:\n  x = y\n      ^")
     with pytest.warns(KernelWarning, match="CompilationError: x = y"):
-        launch_or_fall_back(Kernel(error), (1,), X)
+        try_launch(Kernel(error), (1,), X)
     error.__cause__ = ValueError("y is no tensor")
     with pytest.warns(KernelWarning, match="CompilationError: y is no tensor"):
-        launch_or_fall_back(Kernel(error), (1,), X)
+        try_launch(Kernel(error), (1,), X)
 
 
 def test_launches_are_what_was_asked_for_with_fused_multiplications():
     kernel = Kernel()
-    assert launch_or_fall_back(kernel, (2, 3), X, 5, SIZE=16, num_warps=4) is None
+    assert try_launch(kernel, (2, 3), X, 5, SIZE=16, num_warps=4) is None
     options = {"SIZE": 16, "num_warps": 4, "enable_fp_fusion": True}
     assert kernel.launches == [((2, 3), (X, 5), options)]
 
@@ -99,11 +99,11 @@ def test_launches_are_what_was_asked_for_with_fused_multiplications():
 def test_other_options_and_dtypes_are_tried_but_not_told_again():
     kernel = Kernel(OutOfResources("too much"), OutOfResources("too much"), None, OSError("other"))
     with pytest.warns(KernelWarning):
-        assert launch_or_fall_back(kernel, (1,), X, SIZE=64)
-    assert launch_or_fall_back(kernel, (1,), X.double(), SIZE=64) == "OutOfResources: too much"
-    assert launch_or_fall_back(kernel, (1,), X, SIZE=16) is None
+        assert try_launch(kernel, (1,), X, SIZE=64)
+    assert try_launch(kernel, (1,), X.double(), SIZE=64) == "OutOfResources: too much"
+    assert try_launch(kernel, (1,), X, SIZE=16) is None
     with pytest.warns(KernelWarning, match="OSError: other"):
-        assert launch_or_fall_back(kernel, (1,), X, SIZE=32)
+        assert try_launch(kernel, (1,), X, SIZE=32)
     assert len(kernel.launches) == 4
 
 
@@ -119,18 +119,18 @@ def test_other_options_and_dtypes_are_tried_but_not_told_again():
 def test_errors_of_arguments_memory_and_interpreter_are_raised(error):
     kernel = Kernel(error)
     with pytest.raises(type(error)):
-        launch_or_fall_back(kernel, (1,), X)
-    assert launch_or_fall_back(kernel, (1,), X) is None  # and not remembered
+        try_launch(kernel, (1,), X)
+    assert try_launch(kernel, (1,), X) is None  # and not remembered
 
 
 def test_errors_after_a_first_launch_are_raised_unless_the_compiler_is_asked_again():
     kernel = Kernel(None, RuntimeError("an illegal memory access"), None, CompilationError("new"))
-    assert launch_or_fall_back(kernel, (1,), X) is None
+    assert try_launch(kernel, (1,), X) is None
     with pytest.raises(RuntimeError, match="illegal memory"):
-        launch_or_fall_back(kernel, (1,), X)
-    assert launch_or_fall_back(kernel, (1,), X) is None
+        try_launch(kernel, (1,), X)
+    assert try_launch(kernel, (1,), X) is None
     with pytest.warns(KernelWarning, match="CompilationError: new"):
-        assert launch_or_fall_back(kernel, (1,), X)
+        assert try_launch(kernel, (1,), X)
 
 
 def test_where_warnings_are_errors_the_failure_is_remembered_all_the_same():
@@ -138,8 +138,8 @@ def test_where_warnings_are_errors_the_failure_is_remembered_all_the_same():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(KernelWarning, match="no message"):
-            launch_or_fall_back(kernel, (1,), X)
-        assert launch_or_fall_back(kernel, (1,), X) == "OSError: no message"
+            try_launch(kernel, (1,), X)
+        assert try_launch(kernel, (1,), X) == "OSError: no message"
 
 
 def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):

@@ -56,7 +56,7 @@ def test_the_adjoint_of_a_hard_problem_is_solved_by_lu(steps, expected):
     adjoint = Inclusion(
         problem.operator.T, problem.bias, LinearSlope(torch.ones_like(problem.bias))
     )
-    assert Auto().adjoint(steps, adjoint) == expected
+    assert Auto().choose_adjoint(steps, adjoint) == expected
 
 
 def test_singular_weights_are_tried_on_demand_with_a_step_of_one():

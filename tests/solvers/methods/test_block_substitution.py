@@ -141,7 +141,7 @@ def test_what_misses_the_whole_tolerance_is_swept_again():
     v = bias(W, (40,))
     v[:, 5] *= 1e-3
     problem = Inclusion(W, v, Tanh())
-    once = BlockSubstitution()._sweep(problem, Request(tol=5e-3, max_steps=5000))
+    once = BlockSubstitution()._substitute_blocks(problem, Request(tol=5e-3, max_steps=5000))
     assert once.residual.max() > 1e-2
     solution = solve(problem, BlockSubstitution(), tol=1e-2, on_failure="raise")
     assert solution.residual.max() <= 1e-2

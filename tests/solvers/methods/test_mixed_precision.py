@@ -18,8 +18,8 @@ from solvers import (
     equilibrium,
     solve,
 )
-from solvers.methods.mixed_precision import tensor_cores
-from solvers.operators.dense import DenseMap
+from solvers.methods.mixed_precision import use_tensor_cores
+from solvers.operators.matrix import DenseMap
 from tests.problems import block_triangular_operator, low_rank_operator, random_inclusion
 
 PLAIN = PeacemanRachford(compiled=False)
@@ -269,12 +269,12 @@ class OnCuda:
 def test_tf32_is_asked_for_on_cuda_alone_and_handed_back_even_after_an_error():
     setting = torch.backends.cuda.matmul
     before = setting.fp32_precision
-    with pytest.raises(ZeroDivisionError), tensor_cores(OnCuda()):
+    with pytest.raises(ZeroDivisionError), use_tensor_cores(OnCuda()):
         assert setting.fp32_precision == "tf32"
         raise ZeroDivisionError
     assert setting.fp32_precision == before
     for factor in (torch.ones(1), torch.ones(1, dtype=torch.bfloat16)):
-        with tensor_cores(factor):
+        with use_tensor_cores(factor):
             assert setting.fp32_precision == before
 
 

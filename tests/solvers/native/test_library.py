@@ -1,138 +1,82 @@
+"""Kernels are built once and whole; without them every solve runs in PyTorch and says why."""
+
 import subprocess
 import sys
 
 import pytest
-import torch
 
-from solvers.native import Build, build, spectral, status
+from solvers import PeacemanRachford, solve
+from solvers.native import build, library, status
+from tests.problems import random_inclusion
 
-SIZES = [(1, 1, 1), (3, 5, 7), (33, 17, 9), (70, 4, 40), (5, 81, 13), (32, 6, 8)]
-
-
-def exact(symbols, spectrum):
-    return torch.einsum("fij,bjf->bif", symbols.to(torch.complex128), spectrum.to(torch.complex128))
-
-
-def random(*shape, dtype=torch.complex64):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(sum(shape)))
+pytestmark = pytest.mark.skipif(
+    build().kernels is None, reason=f"no compiled kernels here: {status()}"
+)
 
 
-@pytest.fixture(params=["compiled", "torch"])
-def way(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setattr(spectral, "build", lambda: Build(None, "no compiled kernels"))
-    elif build().kernels is None:
-        pytest.skip(f"no compiled kernels here: {status()}")
-    return request.param
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"PATH": ""}, "no C\\+\\+ compiler found"),
+        ({"CXX": "false"}, "no compiled kernels: .*false"),
+        ({"CXX": "'false"}, "no compiled kernels: No closing quotation"),
+        ({"CXX": "env false"}, "no compiled kernels: .*env false failed"),
+        (
+            {"CXX": "sh -c 'printf \\\\351 >&2; exit 1'"},
+            "no compiled kernels: .*sh .*failed: \ufffd",
+        ),
+        ({"XDG_CACHE_HOME": "/proc/nowhere"}, "no compiled kernels: .*nowhere"),
+    ],
+)
+def test_without_a_compiler_every_solve_runs_in_torch_and_says_so(
+    environment, message, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    result = library.build.__wrapped__()
+    assert result.kernels is None
+    monkeypatch.setattr("solvers.backends.cpu.build", lambda: result)
+    problem = random_inclusion()
+    assert solve(problem).stats.loop == "torch"
+    with pytest.raises(ValueError, match=f"demanded, but .*{message}"):
+        solve(problem, PeacemanRachford(compiled=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
-@pytest.mark.parametrize(("batch", "c", "f"), SIZES)
-def test_every_frequency_is_multiplied_by_its_symbol(way, batch, c, f, dtype):
-    symbols, spectrum = random(f, c, c, dtype=dtype), random(batch, c, f, dtype=dtype)
-    wanted = exact(symbols, spectrum)
-    rounding = 4 * (c + 4) * torch.finfo(dtype).eps
-    allowed = rounding * exact(symbols.abs(), spectrum.abs()).real
-    found = spectral.product(symbols, spectrum)
-    assert found.shape == (batch, c, f)
-    assert ((found - wanted).abs() <= allowed).all()
+def test_without_a_home_every_solve_runs_in_torch(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
 
-
-def test_any_layout_is_accepted(way):
-    symbols, spectrum = random(9, 5, 5), random(6, 5, 9)
-    wanted = spectral.product(symbols.mT.conj().resolve_conj().contiguous(), spectrum)
-    torch.testing.assert_close(spectral.product(symbols.mH, spectrum), wanted)
-    other = spectrum.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-    torch.testing.assert_close(spectral.product(symbols.mH, other), wanted)
-    part = random(12, 5, 9)[::2]
-    wanted = spectral.product(symbols, part.contiguous())
-    torch.testing.assert_close(spectral.product(symbols, part), wanted)
-
-
-def test_nan_stays_with_its_sample_and_frequency(way):
-    symbols, spectrum = random(9, 5, 5), random(6, 5, 9)
-    spectrum[2, 3, 4] = torch.nan
-    hit = spectral.product(symbols, spectrum).abs().isnan().nonzero()
-    assert {(b, f) for b, _, f in hit.tolist()} == {(2, 4)}
-
-
-def test_the_product_does_not_depend_on_the_number_of_threads():
-    symbols, spectrum = random(30, 7, 7), random(40, 7, 30)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            found.append(spectral.product(symbols, spectrum))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
-
-
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
-@pytest.mark.parametrize(("f", "c"), [(1, 1), (5, 2), (3, 16), (7, 17), (4, 81), (2, 40)])
-def test_inverses_without_pivots(way, f, c, dtype):
-    A = random(f, c, c, dtype=torch.complex128)
-    A = 0.3 * (A - A.mH) + A @ A.mH / c + 0.5 * torch.eye(c)  # of positive definite symmetric part
-    A = A.to(dtype)
-    condition = float(torch.linalg.cond(A).max())
-    inverse = spectral.inverses(A).to(torch.complex128)
-    wanted = torch.linalg.inv(A.to(torch.complex128))
-    error = torch.linalg.matrix_norm(inverse - wanted) / torch.linalg.matrix_norm(wanted)
-    assert float(error.max()) <= 4 * c * condition * torch.finfo(dtype).eps
-    transposed = spectral.inverses(A.mH)
-    torch.testing.assert_close(
-        transposed,
-        inverse.mH.resolve_conj().to(dtype),
-        rtol=0,
-        atol=1e-5 if dtype == torch.complex64 else 1e-12,
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(library.Path, "home", no_home)
+    assert library.build.__wrapped__().message.endswith(
+        "no compiled kernels: Could not determine home directory."
     )
 
 
-def test_a_zero_pivot_is_not_finite(way):
-    A = torch.eye(20, dtype=torch.complex64).roll(1, 0)[None]
-    if way == "compiled":
-        assert not torch.isfinite(spectral.inverses(A).abs().sum())
+@pytest.mark.parametrize("size", [0, 100, 9000])
+def test_a_damaged_library_is_built_again(size, tmp_path):
+    code = "from solvers import native; print(native.status())"
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "CXX": "env c++"}
+    command = [sys.executable, "-c", code]
+    for _ in range(2):
+        output = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+        assert output.startswith(b"compiled kernels: ")
+        (library,) = (tmp_path / "lben").iterdir()
+        library.write_bytes(library.read_bytes()[:size])
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
-def test_pivots_of_any_size(way, dtype):
-    for size in (1e-30, 1e30) if dtype == torch.complex64 else (1e-200, 1e200):
-        A = size * (torch.eye(3) + 0.1j * torch.ones(3, 3)).to(torch.complex128)[None]
-        inverse = spectral.inverses(A.to(dtype)).to(torch.complex128)
-        torch.testing.assert_close(inverse @ A, torch.eye(3)[None].to(inverse), rtol=0, atol=1e-5)
-
-
-def test_what_does_not_fit_is_refused(way):
-    symbols, spectrum = random(9, 5, 5), random(6, 5, 9)
-    for one, other in [
-        (symbols.to(torch.complex128), spectrum),
-        (symbols[:8], spectrum),
-        (symbols[:, :4, :4], spectrum),
-        (symbols, spectrum[0]),
-    ]:
-        with pytest.raises(ValueError, match="do not fit a spectrum"):
-            spectral.product(one, other)
-    with pytest.raises(ValueError, match="must be"):
-        spectral.inverses(symbols[:, :4])
-
-
-def test_forward_mode_keeps_its_tangents():
-    symbols, spectrum = random(4, 3, 3), random(2, 3, 4)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(spectrum, spectrum)
-        found = torch.autograd.forward_ad.unpack_dual(spectral.product(symbols, dual))
-    torch.testing.assert_close(found.tangent, found.primal)
-
-
-def test_gradients_and_function_transforms_take_the_product_of_torch():
-    symbols = random(4, 3, 3, dtype=torch.complex128).requires_grad_()
-    spectrum = random(2, 3, 4, dtype=torch.complex128).requires_grad_()
-    assert torch.autograd.gradcheck(spectral.product, (symbols, spectrum))
-    batched = torch.func.vmap(lambda x: spectral.product(symbols.detach(), x))
-    several = random(5, 2, 3, 4, dtype=torch.complex128)
-    wanted = torch.stack([spectral.product(symbols.detach(), x) for x in several])
-    torch.testing.assert_close(batched(several), wanted)
+def test_two_processes_may_build_at_once(tmp_path):
+    code = "from solvers import native; print(native.status())"
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    for process in both:
+        output, _ = process.communicate(timeout=120)
+        assert output.startswith(b"compiled kernels: ")
+    assert len(list((tmp_path / "lben").iterdir())) == 1
 
 
 SLOW = {

@@ -12,7 +12,7 @@ from solvers import (
 )
 from solvers.methods.step_size import ForwardStep, choose_step_size
 from solvers.operators import LowRankUpdate
-from solvers.operators.base import is_finite
+from solvers.operators.matrix import is_finite
 from tests.problems import monotone_operator
 from tests.solvers import exactly
 

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lben import precision
-from lben.parameterizations.feedforward import mirror, taps
-from lben.parameterizations.sizes import flag, integer
+from lben.weights.sizes import flag, integer
 
 
 class LinearMap(ABC):
@@ -145,16 +144,7 @@ class Convolution(LinearMap):
         return (channels, rows, columns)
 
     def refuse_other_sums(self, U: Tensor) -> None:
-        if not precision.sums_plainly(U):
-            library, cure = (
-                ("cuDNN", "set torch.backends.cudnn.enabled = False, or move the model to the CPU")
-                if U.is_cuda
-                else ("NNPACK", "enable torch.backends.mkldnn, or use float64")
-            )
-            raise ValueError(
-                f"{library} may run a convolution by Winograd's algorithm or by FFT, whose "
-                f"rounding is not bounded: {cure}"
-            )
+        refuse_other_sums(U)
 
     def check(self, shape: tuple[int, ...], inputs: int) -> None:
         if len(shape) < 3 or shape[-3] != inputs:
@@ -167,3 +157,31 @@ class Convolution(LinearMap):
                 f"images of {shape[-2]} × {shape[-1]} pixels are smaller than the kernel "
                 f"({self.kernel_size} × {self.kernel_size})"
             )
+
+
+def taps(vector: Tensor) -> Tensor:
+    """Return one number per channel, shaped to scale the pixels of images and kernels."""
+    return vector[:, None, None]
+
+
+def mirror(kernel: Tensor) -> Tensor:
+    """Return the kernel of the adjoint convolution."""
+    return kernel.transpose(0, 1).flip(2, 3)
+
+
+def refuse_other_sums(U: Tensor) -> None:
+    """Refuse convolutions by this kernel where they may be summed in ways that are not bounded.
+
+    Raises:
+        ValueError: naming the library and the cure.
+    """
+    if not precision.sums_plainly(U):
+        library, cure = (
+            ("cuDNN", "set torch.backends.cudnn.enabled = False, or move the model to the CPU")
+            if U.is_cuda
+            else ("NNPACK", "enable torch.backends.mkldnn, or use float64")
+        )
+        raise ValueError(
+            f"{library} may run a convolution by Winograd's algorithm or by FFT, whose "
+            f"rounding is not bounded: {cure}"
+        )

@@ -144,3 +144,28 @@ def largest_up(x: Tensor) -> float:
     if not x.numel():
         return 0.0
     return add_up(float(x.detach().double().abs().amax()), torch.finfo(x.dtype).tiny)
+
+
+def underflow(terms: int, inputs: Tensor, weights: Tensor, dims: int = 1) -> Tensor:
+    """Return what each float64 sum of so many products of inputs and weights may lose.
+
+    To underflow, also where denormal results and operands are read as zero: t(1 + |a| + |b|) for a
+    product of a and b, see Note [Rounding model].
+
+    Args:
+        terms: products per sum.
+        inputs: (*batch, …), the last `dims` dimensions make a sample.
+        weights: all that they are multiplied with.
+        dims: of a sample.
+
+    Returns:
+        A number per sample, of shape (*batch, 1, …).
+    """
+    largest = norms_up(inputs, dims) + (1 + largest_up(weights))
+    lost = largest * (2 * (terms + 4) * torch.finfo(torch.float64).tiny)
+    return lost.reshape(*lost.shape, *[1] * dims)
+
+
+def not_nan(bounds: Tensor) -> Tensor:
+    """Return bounds that are infinite where nothing is known."""
+    return torch.where(bounds.isnan(), torch.inf, bounds)

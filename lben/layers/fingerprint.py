@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import is_dataclass
-from typing import Any
 
 from torch import nn
 
@@ -43,7 +42,7 @@ def _settings(module: nn.Module) -> str:
     return repr(plain)
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     if isinstance(value, tuple | list):
         return all(_is_plain(v) for v in value)
     return value is None or isinstance(value, bool | int | float | str) or is_dataclass(value)

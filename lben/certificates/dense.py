@@ -1,0 +1,20 @@
+"""Which bound do the weights of a dense layer have?"""
+
+from __future__ import annotations
+
+from lben.certificates.certificate import LayerCertificate
+from lben.certificates.claims import Claim
+from lben.certificates.inequality import Inequality
+from lben.certificates.proof import multiplier_of, prove, read_exactly
+from lben.weights import DenseWeights, check_gamma
+
+METHOD = "Cholesky of a shifted Schur complement, verified a posteriori in float64"
+"""How every bound of a dense layer is proved."""
+
+
+def prove_dense(weights: DenseWeights, claim: Claim | None = None) -> LayerCertificate:
+    """Prove M(Λ, γ) ⪰ 0 for matrices exactly as stored, or raise; see `certify`."""
+    claim = Claim(weights.gamma, weights.Lambda) if claim is None else claim
+    gamma, exact = check_gamma(claim.gamma), read_exactly(weights)
+    claimed = Inequality.of(exact, multiplier_of(weights, claim).numpy())
+    return prove(weights, gamma, [claimed], [Inequality.of(exact, exact.Lambda.numpy())], METHOD)

@@ -1,0 +1,132 @@
+"""What is a module whose Lipschitz bound is proved, and whose error is bounded as it runs?
+
+Two methods, which every map, layer, head, chain and classifier has. A module of a user's own that
+has them takes part in chains and classifiers like those of this package.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeVar, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lben.certificates import CertificateError, LipschitzCertificate
+from lben.radii.error_bounds import Affine, Certified
+from lben.weights.growth import Growth, norms_up
+from lben.weights.sizes import image_size
+
+ErrorIn = Float[Tensor, "*batch"] | float
+"""A bound of the l2 distance of an input to the exact one, per sample or of all."""
+
+C_ = TypeVar("C_", bound=LipschitzCertificate)
+
+
+@runtime_checkable
+class BoundedModule(Protocol):
+    """A torch.nn.Module with a proved bound.
+
+    Example:
+        >>> import torch
+        >>> class Double(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return 2 * x  # exact in floating point
+        ...     def certificate(self, image=None):
+        ...         return LipschitzCertificate(
+        ...             bound=2.0, margin=None, fingerprint="2x", dtype="float32", method="by hand"
+        ...         )
+        ...     def forward_with_error(self, x, certificate, error_in=0.0):
+        ...         exact = torch.zeros(len(x), dtype=torch.float64)
+        ...         found = Certified(value=self(x), error=exact, uniform=Affine(exact, 0.0))
+        ...         return found.after(error_in, certificate.bound)
+        >>> isinstance(Double(), BoundedModule)
+        True
+        >>> from lben import LipschitzSequential, SLLLinear
+        >>> chain = LipschitzSequential(SLLLinear(4, 6), Double())
+        >>> round(chain.certificate((4,)).bound, 4)
+        2.0
+    """
+
+    def certificate(self, image: tuple[int, ...] | None = None) -> LipschitzCertificate:
+        """Prove a bound of the exact module, with the weights that run now.
+
+        Args:
+            image: height and width of images, or the whole shape of one sample.
+
+        Raises:
+            CertificateError: if the proof fails.
+        """
+        ...
+
+    def forward_with_error(
+        self,
+        x: Tensor,
+        certificate: LipschitzCertificate,
+        error_in: ErrorIn = 0.0,
+    ) -> Certified:
+        """Return the output as the module runs, with bounds of its distance to the exact output.
+
+        Args:
+            x: as the module takes it.
+            certificate: of this module, as it is now.
+            error_in: bound of the l2 distance of x to the exact input, per sample.
+
+        Raises:
+            CertificateError: if the certificate is of something else.
+        """
+        ...
+
+
+def require_kind(certificate: LipschitzCertificate, kind: type[C_], what: str) -> C_:
+    """Return a certificate of the kind that a module needs.
+
+    Raises:
+        CertificateError: if it is of another kind.
+    """
+    if not isinstance(certificate, kind):
+        raise CertificateError(
+            f"{what} needs its {kind.__name__}, got {type(certificate).__name__}: take that of "
+            "certificate()"
+        )
+    return certificate
+
+
+def height_and_width(image: tuple[int, ...] | None) -> tuple[int, int] | None:
+    """Return the size of images from it, or from the shape of one sample; None for features.
+
+    Raises:
+        TypeError: if these are no integers.
+        ValueError: if one is not positive, or there are more than three.
+    """
+    if image is None or (isinstance(image, tuple) and len(image) == 1):
+        return None
+    if isinstance(image, tuple) and len(image) == 3:
+        image = image[1:]
+    return image_size(image)
+
+
+def with_roundoff(y: Tensor, x: Tensor, growth: Growth, dims: int | None = None) -> Certified:
+    """Return an output whose rounding is affine in ‖x‖₂, with bounds of it.
+
+    Args:
+        y: the output.
+        x: the input.
+        growth: of the rounding error.
+        dims: dimensions of one sample; all but the first when None.
+    """
+    size = norms_up(x, x.ndim - 1 if dims is None else dims)
+    around = Affine(
+        growth.constant + growth.slope * size, growth.slope, (growth.limit - size).clamp_min(-1.0)
+    )
+    return Certified(value=y, error=growth.at(size), uniform=around)
+
+
+def refuse_other_image(image: tuple[int, ...] | None, own: tuple[int, ...], what: str) -> None:
+    """Refuse another image size than the one that a module was made for.
+
+    Raises:
+        ValueError: naming both.
+    """
+    size = height_and_width(image)
+    if size is not None and size != own[-2:]:
+        raise ValueError(f"{what} was made for images of {own[-2:]}, got {size}")

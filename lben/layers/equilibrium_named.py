@@ -1,0 +1,247 @@
+"""Which equilibrium layers have a name? Each is a parameterization with options of the solve."""
+
+from __future__ import annotations
+
+import torch
+
+from lben.layers.equilibrium import EquilibriumLayer
+from lben.parameterizations import (
+    ConvolutionalParameterization,
+    DirectParameterization,
+    PooledParameterization,
+)
+from lben.weights import ConvolutionalWeights, DenseWeights, PooledWeights
+from lben.weights.sizes import real
+from solvers import Gradient, Method, PeacemanRachford, ProximalActivation
+from solvers.solution import OnFailure
+
+
+class EquilibriumLinear(EquilibriumLayer[DenseWeights]):
+    """y = Cz + Dx + b_y with z = σ(Wz + Ux + b), γ-Lipschitz in l2 for every parameter value.
+
+    Args:
+        in_features: p.
+        hidden_features: n, equilibrium units.
+        out_features: q.
+        gamma: l2 Lipschitz bound of x ↦ y; None for a layer that is only well-posed.
+        activation: σ.
+        feedthrough: whether y has a term Dx.
+        learn_metric: whether Λ is trained. gamma=None with learn_metric=False is monDEQ.
+        epsilon: slack of the certificate, m ≥ epsilon.
+        method: how forward and backward are solved; `Auto()` when omitted.
+        gradient: what is passed back; the exact `ImplicitGradient()` when omitted.
+        tol: relative tolerance of both solves, per sample, in the Λ norm.
+        max_steps: iteration limit of both solves.
+        on_failure: "warn" or "raise" when a sample misses the tolerance.
+        device, dtype: as in torch.nn.
+
+    Raises:
+        ValueError: for sizes, gamma or epsilon that are not positive.
+
+    Reference: Revay, Wang and Manchester (2020), arXiv 2010.01732.
+
+    Example:
+        >>> import torch
+        >>> from lben import EquilibriumLinear
+        >>> layer = EquilibriumLinear(4, 6, 2, gamma=0.5)
+        >>> y = layer(torch.ones(3, 4))
+        >>> y.sum().backward()  # the implicit gradient
+        >>> y.shape, layer.certificate().bound
+        (torch.Size([3, 2]), 0.5)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        *,
+        gamma: float | None = 1.0,
+        activation: ProximalActivation | None = None,
+        feedthrough: bool = False,
+        learn_metric: bool = True,
+        epsilon: float = 1e-3,
+        method: Method | None = None,
+        gradient: Gradient | None = None,
+        tol: float = 1e-4,
+        max_steps: int = 5000,
+        on_failure: OnFailure = "warn",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            DirectParameterization(
+                in_features, hidden_features, out_features, gamma=gamma, feedthrough=feedthrough,
+                learn_metric=learn_metric, epsilon=epsilon, device=device, dtype=real(dtype),
+            ),
+            activation=activation, method=method, gradient=gradient, tol=tol,
+            max_steps=max_steps, on_failure=on_failure,
+        )  # fmt: skip
+        self.in_features, self.hidden_features = in_features, hidden_features
+        self.out_features = out_features
+
+    def extra_repr(self) -> str:
+        """Describe the layer in `repr`."""
+        sizes = f"{self.in_features}, {self.hidden_features}, {self.out_features}"
+        return f"{sizes}, {super().extra_repr()}"
+
+
+class EquilibriumConv2d(EquilibriumLayer[ConvolutionalWeights]):
+    """Images to images: y = C∗z + sx + b_y with z = σ(W∗z + U∗x + b), γ-Lipschitz in l2.
+
+    Args:
+        in_channels: p.
+        hidden_channels: n.
+        out_channels: q; None for y = z, whose bound is γ then.
+        kernel_size: k of U, C, V and N, odd; W has 2k − 1.
+        image: height and width of x; the layer is built for one size.
+        gamma: l2 Lipschitz bound of x ↦ y; None for a layer that is only well-posed.
+        activation: σ.
+        skip: s in [0, γ], the weight of x in y; at γ the layer is residual.
+        stride: output pixels are stride × stride blocks of x, by invertible down-sampling of x.
+        circular: whether the image is a torus; otherwise it is surrounded by zeros.
+        learn_metric: whether Λ, one number per channel, is trained.
+        epsilon: slack of the certificate, m ≥ epsilon.
+        method: how forward and backward are solved; `PeacemanRachford()` when omitted, as m ≥ ε.
+        gradient, tol, max_steps, on_failure: of `EquilibriumLayer`.
+        device, dtype: as in torch.nn.
+
+    Raises:
+        ValueError: for sizes, gamma or epsilon that are not positive, even kernels, images that
+            are smaller than a kernel or no multiple of the stride, a skip outside [0, γ], between
+            unequal numbers of channels or with a stride.
+
+    Reference: Revay, Wang and Manchester (2020), section 5.
+
+    Example:
+        >>> import torch
+        >>> from lben import EquilibriumConv2d
+        >>> layer = EquilibriumConv2d(3, 4, 2, image=(8, 8), gamma=2.0)
+        >>> layer(torch.ones(1, 3, 8, 8)).shape, layer.certificate().bound
+        (torch.Size([1, 2, 8, 8]), 2.0)
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        out_channels: int | None = None,
+        kernel_size: int = 3,
+        *,
+        image: tuple[int, int],
+        gamma: float | None = 1.0,
+        activation: ProximalActivation | None = None,
+        skip: float = 0.0,
+        stride: int = 1,
+        circular: bool = False,
+        learn_metric: bool = True,
+        epsilon: float = 1e-3,
+        method: Method | None = None,
+        gradient: Gradient | None = None,
+        tol: float = 1e-4,
+        max_steps: int = 5000,
+        on_failure: OnFailure = "warn",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if stride < 1:
+            raise ValueError(f"stride must be at least 1, got {stride}")
+        if skip and stride > 1:
+            raise ValueError("a skip needs stride 1: x and y have different sizes")
+        super().__init__(
+            ConvolutionalParameterization(
+                in_channels, hidden_channels, out_channels, kernel_size, image=image, stride=stride,
+                gamma=gamma, skip=skip, learn_metric=learn_metric, epsilon=epsilon,
+                circular=circular, device=device, dtype=real(dtype),
+            ),
+            activation=activation, method=PeacemanRachford() if method is None else method,
+            gradient=gradient, tol=tol, max_steps=max_steps, on_failure=on_failure,
+        )  # fmt: skip
+        self.image, self.stride = image, stride
+        self.in_channels, self.hidden_channels = in_channels, hidden_channels
+        self.out_channels = hidden_channels if out_channels is None else out_channels
+
+    def extra_repr(self) -> str:
+        """Describe the layer in `repr`."""
+        sizes = f"{self.in_channels}, {self.hidden_channels}, {self.out_channels}"
+        return f"{sizes}, image={self.image}, {super().extra_repr()}"
+
+
+class PooledEquilibriumConv2d(EquilibriumLayer[PooledWeights]):
+    """Images to q numbers: y = ⟨C, z⟩ + b_y, C pooling and then a matrix, γ-Lipschitz in l2.
+
+    The bound is that of y as a whole (`PooledParameterization`): W is a convolution plus a matrix
+    of rank q, and its resolvent a Fourier transform with a correction of that rank.
+
+    Args:
+        in_channels: p.
+        hidden_channels: n; several numbers for a state of several scales, finest first, each of
+            half the resolution of the one before.
+        out_features: q.
+        kernel_size: k, odd.
+        image: height and width of x; the layer is built for one size.
+        pool: size of the pooling windows in pixels of x.
+        gamma: l2 Lipschitz bound of x ↦ y; None for a layer that is only well-posed.
+        activation: σ.
+        circular: whether the image is a torus; otherwise it is surrounded by zeros.
+        learn_metric: whether Λ, one number per channel, is trained.
+        epsilon: slack of the certificate, m ≥ epsilon.
+        method: how forward and backward are solved; `PeacemanRachford()` when omitted, as m ≥ ε.
+        gradient, tol, max_steps, on_failure: of `EquilibriumLayer`.
+        device, dtype: as in torch.nn.
+
+    Raises:
+        ValueError: for sizes, gamma or epsilon that are not positive, even kernels, images that
+            are smaller than a kernel or no multiple of the windows and of the coarsest pixels.
+
+    Reference: Revay, Wang and Manchester (2020), section 5; Winston and Kolter (2020), section 5,
+    for several scales.
+
+    Example:
+        >>> import torch
+        >>> from lben import PooledEquilibriumConv2d
+        >>> layer = PooledEquilibriumConv2d(3, (4, 8), 10, image=(8, 8))
+        >>> layer(torch.ones(1, 3, 8, 8)).shape, layer.certificate().bound
+        (torch.Size([1, 10]), 1.0)
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int | tuple[int, ...],
+        out_features: int,
+        kernel_size: int = 3,
+        *,
+        image: tuple[int, int],
+        pool: int = 4,
+        gamma: float | None = 1.0,
+        activation: ProximalActivation | None = None,
+        circular: bool = False,
+        learn_metric: bool = True,
+        epsilon: float = 0.1,
+        method: Method | None = None,
+        gradient: Gradient | None = None,
+        tol: float = 1e-4,
+        max_steps: int = 5000,
+        on_failure: OnFailure = "warn",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        parameterization = PooledParameterization(
+            in_channels, hidden_channels, out_features, kernel_size, image=image, pool=pool,
+            gamma=gamma, learn_metric=learn_metric, epsilon=epsilon,
+            circular=circular, device=device, dtype=real(dtype),
+        )  # fmt: skip
+        super().__init__(
+            parameterization, activation=activation,
+            method=PeacemanRachford() if method is None else method, gradient=gradient, tol=tol,
+            max_steps=max_steps, on_failure=on_failure,
+        )  # fmt: skip
+        self.image, self.in_channels = image, in_channels
+        self.hidden_channels = parameterization.layout.scales
+        self.out_features = out_features
+
+    def extra_repr(self) -> str:
+        """Describe the layer in `repr`."""
+        sizes = f"{self.in_channels}, {self.hidden_channels}, {self.out_features}"
+        return f"{sizes}, image={self.image}, {super().extra_repr()}"

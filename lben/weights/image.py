@@ -1,0 +1,125 @@
+"""Where do images and the states of a layer of images lie? Grid, torus, border and crop.
+
+Note [Zero padding on a torus]
+The resolvent of a zero-padded convolution has no Fourier transform. But with a border at least as
+wide as W reaches, the zero-padded convolution is the circular one of a state that is zero on the
+border, and an activation that is 0 there keeps it so. That activation is a prox like every other
+(of slope 0), so the same splitting, the same factors and the same certificate serve both paddings,
+for about (1 + (k − 1)/height)² of the work.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional
+
+from solvers import Masked, ProximalActivation
+from solvers.dependencies import must_not_cache
+
+
+class ImageGeometry:
+    """Images x of one size, and states on a torus that holds them.
+
+    Args:
+        image: height and width of x.
+        stride: x is down-sampled first, each stride × stride block of pixels into channels.
+        circular: whether the down-sampled image is a torus; otherwise zeros surround it.
+        state_channels: n.
+        state_kernel: size of the kernel of W, odd.
+        input_kernel: size of the kernel of U.
+        device: where states will live.
+
+    Raises:
+        ValueError: if the image is no multiple of the stride, or smaller than a kernel.
+
+    Attributes:
+        grid: height and width after down-sampling.
+        torus: height and width of the states; the grid itself where it is circular.
+
+    Example:
+        >>> geometry = ImageGeometry(
+        ...     (8, 8), circular=False, state_channels=2, state_kernel=3, input_kernel=3
+        ... )
+        >>> geometry.torus
+        (10, 10)
+        >>> geometry.crop(geometry.embed(torch.ones(5, 2, 8, 8))).shape
+        torch.Size([5, 2, 8, 8])
+    """
+
+    def __init__(
+        self,
+        image: tuple[int, int],
+        *,
+        stride: int = 1,
+        circular: bool,
+        state_channels: int,
+        state_kernel: int,
+        input_kernel: int,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if min(image) < 1 or image[0] % stride or image[1] % stride:
+            raise ValueError(
+                f"images of {image[0]} × {image[1]} pixels do not divide into blocks of "
+                f"{stride} × {stride}"
+            )
+        self.image, self.stride, self.circular = image, stride, circular
+        self.grid = (image[0] // stride, image[1] // stride)
+        name, needed = ("W", state_kernel) if circular else ("U", input_kernel)
+        if min(self.grid) < needed:
+            raise ValueError(
+                f"images of {self.grid[0]} × {self.grid[1]} pixels (after down-sampling) are "
+                f"smaller than the kernel of {name} ({needed} × {needed})"
+            )
+        border = 0 if circular else state_kernel // 2
+        self.torus = self.grid
+        if border:
+            self.torus = (_fast(self.grid[0] + border), _fast(self.grid[1] + border))
+        self._channels = state_channels
+        device = torch.get_default_device() if device is None else torch.device(device)
+        self._inside = None if circular else self._image_units(device)
+
+    def downsample(self, x: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch p i j"]:
+        """Return x with blocks of pixels as channels."""
+        return x if self.stride == 1 else functional.pixel_unshuffle(x, self.stride)
+
+    def embed(self, image: Float[Tensor, "batch n i j"]) -> Float[Tensor, "batch units"]:
+        """Return images on the grid as states: zero on the border, flattened."""
+        below, right = (t - s for t, s in zip(self.torus, self.grid, strict=True))
+        return functional.pad(image, (0, right, 0, below)).flatten(1)
+
+    def crop(self, z: Float[Tensor, "*batch units"]) -> Float[Tensor, "*batch n i j"]:
+        """Return states as images on the grid."""
+        whole = z.unflatten(-1, (-1, *self.torus))
+        return whole[..., : self.grid[0], : self.grid[1]]
+
+    def restrict(self, activation: ProximalActivation, device: torch.device) -> ProximalActivation:
+        """Return σ that is 0 on the border."""
+        inside = self._inside
+        if inside is None:
+            return activation
+        # The mask follows from the sizes, so it is neither state nor moved with a layer.
+        if inside.device != device:
+            inside = self._image_units(device)
+            if not must_not_cache():
+                self._inside = inside
+        return Masked(activation, inside)
+
+    def _image_units(self, device: torch.device) -> Bool[Tensor, " units"]:
+        """Return which units lie inside the image, and not on its border."""
+        real = "cpu" if device.type == "meta" else device
+        with torch.inference_mode(False):
+            inside = torch.zeros(self._channels, *self.torus, dtype=torch.bool, device=real)
+            inside[:, : self.grid[0], : self.grid[1]] = True
+            return inside.flatten()
+
+
+def _fast(size: int) -> int:
+    """Return the next even size whose Fourier transform is fast: prime factors 2, 3 and 5 only."""
+    size += size % 2
+    rest = size
+    for prime in (2, 3, 5):
+        while rest % prime == 0:
+            rest //= prime
+    return size if rest == 1 else _fast(size + 2)

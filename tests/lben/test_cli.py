@@ -115,7 +115,7 @@ def test_a_certificate_of_another_model_is_noticed_and_replaced(copied, capsys, 
     )  # fmt: skip
     assert cli.main(words) == 0
     said = capsys.readouterr().err
-    assert "certificate.json is of another model: layer 0 has fingerprint" in said
+    assert "certificate.json is of another model: module 0 has fingerprint" in said
     assert sum(line.startswith("warning: ") for line in said.splitlines()) == 1
     if command == "evaluate":
         assert cli.main(words) == 0

@@ -37,8 +37,8 @@ def test_evaluation_counts_violations_of_a_false_bound(digits_run, monkeypatch):
     model = checkpoints.load_model(digits_run)
     honest = type(model).certificate
 
-    def false(self, *bound):
-        certificate = honest(self, *bound)
+    def false(self, **bound):
+        certificate = honest(self, **bound)
         return dataclasses.replace(certificate, bound=certificate.bound / 4)
 
     monkeypatch.setattr(type(model), "certificate", false)

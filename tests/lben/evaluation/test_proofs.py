@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import pytest
-import torch
 
 from lben import cli
 from lben.data import load
@@ -76,9 +75,9 @@ def test_a_bound_that_is_too_small_is_noticed(run, monkeypatch):
     model = checkpoints.load_model(run)
     honest = type(model).certificate
 
-    def false(self, *bound):
-        found = honest(self, *bound)
-        pairs = None if found.pairs is None else torch.tensor(found.pairs).div(20).tolist()
+    def false(self, **bound):
+        found = honest(self, **bound)
+        pairs = None if found.pairs is None else found.pairs.scale(1 / 20)
         return dataclasses.replace(found, bound=found.bound / 20, pairs=pairs)
 
     monkeypatch.setattr(type(model), "certificate", false)

@@ -9,7 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lben import EquilibriumLinear, IntervalClaim
-from lben.certificates import Certificate, ChainCertificate, PairCertificate
+from lben.certificates import (
+    ChainCertificate,
+    LayerCertificate,
+    PairCertificate,
+    certify,
+)
 from lben.models import EquilibriumClassifierConfig, FeedforwardClassifierConfig
 from lben.tightening import tighten_pairs
 from lben.training import checkpoints
@@ -116,32 +121,35 @@ def test_a_certificate_is_read_back_equal(run):
     found = ChainCertificate.from_json(text)
     assert found.to_json() + "\n" == text
     assert ChainCertificate.from_json(found.to_json()) == found
-    layer = found.layers[0]
-    assert Certificate.from_json(layer.to_json()) == layer
+    layer = found.layers[-1]
+    assert type(layer).from_json(layer.to_json()) == layer
     unbounded = EquilibriumClassifierConfig(**IMAGES, hidden=6, gamma=None).build().certificate()
     assert json.loads(unbounded.to_json())["bound"] is None
     assert ChainCertificate.from_json(unbounded.to_json()) == unbounded
-    with pytest.raises(ValueError, match="margin and m must be numbers"):
-        Certificate.from_json(layer.to_json().replace(f'"m": {layer.m!r}', '"m": null'))
+    with pytest.raises(ValueError, match="m must be a number"):
+        type(layer).from_json(layer.to_json().replace(f'"m": {layer.m!r}', '"m": null'))
 
 
 @pytest.mark.parametrize("bad", ["0.0", "-1.0", "NaN", "-Infinity"])
 def test_a_certificate_whose_numbers_bound_nothing_is_refused_by_name(bad):
     found = EquilibriumClassifierConfig(**IMAGES, hidden=6).build().certificate(bound="pairs")
     for change, name in {
-        lambda record: record.update(bound=bad): "bound must be positive",
-        lambda record: record.update(input_gain=bad): "input_gain must be positive",
-        lambda record: record["layers"][0].update(bound=bad): "bound of a layer must be positive",
-        lambda record: record["pairs"][0].__setitem__(1, bad): "pairs must be positive",
+        lambda record: record.update(bound=bad): "ChainCertificate: bound must be positive",
+        lambda record: record["layers"][0].update(bound=bad): (
+            "LipschitzCertificate: bound must be positive"
+        ),
+        lambda record: record["pairs"]["bounds"][0].__setitem__(1, bad): (
+            "PairCertificate: bounds must be positive"
+        ),
     }.items():
         record = json.loads(found.to_json())
         change(record)
         text = json.dumps(record).replace(f'"{bad}"', bad)
-        with pytest.raises(ValueError, match=f"this is no ChainCertificate: {name}"):
+        with pytest.raises(ValueError, match=f"this is no {name}"):
             ChainCertificate.from_json(text)
-    layer = found.layers[0]
-    with pytest.raises(ValueError, match="this is no Certificate: bound must be positive"):
-        Certificate.from_json(
+    layer = found.layers[-1]
+    with pytest.raises(ValueError, match="this is no LayerCertificate: bound must be positive"):
+        LayerCertificate.from_json(
             layer.to_json().replace(f'"bound": {layer.bound!r}', f'"bound": {bad}')
         )
 
@@ -169,10 +177,10 @@ def test_bounds_of_pairs_are_read_back_equal():
 def test_bounds_that_rounding_moves_are_proved_anew_without_a_word(run, tmp_path, less):
     model = checkpoints.load_model(run)
     proved = model.certificate(bound="diagonal pairs")
-    (layer,) = proved.layers
+    *first, layer = proved.layers
     claimed = replace(
         proved, bound=proved.bound * (1 - less),
-        layers=(replace(layer, bound=layer.bound * (1 - less)),),
+        layers=(*first, replace(layer, bound=layer.bound * (1 - less))),
     )  # fmt: skip
     path = tmp_path / checkpoints.CERTIFICATE
     checkpoints.write_json(path, claimed)
@@ -188,18 +196,20 @@ def test_what_a_certificate_claims_beyond_a_proof_is_named(run, tmp_path):
     folder = copied(run, tmp_path)
     model = checkpoints.load_model(folder)
     best = model.certificate(bound="diagonal pairs")
-    pairs = [[0.01 * b for b in row] for row in best.pairs]
+    pairs = replace(best.pairs, bounds=tuple(tuple(0.01 * b for b in row) for row in best.pairs))
+    *first, layer = best.layers
     for changes, name in (
         ({"bound": 1e-3}, "it claims 0.001 as the bound, and only"),
-        ({"layers": (replace(best.layers[0], bound=1e-9),)}, "1e-09 as the bound of layer 0, and"),
-        ({"pairs": tuple(map(tuple, pairs))}, "as the bound of the outputs 0 and 1, and only"),
+        ({"layers": (*first, replace(layer, bound=1e-9))}, "1e-09 as the bound of module 2, and"),
+        ({"pairs": pairs}, "as the bound of the outputs 0 and 1, and only"),
     ):
         checkpoints.write_json(folder / "certificate.json", replace(best, **changes))
         proved, doubts = checkpoints.prove_again(folder, model)
         assert name in doubts
-        assert proved == best  # the dearest proof
+        assert proved == best  # the most expensive proof
         assert name in checkpoints.certificate_doubts(folder, best)
     larger = tuple((*row, 1.0) for row in (*best.pairs, best.pairs[0]))
+    larger = replace(best.pairs, bounds=larger)
     checkpoints.write_json(folder / "certificate.json", replace(best, pairs=larger))
     assert "it is of 11 outputs, and there are 10" in checkpoints.prove_again(folder, model)[1]
     for bound in model.bounds:
@@ -219,9 +229,9 @@ def test_a_certificate_is_checked_against_the_model_beside_it(run, tmp_path):
     with torch.no_grad():
         other.layer.parameterization.b[0] += 2.0**-10
     doubts = checkpoints.certificate_doubts(folder, other.certificate())
-    assert "of another model: layer 0 has fingerprint" in doubts
+    assert "of another model: module 2 has fingerprint" in doubts
     doubts = checkpoints.certificate_doubts(folder, model.double().certificate())
-    assert "layer 0 has dtype" in doubts
+    assert "module 0 has dtype" in doubts
     (folder / "certificate.json").write_text("{")
     assert "cannot be read" in checkpoints.certificate_doubts(folder, model.certificate())
     (folder / "certificate.json").unlink()

@@ -100,7 +100,8 @@ def test_nothing_is_claimed_under_autocast(make, claim):
 
 @pytest.mark.parametrize("call", [
     lambda x: NormalizedLinear(6, 4).weights(), lambda x: NormalizedLinear(6, 4).certificate(),
-    lambda x: NormalizedLinear(6, 4).pair_certificate(), lambda x: NormalizedLinear(6, 4).rounding(x),
+    lambda x: NormalizedLinear(6, 4).pair_certificate(),
+    lambda x: NormalizedLinear(6, 4).rounding(x),
     lambda x: NormPooling(2).rounding(x[None]), lambda x: Normalize((0.5,), (1.0,)).rounding(
         x[None]
     ),

@@ -21,9 +21,7 @@ from lben import (
     tighten_pairs,
     tighten_scaled,
 )
-from lben.certificates import (
-    LinfClaim,
-)
+from lben.certificates import IntervalClaim, LinfClaim
 from lben.certificates.local import LocalClaim, is_proved_locally
 from lben.rigorous import Enclosure
 from lben.tightening import tighten_linf

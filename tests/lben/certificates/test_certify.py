@@ -9,14 +9,27 @@ import torch
 
 from lben import (
     CertificateError,
+    ChainCertificate,
     Claim,
     DenseWeights,
+    EquilibriumConv2d,
     EquilibriumLinear,
+    FeedforwardClassifierConfig,
+    Flatten,
+    IntervalClaim,
+    LayerCertificate,
+    LipschitzSequential,
+    Normalize,
+    NormalizedLinear,
+    PooledEquilibriumConv2d,
+    SLLConv2d,
+    SLLLinear,
     certify,
     tighten_scaled,
 )
 from solvers import DenseOperator, Inclusion, ReLU, solve
 from tests.lben.certificates.weights import random_weights
+from tests.lben.weights.kinds import KINDS, matrices
 
 
 def exact_schur(weights: DenseWeights, gamma: float, Lambda: torch.Tensor) -> flint.fmpq_mat:
@@ -212,3 +225,90 @@ def test_logit_error_covers_an_inexact_solve_and_is_not_idle(tol):
     true_error = (y - forward(weights, x)).norm(dim=1)
     assert (true_error <= bound + 1e-11).all()
     assert (bound <= 1000 * true_error.max() + 1e-9).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_every_kind_are_proved_by_one_verb(kind):
+    w = KINDS[kind]()
+    proof = certify(w)
+    assert isinstance(proof, LayerCertificate)
+    assert proof.bound == (math.inf if w.gamma is None else w.gamma)
+    assert proof.margin > 0
+    proof.check(w)
+    with pytest.raises(CertificateError, match="other weights"):
+        proof.check(w.with_tensors({"b_y": w.b_y + 1}))
+    assert certify(matrices(w)).bound == proof.bound
+    whole = certify(w, Claim(None, w.multiplier)) if kind[:6] != "pooled" else None
+    assert whole is None or whole.bound == math.inf
+    size = w.proved_size()
+    if size is not None:
+        assert certify(w, image=size[0]) == proof
+        assert proof.image == size[0]
+
+
+def test_a_claim_about_all_outputs_is_one_about_weights_of_images_too():
+    for kind in ("no D", "number D", "reads the state", "stride"):
+        w = KINDS[kind]()
+        assert certify(w, Claim(1.5 * w.gamma, w.Lambda)).bound == 1.5 * w.gamma
+        with pytest.raises(CertificateError, match="could not be proved"):
+            certify(w, Claim(1e-3 * w.gamma, w.Lambda))
+
+
+def test_modules_prove_themselves():
+    layers = {
+        "explicit": (SLLConv2d(2, 3), (4, 5)), "dense": (SLLLinear(6, 3), (6,)),
+        "head": (NormalizedLinear(6, 3), (6,)), "map": (Flatten(), None),
+        "normalisation": (Normalize((0.5,), (0.5,)), None),
+        "equilibrium": (EquilibriumLinear(6, 5, 3), None),
+        "images": (EquilibriumConv2d(2, 3, 2, image=(4, 5)), (4, 5)),
+        "pooled": (PooledEquilibriumConv2d(2, 3, 2, image=(4, 4), pool=2), None),
+        "chain": (LipschitzSequential(SLLConv2d(2, 3), Flatten()), (2, 4, 5)),
+    }  # fmt: skip
+    for name, (layer, image) in layers.items():
+        found = certify(layer) if image is None else certify(layer, image=image)
+        expected = layer.certificate() if image is None else layer.certificate(image)
+        assert found == expected, name
+    assert isinstance(certify(layers["chain"][0], image=(2, 4, 5)), ChainCertificate)
+    model = FeedforwardClassifierConfig(
+        shape=(1, 4, 4), classes=3, mean=(0.5,), std=(0.5,), channels=(2,), depths=(1,),
+        conv_hidden=2, pool=2, dense_depth=1, dense_hidden=3,
+    ).build()  # fmt: skip
+    assert certify(model) == certify(model, image=(1, 4, 4)) == model.certificate()
+    assert certify(model).network == model.fingerprint
+
+
+def test_what_has_no_proof_is_named_with_the_next_step():
+    for wrong in (torch.nn.Linear(2, 2), 1.0, torch.zeros(2, 2), None):
+        kind = type(wrong).__name__
+        with pytest.raises(TypeError, match=rf"got {kind}: give it a method certificate\("):
+            certify(wrong)
+    layer = EquilibriumLinear(3, 4, 2)
+    with pytest.raises(TypeError, match=r"certify\(layer\.weights\(\), claim\)"):
+        certify(layer, Claim(1.0, layer.weights().Lambda))
+    with pytest.raises(TypeError, match="no such claim: float"):
+        certify(layer.weights(), 2.0)
+    for claims in ({(0, 1): Claim(1.0, torch.ones(3))}, IntervalClaim()):
+        with pytest.raises(ValueError, match=r"pairs of outputs are proved for DenseWeights"):
+            certify(KINDS["no D"](), claims)
+
+
+def test_image_sizes_are_pairs_and_fit():
+    w, pooled = KINDS["no D"](), KINDS["pooled"]()
+    for wrong in ((4,), (2, 4, 5), "44", 4, (4.5, 4)):
+        with pytest.raises(TypeError, match=r"pair \(height, width\)|must be an integer"):
+            certify(w, image=wrong)
+    with pytest.raises(ValueError, match="at least 1"):
+        certify(w, image=(0, 4))
+    assert certify(w, image=(9, 9)).image == (9, 9)
+    with pytest.raises(ValueError, match=r"weights are for images of \(6, 8\), got \(9, 9\)"):
+        certify(pooled, image=(9, 9))
+
+
+class Foreign(DenseWeights):
+    """Weights of another class than those with a proof, which a subclass inherits."""
+
+
+def test_proofs_are_chosen_by_what_weights_are():
+    w = KINDS["dense"]()
+    again = Foreign(**w.tensors(), gamma=w.gamma)
+    assert certify(again).bound == w.gamma

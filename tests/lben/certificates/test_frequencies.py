@@ -12,12 +12,14 @@ from tests.lben.weights.kinds import KINDS
 GRID = (5, 5)
 
 
-@pytest.mark.parametrize("kind", ["kernel D, circular", "kernel D", "number D", "without a state"])
+@pytest.mark.parametrize("kind", [
+    "kernel D, circular", "oblong D, circular", "kernel D", "number D", "without a state"
+])  # fmt: skip
 def test_symbols_have_the_singular_values_of_the_matrices(kind):
     w = dataclasses.replace(KINDS[kind](), circular=True)
     m, blocks = w.dense(GRID), at_frequencies(w, GRID)
     assert len(blocks) == GRID[0] * (GRID[1] // 2 + 1)
-    for name in ("W", "U", "C"):
+    for name in ("W", "U", "C", *(("D",) if isinstance(w.D, torch.Tensor) else ())):
         parts = [getattr(block, name) for block in blocks]
         if parts[0] is None:
             assert not getattr(m, name).any()

@@ -36,3 +36,20 @@ def test_cayley_convolutions_are_those_of_one_image():
     with pytest.raises(ValueError, match="smaller than the kernel"):
         OrthogonalConv2d(2, 2, 7, image=IMAGE)
     check_gradients(perturb(OrthogonalConv2d(2, 3, image=IMAGE, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("channels", [(3, 3), (2, 5), (5, 2)])
+@torch.no_grad()
+def test_the_kernel_that_is_proved_is_that_of_the_symbols_that_run(channels):
+    layer = perturb(OrthogonalConv2d(*channels, image=IMAGE, dtype=torch.float64))
+    whole = layer.weights().dense(IMAGE)
+    basis = torch.eye(whole.in_features, dtype=torch.float64).view(-1, channels[0], *IMAGE)
+    runs = (layer(basis) - layer(torch.zeros_like(basis))).flatten(1)
+    found, proved = (torch.linalg.svdvals(matrix) for matrix in (runs, whole.D))
+    torch.testing.assert_close(found, proved, rtol=1e-9, atol=1e-9)
+    assert whole.D.shape == runs.T.shape
+    Q, _, s = layer.parameterization.to_exact(torch.float64)
+    assert Q.is_complex()
+    assert float(torch.linalg.matrix_norm(Q * s, 2).max()) <= 1
+    with pytest.raises(ValueError, match="made for images"):
+        layer.certificate((9, 9))

@@ -11,11 +11,13 @@ from lben import (
     CertificateError,
     ChainCertificate,
     ChannelPadding,
+    EquilibriumConv2d,
     EquilibriumLinear,
     Flatten,
     GroupSort,
     InvertibleDownsampling,
     LipschitzSequential,
+    Normalize,
     NormalizedLinear,
     NormPooling,
     OrthogonalConv2d,
@@ -178,3 +180,33 @@ def test_growth_is_affine_and_uniform_over_a_ball():
     around = origin.uniform.at(norm)
     assert (here.error <= around).all()
     assert (around <= 20 * here.error).all()
+
+
+def test_the_shape_of_a_sample_is_that_of_the_first_module_that_knows_one():
+    images = LipschitzSequential(GroupSort(2), SLLConv2d(4, 2), Flatten())
+    features = LipschitzSequential(SLLLinear(6, 4))
+    assert features.certificate() == features.certificate((6,))
+    with pytest.raises(ValueError, match="proved for a shape of samples"):
+        images.certificate()
+    assert images.certificate((4, 5)) == images.certificate((4, 4, 5))
+    with pytest.raises(ValueError, match="proved for a shape of samples"):
+        LipschitzSequential(AveragePooling(2), SLLConv2d(4, 2)).certificate((4, 4))
+    known = LipschitzSequential(EquilibriumConv2d(2, 3, 2, image=(4, 5)), Flatten())
+    assert known.certificate() == known.certificate((2, 4, 5)) == known.certificate((4, 5))
+
+
+def test_a_chain_takes_a_chain_certificate_of_its_own():
+    chain, x = LipschitzSequential(SLLLinear(6, 4), SLLLinear(6, 5)), torch.randn(2, 6)
+    proof = chain.certificate()
+    with pytest.raises(CertificateError, match="of 0 modules one after the other, there are 2"):
+        chain.forward_with_error(x, proof.layers[0])
+    with pytest.raises(CertificateError, match="for other weights"):
+        chain.forward_with_error(x, compose(proof.layers[::-1]))
+
+
+def test_a_chain_without_parameters_is_proved_where_its_buffers_are():
+    chain = LipschitzSequential(Normalize((0.5,), (0.5,)), Flatten())
+    expected = chain.certificate((1, 2, 2))
+    with torch.device("meta"):
+        assert chain.certificate((1, 2, 2)) == expected
+    assert chain.double().certificate((1, 2, 2)).bound == expected.bound

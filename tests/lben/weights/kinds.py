@@ -24,10 +24,10 @@ def images(*sizes, image=(4, 5), **options):
     return own(EquilibriumConv2d(*sizes, image=image, dtype=F64, **options))
 
 
-def with_kernel(**options):
+def with_kernel(size=(3, 3), **options):
     """A read-out with a kernel D, which no layer of lben has with a state."""
     w = images(2, 3, 2, **options)
-    return dataclasses.replace(w, D=torch.randn(2, 2, 3, 3, dtype=F64), gamma=None)
+    return dataclasses.replace(w, D=torch.randn(2, 2, *size, dtype=F64), gamma=None)
 
 
 def without_state(circular=False):
@@ -55,6 +55,7 @@ KINDS = {
     "dense without D": lambda: own(EquilibriumLinear(5, 6, 3, dtype=F64)),
     "kernel D": with_kernel,
     "kernel D, circular": lambda: with_kernel(circular=True, image=(5, 5)),
+    "oblong D, circular": lambda: with_kernel((4, 3), circular=True, image=(5, 5)),
     "number D": lambda: images(2, 3, 2, skip=0.3),
     "no D": lambda: images(2, 3, 2),
     "stride": lambda: images(2, 3, 2, 1, image=(4, 6), stride=2),

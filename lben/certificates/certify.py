@@ -18,6 +18,7 @@ from lben.certificates.dense import prove_dense
 from lben.certificates.linf import prove_by_intervals, prove_linf
 from lben.certificates.pairs import prove_pairs
 from lben.weights import ConvolutionalWeights, DenseWeights, PooledWeights, Weights
+from lben.weights.sizes import image_size
 
 PairClaims = Mapping[tuple[int, int], Claim] | Mapping[tuple[int, int], LinfClaim]
 """A claim for every pair of outputs i < j."""
@@ -74,7 +75,7 @@ def certify(
             a claim), an image size is missing or too small, or the weights are neither float32 nor
             float64.
         CertificateError: if the proof fails, with the smallest eigenvalue found.
-        TypeError: for something else.
+        TypeError: for something else, or an image size that is no pair of integers.
 
     Example:
         >>> from lben import EquilibriumLinear, SLLConv2d, tighten_pairs
@@ -89,8 +90,7 @@ def certify(
         1.0
     """
     if isinstance(thing, Weights):
-        size = None if image is None else (image[-2], image[-1])
-        return _certify_weights(thing, claim, size)
+        return _certify_weights(thing, claim, None if image is None else image_size(image))
     if not hasattr(thing, "certificate"):
         raise TypeError(
             f"certify takes weights, layers, chains and classifiers, got {type(thing).__name__}: "
@@ -157,4 +157,6 @@ def _(
 def _(
     weights: PooledWeights, claim: Claim | None, image: tuple[int, int] | None
 ) -> LayerCertificate:
+    if image is not None and image != weights.image:
+        raise ValueError(f"the weights are for images of {weights.image}, got {image}")
     return prove_pooled(weights, claim)

@@ -183,11 +183,11 @@ class ConvolutionalWeights(Weights):
         self, x: Tensor, kernel: Tensor, anchor: int, bias: Tensor | None = None
     ) -> Tensor:
         """Return the convolution of images, of their own size."""
-        after = kernel.shape[-1] - 1 - anchor
-        if not self.circular and anchor == after:
+        below, after = (size - 1 - anchor for size in kernel.shape[-2:])
+        if not self.circular and anchor == after == below:
             return functional.conv2d(x, kernel, bias, padding=anchor)
         mode = "circular" if self.circular else "constant"
-        x = functional.pad(x, (anchor, after, anchor, after), mode=mode)
+        x = functional.pad(x, (anchor, after, anchor, below), mode=mode)
         return functional.conv2d(x, kernel, bias)
 
     @property

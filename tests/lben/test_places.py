@@ -211,13 +211,14 @@ def test_layers_are_certified_whatever_the_default_device():
 
     def everything():
         with torch.no_grad():
-            y, stage = chain.certified(x, chain.certificate(x.shape[1:]))
-        around = stage.uniform.at(0.5), stage.uniform.at(stage.error), stage.uniform.limit
+            found = chain.forward_with_error(x, chain.certificate(tuple(x.shape[1:])))
+            apart = explicit.forward_with_error(x, explicit.certificate(tuple(x.shape[1:])))
+        around = found.uniform.at(0.5), found.uniform.at(found.error), found.uniform.limit
         return [
-            y,
-            stage.error,
+            found.value,
+            found.error,
             *around,
-            explicit.rounding(x),
+            apart.error,
             *measured(chain, x),
             feedback(W, [2, 3]),
         ]

@@ -30,7 +30,7 @@ from lben.certificates import (
 )
 from lben.models import FeedforwardClassifierConfig
 from lben.parameterizations import FixedWeights
-from lben.radii.error_bounds import Affine, Certified, Stage
+from lben.radii.error_bounds import Affine
 from lben.tightening import tighten_pooled
 from lben.weights import DenseWeights
 from solvers import Sigmoid, Softplus, Tanh
@@ -63,7 +63,8 @@ def slow(rho, dtype, tol, large=0.0):
     Lambda = torch.tensor([1.0, 1e-9, 1e-9, 1e-9, 1e-9], dtype=F64)
     weights = model.layer.weights()
     pairs = certify(weights, {(0, 1): Claim(1.0 + 1e-3, Lambda)})
-    return model, compose([certify(weights, Claim(2.0, Lambda))], model.normalize.gain, pairs)
+    before = model.certificate().layers[:-1]
+    return model, compose([*before, certify(weights, Claim(2.0, Lambda))], pairs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -151,7 +152,7 @@ def test_gains_hold_for_every_pattern_of_slopes(name):
     elif isinstance(weights, DenseWeights):
         dense = weights
     else:
-        dense = weights.dense(layer.grid)
+        dense = weights.dense(weights.placed.grid)
     check_gains(dense, sensitivity(weights, proof))
 
 
@@ -185,12 +186,6 @@ def test_gains_of_a_bound_through_the_state():
     check_gains(weights.dense(), sensitivity(weights, proof))
 
 
-def test_gains_are_of_the_weights_of_the_proof():
-    layer, other = (EquilibriumLinear(4, 5, 3) for _ in range(2))
-    with pytest.raises(CertificateError, match="other weights"):
-        sensitivity(layer.weights(), other.certificate())
-
-
 def test_a_tolerance_that_is_too_loose_certifies_nothing_and_says_so():
     model, proof = slow(0.999, F64, 1e-2)
     x = torch.zeros(1, 1, 1, 1, dtype=F64)
@@ -219,36 +214,6 @@ def test_promises_are_ordered_and_named():
         model.certified_radius(x, labels, promise="true")
 
 
-def test_affine_bounds_compose():
-    inner = Affine(torch.tensor([1.0, 2.0], dtype=F64), 3.0)
-    outer = Affine(torch.tensor([5.0, 7.0], dtype=F64), 11.0)
-    for radius in (0.0, 0.5, 10.0):
-        truth = outer.constant + outer.slope * (inner.constant + inner.slope * radius)
-        found = outer.after(inner).at(radius)
-        assert bool((found >= truth).all() and (found <= truth * (1 + 1e-9)).all())
-    assert torch.isinf(Affine(torch.tensor([0.0], dtype=F64), math.inf).at(0.0)).all()
-    assert torch.isinf((inner * math.inf).constant).all()
-    assert math.isinf((Affine(0 * inner.constant, 0.0) * math.inf).slope)
-
-
-def test_a_chain_adds_up_errors_and_what_moves():
-    """Two layers x ↦ 2x that err by 0.1 and 0.2 + 0.5ρ."""
-    nothing = torch.zeros(1, dtype=F64)
-
-    def layer(error, constant, slope):
-        return Certified(
-            value=nothing, error=nothing + error, uniform=Affine(nothing + constant, slope)
-        )
-
-    stage = Stage.start(nothing[None]).then(layer(0.1, 0.1, 0.0), 2.0)
-    stage = stage.then(layer(0.2, 0.2, 0.5), 2.0)
-    assert stage.gain == pytest.approx(4.0)
-    assert float(stage.error) == pytest.approx(0.4)
-    # 2 · 0.1 + 0.2 + 0.5 (0.1 + 0.1 + 2r)
-    assert float(stage.uniform.constant) == pytest.approx(0.5)
-    assert stage.uniform.slope == pytest.approx(1.0)
-
-
 def test_a_bound_ends_where_numbers_may_overflow():
     layer = EquilibriumLinear(3, 4, 2).requires_grad_(False)
     x = torch.randn(2, 3)
@@ -265,6 +230,7 @@ def test_a_bound_ends_where_numbers_may_overflow():
 EQUILIBRIUM = EquilibriumClassifierConfig(
     shape=(1, 4, 4), classes=4, mean=(0.5,), std=(1.0,), hidden=12, tol=1e-6
 )
+
 RESIDUAL = FeedforwardClassifierConfig(
     shape=(1, 4, 4), classes=4, mean=(0.5,), std=(1.0,), channels=(4,), depths=(1,), conv_hidden=3,
     pool=2, dense_depth=1, dense_hidden=8,
@@ -328,13 +294,17 @@ def test_how_a_layer_is_solved_is_not_part_of_the_statement():
 def test_a_chain_composed_by_hand_has_to_cover_the_normalisation():
     model = EQUILIBRIUM.build().double().eval()
     x, label = torch.rand(1, 1, 4, 4, dtype=F64), torch.tensor([0])
-    by_hand = compose([model.layer.certificate()], model.normalize.gain)
+    by_hand = compose(model.certificate().layers)
+    assert by_hand.network is None
     assert float(model.certified_radius(x, label, by_hand)) == pytest.approx(
         float(model.certified_radius(x, label))
     )
-    too_little = compose([model.layer.certificate()], 0.5)
-    with pytest.raises(CertificateError, match=r"grow by at most 0\.5"):
-        model.certified_radius(x, label, too_little)
+    without = compose([stage.certificate() for stage in model.stages[1:]])
+    with pytest.raises(CertificateError, match="of 2 modules one after the other, there are 3"):
+        model.certified_radius(x, label, without)
+    lesser = Normalize((0.5,), (2.0,)).double().certificate()
+    with pytest.raises(CertificateError, match="for other weights"):
+        model.certified_radius(x, label, compose([lesser, *by_hand.layers[1:]]))
 
 
 def test_a_proof_for_another_torus_is_refused():
@@ -424,23 +394,27 @@ class _Wider(Normalize):
         return 10 * super().forward(x)
 
 
-@pytest.mark.parametrize(("name", "other"), [
-    ("stem", _Louder(1)), ("stem", nn.Identity()), ("normalize", _Wider((0.5,), (0.5,))),
+@pytest.mark.parametrize(("name", "other", "error", "message"), [
+    ("stem", _Louder(1), CertificateError, "_Louder extends a map of lben"),
+    ("stem", nn.Identity(), ValueError, "Identity has no proved Lipschitz bound"),
+    ("normalize", _Wider((0.5,), (0.5,)), CertificateError, "_Wider extends Normalize"),
 ])  # fmt: skip
-def test_maps_without_a_certificate_are_those_that_were_built(name, other):
+def test_maps_without_a_certificate_are_those_that_were_built(name, other, error, message):
     model = ConvolutionalEquilibriumClassifierConfig(
         shape=(1, 4, 4), classes=3, mean=(0.5,), std=(0.5,), channels=(2,), pool=2
     ).build().eval()  # fmt: skip
     x, labels = torch.rand(3, 1, 4, 4), torch.tensor([0, 1, 2])
-    named, by_hand = model.certificate(), compose([model.layer.certificate()], model.normalize.gain)
+    named = model.certificate()
+    by_hand = compose(named.layers)
     setattr(model, name, other)
     for call in (
         model.certificate,
-        lambda: model.certified_radius(x, labels, named),
         lambda: model.certified_radius(x, labels, by_hand),
     ):
-        with pytest.raises(CertificateError, match=f"{name} is a "):
+        with pytest.raises(error, match=message):
             call()
+    with pytest.raises((CertificateError, ValueError), match=f"another network|{message}"):
+        model.certified_radius(x, labels, named)
 
 
 def test_a_hooked_layer_is_not_certified():

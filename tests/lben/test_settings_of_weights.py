@@ -227,13 +227,23 @@ def test_hooks_of_all_modules_are_no_part_of_a_proof(register):
     model.certified_radius(x, labels, proof)
 
 
-@pytest.mark.parametrize("method", ["forward", "logits", "_features"])
-def test_methods_of_an_instance_are_no_part_of_a_proof(method):
+@pytest.mark.parametrize(("part", "method"), [
+    ("", "forward"), ("", "_check_images"), ("normalize", "forward"), ("layer", "forward"),
+    ("layer", "readout"), ("layer", "weights"), ("layer", "forward_with_error"),
+])  # fmt: skip
+def test_methods_of_an_instance_are_no_part_of_a_proof(part, method):
     model, x, labels = classifier()
-    proof, own = model.certificate(), getattr(model, method)
-    setattr(model, method, lambda x: own(3 * x))
+    module = model.get_submodule(part)
+    proof, own = model.certificate(), getattr(module, method)
+    setattr(module, method, lambda x, *rest: own(3 * x, *rest))
     with pytest.raises(CertificateError, match="a forward of its own"):
         model.certified_radius(x, labels, proof)
+
+
+def test_the_stages_of_a_classifier_are_those_of_its_class():
+    model, *_ = classifier()
+    with pytest.raises(AttributeError):
+        model.stages = model.stages[1:]
 
 
 def classifier():

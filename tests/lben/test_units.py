@@ -47,10 +47,8 @@ LAYERS = {
 
 
 def inputs(layer, dtype):
-    if isinstance(layer, EquilibriumLayer):
-        return torch.randn(16, 7, dtype=dtype)
-    return torch.randn(4, 2 if isinstance(layer, PooledEquilibriumConv2d) else 3, *layer.image,
-                       dtype=dtype)  # fmt: skip
+    count = 16 if len(layer.sample_shape) == 1 else 4
+    return torch.randn(count, *layer.sample_shape, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

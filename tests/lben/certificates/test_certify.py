@@ -1,5 +1,6 @@
+"""Proofs agree with exact arithmetic; false claims and things without a proof are refused."""
+
 import dataclasses
-import json
 import math
 
 import flint
@@ -8,25 +9,27 @@ import torch
 
 from lben import (
     CertificateError,
+    ChainCertificate,
     Claim,
     DenseWeights,
+    EquilibriumConv2d,
     EquilibriumLinear,
-    certified_radius,
+    FeedforwardClassifierConfig,
+    Flatten,
+    IntervalClaim,
+    LayerCertificate,
+    LipschitzSequential,
+    Normalize,
+    NormalizedLinear,
+    PooledEquilibriumConv2d,
+    SLLConv2d,
+    SLLLinear,
     certify,
-    compose,
     tighten_scaled,
 )
-from lben.parameterizations import DirectParameterization
 from solvers import DenseOperator, Inclusion, ReLU, solve
-
-
-def random_weights(gamma=1.0, seed=0, dtype=torch.float64, sizes=(7, 6, 3), **options):
-    torch.manual_seed(seed)
-    parameterization = DirectParameterization(*sizes, dtype=dtype, gamma=gamma, **options)
-    with torch.no_grad():
-        for parameter in parameterization.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-        return parameterization().apply(torch.Tensor.detach)
+from tests.lben.certificates.weights import random_weights
+from tests.lben.weights.kinds import KINDS, matrices
 
 
 def exact_schur(weights: DenseWeights, gamma: float, Lambda: torch.Tensor) -> flint.fmpq_mat:
@@ -185,29 +188,6 @@ def test_smallest_eigenvalue_is_that_of_the_whole_matrix():
         assert certify(weights).smallest_eigenvalue == pytest.approx(expected, abs=1e-10)
 
 
-def test_a_certificate_is_tied_to_its_weights():
-    weights = random_weights()
-    certificate = certify(weights)
-    certificate.check(weights)
-    moved = dataclasses.replace(weights, W=weights.W + 1e-16 * weights.W.abs())
-    moved.W[0, 0] = torch.nextafter(moved.W[0, 0], torch.tensor(9.0, dtype=torch.float64))
-    with pytest.raises(CertificateError, match="for other weights"):
-        certificate.check(moved)
-
-
-def test_certificates_are_json():
-    record = json.loads(compose([certify(random_weights(gamma=None))], 2.0).to_json())
-    assert record["bound"] is None
-    assert record["layers"][0]["m"] > 0
-
-
-def test_composition_multiplies_upwards():
-    certificate = certify(random_weights(gamma=0.1))
-    network = compose([certificate, certificate], input_gain=3.0)
-    assert network.bound >= 3.0 * 0.1 * 0.1
-    assert network.bound <= 0.03 * (1 + 1e-14)
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["W", "U", "C", "Lambda"])
 def test_non_finite_weights_are_refused(name, bad):
@@ -234,49 +214,6 @@ def test_bad_claims_are_refused():
         certify(weights, Claim(1.0, weights.Lambda[:5]))
 
 
-def test_radius_is_the_margin_over_root_two_gamma():
-    logits = torch.tensor([[3.0, 1.0, 0.0], [1.0, 2.0, 0.0], [1.0, 1.0, 0.0]])
-    labels = torch.tensor([0, 0, 1])
-    radius = certified_radius(logits, labels, 2.0)
-    expected = flint.arb(1) / flint.arb(2).sqrt()
-    assert radius[0] == pytest.approx(2 / (2 * math.sqrt(2)))
-    assert flint.arb(float(radius[0])) < expected
-    assert radius[1:].tolist() == [0.0, 0.0]
-
-
-def test_radius_pays_for_the_error_of_the_logits():
-    logits, labels = torch.tensor([[3.0, 1.0]]), torch.tensor([0])
-    error = torch.tensor([0.5], dtype=torch.float64)
-    radius = certified_radius(logits, labels, 1.0, logit_error=error)
-    assert float(radius) == pytest.approx((2 - math.sqrt(2) * 0.5) / math.sqrt(2))
-    assert certified_radius(logits, labels, 1.0, logit_error=10.0).item() == 0
-    assert certified_radius(logits, labels, math.inf).item() == 0
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        (torch.tensor([0, 3]), r"labels must lie in \[0, 3\), got values from 0 to 3"),
-        (torch.tensor([-1, 0]), r"got values from -1 to 0"),
-        (torch.tensor([0]), "labels must be 2 integers"),
-        (torch.tensor([0.0, 1.0]), r"labels must be 2 integers.*float32"),
-    ],
-)
-def test_bad_labels_are_refused(labels, message):
-    with pytest.raises(ValueError, match=message):
-        certified_radius(torch.randn(2, 3), labels, 1.0)
-
-
-def test_bad_logits_and_bounds_are_refused():
-    labels = torch.tensor([0, 1])
-    with pytest.raises(ValueError, match="logits contain NaN"):
-        certified_radius(torch.full((2, 3), math.nan), labels, 1.0)
-    with pytest.raises(ValueError, match="bound must be positive"):
-        certified_radius(torch.randn(2, 3), labels, 0.0)
-    with pytest.raises(ValueError, match="classes ≥ 2"):
-        certified_radius(torch.randn(2, 1), labels, 1.0)
-
-
 @pytest.mark.parametrize("tol", [1e-2, 1e-6, 1e-12])
 def test_logit_error_covers_an_inexact_solve_and_is_not_idle(tol):
     weights = random_weights(feedthrough=True)
@@ -288,3 +225,90 @@ def test_logit_error_covers_an_inexact_solve_and_is_not_idle(tol):
     true_error = (y - forward(weights, x)).norm(dim=1)
     assert (true_error <= bound + 1e-11).all()
     assert (bound <= 1000 * true_error.max() + 1e-9).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_every_kind_are_proved_by_one_verb(kind):
+    w = KINDS[kind]()
+    proof = certify(w)
+    assert isinstance(proof, LayerCertificate)
+    assert proof.bound == (math.inf if w.gamma is None else w.gamma)
+    assert proof.margin > 0
+    proof.check(w)
+    with pytest.raises(CertificateError, match="other weights"):
+        proof.check(w.with_tensors({"b_y": w.b_y + 1}))
+    assert certify(matrices(w)).bound == proof.bound
+    whole = certify(w, Claim(None, w.multiplier)) if kind[:6] != "pooled" else None
+    assert whole is None or whole.bound == math.inf
+    size = w.proved_size()
+    if size is not None:
+        assert certify(w, image=size[0]) == proof
+        assert proof.image == size[0]
+
+
+def test_a_claim_about_all_outputs_is_one_about_weights_of_images_too():
+    for kind in ("no D", "number D", "reads the state", "stride"):
+        w = KINDS[kind]()
+        assert certify(w, Claim(1.5 * w.gamma, w.Lambda)).bound == 1.5 * w.gamma
+        with pytest.raises(CertificateError, match="could not be proved"):
+            certify(w, Claim(1e-3 * w.gamma, w.Lambda))
+
+
+def test_modules_prove_themselves():
+    layers = {
+        "explicit": (SLLConv2d(2, 3), (4, 5)), "dense": (SLLLinear(6, 3), (6,)),
+        "head": (NormalizedLinear(6, 3), (6,)), "map": (Flatten(), None),
+        "normalisation": (Normalize((0.5,), (0.5,)), None),
+        "equilibrium": (EquilibriumLinear(6, 5, 3), None),
+        "images": (EquilibriumConv2d(2, 3, 2, image=(4, 5)), (4, 5)),
+        "pooled": (PooledEquilibriumConv2d(2, 3, 2, image=(4, 4), pool=2), None),
+        "chain": (LipschitzSequential(SLLConv2d(2, 3), Flatten()), (2, 4, 5)),
+    }  # fmt: skip
+    for name, (layer, image) in layers.items():
+        found = certify(layer) if image is None else certify(layer, image=image)
+        expected = layer.certificate() if image is None else layer.certificate(image)
+        assert found == expected, name
+    assert isinstance(certify(layers["chain"][0], image=(2, 4, 5)), ChainCertificate)
+    model = FeedforwardClassifierConfig(
+        shape=(1, 4, 4), classes=3, mean=(0.5,), std=(0.5,), channels=(2,), depths=(1,),
+        conv_hidden=2, pool=2, dense_depth=1, dense_hidden=3,
+    ).build()  # fmt: skip
+    assert certify(model) == certify(model, image=(1, 4, 4)) == model.certificate()
+    assert certify(model).network == model.fingerprint
+
+
+def test_what_has_no_proof_is_named_with_the_next_step():
+    for wrong in (torch.nn.Linear(2, 2), 1.0, torch.zeros(2, 2), None):
+        kind = type(wrong).__name__
+        with pytest.raises(TypeError, match=rf"got {kind}: give it a method certificate\("):
+            certify(wrong)
+    layer = EquilibriumLinear(3, 4, 2)
+    with pytest.raises(TypeError, match=r"certify\(layer\.weights\(\), claim\)"):
+        certify(layer, Claim(1.0, layer.weights().Lambda))
+    with pytest.raises(TypeError, match="no such claim: float"):
+        certify(layer.weights(), 2.0)
+    for claims in ({(0, 1): Claim(1.0, torch.ones(3))}, IntervalClaim()):
+        with pytest.raises(ValueError, match=r"pairs of outputs are proved for DenseWeights"):
+            certify(KINDS["no D"](), claims)
+
+
+def test_image_sizes_are_pairs_and_fit():
+    w, pooled = KINDS["no D"](), KINDS["pooled"]()
+    for wrong in ((4,), (2, 4, 5), "44", 4, (4.5, 4)):
+        with pytest.raises(TypeError, match=r"pair \(height, width\)|must be an integer"):
+            certify(w, image=wrong)
+    with pytest.raises(ValueError, match="at least 1"):
+        certify(w, image=(0, 4))
+    assert certify(w, image=(9, 9)).image == (9, 9)
+    with pytest.raises(ValueError, match=r"weights are for images of \(6, 8\), got \(9, 9\)"):
+        certify(pooled, image=(9, 9))
+
+
+class Foreign(DenseWeights):
+    """Weights of another class than those with a proof, which a subclass inherits."""
+
+
+def test_proofs_are_chosen_by_what_weights_are():
+    w = KINDS["dense"]()
+    again = Foreign(**w.tensors(), gamma=w.gamma)
+    assert certify(again).bound == w.gamma

@@ -6,6 +6,7 @@ import torch
 
 from lben import DenseWeights
 from lben.certificates.inequality import Inequality
+from tests.lben.weights.kinds import KINDS
 
 
 def random_weights(n=4, p=3, q=2, D=None):
@@ -78,3 +79,23 @@ def test_units_change_no_sign_and_are_exact(unit):
 def test_a_corner_that_is_not_positive_proves_nothing():
     w = random_weights(q=3, D=feedthrough("dI"))
     assert Inequality.of(w, w.Lambda.numpy()).margin(0.4) == -np.inf
+
+
+@pytest.mark.parametrize("kind", ["dense", "dense without D"])
+def test_the_margin_changes_sign_where_the_bound_becomes_false(kind):
+    w = KINDS[kind]()
+    block, low, high = Inequality.of(w, w.Lambda.numpy()), 1e-3, 10 * w.gamma
+    assert block.margin(high) > 0 >= block.margin(low)
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if block.margin(middle) > 0 else (middle, high)
+    root = w.Lambda.sqrt()
+    best = 0.0
+    for _ in range(300):
+        slopes = torch.rand(6).round().double()
+        K = torch.linalg.solve(torch.eye(6) - slopes[:, None] * w.W, slopes.diag())
+        J = w.C @ K @ w.U + (0 if w.D is None else w.D)
+        best = max(best, float(torch.linalg.matrix_norm(J, 2)))
+    assert best <= high <= w.gamma * (1 + 1e-6)
+    assert block.smallest_eigenvalue(high * 1.01) > 0
+    assert block.output_gain() >= float(torch.linalg.matrix_norm(w.C / root, 2))

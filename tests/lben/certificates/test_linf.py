@@ -11,6 +11,7 @@ from lben import (
     DenseWeights,
     EquilibriumLinear,
     IntervalClaim,
+    certify,
     tighten_linf,
 )
 from lben.certificates import LinfClaim

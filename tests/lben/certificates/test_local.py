@@ -64,3 +64,20 @@ def test_rows_too_small_to_be_reduced_are_refused():
         compress_inputs(np.array([[math.inf, 0.0]]))
     large = compress_inputs(np.array([[1e200, 0.0], [0.0, 1e-200]]))
     assert np.isfinite(large).all()
+
+
+def test_a_local_claim_needs_slopes_between_zero_and_one():
+    one = np.ones(1)
+    W, U = np.zeros((1, 1)), np.ones((1, 1))
+
+    def holds(**values):
+        claim = {"gamma": 1.1, "Lambda": one, "low": 0 * one, "high": one, **values}
+        return can_prove_local_claim(W, U, Enclosure(U), Enclosure(W), LocalClaim(**claim))
+
+    assert holds()
+    for bad in ({"low": one, "high": 0 * one}, {"high": 2 * one}, {"low": -one},
+                {"low": math.nan * one}, {"high": math.nan * one}, {"gamma": math.nan},
+                {"gamma": math.inf}, {"gamma": -1.0}, {"Lambda": math.inf * one}):  # fmt: skip
+        assert not holds(**bad)
+    with pytest.raises(ValueError, match="must have shape"):
+        holds(low=np.zeros(2))

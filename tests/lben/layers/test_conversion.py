@@ -19,7 +19,7 @@ from lben.parameterizations import CompleteParameterization
 from lben.parameterizations.feedforward import UNIT_BOUND
 
 
-def draw_report(layer):
+def perturb(layer):
     with torch.no_grad():
         for p in layer.parameters():
             p.add_(torch.randn_like(p), alpha=0.5)
@@ -40,7 +40,7 @@ STACKS = {
 
 
 def made(name, dtype=torch.float64):
-    layers = [draw_report(layer.to(dtype)) for layer in STACKS[name]()]
+    layers = [perturb(layer.to(dtype)) for layer in STACKS[name]()]
     # The W of an equilibrium layer is computed in its precision: take it where it is exact.
     return [x.double() if isinstance(x, EquilibriumLinear) else x for x in layers]
 
@@ -73,7 +73,10 @@ def _exact(part, x):
 @pytest.mark.parametrize("name", STACKS)
 def test_the_bound_survives_training(name):
     layer = from_weights([x.weights() for x in made(name)])
-    x, target = torch.randn(32, 6, dtype=torch.float64), torch.randn(32, layer.out_features)
+    x, target = (
+        torch.randn(32, 6, dtype=torch.float64),
+        torch.randn(32, layer.weights().out_features),
+    )
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.03)
     first = None
     for _ in range(40):
@@ -90,8 +93,8 @@ def test_the_bound_survives_training(name):
 
 def test_the_stack_is_certified_with_the_product_of_bounds():
     a, b = (
-        draw_report(EquilibriumLinear(5, 4, 3, gamma=2.0)),
-        draw_report(EquilibriumLinear(3, 6, 2, gamma=3.0)),
+        perturb(EquilibriumLinear(5, 4, 3, gamma=2.0)),
+        perturb(EquilibriumLinear(3, 6, 2, gamma=3.0)),
     )
     with torch.no_grad():
         whole = stack(a.double().weights(), b.double().weights())

@@ -1,6 +1,7 @@
+"""An equilibrium layer: gradients, caches, inputs, dtypes and what it refuses."""
+
 import copy
 import dataclasses
-import math
 from fractions import Fraction
 
 import numpy as np
@@ -9,13 +10,9 @@ import torch
 from torch import nn
 
 from lben import (
-    CertificateError,
-    EquilibriumClassifierConfig,
     EquilibriumConv2d,
     EquilibriumLinear,
-    Normalize,
     PooledEquilibriumConv2d,
-    compose,
     stack,
 )
 from solvers import (
@@ -30,7 +27,9 @@ from solvers import (
 )
 
 SIZES = (4, 5, 3)
+
 TIGHT = {"dtype": torch.float64, "tol": 1e-13, "max_steps": 5000, "on_failure": "raise"}
+
 VARIANTS = [
     {},
     {"gamma": 0.3, "activation": Tanh()},
@@ -307,58 +306,6 @@ def test_repr_tells_the_configuration():
     assert "method=Auto()" in text
 
 
-def test_normalization_and_its_gain():
-    normalize = Normalize((0.5, 0.25), (0.5, 0.2))
-    x = torch.rand(3, 2, 4, 4)
-    torch.testing.assert_close(normalize(x)[:, 1], (x[:, 1] - 0.25) / 0.2)
-    assert Fraction(normalize.gain) * Fraction(float(normalize.std[1])) >= 1
-    assert normalize.gain == pytest.approx(5.0, rel=1e-7)
-    assert normalize.state_dict() == {}
-
-
-def test_rounding_of_the_normalization_is_covered():
-    normalize = Normalize((0.1307,), (0.3081,)).double()
-    x = torch.rand(5, 1, 8, 8, dtype=torch.float64)
-    single = normalize.float()
-    low = x.float()
-    exact = (low.double() - single.mean.double()) / single.std.double()
-    error = (single(low).double() - exact).flatten(1).norm(dim=1)
-    assert (error <= single.rounding(low)).all()
-    assert (single.rounding(low) <= 50 * error).all()
-
-
-@pytest.mark.parametrize(("mean", "std"), [((0.5,), (0.0,)), ((0.5,), (1.0, 1.0)), ((0,), (-1,))])
-def test_bad_normalizations(mean, std):
-    with pytest.raises(ValueError, match="one positive std per channel"):
-        Normalize(mean, std)
-
-
-@pytest.mark.parametrize("wrong", [
-    -0.3, 0.0, math.nan, math.inf, 1e-42, torch.tensor(0.3, dtype=torch.complex64), torch.tensor(1),
-])  # fmt: skip
-def test_a_std_that_was_changed_to_no_positive_number_proves_nothing(wrong):
-    config = EquilibriumClassifierConfig(
-        shape=(2, 4, 4), classes=3, mean=(0.5,) * 2, std=(0.3,) * 2
-    )
-    model, x = config.build(), torch.rand(2, 2, 4, 4)
-    by_hand = compose([model.layer.certificate()], 1 / 0.29)
-    if isinstance(wrong, torch.Tensor):
-        model.normalize.std = wrong.expand(2, 1, 1).clone()
-    else:
-        model.normalize.std.data[0] = wrong
-    for claim in (
-        lambda: model.normalize.gain,
-        lambda: model.normalize.rounding_growth((2, 4, 4), torch.float32),
-        model.certificate,
-        lambda: model.certified_radius(x, torch.tensor([0, 1]), by_hand),
-    ):
-        with pytest.raises(CertificateError, match="std of a normalisation must be real, finite"):
-            claim()
-
-
-# What is claimed of the rounding of a layer, and what it takes.
-
-
 def lost_products(n, q, batch):
     """Return a layer with W = 0, Cz below half an ulp of b_y, and an input."""
     layer = EquilibriumLinear(
@@ -391,12 +338,12 @@ def test_rounding_that_overflows_or_underflows_is_known_to():
     w = layer.weights().apply(torch.Tensor.detach)
     z = torch.full((2, 5), 1.7e308, dtype=torch.float64)
     x = torch.full((2, 4), 1.7e308, dtype=torch.float64)
-    for bound in layer._rounding(w, x, z):
+    for bound in w.rounding(x, z):
         assert (bound > 1e290).all()
         assert not bound.isnan().any()
     nothing = w.apply(torch.zeros_like)
     nothing = dataclasses.replace(nothing, Lambda=w.Lambda)
-    for bound in layer._rounding(nothing, 0 * x, 0 * z):
+    for bound in nothing.rounding(0 * x, 0 * z):
         assert (bound > 0).all()
 
 

@@ -137,7 +137,7 @@ def test_what_a_compiled_layer_does_to_the_identity_is_what_is_proved(kind, back
         for i in range(10):
             for j in range(i):
                 gaps = (found[:, i].double() - found[:, j].double()).tolist()
-                assert sum(Fraction(g) ** 2 for g in gaps) <= Fraction(float(bounds[i, j])) ** 2
+                assert sum(Fraction(g) ** 2 for g in gaps) <= Fraction(float(bounds[i][j])) ** 2
     else:
         assert torch.equal(found, proved.float())
 

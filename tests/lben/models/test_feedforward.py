@@ -27,9 +27,9 @@ def test_every_family_is_certified_and_holds(block):
     assert 0.3 < certificate.bound < 1.01 * model.gamma
     x = torch.rand(30, 3, 8, 8, dtype=torch.float64)
     logits = model.forward_with_error(x, certificate)
-    torch.testing.assert_close(logits.logits, model(x))
+    torch.testing.assert_close(logits.value, model(x))
     assert float(logits.error.max()) < 1e-8
-    labels = logits.logits.argmax(1)
+    labels = logits.value.argmax(1)
     radius = model.certified_radius(x, labels, certificate)
     assert (radius > 0).all()
     for i in range(4):

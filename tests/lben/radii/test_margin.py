@@ -4,6 +4,7 @@ import dataclasses
 import math
 from fractions import Fraction
 
+import flint
 import numpy as np
 import pytest
 import torch
@@ -132,7 +133,13 @@ def test_bounds_of_pairs_come_as_they_are(kind):
     tolerance = 1e-6 if "float32" in kind else 0.0
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=0.0)
     assert pair_bounds(table, 3).dtype == torch.float64
-    assert compose([certify(weights)], 2.0, table).pairs is not None
+    if kind == "record":
+        composed = compose([certify(weights)], table).pairs
+        assert composed.tensor().ge(pairs.tensor()).all()
+        torch.testing.assert_close(composed.tensor(), pairs.tensor(), rtol=1e-14, atol=0)
+    else:
+        with pytest.raises(TypeError, match="compose takes certificates"):
+            compose([certify(weights)], table)
 
 
 def test_bounds_of_pairs_know_their_weights():
@@ -145,13 +152,13 @@ def test_bounds_of_pairs_know_their_weights():
     assert "bounds" in pairs.to_json()
     other = dataclasses.replace(weights, b_y=weights.b_y + 1)
     with pytest.raises(CertificateError, match="other weights than the last layer"):
-        compose([certify(other)], 1.0, pairs)
+        compose([certify(other)], pairs)
     with pytest.raises(CertificateError, match="other weights"):
-        compose([], 1.0, pairs)
+        compose([], pairs)
     for found in (certify(weights, IntervalClaim()), certify(weights, tighten_linf(weights))):
         assert found.norm == "linf"
-        with pytest.raises(CertificateError, match="take certify_pairs"):
-            compose([certify(weights)], 1.0, found)
+        with pytest.raises(CertificateError, match="claim pairs by Claim"):
+            compose([certify(weights)], found)
 
 
 @pytest.mark.parametrize(
@@ -188,3 +195,46 @@ def test_bounds_are_numbers_of_any_kind(bound):
 def test_an_integer_that_is_no_float_is_rounded_upwards():
     odd = 2**53 + 1
     assert Fraction(float(pair_bounds(odd, 2)[0, 1])) ** 2 >= 2 * Fraction(odd) ** 2
+
+
+def test_radius_is_the_margin_over_root_two_gamma():
+    logits = torch.tensor([[3.0, 1.0, 0.0], [1.0, 2.0, 0.0], [1.0, 1.0, 0.0]])
+    labels = torch.tensor([0, 0, 1])
+    radius = certified_radius(logits, labels, 2.0)
+    expected = flint.arb(1) / flint.arb(2).sqrt()
+    assert radius[0] == pytest.approx(2 / (2 * math.sqrt(2)))
+    assert flint.arb(float(radius[0])) < expected
+    assert radius[1:].tolist() == [0.0, 0.0]
+
+
+def test_radius_pays_for_the_error_of_the_logits():
+    logits, labels = torch.tensor([[3.0, 1.0]]), torch.tensor([0])
+    error = torch.tensor([0.5], dtype=torch.float64)
+    radius = certified_radius(logits, labels, 1.0, logit_error=error)
+    assert float(radius) == pytest.approx((2 - math.sqrt(2) * 0.5) / math.sqrt(2))
+    assert certified_radius(logits, labels, 1.0, logit_error=10.0).item() == 0
+    assert certified_radius(logits, labels, math.inf).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 3]), r"labels must lie in \[0, 3\), got values from 0 to 3"),
+        (torch.tensor([-1, 0]), r"got values from -1 to 0"),
+        (torch.tensor([0]), "labels must be 2 integers"),
+        (torch.tensor([0.0, 1.0]), r"labels must be 2 integers.*float32"),
+    ],
+)
+def test_bad_labels_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        certified_radius(torch.randn(2, 3), labels, 1.0)
+
+
+def test_bad_logits_and_bounds_are_refused():
+    labels = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="logits contain NaN"):
+        certified_radius(torch.full((2, 3), math.nan), labels, 1.0)
+    with pytest.raises(ValueError, match="bound must be positive"):
+        certified_radius(torch.randn(2, 3), labels, 0.0)
+    with pytest.raises(ValueError, match="classes ≥ 2"):
+        certified_radius(torch.randn(2, 1), labels, 1.0)

@@ -12,7 +12,7 @@ from lben.parameterizations import (
     SandwichParameterization,
     Spectral,
 )
-from lben.parameterizations.feedforward import PROOF_SLACK, UNIT_BOUND, mirror, taps
+from lben.parameterizations.feedforward import PROOF_SLACK, UNIT_BOUND
 
 MAKERS = [
     lambda **k: ResidualParameterization((5, 4), Spectral(), **k),
@@ -58,12 +58,3 @@ def test_scales_out_of_range_become_nan_on_a_device_that_cannot_be_looked_at():
 def test_the_slack_is_larger_than_what_float32_rounds():
     assert 1 < UNIT_BOUND < 1 + 2e-6
     assert 8 * torch.finfo(torch.float32).eps < PROOF_SLACK
-
-
-def test_mirror_is_the_adjoint_of_a_convolution():
-    kernel, x = torch.randn(2, 3, 3, 3).double(), torch.randn(1, 3, 5, 5).double()
-    y = torch.nn.functional.conv2d(x, kernel, padding=1)
-    w = torch.randn_like(y)
-    back = torch.nn.functional.conv2d(w, mirror(kernel), padding=1)
-    torch.testing.assert_close((y * w).sum(), (x * back).sum())
-    assert taps(torch.ones(3)).shape == (3, 1, 1)

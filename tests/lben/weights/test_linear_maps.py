@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lben.weights.linear_maps import Convolution, Dense, mirror
+from lben.weights.linear_maps import Convolution, Dense, mirror, taps
 
 
 @pytest.mark.parametrize("map", [
@@ -49,3 +49,12 @@ def test_the_mirror_of_a_kernel_is_that_of_its_adjoint():
     y = torch.nn.functional.conv2d(x, K, padding=1)
     back = torch.nn.functional.conv2d(h, mirror(K), padding=1)
     torch.testing.assert_close((y * h).sum(), (x * back).sum())
+
+
+def test_mirror_is_the_adjoint_of_a_convolution():
+    kernel, x = torch.randn(2, 3, 3, 3).double(), torch.randn(1, 3, 5, 5).double()
+    y = torch.nn.functional.conv2d(x, kernel, padding=1)
+    w = torch.randn_like(y)
+    back = torch.nn.functional.conv2d(w, mirror(kernel), padding=1)
+    torch.testing.assert_close((y * w).sum(), (x * back).sum())
+    assert taps(torch.ones(3)).shape == (3, 1, 1)

@@ -360,7 +360,7 @@ def _code_faults(bench: Bench) -> Iterator[tuple[str, Callable[[], bool]]]:
     )
     yield "local proofs that are not checked, of bounds too small", planted(
         bench.local,
-        (local, "can_prove_local_claim", lambda *a: True),
+        (local, "prove_local_claim", lambda *a: 1.0),
         (local, "tighten_locally", lambda problem, target=None: (
             target if target is not None else 13 + 0 * problem.low[:, 0], 1 + 0 * problem.low)),
     )  # fmt: skip

@@ -295,6 +295,27 @@ class PairCertificate(Certificate, Sequence[tuple[float, ...]]):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LocalCertificate(Certificate):
+    """The statement that a label cannot change within a radius of one input.
+
+    Attributes:
+        margin: the least of the proofs; None where the bound for all inputs was enough.
+        fingerprint: of weights, activation and normalisation, see `network_fingerprint`.
+        radius: in l2, in the unit of raw inputs.
+        label: the index of the label among the logits.
+        point: SHA-256 of the operating point, see `OperatingPoints.digest`.
+        box: whether it is for inputs in [0, 1] alone.
+        running: whether it is for the network as it runs, and not for the exact one alone.
+    """
+
+    radius: float
+    label: int
+    point: str
+    box: bool
+    running: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChainCertificate(LipschitzCertificate):
     """The bound of modules one after the other: the product of theirs, rounded upwards.
 

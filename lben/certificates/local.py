@@ -6,6 +6,7 @@ docs/glossary.md.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,10 +42,8 @@ class LocalClaim:
     high: Array
 
 
-def can_prove_local_claim(
-    W: Array, U: Array, C: Enclosure, D: Enclosure, claim: LocalClaim
-) -> bool:
-    """Return whether a local claim can be proved for z = σ(Wz + Ux + b), y = Cz + Dx + b_y.
+def prove_local_claim(W: Array, U: Array, C: Enclosure, D: Enclosure, claim: LocalClaim) -> float:
+    """Return the margin of a local claim for z = σ(Wz + Ux + b), y = Cz + Dx + b_y.
 
     For increments, v = Wz + Ux. Define z̃ by z = low·v + (high − low)·z̃: as a function of v it has
     slopes in [0, 1], and (I − W low) v = W (high − low) z̃ + Ux. So the claim is M(Λ, γ) ≻ 0 for the
@@ -63,19 +62,20 @@ def can_prove_local_claim(
         claim: γ, Λ and slope bounds.
 
     Returns:
-        True if the claim is proved; False if not, or if its numbers are no valid claim.
+        A proved lower bound of the smallest eigenvalue that has to be positive: the claim is proved
+        where it is above 0. −inf if the numbers are no valid claim.
 
     Example:
         A unit with slopes in [0, ½] changes by at most ½|Δx|, but not by at most 0.4|Δx|.
 
         >>> import numpy as np
-        >>> from lben.certificates.local import LocalClaim, can_prove_local_claim
+        >>> from lben.certificates.local import LocalClaim, prove_local_claim
         >>> from lben.rigorous import Enclosure
         >>> one = np.ones((1, 1))
         >>> def claim(gamma):
         ...     return LocalClaim(gamma=gamma, Lambda=one[0] / 2, low=0 * one[0], high=0.5 * one[0])
         >>> C, D = Enclosure(one), Enclosure(0 * one)
-        >>> [can_prove_local_claim(0 * one, one, C, D, claim(gamma)) for gamma in (0.51, 0.4)]
+        >>> [prove_local_claim(0 * one, one, C, D, claim(gamma)) > 0 for gamma in (0.51, 0.4)]
         [True, False]
     """
     n = len(W)
@@ -85,7 +85,7 @@ def can_prove_local_claim(
     )
     in_order = bool(((lower >= 0) & (lower <= upper) & (upper <= 1)).all())
     if not (in_order and np.isfinite(Lambda).all() and (Lambda >= TINY).all() and claim.gamma > 0):
-        return False
+        return -math.inf
     low = Enclosure(lower[:, None])
     width = Enclosure(upper[:, None]) - low
     try:
@@ -94,14 +94,14 @@ def can_prove_local_claim(
             block([[Enclosure(W) * width.T, Enclosure(U)]]),
         )
     except ValueError:
-        return False
+        return -math.inf
     through, drive = (Enclosure(v.mid[:, s], v.radius[:, s]) for s in (slice(n), slice(n, None)))
     own = Enclosure(np.diag(width.mid[:, 0]), np.diag(width.radius[:, 0]))
     inequality = Inequality(
         W=through, U=drive, C=C @ (low * through + own), D=D + C @ (low * drive),
         Lambda=Enclosure(Lambda[:, None]),
     )  # fmt: skip
-    return inequality.margin(claim.gamma) > 0
+    return inequality.margin(claim.gamma)
 
 
 def compress_inputs(rows: Array) -> Array:

@@ -23,11 +23,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from lben.certificates import CertificateError, PairCertificate
-from lben.certificates.local import LocalClaim, can_prove_local_claim, compress_inputs
+from lben.certificates import CertificateError, LocalCertificate, PairCertificate
+from lben.certificates.local import LocalClaim, compress_inputs, prove_local_claim
 from lben.certificates.proof import read_exactly
 from lben.radii.error_bounds import Affine
 from lben.radii.margin import ROOT2, check_labels, pair_bounds
@@ -128,6 +128,14 @@ class OperatingPoints:
     elsewhere: Affine | None = None
     fingerprint: str | None = None
 
+    def digest(self) -> str:
+        """Return the SHA-256 of all numbers: which inputs a local certificate is about."""
+        tensors = {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
+        around = "" if self.elsewhere is None else f"slope={self.elsewhere.slope!r};"
+        if self.elsewhere is not None:
+            tensors["elsewhere"] = self.elsewhere.constant
+        return digest(f"{self.fingerprint};{around}", tensors)
+
     def select(self, index: Tensor) -> OperatingPoints:
         """Return the points at some indices of the batch."""
         return replace(
@@ -209,7 +217,7 @@ class LocalCertifier:
     def certifies(
         self,
         operating_points: OperatingPoints,
-        labels: Int[Tensor, " batch"],
+        labels: Integer[Tensor, " batch"],
         radius: float | Float[Tensor, " batch"],
         *,
         constraints: bool | None = None,
@@ -232,6 +240,63 @@ class LocalCertifier:
                 is False for points that have box slack.
             CertificateError: if the points are of other weights, another activation or another
                 normalisation.
+        """
+        margins = self._margins(operating_points, labels, radius, constraints)
+        return margins > 0
+
+    def certify(
+        self,
+        operating_points: OperatingPoints,
+        labels: Integer[Tensor, " batch"],
+        radius: float | Float[Tensor, " batch"],
+        *,
+        constraints: bool | None = None,
+    ) -> list[LocalCertificate | None]:
+        """Return a certificate for each input whose label is proved within a radius.
+
+        Args:
+            operating_points, labels, radius, constraints: as for `certifies`.
+
+        Returns:
+            One per input; None where no proof was found.
+
+        Raises:
+            ValueError, CertificateError: as `certifies`.
+        """
+        margins = self._margins(operating_points, labels, radius, constraints)
+        radii = torch.as_tensor(radius, dtype=torch.float64, device="cpu").expand(len(margins))
+        return [
+            self._certificate(operating_points.select(torch.tensor([i])), int(labels[i]), r, margin)
+            if margin > 0
+            else None
+            for i, (r, margin) in enumerate(zip(radii.tolist(), margins.tolist(), strict=True))
+        ]
+
+    def _certificate(
+        self, point: OperatingPoints, label: int, radius: float, margin: float
+    ) -> LocalCertificate:
+        return LocalCertificate(
+            margin=margin if math.isfinite(margin) else None,
+            fingerprint=self.fingerprint,
+            dtype="float64",
+            method="slope bounds around the input, Cholesky verified a posteriori in float64",
+            radius=radius,
+            label=label,
+            point=point.digest(),
+            box=point.box_slack is not None,
+            running=point.elsewhere is not None,
+        )
+
+    def _margins(
+        self,
+        operating_points: OperatingPoints,
+        labels: Integer[Tensor, " batch"],
+        radius: float | Float[Tensor, " batch"],
+        constraints: bool | None,
+    ) -> Float[Tensor, " batch"]:
+        """Return the least margin of the proofs for each input.
+
+        −inf where a proof was not found; inf where the bound for all inputs is enough.
         """
         self._check(operating_points)
         constraints = operating_points.box_slack is not None if constraints is None else constraints
@@ -259,22 +324,23 @@ class LocalCertifier:
         margins = margins - 2.0**-48 * (y.abs().amax(1) + error)[:, None] - _SMALLEST
         rivals = torch.ones_like(margins, dtype=torch.bool).scatter(1, labels[:, None], False)
         certain = (margins > 0).logical_or(~rivals).all(1) & (radius <= _LARGEST)
+        least = torch.where(certain, torch.inf, -torch.inf).double()
         open_ = ~(radius[:, None] * self._bounds[labels] * (1 + 2.0**-48) + _SMALLEST < margins)
         # The least margins first: one that fails saves the others of its image.
         for rank in margins.masked_fill(~rivals, math.inf).argsort(1).T[:-1]:
-            sample = (certain & open_.gather(1, rank[:, None])[:, 0]).nonzero()[:, 0]
+            sample = ((least > 0) & open_.gather(1, rank[:, None])[:, 0]).nonzero()[:, 0]
             for part in sample.split(_BATCH) if len(sample) else ():
                 proved = self._prove_margins(
                     operating_points.select(part), labels[part], rank[part],
                     margins[part, rank[part]], radius[part], constraints,
                 )  # fmt: skip
-                certain[part] &= proved
-        return certain
+                least[part] = torch.minimum(least[part], proved)
+        return least
 
     def radius(
         self,
         operating_points: OperatingPoints,
-        labels: Int[Tensor, " batch"],
+        labels: Integer[Tensor, " batch"],
         start: Float[Tensor, " batch"],
         *,
         steps: int = 6,
@@ -342,8 +408,8 @@ class LocalCertifier:
         margins: Tensor,
         radius: Tensor,
         constraints: bool,
-    ) -> Bool[Tensor, " batch"]:
-        """Return for which inputs y_label − y_rival is proved to stay positive."""
+    ) -> Float[Tensor, " batch"]:
+        """Return the margin of the proof that y_label − y_rival stays positive, per input."""
         inner = radius.clamp_min(_SMALLEST) * self._input_gain * (1 + 2.0**-48)
         reach = self.gains * inner[:, None] * (1 + 2.0**-48)
         slopes = widen_slope_bounds(
@@ -365,7 +431,7 @@ class LocalCertifier:
         slopes: tuple[Tensor, Tensor],
         margins: Tensor,
         radius: Tensor,
-    ) -> Bool[Tensor, " batch"]:
+    ) -> Float[Tensor, " batch"]:
         """Return the same as `_prove_margins`, with constraints besides slope bounds."""
         w, (low, high) = self._weights, slopes
         first, second = torch.tensor(pairs, device="cpu").T
@@ -393,16 +459,17 @@ class LocalCertifier:
         eta = torch.where(free.isfinite(), fall - rise, 0.0)
         used = torch.cat([known, eta.abs()], dim=1)
         offsets = torch.cat([*(o for _, o in lines), free.nan_to_num(0.0, 0.0)], dim=1)
-        proved = (bound <= target) & weights.isfinite().all(1)
-        for i in proved.nonzero()[:, 0].tolist():
+        proposed = (bound <= target) & weights.isfinite().all(1)
+        found = torch.full_like(target, -math.inf)
+        for i in proposed.nonzero()[:, 0].tolist():
             price = Enclosure(used[i, None].numpy()) @ Enclosure(offsets[i, :, None].numpy())
             claim = LocalClaim(
                 gamma=float((margins[i] - price.magnitude[0, 0]) / radius[i]) * (1 - 2.0**-48),
                 Lambda=multiplier[i].numpy(), low=low[i].numpy(), high=high[i].numpy(),
             )  # fmt: skip
             nu = zip((s for s, _ in lines), known[i].view(len(lines), n), strict=True)
-            proved[i] = self._prove_constrained_difference(pairs[i], tuple(nu), eta[i], claim)
-        return proved
+            found[i] = self._prove_constrained_difference(pairs[i], tuple(nu), eta[i], claim)
+        return found
 
     def _prove_constrained_difference(
         self,
@@ -410,14 +477,14 @@ class LocalCertifier:
         nu: Sequence[tuple[float, Tensor]],
         eta: Tensor,
         claim: LocalClaim,
-    ) -> bool:
-        """Return whether a claim of y_i − y_j − Σ νₛᵀ(z − sv) − ηᵀx can be proved."""
+    ) -> float:
+        """Return the margin of a claim of y_i − y_j − Σ νₛᵀ(z − sv) − ηᵀx."""
         w, n = self._weights, len(self._W)
         direct = [] if w.D is None else [w.D[i : i + 1] for i in pair]
         try:
             rows = compress_inputs(torch.cat([w.U, *direct, eta[None]]).numpy())
         except CertificateError:
-            return False
+            return -math.inf
         C, D = Enclosure(self._C[[pair[0]]]) - Enclosure(self._C[[pair[1]]]), Enclosure(-rows[-1:])
         U = rows[:n]
         if direct:
@@ -426,22 +493,22 @@ class LocalCertifier:
             weight = Enclosure(numbers.numpy()[None])
             steep = weight * Enclosure(np.array([[slope]]))
             C, D = C - weight + steep @ Enclosure(self._W), D + steep @ Enclosure(U)
-        return can_prove_local_claim(self._W, U, C, D, claim)
+        return prove_local_claim(self._W, U, C, D, claim)
 
     def _prove_gains(self, units: Tensor) -> Float[Tensor, " units"]:
         """Return proved Lipschitz bounds of x ↦ vᵢ = Wᵢz + Uᵢx + bᵢ for some units."""
         index = units.numpy()
         C, D = Enclosure(self._W[index]), Enclosure(self._U[index])
         ones = torch.ones(len(units), len(self._W), dtype=torch.float64, device="cpu")
-        gains, proved = self._prove(C, D, (0 * ones, ones), None)
-        if not bool(proved.all()):
+        gains, margins = self._prove(C, D, (0 * ones, ones), None)
+        if not bool((margins > 0).all()):
             raise CertificateError("no Lipschitz bound of the pre-activations could be proved")
         return gains
 
     def _prove(
         self, C: Enclosure, D: Enclosure, slopes: tuple[Tensor, Tensor], target: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return a bound for each row of C and D, and whether it is proved (≤ the target)."""
+        """Return a bound for each row of C and D, and its margin; −inf above the target."""
         count, (low, high) = len(C.mid), slopes
         U = torch.from_numpy(self._U)
         problem = LocalProgram(
@@ -457,14 +524,15 @@ class LocalCertifier:
             floor = 2.0**-30 * torch.from_numpy(np.linalg.norm(np.hstack([C.mid, D.mid]), axis=1))
             floor = torch.maximum(gamma, floor + 2.0**-90)
             gamma, multiplier = floor, multiplier * (gamma / floor)[:, None]
-        proved = (
+        proposed = (
             torch.ones(count, dtype=torch.bool, device="cpu") if target is None else gamma <= target
         )
-        for i in proved.nonzero()[:, 0].tolist():
+        margins = torch.full_like(gamma, -math.inf)
+        for i in proposed.nonzero()[:, 0].tolist():
             claim = LocalClaim(
                 gamma=float(gamma[i]), Lambda=multiplier[i].numpy(), low=low[i].numpy(),
                 high=high[i].numpy(),
             )  # fmt: skip
             c, d = (Enclosure(e.mid[i : i + 1], e.radius[i : i + 1]) for e in (C, D))
-            proved[i] = can_prove_local_claim(self._W, self._U, c, d, claim)
-        return gamma, proved
+            margins[i] = prove_local_claim(self._W, self._U, c, d, claim)
+        return gamma, margins

@@ -97,7 +97,11 @@ class NeuralODE(Splitting):
         return state
 
     def value(self, problem: Inclusion, state: State) -> Tensor:
-        return state.x.clone()
+        if self.order == 1 and self.time_step == 1:
+            return state.x.clone()  # itself a value of T
+        # T(z) is no further from the equilibrium, and its inactive units are exactly 0: those of z
+        # are averages of stages, and their slopes would be those of active units.
+        return state.apply(state.map.add(state.x, state.shift, None))
 
     def step_cause(self, problem: Inclusion, m: float, L: float) -> str:
         return self._map().step_cause(problem, m, L)

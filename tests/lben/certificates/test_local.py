@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lben import CertificateError, EquilibriumLinear
-from lben.certificates.local import LocalClaim, can_prove_local_claim, compress_inputs
+from lben.certificates.local import LocalClaim, compress_inputs, prove_local_claim
 from lben.rigorous import Enclosure
 from lben.tightening.local import LocalProgram, tighten_locally, widen_slope_bounds
 
@@ -48,7 +48,7 @@ def test_a_false_local_claim_is_refused():
         )  # fmt: skip
         W, U, C, D = (t.reshape(t.shape[-2:]).numpy() for t in matrices)
         claim = dataclasses.replace(claim, **changes)
-        return can_prove_local_claim(W, U, Enclosure(C), Enclosure(D), claim)
+        return prove_local_claim(W, U, Enclosure(C), Enclosure(D), claim) > 0
 
     assert proved(1.0)
     assert not proved(0.98)
@@ -72,7 +72,7 @@ def test_a_local_claim_needs_slopes_between_zero_and_one():
 
     def holds(**values):
         claim = {"gamma": 1.1, "Lambda": one, "low": 0 * one, "high": one, **values}
-        return can_prove_local_claim(W, U, Enclosure(U), Enclosure(W), LocalClaim(**claim))
+        return prove_local_claim(W, U, Enclosure(U), Enclosure(W), LocalClaim(**claim)) > 0
 
     assert holds()
     for bad in ({"low": one, "high": 0 * one}, {"high": 2 * one}, {"low": -one},

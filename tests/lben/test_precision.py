@@ -17,6 +17,7 @@ from lben import (
     SLLConv2d,
     SLLLinear,
     SpectralLinear,
+    compose,
     precision,
 )
 from solvers import ReLU
@@ -79,10 +80,15 @@ CLAIMS = {
     "rounding": lambda layer, x: layer.rounding(x),
     "growth": lambda layer, x: layer.rounding_growth((6,), torch.float32),
     "chain": lambda layer, x: LipschitzSequential(layer).certificate((6,)),
-    "chain's growth": lambda layer, x: LipschitzSequential(layer).rounding_growth(
-        (6,), torch.float32
+    "chain's error": lambda layer, x: LipschitzSequential(layer).forward_with_error(
+        x, compose([_outside(layer)])
     ),
 }
+
+
+def _outside(layer):
+    with torch.autocast("cpu", enabled=False):
+        return layer.certificate()
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
@@ -132,7 +138,7 @@ def test_chains_give_no_error_under_autocast_and_none_is_left_behind():
         after, again = found.value, found.error
     assert torch.equal(before, after)
     assert torch.equal(error, again)
-    assert chain[0].weights().fingerprint == proofs[0].fingerprint
+    assert chain[0].weights().fingerprint == proofs.layers[0].fingerprint
 
 
 def test_a_certificate_of_rounded_weights_does_not_serve_the_layer():
@@ -145,7 +151,7 @@ def test_a_certificate_of_rounded_weights_does_not_serve_the_layer():
     assert proof.fingerprint == layer.certificate().fingerprint
     for call in (
         lambda: layer.check(proof, x),
-        lambda: LipschitzSequential(layer).forward_with_error(x, [proof]),
+        lambda: LipschitzSequential(layer).forward_with_error(x, compose([proof])),
     ):
         with pytest.raises(CertificateError, match="rounded to bfloat16"):
             call()

@@ -126,8 +126,8 @@ class Certificate:
         Raises:
             ValueError: naming the field.
         """
-        if self.margin is not None and not math.isfinite(self.margin):
-            raise ValueError(f"this is no {type(self).__name__}: margin must be a number")
+        if self.margin is not None and not 0 < self.margin < math.inf:
+            raise ValueError(f"this is no {type(self).__name__}: margin must be a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,8 +218,8 @@ class LayerCertificate(LipschitzCertificate):
 
     def check_values(self) -> None:
         """As `Certificate.check_values`; m is a number."""
-        if not math.isfinite(self.m):
-            raise ValueError(f"this is no {type(self).__name__}: m must be a number")
+        if not 0 <= self.m < math.inf:
+            raise ValueError(f"this is no {type(self).__name__}: m must be a number of at least 0")
         super().check_values()
 
 
@@ -283,6 +283,8 @@ class PairCertificate(Certificate, Sequence[tuple[float, ...]]):
 
     def scale(self, factor: float) -> PairCertificate:
         """Return the bounds in terms of the input of something that is factor-Lipschitz before."""
+        if factor == 1:
+            return self
         bounds = tuple(tuple(up(factor * b) for b in row) for row in self.bounds)
         return replace(self, bounds=bounds)
 

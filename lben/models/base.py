@@ -74,9 +74,10 @@ class CertifiedLogits(Certified):
         around = self.uniform
         if math.isinf(around.slope) and math.isfinite(certificate.bound):
             warnings.warn(
-                "no radius is certified: the solver's tolerance is too loose to bound the error of "
-                "the model as it runs at other images of a ball. Use a smaller tol, or "
-                'promise="exact" for radii of the exact network',
+                "no radius is certified: the error of the model as it runs at other images of a "
+                "ball is not bounded. Likely causes: a solver's tolerance is too loose (use a "
+                "smaller tol), or a module gives no uniform bound. For radii of the exact network "
+                'take promise="exact"',
                 stacklevel=3,
             )
         return certified_radius(logits, labels, bound, logit_error=error, elsewhere=around)

@@ -119,7 +119,7 @@ class ConvolutionalParameterization(EquilibriumParameterization[ConvolutionalWei
         if image is not None:
             self.geometry = ImageGeometry(
                 image, stride=stride, circular=circular, state_channels=n,
-                state_kernel=2 * k - 1, input_kernel=k, device=device,
+                state_kernel=2 * k - 1, input_kernel=k,
             )  # fmt: skip
         self.reset_parameters()
 
@@ -271,7 +271,7 @@ class PooledParameterization(EquilibriumParameterization[PooledWeights]):
         self.log_metric = parameter(sum(scales)) if learn_metric else None
         self.geometry = ImageGeometry(
             image, stride=coarsest, circular=circular, state_channels=self.layout.units,
-            state_kernel=2 * k - 1, input_kernel=k, device=device,
+            state_kernel=2 * k - 1, input_kernel=k,
         )  # fmt: skip
         self.reset_parameters()
 

@@ -10,6 +10,8 @@ for about (1 + (k − 1)/height)² of the work.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -29,7 +31,6 @@ class ImageGeometry:
         state_channels: n.
         state_kernel: size of the kernel of W, odd.
         input_kernel: size of the kernel of U.
-        device: where states will live.
 
     Raises:
         ValueError: if the image is no multiple of the stride, or smaller than a kernel.
@@ -57,7 +58,6 @@ class ImageGeometry:
         state_channels: int,
         state_kernel: int,
         input_kernel: int,
-        device: torch.device | str | None = None,
     ) -> None:
         if min(image) < 1 or image[0] % stride or image[1] % stride:
             raise ValueError(
@@ -77,8 +77,6 @@ class ImageGeometry:
         if border:
             self.torus = (_fast(self.grid[0] + border), _fast(self.grid[1] + border))
         self._channels = state_channels
-        device = torch.get_default_device() if device is None else torch.device(device)
-        self._inside = None if circular else self._image_units(device)
 
     def downsample(self, x: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch p i j"]:
         """Return x with blocks of pixels as channels."""
@@ -96,23 +94,25 @@ class ImageGeometry:
 
     def restrict(self, activation: ProximalActivation, device: torch.device) -> ProximalActivation:
         """Return σ that is 0 on the border."""
-        inside = self._inside
-        if inside is None:
+        if self.circular:
             return activation
-        # The mask follows from the sizes, so it is neither state nor moved with a layer.
-        if inside.device != device:
-            inside = self._image_units(device)
-            if not must_not_cache():
-                self._inside = inside
-        return Masked(activation, inside)
+        mark = _mark_inside if must_not_cache() else _mark_inside_once
+        return Masked(activation, mark(self._channels, self.torus, self.grid, device))
 
-    def _image_units(self, device: torch.device) -> Bool[Tensor, " units"]:
-        """Return which units lie inside the image, and not on its border."""
-        real = "cpu" if device.type == "meta" else device
-        with torch.inference_mode(False):
-            inside = torch.zeros(self._channels, *self.torus, dtype=torch.bool, device=real)
-            inside[:, : self.grid[0], : self.grid[1]] = True
-            return inside.flatten()
+
+def _mark_inside(
+    channels: int, torus: tuple[int, int], grid: tuple[int, int], device: torch.device
+) -> Bool[Tensor, " units"]:
+    """Return which units lie inside the image, and not on its border."""
+    real = "cpu" if device.type == "meta" else device
+    with torch.inference_mode(False):
+        inside = torch.zeros(channels, *torus, dtype=torch.bool, device=real)
+        inside[:, : grid[0], : grid[1]] = True
+        return inside.flatten()
+
+
+# The mask follows from the sizes, so it is neither state nor moved with a layer.
+_mark_inside_once = lru_cache(maxsize=32)(_mark_inside)
 
 
 def _fast(size: int) -> int:

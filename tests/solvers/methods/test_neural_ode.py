@@ -46,7 +46,7 @@ def advance(problem, method, z, steps=1):
     state = method.init(problem, z)
     for _ in range(steps):
         state = method.step(problem, state)
-    return method.value(problem, state)
+    return state.x
 
 
 @pytest.mark.parametrize("order", [1, 4])

@@ -118,8 +118,8 @@ def test_a_record_is_not_revived_as_another():
         ("layer", {"bound": -1.0}, "bound must be positive"),
         ("layer", {"bound": math.nan}, "bound must be positive"),
         ("layer", {"bound": "1"}, "is no"),
-        ("layer", {"margin": None}, "margin must be a number"),
-        ("layer", {"margin": math.inf}, "margin must be a number"),
+        ("layer", {"margin": None}, "margin must be a positive number"),
+        ("layer", {"margin": math.inf}, "margin must be a positive number"),
         ("layer", {"m": None}, "m must be a number"),
         ("layer", {"m": True}, "is no"),
         ("layer", {"fingerprint": 7}, "is no"),
@@ -127,7 +127,7 @@ def test_a_record_is_not_revived_as_another():
         ("layer", {"image": [4]}, "is no|zip|shorter|longer"),
         ("layer", {"sensitivity": {"drive_to_state": 1.0}}, "is no"),
         ("map", {"bound": 0.0}, "bound must be positive"),
-        ("map", {"margin": math.nan}, "margin must be a number"),
+        ("map", {"margin": math.nan}, "margin must be a positive number"),
         ("pairs", {"norm": "l1"}, "norm must be l2 or linf"),
         ("pairs", {"bounds": [[1.0, 2.0]]}, "bounds must be a square table"),
         ("pairs", {"bounds": [[1.0, -2.0], [1.0, 1.0]]}, "bounds must be positive"),
@@ -176,7 +176,7 @@ def test_chains_are_compared_module_by_module():
 def test_only_certificates_compose():
     proof = certify(SLLLinear(3, 2))
     for wrong in (1.0, None, SLLLinear(3, 2)):
-        with pytest.raises(TypeError, match="compose takes certificates, got"):
+        with pytest.raises(TypeError, match="compose takes certificates of modules, got"):
             compose([proof, wrong])
     assert compose([]).bound == 1.0
     both = compose([proof, compose([proof])])

@@ -22,7 +22,7 @@ def test_pairs_hold_for_every_pattern_of_slopes(kind):
     pairs = certify(w, claims)
     assert isinstance(pairs, PairCertificate)
     assert pairs.margin > 0
-    assert pairs.bound == max(c.gamma for c in claims.values())
+    assert pairs.largest == max(c.gamma for c in claims.values())
     best = 0.0
     for _ in range(200):
         slopes = torch.rand(6).round().double()

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import nn
 
-from lben import Certificate
+from lben import LipschitzCertificate
 from lben.layers import GroupSort
 from lben.layers.bounded import with_roundoff
 from lben.radii.error_bounds import Certified
@@ -23,7 +23,7 @@ class Stretch(nn.Module):
         return self.factor * x
 
     def certificate(self, image=None):
-        return Certificate(
+        return LipschitzCertificate(
             bound=self.factor, margin=None, fingerprint=f"{self.factor}x", dtype="any",
             method="by hand",
         )  # fmt: skip

@@ -134,7 +134,7 @@ def weights(**changes):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (lambda: weights(gamma=None), "without a bound"),
+        (lambda: weights(gamma=None), "claim no bound"),
         (lambda: weights(gamma=0.9), "must be below gamma"),
         (lambda: weights(C=3 * weights().C), "do not satisfy the certificate"),
         (lambda: AOLLinear(3, 3).weights(), "no hidden units"),

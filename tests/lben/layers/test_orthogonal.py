@@ -48,7 +48,7 @@ def test_the_kernel_that_is_proved_is_that_of_the_symbols_that_run(channels):
     found, proved = (torch.linalg.svdvals(matrix) for matrix in (runs, whole.D))
     torch.testing.assert_close(found, proved, rtol=1e-9, atol=1e-9)
     assert whole.D.shape == runs.T.shape
-    Q, _, s = layer.parameterization.to_exact(torch.float64)
+    Q, _, s = layer.parameterization.compute_in_float64(torch.float64)
     assert Q.is_complex()
     assert float(torch.linalg.matrix_norm(Q * s, 2).max()) <= 1
     with pytest.raises(ValueError, match="made for images"):

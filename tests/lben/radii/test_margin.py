@@ -138,7 +138,7 @@ def test_bounds_of_pairs_come_as_they_are(kind):
         assert composed.tensor().ge(pairs.tensor()).all()
         torch.testing.assert_close(composed.tensor(), pairs.tensor(), rtol=1e-14, atol=0)
     else:
-        with pytest.raises(TypeError, match="compose takes certificates"):
+        with pytest.raises(TypeError, match="pairs must be a PairCertificate"):
             compose([certify(weights)], table)
 
 

@@ -42,8 +42,8 @@ def test_a_part_that_changes_ends_what_the_whole_has():
 def test_within_a_solve_nothing_is_compared(monkeypatch):
     W = kronecker_operator(2, 3)
     looks = []
-    same = memo.all_same
-    monkeypatch.setattr(memo, "all_same", lambda a, b: looks.append(1) or same(a, b))
+    same = memo.are_identical
+    monkeypatch.setattr(memo, "are_identical", lambda a, b: looks.append(1) or same(a, b))
     with W.T.settled():
         count = len(looks)
         W.constants(), W.T.resolvent(0.3), W.diagonal()

@@ -69,8 +69,8 @@ class Case:
         forward = self.forward
         W = forward.operator.tensors[0].detach().clone().requires_grad_()
         v = forward.bias.detach().clone().requires_grad_()
-        kept = forward.operator.rebuild((W,))
-        operator = DenseOperator(W, forward.metric) if new_weights else kept
+        stored = forward.operator.rebuild((W,))
+        operator = DenseOperator(W, forward.metric) if new_weights else stored
         solution = equilibrium(
             Inclusion(operator, v, forward.activation), method, tol=self.tol, max_steps=max_steps,
             require_monotone=not isinstance(method, TorchDEQ), on_failure="raise",

@@ -97,10 +97,10 @@ def names() -> int:
     torch.manual_seed(0)
     x, labels = torch.rand(2, 1, 3, 3, dtype=F64), torch.tensor([0, 1])
     model = _CONFIG.build().double().eval()
-    kept = model.certificate()
+    stored = model.certificate()
     other = replace(_CONFIG, std=(0.05,)).build().double().eval()
     other.layer = model.layer
-    count = _accepted(lambda: other.certified_radius(x, labels, kept))
+    count = _accepted(lambda: other.certified_radius(x, labels, stored))
     small = EquilibriumConv2d(1, 2, 1, image=(5, 5), circular=True, dtype=F64)
     large = EquilibriumConv2d(1, 2, 1, image=(9, 9), circular=True, dtype=F64)
     large.load_state_dict(small.state_dict())
@@ -116,18 +116,18 @@ def order() -> int:
         shape=(1, 3, 3), classes=3, mean=(0.5,), std=(0.5,), channels=(2,), depths=(0,), pool=1,
         dense_depth=2, dense_hidden=4,
     ).build().double().eval()  # fmt: skip
-    kept = model.certificate()
+    stored = model.certificate()
     *_, first, second = range(len(model.features))
     model.features[first], model.features[second] = model.features[second], model.features[first]
-    return _accepted(lambda: model._check(kept))
+    return _accepted(lambda: model._check(stored))
 
 
 def local() -> int:
     """Count local proofs that are accepted for another activation."""
     torch.manual_seed(0)
     model, x = _CONFIG.build().double().eval(), torch.rand(2, 1, 3, 3, dtype=F64)
-    kept = model.certificate()
-    around = model.local_certifier(kept)
+    stored = model.certificate()
+    around = model.local_certifier(stored)
     model.layer.activation = LeakyReLU(0.9)
     return _accepted(lambda: model.operating_points(x, model.certificate(), around))
 

@@ -173,7 +173,7 @@ def measure(forward: Inclusion, tol: float, rounds: int) -> dict[str, Any]:
     assert loop.backward_steps is not None
     published = partial(PublishedInverse.of, kernel, loop.alpha)
     modern = ComplexInverse.of(kernel, loop.alpha)
-    kept, floor = published(), step_floor(forward)
+    stored, floor = published(), step_floor(forward)
     runs: dict[str, dict[str, Callable[[], object]]] = {
         "forward, new weights": {
             "lben": lambda: solve(fresh(forward), method, tol=tol, require_monotone=False),
@@ -188,7 +188,7 @@ def measure(forward: Inclusion, tol: float, rounds: int) -> dict[str, Any]:
         },
         "backward": {
             "lben": lambda: solve(adjoint, method, tol=tol),
-            "published": lambda: loop.backward(adjoint, kept),
+            "published": lambda: loop.backward(adjoint, stored),
             MODERN: lambda: loop.backward(adjoint, modern),
             "floor": lambda: [floor() for _ in range(back.stats.max_steps)],
         },

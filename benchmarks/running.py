@@ -139,13 +139,13 @@ def _wrong(case: Case, promise: Promise) -> tuple[int, int]:
         labels = model(x).argmax(1)
         found = model.forward_with_error(x, case.proof)
         radius = found.radius(labels, case.proof, promise)
-    kept = (radius > 0).nonzero()[:, 0]
+    stored = (radius > 0).nonzero()[:, 0]
     count = wrong = 0
     for share in SHARES:
         step = (share * radius)[:, None, None, None] * case.directions.double()
         moved = (x.double() + step).to(x.dtype)
         away = (moved.double() - x.double()).flatten(1).norm(dim=1)
-        inside = kept[(away < radius * (1 - 1e-14))[kept]]
+        inside = stored[(away < radius * (1 - 1e-14))[stored]]
         if len(inside):
             for predictions in _ways(model, moved[inside], share):
                 broken = predictions != labels[inside[: len(predictions)]]

@@ -257,10 +257,10 @@ def certificate_doubts(folder: Path | str, proved: ChainCertificate) -> str | No
         None if the file is there, about this model, and claims nothing that is not proved; else one
         sentence that says what differs.
     """
-    kept = _kept(Path(folder) / CERTIFICATE, proved)
-    if isinstance(kept, str):
-        return kept
-    shortfall = proved.shortfall(kept)
+    stored = _kept(Path(folder) / CERTIFICATE, proved)
+    if isinstance(stored, str):
+        return stored
+    shortfall = proved.shortfall(stored)
     return f"{Path(folder) / CERTIFICATE} is of this model, but {shortfall}" if shortfall else None
 
 
@@ -282,13 +282,13 @@ def prove_again(folder: Path | str, model: Classifier) -> tuple[ChainCertificate
         CertificateError: if not even the promised bound can be proved.
     """
     proved = model.certificate()
-    kept = _kept(Path(folder) / CERTIFICATE, proved)
-    if isinstance(kept, ChainCertificate):
+    stored = _kept(Path(folder) / CERTIFICATE, proved)
+    if isinstance(stored, ChainCertificate):
         for bound in model.bounds:
-            if bound != "promised" and proved.shortfall(kept, _MACHINES):
+            if bound != "promised" and proved.shortfall(stored, _MACHINES):
                 with suppress(CertificateError):  # may fail where a cheaper one holds
                     proved = model.certificate(bound=bound)
-        if proved.shortfall(kept) and not proved.shortfall(kept, _MACHINES):
+        if proved.shortfall(stored) and not proved.shortfall(stored, _MACHINES):
             write_json(Path(folder) / CERTIFICATE, proved)
     return proved, certificate_doubts(folder, proved)
 
@@ -300,13 +300,13 @@ _MACHINES = 1e-6
 def _kept(path: Path, proved: ChainCertificate) -> ChainCertificate | str:
     """Return the certificate of a file, or say why it is none of the network that was proved."""
     try:
-        kept = ChainCertificate.from_json(path.read_text(encoding="utf-8"))
+        stored = ChainCertificate.from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"{path} is missing"
     except (OSError, ValueError) as error:
         return f"{path} cannot be read: {error}"
-    differing = kept.differences(proved)
-    return f"{path} is of another model: {differing}" if differing else kept
+    differing = stored.differences(proved)
+    return f"{path} is of another model: {differing}" if differing else stored
 
 
 def save_training(

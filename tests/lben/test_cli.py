@@ -127,9 +127,9 @@ def test_a_certificate_of_another_model_is_noticed_and_replaced(copied, capsys, 
 @pytest.mark.parametrize("command", SHORT)
 def test_a_certificate_that_claims_too_much_was_not_proved_again(copied, capsys, command):
     path = copied / "certificate.json"
-    kept = json.loads(path.read_text("utf-8"))
-    kept["bound"], kept["layers"][0]["bound"] = 1e-3, 1e-9
-    path.write_text(json.dumps(kept), "utf-8")
+    stored = json.loads(path.read_text("utf-8"))
+    stored["bound"], stored["layers"][0]["bound"] = 1e-3, 1e-9
+    path.write_text(json.dumps(stored), "utf-8")
     assert cli.main([command, str(copied), *SHORT[command].split()]) == 0
     out, err = capsys.readouterr()
     assert "proved again" not in out

@@ -106,10 +106,10 @@ def test_every_bound_is_proved_and_they_are_ordered(case, feedthrough):
     assert all(b <= c for b, c in zip(least(largest), intervals, strict=True))
     if w.D is None or not bool(w.D.any()):
         assert whole <= certify(w, tighten_scaled(w)).bound * above
-        kept = certify(w, tighten_pairs(w, fix_multiplier=True))
-        assert all(b <= c * above for b, c in zip(least(pairs), least(kept), strict=True))
+        stored = certify(w, tighten_pairs(w, fix_multiplier=True))
+        assert all(b <= c * above for b, c in zip(least(pairs), least(stored), strict=True))
         if p:
-            assert all(b <= root * c for b, c in zip(least(largest), least(kept), strict=True))
+            assert all(b <= root * c for b, c in zip(least(largest), least(stored), strict=True))
         if case in ("C = 0", "U = 0", "C = U = 0", "no units", "no inputs"):
             assert whole < 1e-150
             assert not least(pairs) or max(least(pairs)) < 1e-150
@@ -146,8 +146,8 @@ def test_a_false_claim_of_the_weights_is_not_proposed():
     false = change(honest, gamma=0.01)
     for propose in (tighten_scaled, tighten_diagonal):
         assert certify(false, propose(false)).bound > 0.01
-    kept = tighten_pairs(false, fix_multiplier=True)
-    assert min(least(certify(false, kept))) > 0.01
+    stored = tighten_pairs(false, fix_multiplier=True)
+    assert min(least(certify(false, stored))) > 0.01
     certify(false, tighten_linf(false))
 
 

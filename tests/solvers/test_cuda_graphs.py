@@ -235,9 +235,9 @@ def test_results_and_gradients_stay_what_they_are(machine):
     graphed, (W, v) = GraphedCallable(budgeted()), arguments()
     z, _ = graphed(W, v)
     z.sum().backward()
-    kept = z.detach().clone(), W.grad.clone()
+    stored = z.detach().clone(), W.grad.clone()
     graphed(*arguments(seed=1))[0].sum().backward()
-    torch.testing.assert_close((z.detach(), W.grad), kept, rtol=0, atol=0)
+    torch.testing.assert_close((z.detach(), W.grad), stored, rtol=0, atol=0)
 
 
 def test_each_kind_of_call_has_its_graph_and_the_one_unused_for_longest_goes(machine):

@@ -319,10 +319,10 @@ def test_an_operator_on_a_device_is_waited_for_once_a_solve(monkeypatch, kind):
 def test_pending_negations_and_conjugates_are_done(place):
     z = torch.randn(4, dtype=torch.complex128)
     for t in (z.conj(), z.conj().imag, z.real):
-        kept = t.clone()
-        assert same(t, kept)
+        stored = t.clone()
+        assert same(t, stored)
         z.mul_(-1)
-        assert not same(t, kept)
+        assert not same(t, stored)
         z.mul_(-1)
 
 

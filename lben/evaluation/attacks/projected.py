@@ -181,8 +181,8 @@ def across_the_boundary(
     with torch.enable_grad():
         _, gradient = _margin_gradient(model, a, label)
     first = a + distance * gradient / norms(gradient)
-    kept = model(first).argmax(1) != model(b).argmax(1)
-    return first[kept], b[kept]
+    stored = model(first).argmax(1) != model(b).argmax(1)
+    return first[stored], b[stored]
 
 
 def _adaptive(

@@ -41,11 +41,11 @@ def found(w, i, j, samples=4000):
 @pytest.mark.parametrize("feedthrough", [False, True])
 def test_bounds_hold_and_are_not_far_off(feedthrough):
     w = weights(feedthrough)
-    kept = certify(w, tighten_linf(w))
+    stored = certify(w, tighten_linf(w))
     best = certify(w, tighten_linf(w, fix_multiplier=False))
     for i, j in [(0, 1), (0, 2), (1, 2)]:
         least = found(w, i, j)
-        assert least <= best[i][j] <= kept[i][j] * (1 + 1e-3)
+        assert least <= best[i][j] <= stored[i][j] * (1 + 1e-3)
         assert best[i][j] <= 2.5 * least
         assert best[i][j] <= 6**0.5 * 2**0.5 * w.gamma * (1 + 1e-3)  # from the l2 bound
 

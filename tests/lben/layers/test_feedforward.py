@@ -89,9 +89,9 @@ def test_what_is_kept_follows_the_parameters(kind):
     layer = perturb(DENSE[kind](dtype=torch.float64)).eval()
     x = sample(layer, 3)
     with torch.no_grad():
-        first, kept = layer(x), layer._tensors(torch.float64)
-        assert all(map(torch.is_tensor, kept))
-        assert layer._tensors(torch.float64)[0] is kept[0]
+        first, stored = layer(x), layer._tensors(torch.float64)
+        assert all(map(torch.is_tensor, stored))
+        assert layer._tensors(torch.float64)[0] is stored[0]
         parameter = next(layer.parameters())
         for change in (
             lambda: parameter.mul_(1.5),

@@ -104,8 +104,8 @@ def test_bounds_of_pairs_are_proved_and_ordered():
     weights = dense()
     whole = certify(weights, tighten_diagonal(weights)).bound
     jointly = torch.tensor(certify(weights, tighten_pairs(weights)))
-    kept = torch.tensor(certify(weights, tighten_pairs(weights, fix_multiplier=True)))
-    assert bool((jointly <= kept * (1 + 1e-4)).all())
+    stored = torch.tensor(certify(weights, tighten_pairs(weights, fix_multiplier=True)))
+    assert bool((jointly <= stored * (1 + 1e-4)).all())
     off = ~torch.eye(4, dtype=torch.bool)
     assert bool((jointly[off] <= 2**0.5 * whole * (1 + 1e-4)).all())
     for i, j in [(0, 1), (1, 3)]:

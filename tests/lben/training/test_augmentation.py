@@ -51,9 +51,9 @@ def test_no_shift_hands_the_images_back():
 def test_every_second_image_is_mirrored():
     x = images(400)
     flipped = Augmentation(flip=True)(x, seeded())
-    kept = [torch.equal(a, b) for a, b in zip(flipped, pixels(x), strict=True)]
+    stored = [torch.equal(a, b) for a, b in zip(flipped, pixels(x), strict=True)]
     mirrored = [torch.equal(a, b) for a, b in zip(flipped, pixels(x.flip(3)), strict=True)]
-    assert all(a != b for a, b in zip(kept, mirrored, strict=True))
+    assert all(a != b for a, b in zip(stored, mirrored, strict=True))
     assert 150 < sum(mirrored) < 250
 
 

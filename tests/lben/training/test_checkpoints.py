@@ -186,8 +186,8 @@ def test_bounds_that_rounding_moves_are_proved_anew_without_a_word(run, tmp_path
     checkpoints.write_json(path, claimed)
     found, doubts = checkpoints.prove_again(tmp_path, model)
     assert (doubts is None) == (less < 1e-6)
-    kept = ChainCertificate.from_json(path.read_text(encoding="utf-8"))
-    assert kept.bound == (found.bound if less < 1e-6 else claimed.bound)
+    stored = ChainCertificate.from_json(path.read_text(encoding="utf-8"))
+    assert stored.bound == (found.bound if less < 1e-6 else claimed.bound)
     assert bool(found.shortfall(claimed))
     assert bool(found.shortfall(claimed, 1e-6)) == (less > 1e-6)
 

@@ -75,10 +75,10 @@ def test_bias_activation_and_scale_in_one_pass(everywhere, sigma, dtype, shape):
     for bias, inner in variants(b, s):
         expected = composed(u, bias, t, inner, sigma)
         for own in layouts(u):
-            kept = own.clone()
+            stored = own.clone()
             found = backends.activate(own, bias, t, sigma, inner=inner)
             torch.testing.assert_close(found, expected)
-            assert torch.equal(own, kept)
+            assert torch.equal(own, stored)
         own = u.clone()
         found = backends.activate(own, bias, t, sigma, inner=inner, overwrite=True)
         torch.testing.assert_close(found, expected)

@@ -59,21 +59,10 @@ def test_precision_has_one_setting(path):
         assert older not in code, f"{older}: take fp32_precision"
 
 
-LAWS = "tests/solvers/operators/test_laws.py"
 TESTED_ELSEWHERE = {
+    "lben/_solvers.py": "tests/test_architecture.py",
     "solvers/backends/pointwise_kernels.py": "tests/solvers/backends/test_pointwise.py",
     "solvers/backends/triton_kernels.py": "tests/solvers/backends/test_triton.py",
-    "solvers/operators/base.py": LAWS,
-    "solvers/operators/block_triangular.py": LAWS,
-    "solvers/operators/dense.py": LAWS,
-    "solvers/operators/eigenvalue_bounds.py": "tests/solvers/operators/test_low_rank.py",
-    "solvers/operators/fourier.py": "tests/solvers/operators/test_convolution.py",
-    "solvers/operators/low_rank_update.py": LAWS,
-    "solvers/operators/maps.py": LAWS,
-    "solvers/operators/matrix.py": LAWS,
-    "solvers/operators/memo.py": "tests/solvers/test_dependencies.py",
-    "solvers/operators/roundoff.py": "tests/solvers/operators/test_rounding.py",
-    "solvers/operators/zero.py": LAWS,
 }
 """Files without a test file of their own, and where they are tested."""
 
@@ -91,7 +80,7 @@ def untested(package: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("package", ["solvers"])
+@pytest.mark.parametrize("package", imports.PACKAGES)
 def test_every_file_has_its_tests_where_one_looks_for_them(package):
     assert not untested(package)
 

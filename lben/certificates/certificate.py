@@ -56,6 +56,12 @@ class Certificate:
         versions: of the libraries that ran the proof.
         image: height and width of images that the statement is for: exactly these where it is
             circular, at most these where it is not; None where it is for every input.
+
+    Example:
+        >>> from lben import SLLLinear, certify
+        >>> certificate = certify(SLLLinear(4, 6))
+        >>> Certificate.from_json(certificate.to_json()) == certificate  # the kind is in the JSON
+        True
     """
 
     margin: float | None
@@ -167,6 +173,11 @@ class Sensitivity:
         residual_to_state: of ‖z̃ − z*‖ per residual ‖z̃ − z‖, where z̃ = σ(Wz + v).
         residual_to_output: of ‖C(z̃ − z*)‖₂ per residual.
         state_to_output: ‖CΛ^(−½)‖₂.
+
+    Example:
+        >>> from lben import EquilibriumLinear
+        >>> EquilibriumLinear(4, 6, 2).certificate().sensitivity.effective_m > 0
+        True
     """
 
     input_to_state: float
@@ -308,6 +319,20 @@ class LocalCertificate(Certificate):
         point: SHA-256 of the operating point, see `OperatingPoints.digest`.
         box: whether it is for inputs in [0, 1] alone.
         running: whether it is for the network as it runs, and not for the exact one alone.
+
+    Example:
+        >>> import torch
+        >>> from lben import EquilibriumClassifierConfig
+        >>> _ = torch.manual_seed(0)
+        >>> model = EquilibriumClassifierConfig(
+        ...     shape=(1, 2, 2), classes=2, mean=(0.5,), std=(0.5,), hidden=4
+        ... ).build().double()
+        >>> x, certificate = torch.rand(1, 1, 2, 2).double(), model.certificate()
+        >>> certifier = model.local_certifier(certificate)
+        >>> points = model.operating_points(x, certificate, certifier)
+        >>> (proof,) = certifier.certify(points, model(x).argmax(1), 1e-6)
+        >>> proof.radius, proof.running
+        (1e-06, True)
     """
 
     radius: float

@@ -25,7 +25,13 @@ PairClaims = Mapping[tuple[int, int], Claim] | Mapping[tuple[int, int], LinfClai
 
 
 class Certifiable(Protocol):
-    """What proves its own bound: a layer, a chain, a classifier, a module of a user's own."""
+    """What proves its own bound: a layer, a chain, a classifier, a module of a user's own.
+
+    Example:
+        >>> from lben import SLLLinear, certify
+        >>> round(certify(SLLLinear(4, 6)).bound, 4)  # a layer is one
+        1.0
+    """
 
     def certificate(self, image: tuple[int, ...] | None = None) -> LipschitzCertificate:
         """Prove the bound."""

@@ -84,7 +84,16 @@ class CertifiedLogits(Certified):
 
 
 class ClassifierConfig(Protocol):
-    """What training and checkpoints need of a configuration: a frozen dataclass that builds."""
+    """What training and checkpoints need of a configuration: a frozen dataclass that builds.
+
+    Example:
+        >>> from lben import EquilibriumClassifierConfig
+        >>> config: ClassifierConfig = EquilibriumClassifierConfig(
+        ...     shape=(1, 2, 2), classes=2, mean=(0.5,), std=(0.5,), hidden=4
+        ... )
+        >>> type(config.build()).__name__
+        'EquilibriumClassifier'
+    """
 
     @property
     def architecture(self) -> Architecture:
@@ -100,6 +109,11 @@ class Architecture(ABC):
 
     Attributes:
         supports: which of the options channels_last and autocast a training run may use.
+
+    Example:
+        >>> from lben.models import EquilibriumArchitecture
+        >>> isinstance(EquilibriumArchitecture(hidden=20), Architecture)
+        True
     """
 
     @property

@@ -14,7 +14,13 @@ from lben.values import check_positive, conform
 
 
 class Images(Protocol):
-    """What an architecture needs to know of data: a `Dataset` and an `ImageTask` say it."""
+    """What an architecture needs to know of data: a `Dataset` and an `ImageTask` say it.
+
+    Example:
+        >>> images: Images = ImageTask(shape=(1, 28, 28), classes=10, mean=(0.13,), std=(0.31,))
+        >>> images.shape
+        (1, 28, 28)
+    """
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -45,6 +51,10 @@ class ImageTask:
 
     Raises:
         ValueError: naming the field, what it must be, and what was given.
+
+    Example:
+        >>> ImageTask(shape=(1, 28, 28), classes=10, mean=(0.13,), std=(0.31,)).classes
+        10
     """
 
     shape: tuple[int, int, int]

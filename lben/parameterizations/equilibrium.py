@@ -17,6 +17,11 @@ class EquilibriumParameterization(nn.Module, ABC, Generic[W_]):
 
     Attributes:
         gamma: γ, the l2 Lipschitz bound that holds by construction; None for no bound.
+
+    Example:
+        >>> from lben.parameterizations import DirectParameterization
+        >>> isinstance(DirectParameterization(4, 6, 2), EquilibriumParameterization)
+        True
     """
 
     gamma: float | None

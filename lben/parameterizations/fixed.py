@@ -14,6 +14,15 @@ class FixedWeights(EquilibriumParameterization[W_]):
 
     Args:
         weights: copied, in their own precision; they are not trained. γ is what they claim.
+
+    Example:
+        >>> import torch
+        >>> from lben import EquilibriumLinear
+        >>> from lben.layers import EquilibriumLayer
+        >>> weights = EquilibriumLinear(4, 6, 2).weights()
+        >>> layer = EquilibriumLayer(FixedWeights(weights))
+        >>> layer.weights().fingerprint == weights.fingerprint
+        True
     """
 
     def __init__(self, weights: W_) -> None:

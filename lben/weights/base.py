@@ -30,6 +30,15 @@ class Rounding(NamedTuple):
     Attributes:
         drive: bound of the error of v in the Λ norm, per sample.
         output: bound of the error of y in l2 for a given z, per sample.
+
+    Example:
+        >>> import torch
+        >>> from lben import EquilibriumLinear
+        >>> weights = EquilibriumLinear(4, 6, 2, dtype=torch.float64).weights()
+        >>> x, z = torch.ones(3, 4).double(), torch.ones(3, 6).double()
+        >>> rounding = weights.rounding(x, z)
+        >>> rounding.drive.shape, bool((rounding.output < 1e-12).all())
+        (torch.Size([3]), True)
     """
 
     drive: Float[Tensor, " batch"]
@@ -45,6 +54,13 @@ class Rates:
         drive_rounding: the rounding of v per ‖x‖₂.
         readout: the rounding of Cz per ‖z‖.
         through: the rounding of Dx per ‖x‖₂.
+
+    Example:
+        >>> import torch
+        >>> from lben import EquilibriumLinear
+        >>> weights = EquilibriumLinear(4, 6, 2, dtype=torch.float64).weights()
+        >>> weights.rates(2.0**-53).drive_rounding < 1e-12
+        True
     """
 
     drive: float
@@ -219,7 +235,12 @@ def convert(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_tensors(values: Mapping[str, object]) -> None:
-    """Raise ValueError unless every value is None or a tensor."""
+    """Raise ValueError unless every value is None or a tensor.
+
+    Example:
+        >>> import torch
+        >>> check_tensors({"W": torch.zeros(2, 2), "D": None})
+    """
     for name, value in values.items():
         if value is not None and not isinstance(value, Tensor):
             raise ValueError(
@@ -229,7 +250,12 @@ def check_tensors(values: Mapping[str, object]) -> None:
 
 
 def check_dimensions(name: str, value: Tensor, count: int) -> None:
-    """Raise ValueError unless a tensor has this number of dimensions."""
+    """Raise ValueError unless a tensor has this number of dimensions.
+
+    Example:
+        >>> import torch
+        >>> check_dimensions("W", torch.zeros(2, 2), 2)
+    """
     if value.ndim != count:
         raise ValueError(f"{name} must have {count} dimensions, got shape {tuple(value.shape)}")
 

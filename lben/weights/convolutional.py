@@ -364,4 +364,5 @@ class ConvolutionalWeights(Weights):
     def header(self) -> str:
         """Return γ, a number D and the padding as text."""
         D = self.D if isinstance(self.D, float) else None
-        return f"gamma={self.gamma!r};D={D!r};circular={self.circular};"
+        state = "y=z;" if self.reads_state else ""
+        return f"gamma={self.gamma!r};D={D!r};circular={self.circular};{state}"

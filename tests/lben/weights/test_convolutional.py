@@ -5,9 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from lben import (
-    certify,
-)
+from lben import CertificateError, certify
 from lben.parameterizations.feedforward import UNIT_BOUND
 from tests.lben.layers.families import CONVOLUTIONAL, IMAGE, perturb, sample
 from tests.lben.weights.kinds import images, without_state
@@ -79,3 +77,11 @@ def test_images_without_a_batch_are_told_what_to_add():
         w.check_input(torch.zeros(2, 4, 5))
     with pytest.raises(ValueError, match="merge the leading dimensions"):
         w.check_input(torch.zeros(3, 3, 2, 4, 5))
+
+
+def test_a_state_that_is_read_is_part_of_who_the_weights_are():
+    w = images(2, 3)
+    halved = dataclasses.replace(w, C=w.C / 2, reads_state=False)  # half the output
+    proof = certify(halved)
+    with pytest.raises(CertificateError, match="other weights"):
+        proof.check(dataclasses.replace(halved, reads_state=True))

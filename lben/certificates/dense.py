@@ -1,4 +1,7 @@
-"""Which bound do the weights of a dense layer have?"""
+"""Which Lipschitz bound do the weights of a dense layer have?
+
+Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 

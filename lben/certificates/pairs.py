@@ -1,4 +1,7 @@
-"""Which bound has every difference of two outputs?"""
+"""Which Lipschitz bound does every difference of two outputs have?
+
+Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ from lben.weights import DenseWeights, check_gamma
 def prove_pairs(weights: DenseWeights, claims: Mapping[tuple[int, int], Claim]) -> PairCertificate:
     """Prove a bound of yᵢ − yⱼ for every pair of outputs, or raise; see `certify`.
 
-    M(Λ, γ) for the output (eᵢ − eⱼ)ᵀy, the rounding of the difference of the rows of C and D
-    enclosed.
+    For each pair the proof is M(Λ, γ) ⪰ 0 for the single output (eᵢ − eⱼ)ᵀy. The rounding in the
+    differences of rows of C and of D is enclosed.
     """
     q = weights.out_features
     exact, margins = read_exactly(weights), []

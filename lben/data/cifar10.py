@@ -1,4 +1,4 @@
-"""How is CIFAR-10 read? From its binary or its python batches, of which no code is run."""
+"""How is CIFAR-10 read? From its binary or its python batches; no code in them is run."""
 
 from __future__ import annotations
 

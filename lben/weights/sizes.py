@@ -1,4 +1,4 @@
-"""Is a size an integer, and a dtype one of real numbers? NumPy's integers are; words are not."""
+"""Is an argument an integer, a flag, an image size or a real dtype? Checks return it or raise."""
 
 from __future__ import annotations
 

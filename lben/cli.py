@@ -179,6 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Every error is one line. A character that the terminal cannot show becomes a question mark. If
     the reader of a pipe closes it (`| head`), the output ends without an error.
+
+    Args:
+        arguments: words of the command line; those of the process when None.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

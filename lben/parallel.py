@@ -138,14 +138,18 @@ ALONE = Processes(device=torch.device("cpu"))
 
 
 def without_synchronisation(replica: nn.Module) -> AbstractContextManager[None]:
-    """Return a context in which gradients of a replica are not averaged over processes."""
+    """Return a context in which gradients of a replica are not averaged over processes.
+
+    Args:
+        replica: as `Processes.replicate` returns it.
+    """
     if isinstance(replica, DistributedDataParallel):
         return replica.no_sync()
     return nullcontext()
 
 
 def is_first() -> bool:
-    """Whether this process is the first of those that torchrun started, or the only one."""
+    """Return whether this process is the first that torchrun started, or the only one."""
     return not distributed.is_torchelastic_launched() or int(os.environ["RANK"]) == 0
 
 
@@ -176,10 +180,13 @@ def find_device(device: str | torch.device) -> torch.device:
 
 @contextmanager
 def processes(device: str) -> Iterator[Processes]:
-    """Join the processes that torchrun started, or stand alone.
+    """Return a context that joins the processes that torchrun started, or stands alone.
 
     Args:
         device: cpu or cuda; with several processes on CUDA each takes the device of its local rank.
+
+    Returns:
+        A context whose value is the processes, seen from this one.
 
     Raises:
         ValueError: if there is no such device.

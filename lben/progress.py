@@ -93,7 +93,12 @@ class Progress:
 
 
 def track(items: Collection[T], what: str, unit: str, quiet: bool | None = None) -> Iterator[T]:
-    """Yield items and count them, see `Progress`."""
+    """Yield items and count them, see `Progress`.
+
+    Args:
+        items: that are yielded.
+        what, unit, quiet: as in `Progress`.
+    """
     with Progress(len(items), what, unit, quiet) as progress:
         for item in items:
             yield item
@@ -101,7 +106,11 @@ def track(items: Collection[T], what: str, unit: str, quiet: bool | None = None)
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a time as people say it: 20 seconds, 4 minutes, 2.5 hours."""
+    """Return a time as people say it: 20 seconds, 4 minutes, 2.5 hours.
+
+    Args:
+        seconds: of time.
+    """
     for size, unit in ((3600, "hour"), (60, "minute")):
         if seconds >= 1.5 * size:
             number = seconds / size

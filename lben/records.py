@@ -22,6 +22,10 @@ def to_json(value: Any, *, indent: int | None = 2) -> str:
     extended by another dataclass. Tuples become lists, numbers of numpy and torch plain numbers.
     Infinity and NaN become null, as JSON has neither.
 
+    Args:
+        value: a dataclass, or plain values.
+        indent: spaces per level; None for one line.
+
     Raises:
         TypeError: for values that JSON has no form of.
     """
@@ -29,7 +33,11 @@ def to_json(value: Any, *, indent: int | None = 2) -> str:
 
 
 def to_plain(value: Any) -> Any:
-    """Return the content that `to_json` writes, as dictionaries, lists and plain values."""
+    """Return the content that `to_json` writes, as dictionaries, lists and plain values.
+
+    Args:
+        value: a dataclass, or plain values.
+    """
     value = plain(value)
     if is_dataclass(value) and not isinstance(value, type):
         kind = {"kind": type(value).__name__} if _has_relatives(type(value)) else {}
@@ -45,6 +53,10 @@ def from_json(cls: type[T], text: str | bytes) -> T:
     """Return the frozen dataclass that `to_json` wrote.
 
     A null stands for infinity if the annotation of its field is a number without None.
+
+    Args:
+        cls: the dataclass.
+        text: JSON.
 
     Raises:
         ValueError: if the text is not JSON, lacks a field or has one too many, or a value is not
@@ -103,7 +115,11 @@ def _check_kind(value: Any, kinds: Any, cls: Any) -> Any:
 
 
 def encode(value: Any) -> Any:
-    """Return plain values for JSON: {"kind": class name, field: value, …} for a dataclass."""
+    """Return plain values for JSON: {"kind": class name, field: value, …} for a dataclass.
+
+    Args:
+        value: a dataclass, or plain values.
+    """
     if is_dataclass(value):
         content = {f.name: encode(getattr(value, f.name)) for f in fields(value)}
         return {"kind": type(value).__name__, **content}

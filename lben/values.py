@@ -45,6 +45,10 @@ def conform(config: Any) -> None:
 def check_positive(config: Any, *names: str) -> None:
     """Refuse fields that are not above 0; None passes, and every number of a tuple is checked.
 
+    Args:
+        config: the instance.
+        names: of its fields.
+
     Raises:
         ValueError: naming the field.
     """
@@ -58,6 +62,9 @@ def check_positive(config: Any, *names: str) -> None:
 def check_tol(tol: float | None) -> None:
     """Refuse a relative tolerance of 1 or more, which accepts every state; None passes.
 
+    Args:
+        tol: relative tolerance, or None.
+
     Raises:
         ValueError: saying so.
     """
@@ -69,6 +76,9 @@ def plain(value: Any) -> Any:
     """Return numbers of numpy and torch as Python numbers, arrays as nested lists, paths as text.
 
     Other values are returned unchanged.
+
+    Args:
+        value: of any type.
     """
     if isinstance(value, Tensor):
         value = value.detach().cpu()

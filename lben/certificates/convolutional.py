@@ -30,6 +30,14 @@ def prove_convolutional(
     the result. Its M is the compression of the M of the torus, plus the positive semi-definite part
     of [D C]ᵀ[D C]/γ that the crop removes. So the proof holds for every smaller image and every
     padding. With circular padding it holds for images of exactly this size.
+
+    Args:
+        weights: float32 or float64.
+        claim: γ and Λ; those of the weights when None.
+        image: height and width of images; with zero padding the largest size.
+
+    Returns:
+        The certificate, for images of this size.
     """
     if min(image) < 1:
         raise ValueError(f"height and width of an image must be at least 1, got {image}")
@@ -48,6 +56,13 @@ def prove_pooled(weights: PooledWeights, claim: Claim | None = None) -> LayerCer
     from below by −2‖F‖‖C‖ instead. So the frequencies of the state prove the whole once this much
     is subtracted. Another claim is proved with CᵀC ⪯ ‖CΛ^(−½)‖²Λ in place of CᵀC, at every
     frequency.
+
+    Args:
+        weights: float32 or float64.
+        claim: γ and Λ; those of the weights when None.
+
+    Returns:
+        The certificate, for images of the size of the weights.
     """
     if claim is not None:
         return _prove_through_state(weights, claim)

@@ -30,6 +30,13 @@ def prove_linf(
 
     The proof is M(Λ, 1) ⪰ 0 for the input xₖ√τₖ in place of xₖ. If intervals prove a smaller bound
     of a pair, that bound is returned.
+
+    Args:
+        weights: float32 or float64.
+        claims: τ and Λ for every pair of outputs i < j.
+
+    Returns:
+        The bounds of all pairs, per max |Δxₖ|.
     """
     exact, q, margins = read_exactly(weights), weights.out_features, []
     bounds = [list(row) for row in _bound_by_intervals(exact)]
@@ -68,6 +75,12 @@ def prove_by_intervals(weights: DenseWeights) -> PairCertificate:
     Collect the terms of |Δz| on the left side into a matrix. If it is an M-matrix, then |Δz| ≤ εw
     for a vector w > 0 that is found here, where ε = max |Δxₖ|. A w > 0 with a positive image proves
     that it is one. Otherwise the bounds are infinite.
+
+    Args:
+        weights: float32 or float64.
+
+    Returns:
+        The bounds of all pairs, per max |Δxₖ|.
     """
     bounds = _bound_by_intervals(read_exactly(weights))
     method = "intervals, with rounding enclosed"

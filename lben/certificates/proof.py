@@ -26,6 +26,9 @@ W_ = TypeVar("W_", bound=Weights)
 def read_exactly(weights: W_) -> W_:
     """Return the stored weights in float64; refuse weights about which nothing can be proved.
 
+    Args:
+        weights: of any kind.
+
     Raises:
         ValueError: for tensors that are neither all float32 nor all float64, not dense, on several
             devices, without values, or inside a transform of torch.func.
@@ -63,7 +66,11 @@ def read_exactly(weights: W_) -> W_:
 
 
 def check_multiplier(multiplier: Tensor) -> None:
-    """Refuse multipliers that are not positive normal numbers."""
+    """Refuse multipliers that are not positive normal numbers.
+
+    Args:
+        multiplier: Λ, n numbers.
+    """
     finite = bool(torch.isfinite(multiplier).all())
     if not (finite and bool((multiplier >= TINY).all())):
         least = float(multiplier.min()) if finite else math.nan
@@ -103,6 +110,10 @@ def numbers_of(name: str, values: object, size: int) -> Array:
 
 def multiplier_of(weights: Weights, claim: Claim) -> Float[Tensor, " n"]:
     """Return the Λ of a claim about weights, in float64.
+
+    Args:
+        weights: that the claim is about.
+        claim: with its Λ.
 
     Raises:
         ValueError: for another size, or numbers that are not real.
@@ -161,6 +172,11 @@ def _find_largest(values: Iterable[float]) -> float:
 
 def require(margin: float, compute: Callable[[], float], gamma: float | None) -> float:
     """Return a margin, or refuse one that is not positive.
+
+    Args:
+        margin: the proved lower bound.
+        compute: returns the smallest eigenvalue as computed, for the message.
+        gamma: γ, for the message; None for well-posedness.
 
     Raises:
         CertificateError: with the margin, the smallest eigenvalue as computed, likely causes.

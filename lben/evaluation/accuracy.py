@@ -155,7 +155,11 @@ class Report:
 
 
 def environment(team: Processes = ALONE) -> dict[str, str]:
-    """Return versions, hardware and processes, as every result file records them."""
+    """Return versions, hardware and processes, as every result file records them.
+
+    Args:
+        team: the processes of the run.
+    """
     processor = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
@@ -229,7 +233,7 @@ def evaluate(
     correct = logits.argmax(1) == labels
     layers = [c for c in certificate.leaves() if isinstance(c, LayerCertificate)]
 
-    def share_certified(r: float, count: int, radius: Tensor = radius) -> float:
+    def measure_certified(r: float, count: int, radius: Tensor = radius) -> float:
         held = correct if r == 0 else radius > r
         return float(held[:count].double().mean())
 
@@ -239,9 +243,9 @@ def evaluate(
         attack_samples=attacked,
         radii=config.radii,
         clean_accuracy=float(correct.double().mean()),
-        certified_accuracy=tuple(share_certified(r, len(x)) for r in config.radii),
-        certified_exact=tuple(share_certified(r, len(x), of_exact) for r in config.radii),
-        certified_attacked=tuple(share_certified(r, attacked) for r in config.radii),
+        certified_accuracy=tuple(measure_certified(r, len(x)) for r in config.radii),
+        certified_exact=tuple(measure_certified(r, len(x), of_exact) for r in config.radii),
+        certified_attacked=tuple(measure_certified(r, attacked) for r in config.radii),
         pgd_accuracy=robust,
         gamma=running.gamma,
         bound=certificate.bound,

@@ -18,13 +18,23 @@ from solvers.precision import in_autocast, leave_autocast
 
 
 def leave_half(x: Tensor, own: torch.dtype) -> Tensor:
-    """Return x in the dtype of the layer if autocast has shortened x, else x as it is."""
+    """Return x in the dtype of the layer if autocast has shortened x, else x as it is.
+
+    Args:
+        x: the input.
+        own: dtype of the layer.
+    """
     half = x.dtype in (torch.float16, torch.bfloat16)
     return x.to(own) if half and in_autocast(x.device.type) else x
 
 
 def outside_autocast(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return the layer's output, computed and differentiated in the precision of its parameters."""
+    """Return the layer's output, computed and differentiated in the precision of its parameters.
+
+    Args:
+        layer: any module.
+        x: its input.
+    """
     return _Outside.apply(layer, x, *layer.parameters())  # type: ignore[no-untyped-call]
 
 

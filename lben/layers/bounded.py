@@ -89,6 +89,11 @@ class BoundedModule(Protocol):
 def require_kind(certificate: LipschitzCertificate, kind: type[C_], what: str) -> C_:
     """Return a certificate of the kind that a module needs.
 
+    Args:
+        certificate: as it was passed.
+        kind: the class that the module needs.
+        what: name of the module, for the message.
+
     Raises:
         CertificateError: if it is of another kind.
     """
@@ -102,6 +107,9 @@ def require_kind(certificate: LipschitzCertificate, kind: type[C_], what: str) -
 
 def height_and_width(image: tuple[int, ...] | None) -> tuple[int, int] | None:
     """Return (height, width) of images from that pair or from a sample's shape; None for features.
+
+    Args:
+        image: a pair, a shape of three numbers or of one, or None.
 
     Raises:
         TypeError: if these are no integers.
@@ -132,6 +140,11 @@ def with_roundoff(y: Tensor, x: Tensor, growth: Growth, dims: int | None = None)
 
 def refuse_other_image(image: tuple[int, ...] | None, own: tuple[int, ...], what: str) -> None:
     """Refuse another image size than the one that a module was made for.
+
+    Args:
+        image: as it was passed.
+        own: the size that the module was made for.
+        what: name of the module, for the message.
 
     Raises:
         ValueError: naming both.

@@ -18,6 +18,9 @@ _WITHIN_WEIGHTS = ("parameterization", "parametrizations")
 def refuse_hooks(module: nn.Module) -> None:
     """Refuse a module with forward hooks, except hooks of the modules that compute its weights.
 
+    Args:
+        module: with all its submodules.
+
     Raises:
         CertificateError: naming the module that has them, or saying that all modules have.
     """

@@ -128,6 +128,9 @@ class LipschitzSequential(nn.Sequential):
 def check_bounded(layers: Iterable[nn.Module]) -> None:
     """Refuse modules without a bound.
 
+    Args:
+        layers: the modules of a chain.
+
     Raises:
         ValueError: naming the class.
     """
@@ -147,6 +150,13 @@ def certify_chain(
     """Prove modules one after the other, for samples of a shape, and compose their bounds.
 
     Where the last module bounds every pair of its outputs, so does the chain.
+
+    Args:
+        layers: every one a `BoundedModule`.
+        shape: of one sample, without the batch.
+
+    Returns:
+        The product of the bounds, with the certificates of the modules.
     """
     layers = list(layers)
     tensors = (t for layer in layers for t in (*layer.parameters(), *layer.buffers()))

@@ -80,12 +80,20 @@ class ImageTask:
 
 
 def fields_of(cls: type[Any], value: Any) -> dict[str, Any]:
-    """Return a dictionary of the attributes of a value that are fields of a dataclass."""
+    """Return a dictionary of the attributes of a value that are fields of a dataclass.
+
+    Args:
+        cls: the dataclass.
+        value: an object with these attributes.
+    """
     return {f.name: getattr(value, f.name) for f in fields(cls)}
 
 
 def check_channels(channels: tuple[int, ...]) -> None:
     """Refuse a network without a stage, or a stage without channels.
+
+    Args:
+        channels: one number per stage.
 
     Raises:
         ValueError: naming them.
@@ -96,6 +104,9 @@ def check_channels(channels: tuple[int, ...]) -> None:
 
 def check_kernel(kernel_size: int) -> None:
     """Refuse kernels without a centre.
+
+    Args:
+        kernel_size: height and width of the kernel.
 
     Raises:
         ValueError: naming the size.

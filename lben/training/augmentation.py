@@ -126,7 +126,14 @@ class Augmentation:
 def random_shift(
     images: Tensor, most: int, generator: torch.Generator, *, reflect: bool = False
 ) -> Tensor:
-    """Shift each image by up to `most` pixels in each direction, filling with zeros or a mirror."""
+    """Shift each image by up to `most` pixels in each direction, filling with zeros or a mirror.
+
+    Args:
+        images: batch × channels × height × width.
+        most: pixels.
+        generator: on the CPU.
+        reflect: fill with a mirror, not with zeros.
+    """
     if most == 0:
         return images
     n, _, height, width = images.shape
@@ -144,7 +151,11 @@ def random_shift(
 
 
 def grey(x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch 1 height width"]:
-    """Return the luma of colour images (ITU-R BT.601), and grey images as they are."""
+    """Return the luma of colour images (ITU-R BT.601), and grey images as they are.
+
+    Args:
+        x: images with any number of channels.
+    """
     if x.shape[1] == 1:
         return x
     red, green, blue = x.split(1, dim=1)

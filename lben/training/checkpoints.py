@@ -56,6 +56,10 @@ class CheckpointError(Exception):
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader finds the old content or the new, never a part.
 
+    Args:
+        path: of the file.
+        content: all of it.
+
     Raises:
         OSError: if it cannot be written; the old content is then as it was.
     """
@@ -76,12 +80,22 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON by `lben.records.to_json`; the file is whole or absent."""
+    """Write a value as JSON by `lben.records.to_json`; the file is whole or absent.
+
+    Args:
+        path: of the file.
+        value: a dataclass, or plain values.
+    """
     write_atomically(path, (to_json(value) + "\n").encode("utf-8"))
 
 
 def append_json(path: Path, value: Any) -> None:
-    """Add one line of JSON to a file of such lines."""
+    """Add one line of JSON to a file of such lines.
+
+    Args:
+        path: of the file.
+        value: a dataclass, or plain values.
+    """
     with path.open("a", encoding="utf-8") as file:
         file.write(to_json(value, indent=None) + "\n")
 
@@ -149,6 +163,9 @@ def _check_place(path: Path) -> None:
 def open_folder(folder: Path) -> Iterator[None]:
     """Make a folder for the first files of a run; if writing them fails, restore the former state.
 
+    Args:
+        folder: of the run.
+
     Raises:
         CheckpointError: as `check_folder` does.
     """
@@ -169,6 +186,11 @@ def open_folder(folder: Path) -> Iterator[None]:
 
 def save_config(folder: Path, model: ClassifierConfig, training: Mapping[str, Any]) -> None:
     """Write config.json.
+
+    Args:
+        folder: of the run.
+        model: configuration of the model.
+        training: the training configuration, as plain values.
 
     Raises:
         CheckpointError: if the class of the configuration has no name in `MODELS`.
@@ -191,6 +213,9 @@ def save_config(folder: Path, model: ClassifierConfig, training: Mapping[str, An
 
 def load_config(folder: Path | str) -> tuple[ClassifierConfig, dict[str, Any]]:
     """Return the model's configuration and the training's, as a dictionary, from config.json.
+
+    Args:
+        folder: of the run.
 
     Raises:
         CheckpointError: if it is missing, not JSON, or of another format.
@@ -218,7 +243,12 @@ def load_config(folder: Path | str) -> tuple[ClassifierConfig, dict[str, Any]]:
 
 
 def save_model(folder: Path, model: Classifier) -> None:
-    """Write model.safetensors, in the dtypes of the model."""
+    """Write model.safetensors, in the dtypes of the model.
+
+    Args:
+        folder: of the run.
+        model: that is saved.
+    """
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     write_atomically(Path(folder) / MODEL, save(tensors, metadata={"format": "pt"}))
 
@@ -316,7 +346,15 @@ def save_training(
     epoch: int,
     ema: EMA | None = None,
 ) -> None:
-    """Write training.safetensors: one file with everything that resuming reads."""
+    """Write training.safetensors: one file with everything that resuming reads.
+
+    Args:
+        folder: of the run.
+        model: in training.
+        optimizer: with its state.
+        epoch: number of finished epochs.
+        ema: average of the weights, if there is one.
+    """
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
@@ -334,6 +372,12 @@ def load_training(
     ema: EMA | None = None,
 ) -> int:
     """Load model, average and optimiser state in place; return the number of finished epochs.
+
+    Args:
+        folder: of the run.
+        model: that gets the parameters.
+        optimizer: that gets the state.
+        ema: average that gets the weights, if there is one.
 
     Raises:
         CheckpointError: if the file is missing, truncated, of another format, or does not fit.

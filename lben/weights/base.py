@@ -205,6 +205,13 @@ class Weights(Sendable, ABC):
 def digest(header: str, tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of a header and of names, shapes, dtypes and bits of tensors.
 
+    Args:
+        header: text.
+        tensors: by name.
+
+    Returns:
+        The digest in hexadecimal digits.
+
     Example:
         >>> import torch
         >>> digest("γ", {"W": torch.zeros(2)})[:12]
@@ -245,6 +252,9 @@ def convert(t: Tensor, dtype: torch.dtype) -> Tensor:
 def check_tensors(values: Mapping[str, object]) -> None:
     """Raise ValueError unless every value is None or a tensor.
 
+    Args:
+        values: by name, for the message.
+
     Example:
         >>> import torch
         >>> check_tensors({"W": torch.zeros(2, 2), "D": None})
@@ -260,6 +270,11 @@ def check_tensors(values: Mapping[str, object]) -> None:
 def check_dimensions(name: str, value: Tensor, count: int) -> None:
     """Raise ValueError unless a tensor has this number of dimensions.
 
+    Args:
+        name: of the tensor, for the message.
+        value: the tensor.
+        count: number of dimensions.
+
     Example:
         >>> import torch
         >>> check_dimensions("W", torch.zeros(2, 2), 2)
@@ -270,6 +285,9 @@ def check_dimensions(name: str, value: Tensor, count: int) -> None:
 
 def check_gamma(gamma: object) -> float | None:
     """Return gamma as a float, or None for None.
+
+    Args:
+        gamma: a number, or None for no claim.
 
     Raises:
         ValueError: unless gamma is None or a positive, finite real number.
@@ -290,6 +308,9 @@ def check_gamma(gamma: object) -> float | None:
 def check_epsilon(epsilon: object) -> float:
     """Return epsilon as a float.
 
+    Args:
+        epsilon: a number.
+
     Raises:
         ValueError: unless it is a positive, finite real number.
 
@@ -305,6 +326,9 @@ def check_epsilon(epsilon: object) -> float:
 
 def as_number(value: object) -> float | None:
     """Return a real number of Python, NumPy or torch as a float; None for all else, and bool.
+
+    Args:
+        value: of any type.
 
     Example:
         >>> import torch

@@ -119,7 +119,11 @@ def norms_up(x: Tensor, dims: int) -> Float[Tensor, "*batch"]:
 
 
 def norm_up(x: Tensor) -> float:
-    """Return an upper bound of ‖x‖₂ over all entries."""
+    """Return an upper bound of ‖x‖₂ over all entries.
+
+    Args:
+        x: float32 or float64.
+    """
     return float(norms_up(x, x.ndim))
 
 
@@ -127,6 +131,9 @@ def absolute_norm(U: Tensor) -> float:
     """Bound ‖ |U| ‖₂ by √(largest row sum × largest column sum), for a matrix or a kernel.
 
     Sums of a kernel run over all offsets. Then the bound holds for its convolution of any image.
+
+    Args:
+        U: q × p, or q × p × k × k.
     """
     if not U.numel():
         return 0.0
@@ -141,7 +148,11 @@ def absolute_norm(U: Tensor) -> float:
 
 
 def largest_up(x: Tensor) -> float:
-    """Return an upper bound of the largest absolute value of an entry; 0 if there is none."""
+    """Return an upper bound of the largest absolute value of an entry; 0 if there is none.
+
+    Args:
+        x: of any shape.
+    """
     if not x.numel():
         return 0.0
     return add_up(float(x.detach().double().abs().amax()), torch.finfo(x.dtype).tiny)
@@ -168,5 +179,9 @@ def underflow(terms: int, inputs: Tensor, weights: Tensor, dims: int = 1) -> Ten
 
 
 def not_nan(bounds: Tensor) -> Tensor:
-    """Return the bounds with infinity in place of NaN."""
+    """Return the bounds with infinity in place of NaN.
+
+    Args:
+        bounds: of any shape.
+    """
     return torch.where(bounds.isnan(), torch.inf, bounds)

@@ -163,17 +163,31 @@ class Convolution(LinearMap):
 
 
 def taps(vector: Tensor) -> Tensor:
-    """Return one number per channel, shaped to scale the pixels of images and kernels."""
+    """Return one number per channel, shaped to scale the pixels of images and kernels.
+
+    Args:
+        vector: one number per channel.
+    """
     return vector[:, None, None]
 
 
 def mirror(kernel: Tensor) -> Tensor:
-    """Return the kernel of the adjoint convolution."""
+    """Return the kernel of the adjoint convolution.
+
+    Args:
+        kernel: q × p × k × k.
+
+    Returns:
+        p × q × k × k.
+    """
     return kernel.transpose(0, 1).flip(2, 3)
 
 
 def refuse_other_sums(U: Tensor) -> None:
     """Refuse a kernel whose convolution may be summed in a way whose rounding is not bounded.
+
+    Args:
+        U: the kernel, on the device that runs.
 
     Raises:
         ValueError: naming the library and the cure.

@@ -177,8 +177,11 @@ _NO_MEMORY = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 1 for an error, 130 for Ctrl-C.
 
-    Every error is one line. Characters that the terminal has none of become question marks, and a
-    reader that has gone away (`| head`) ends the output without a word.
+    Every error is one line. A character that the terminal cannot show becomes a question mark. If
+    the reader of a pipe closes it (`| head`), the output ends without an error.
+
+    Args:
+        arguments: words of the command line; those of the process when None.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -196,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _status(arguments: list[str]) -> int:
     try:
-        command = _parsed(arguments)
+        command = _parse(arguments)
         if command is None:
             return 1
         _run(command)
@@ -216,7 +219,7 @@ def _status(arguments: list[str]) -> int:
     return 0
 
 
-def _parsed(arguments: list[str]) -> Command | None:
+def _parse(arguments: list[str]) -> Command | None:
     """Return the command, or say in one line what is wrong with it."""
     said = io.StringIO()
     try:
@@ -253,14 +256,14 @@ def words_of_commands() -> tuple[str, ...]:
 
 
 def _lacks_memory(error: BaseException) -> bool:
-    """Say whether there is no memory for what was asked: torch says it in words alone."""
+    """Return whether an error means lack of memory; torch says so only in its message."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError | TypeError) and any(w in str(error) for w in _NO_MEMORY)
     )
 
 
 def _sentence(error: BaseException) -> str:
-    """Return what an error says in one line, with the next step."""
+    """Return the message of an error in one line, with the next step."""
     words = " ".join(str(error).split())
     if _lacks_memory(error):
         first = next(iter(str(error).splitlines()), "no more is known")
@@ -354,40 +357,40 @@ def _demo(command: Demo) -> None:
 
 
 def _evaluate(folder: Path, config: EvaluationConfig, root: str | None) -> None:
-    model, data, said = _trained(folder, root, _EVALUATED)
+    model, data, said = _load_trained(folder, root, _EVALUATED)
     torch.manual_seed(config.seed)
     with processes("cpu") as team:
         report = evaluate(model, data, config, team)
     if not team.first:
         return
     checkpoints.write_json(folder / "report.json", report)
-    picture = _drawn(functools.partial(draw, report), folder / "robustness.png")
+    picture = _draw(functools.partial(draw, report), folder / "robustness.png")
     print(f"{said}{table(report)}")
     print(f"\n{folder}: {checkpoints.MODEL}, {checkpoints.CERTIFICATE}, report.json{picture}")
     _refuse(report.violations)
 
 
 def _certify(folder: Path, config: CertificationConfig, root: str | None) -> None:
-    model, data, said = _trained(folder, root, _CERTIFIED)
+    model, data, said = _load_trained(folder, root, _CERTIFIED)
     with processes("cpu") as team:
         certificate, report = certify_model(model, data, config, team)
     if not team.first:
         return
     checkpoints.write_json(folder / checkpoints.CERTIFICATE, certificate)
     checkpoints.write_json(folder / "certification.json", report)
-    picture = _drawn(functools.partial(draw_certification, report), folder / "certification.png")
+    picture = _draw(functools.partial(draw_certification, report), folder / "certification.png")
     print(f"{said}{certification_table(report)}")
     print(f"\n{folder}: {checkpoints.CERTIFICATE}, certification.json{picture}")
     _refuse(report.violations)
 
 
-def _trained(
+def _load_trained(
     folder: Path, root: str | None, written: Sequence[str]
 ) -> tuple[Classifier, Dataset, str]:
     """Return the model of a run, its certificate checked, and the data that it was trained on.
 
-    Beside them a line to say, which comes with the results: who does not read them gets them still.
-    Refuse a folder in which something is in the way of what is to be written there.
+    The third result is a line of text to print with the results; it may be empty. A folder into
+    which the results cannot be written is refused before any work.
     """
     model = checkpoints.load_model(folder)
     _, training = checkpoints.load_config(folder)
@@ -413,8 +416,8 @@ def _trained(
     return model, data, said
 
 
-def _drawn(draw_into: Callable[[Path], None], path: Path) -> str:
-    """Draw where that is possible, and return what to add to the list of files."""
+def _draw(draw_into: Callable[[Path], None], path: Path) -> str:
+    """Draw a picture if matplotlib is installed; return a note for the list of written files."""
     if importlib.util.find_spec("matplotlib") is None:
         return " (no picture: matplotlib is not installed, pip install 'lben[plots]')"
     partial = path.with_name(f"{path.stem}.partial{path.suffix}")

@@ -1,14 +1,15 @@
-"""Which process does what? Every process a share of each batch, the first one writes.
+"""How do several processes share a run? Each takes a share of every batch, the first one writes.
 
     python -m torch.distributed.run --nproc-per-node 2 -m lben train …
 
-starts two. Each augments the whole batch, so that all draw alike, and keeps its share; gradients
-are averaged by DistributedDataParallel, over gloo on CPUs and nccl on CUDA devices. The result is
-that of one process up to the order of summation and the tolerance of the solver.
+starts two. Each process augments the whole batch, so that all draw the same random numbers, and
+keeps its share. DistributedDataParallel averages gradients, over gloo on CPUs and nccl on CUDA
+devices. The result equals that of one process up to the order of summation and the tolerance of the
+solver.
 
-`evaluate` and `certify` share the test images: all processes make the same global proofs, each
-certifies and attacks its images, and what it finds is gathered. Only what is drawn at random, pairs
-and later starts of attacks, is not what one process would draw.
+`evaluate` and `certify` share the test images. All processes make the same proofs for all inputs.
+Each process certifies and attacks its own images, and the results are gathered. Random pairs and
+later starts of attacks are drawn per process, so they differ from those of a run in one process.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 _PATIENCE = timedelta(days=2)
-"""How long a process waits for one with harder images; torchrun ends all when one fails."""
+"""How long a process waits for a slower one; if one process fails, torchrun ends all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """The processes of one run, as one of them sees them.
+    """The processes of one run, from the point of view of one of them.
 
     Attributes:
         device: of this process.
@@ -50,7 +51,7 @@ class Processes:
 
     @property
     def quiet(self) -> bool | None:
-        """What tqdm takes as `disable`: only the first process shows bars, on a terminal."""
+        """The argument `disable` of tqdm: only the first process shows bars, on a terminal."""
         return None if self.first else True
 
     def share(self, batch: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class Processes:
         return batch.tensor_split(self.count)[self.rank]
 
     def share_of(self, count: int) -> int:
-        """Return how many of so many are this process's."""
+        """Return the size of this process's share of a number of items."""
         return (count + self.count - 1 - self.rank) // self.count
 
     def gather(self, share: Tensor) -> Tensor:
@@ -66,13 +67,13 @@ class Processes:
         if self.count == 1:
             return share
         own = torch.tensor([len(share)], device=self.device)
-        lengths = torch.cat(self._all(own)).tolist()
+        lengths = torch.cat(self._gather_equal(own)).tolist()
         padded = share.new_zeros(max(lengths), *share.shape[1:], device=self.device)
         padded[: len(share)] = share
-        parts = zip(self._all(padded), lengths, strict=True)
+        parts = zip(self._gather_equal(padded), lengths, strict=True)
         return torch.cat([part[:length] for part, length in parts]).to(share.device)
 
-    def _all(self, value: Tensor) -> list[Tensor]:
+    def _gather_equal(self, value: Tensor) -> list[Tensor]:
         """Return the values of all processes, of one shape."""
         values = [torch.empty_like(value) for _ in range(self.count)]
         distributed.all_gather(values, value)
@@ -118,7 +119,7 @@ class Processes:
         return value
 
     def wait(self) -> None:
-        """Return once every process has come here."""
+        """Wait until every process has reached this call."""
         if self.count > 1:
             distributed.barrier()
 
@@ -137,19 +138,23 @@ ALONE = Processes(device=torch.device("cpu"))
 
 
 def without_synchronisation(replica: nn.Module) -> AbstractContextManager[None]:
-    """Within the block, gradients of a replica stay in this process."""
+    """Return a context in which gradients of a replica are not averaged over processes.
+
+    Args:
+        replica: as `Processes.replicate` returns it.
+    """
     if isinstance(replica, DistributedDataParallel):
         return replica.no_sync()
     return nullcontext()
 
 
 def is_first() -> bool:
-    """Whether this process is the first of those that torchrun started, or the only one."""
+    """Return whether this process is the first that torchrun started, or the only one."""
     return not distributed.is_torchelastic_launched() or int(os.environ["RANK"]) == 0
 
 
-def usable_cpus(device: str | torch.device) -> torch.device:
-    """Return a device that there is.
+def find_device(device: str | torch.device) -> torch.device:
+    """Return the device of this name, if this machine has it.
 
     Args:
         device: cpu, cuda, or cuda:1 for the second one.
@@ -175,20 +180,23 @@ def usable_cpus(device: str | torch.device) -> torch.device:
 
 @contextmanager
 def processes(device: str) -> Iterator[Processes]:
-    """Join the processes that torchrun started, or stand alone.
+    """Return a context that joins the processes that torchrun started, or stands alone.
 
     Args:
         device: cpu or cuda; with several processes on CUDA each takes the device of its local rank.
 
+    Returns:
+        A context whose value is the processes, seen from this one.
+
     Raises:
         ValueError: if there is no such device.
     """
-    own = usable_cpus(device)
+    own = find_device(device)
     if not distributed.is_torchelastic_launched():
         yield Processes(device=own)
         return
     if own.type == "cuda":
-        own = usable_cpus(torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+        own = find_device(torch.device("cuda", int(os.environ["LOCAL_RANK"])))
         torch.cuda.set_device(own)
     store, rank, count = next(rendezvous("env://", timeout=_PATIENCE))
     # A run may join again, and must not find the addresses of the last time.

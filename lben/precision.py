@@ -1,7 +1,7 @@
-"""Which products of layers run in float32, and what is refused where they do not?
+"""Do the products of a layer run in float32, and is a layer refused if they do not?
 
-`solvers.precision` has the rule for a single call. Compiled graphs, convolutions and autocast need
-the checks of this file besides.
+`solvers.precision` sets the precision of a single call. This file has the further checks for
+compiled graphs, convolutions and autocast.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["refuse_autocast", "refuse_reduced", "sums_plainly", "use_float32_pro
 def refuse_reduced(device: str, *, convolution: bool) -> None:
     """Raise ValueError if products of float32 numbers would not run in float32.
 
-    For graphs, whose products are outside of `use_float32_products`.
+    It is for graphs: their products run outside of `use_float32_products`.
 
     Args:
         device: type of the device, "cpu" or "cuda".
@@ -58,8 +58,14 @@ def refuse_reduced(device: str, *, convolution: bool) -> None:
 def sums_plainly(U: torch.Tensor) -> bool:
     """Return whether convolutions with this kernel are plain sums of products on its device.
 
-    cuDNN and NNPACK have float32 algorithms (Winograd's, FFT) that are not, and round otherwise.
-    oneDNN, which torch uses for float32 on a CPU unless it is switched off, runs direct ones.
+    cuDNN and NNPACK have other float32 algorithms (Winograd's, FFT), whose rounding is different.
+    oneDNN runs direct convolutions; torch uses it for float32 on a CPU unless it is switched off.
+
+    Args:
+        U: the kernel, on the device that runs.
+
+    Returns:
+        True if the rounding model of `lben.layers.roundoff` covers its convolutions.
 
     Example:
         >>> import torch

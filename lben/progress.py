@@ -1,4 +1,4 @@
-"""How long will it take? A bar on a terminal; elsewhere one line once that is known."""
+"""How long will a run take? A bar on a terminal; elsewhere one line with an estimate."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ except ModuleNotFoundError as error:
 T = TypeVar("T")
 
 _PATIENCE = 5.0
-"""Seconds before a run that nobody watches says how long it will take."""
+"""Seconds before a run without a terminal prints its estimate."""
 
 
 class Progress:
-    """Count items that are done, for the eyes of whoever waits.
+    """Count finished items and show the time that is left.
 
     On a terminal it is a bar of tqdm. Where standard error is a file or a pipe there is one line
     when the first items have taken some seconds, with the time that is left, and one at the end.
 
     Args:
         total: number of items.
-        what: is being done.
-        unit: what the items are, in the plural.
-        quiet: True in a process that says nothing, None to look at standard error.
-        initial: items that were done before.
+        what: name of the work, shown before the bar.
+        unit: name of the items, in the plural.
+        quiet: True for no output; None for a bar if standard error is a terminal, else lines.
+        initial: items that were finished before.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Progress:
         self._said = False
 
     def update(self, count: int = 1) -> None:
-        """Count items; say how long the others will take."""
+        """Count finished items; print the estimate once, if there is no terminal."""
         self.done += count
         self.bar.update(count)
         if self._lines and not self._said and self.seconds > _PATIENCE and self.done < self.total:
@@ -93,7 +93,12 @@ class Progress:
 
 
 def track(items: Collection[T], what: str, unit: str, quiet: bool | None = None) -> Iterator[T]:
-    """Yield items and count them, see `Progress`."""
+    """Yield items and count them, see `Progress`.
+
+    Args:
+        items: that are yielded.
+        what, unit, quiet: as in `Progress`.
+    """
     with Progress(len(items), what, unit, quiet) as progress:
         for item in items:
             yield item
@@ -101,7 +106,11 @@ def track(items: Collection[T], what: str, unit: str, quiet: bool | None = None)
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a time as people say it: 20 seconds, 4 minutes, 2.5 hours."""
+    """Return a time as people say it: 20 seconds, 4 minutes, 2.5 hours.
+
+    Args:
+        seconds: of time.
+    """
     for size, unit in ((3600, "hour"), (60, "minute")):
         if seconds >= 1.5 * size:
             number = seconds / size

@@ -16,94 +16,110 @@ T = TypeVar("T")
 
 
 def to_json(value: Any, *, indent: int | None = 2) -> str:
-    """Return strict JSON, as every file of this library holds it.
+    """Return a value as strict JSON, the form of every file of this library.
 
-    Dataclasses are objects of their fields, with their class as "kind" where others extend it;
-    tuples are lists, numbers of numpy and torch are numbers. JSON has no infinity and no NaN: they
-    are null.
+    A dataclass becomes an object of its fields, with its class as "kind" if it extends or is
+    extended by another dataclass. Tuples become lists, numbers of numpy and torch plain numbers.
+    Infinity and NaN become null, as JSON has neither.
+
+    Args:
+        value: a dataclass, or plain values.
+        indent: spaces per level; None for one line.
 
     Raises:
         TypeError: for values that JSON has no form of.
     """
-    return json.dumps(strict(value), indent=indent, allow_nan=False)
+    return json.dumps(to_plain(value), indent=indent, allow_nan=False)
 
 
-def strict(value: Any) -> Any:
-    """Return what `to_json` writes, as dictionaries, lists and plain values."""
+def to_plain(value: Any) -> Any:
+    """Return the content that `to_json` writes, as dictionaries, lists and plain values.
+
+    Args:
+        value: a dataclass, or plain values.
+    """
     value = plain(value)
     if is_dataclass(value) and not isinstance(value, type):
         kind = {"kind": type(value).__name__} if _has_relatives(type(value)) else {}
-        return kind | {f.name: strict(getattr(value, f.name)) for f in fields(value)}
+        return kind | {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): strict(item) for key, item in value.items()}
+        return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [strict(item) for item in value]
+        return [to_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def from_json(cls: type[T], text: str | bytes) -> T:
     """Return the frozen dataclass that `to_json` wrote.
 
-    A null where the annotation has a number and no None was infinite, and is so again.
+    A null stands for infinity if the annotation of its field is a number without None.
+
+    Args:
+        cls: the dataclass.
+        text: JSON.
 
     Raises:
         ValueError: if the text is not JSON, lacks a field or has one too many, or a value is not
             of the annotated kind.
     """
     try:
-        return _revived(json.loads(text), cls)
+        return _revive(json.loads(text), cls)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"this is no {cls.__name__}: {error}") from error
 
 
-def _revived(value: Any, hint: Any) -> Any:
+def _revive(value: Any, hint: Any) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and types.NoneType in arguments:
             return None
         kinds = [a for a in arguments if a is not types.NoneType]
-        return _revived(value, kinds[0]) if len(kinds) == 1 else value
+        return _revive(value, kinds[0]) if len(kinds) == 1 else value
     if origin is tuple:
         if not isinstance(value, list):
             raise TypeError(f"expected a list, got {value!r}")
         each = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        return tuple(_revived(item, kind) for item, kind in zip(value, each, strict=True))
+        return tuple(_revive(item, kind) for item, kind in zip(value, each, strict=True))
     if is_dataclass(hint):
         if isinstance(value, dict) and "kind" in value:
             value = dict(value)
-            hint = _relative(hint, value.pop("kind"))
+            hint = _find_relative(hint, value.pop("kind"))
         hints, names = get_type_hints(hint), {f.name for f in fields(hint)}
         if not isinstance(value, dict) or not set(value) <= names:
             raise TypeError(f"expected an object with the fields {', '.join(sorted(names))}")
-        return hint(**{name: _revived(item, hints[name]) for name, item in value.items()})
+        return hint(**{name: _revive(item, hints[name]) for name, item in value.items()})
     if hint is float:
-        return math.inf if value is None else _of_kind(value, (int, float), float)
-    return _of_kind(value, hint, hint) if hint in (int, str, bool) else value
+        return math.inf if value is None else _check_kind(value, (int, float), float)
+    return _check_kind(value, hint, hint) if hint in (int, str, bool) else value
 
 
 def _has_relatives(cls: type) -> bool:
-    """Say whether a dataclass extends another or is extended, so that a record names its kind."""
+    """Return whether a dataclass extends another or is extended: then a record names its kind."""
     return any(map(is_dataclass, cls.__mro__[1:])) or bool(cls.__subclasses__())
 
 
-def _relative(cls: Any, kind: object) -> Any:
+def _find_relative(cls: Any, kind: object) -> Any:
     """Return the class of this name among a dataclass and those that extend it."""
     if cls.__name__ == kind:
         return cls
     for other in cls.__subclasses__():
         with suppress(TypeError):
-            return _relative(other, kind)
+            return _find_relative(other, kind)
     raise TypeError(f"{kind} is no {cls.__name__}")
 
 
-def _of_kind(value: Any, kinds: Any, cls: Any) -> Any:
+def _check_kind(value: Any, kinds: Any, cls: Any) -> Any:
     if not isinstance(value, kinds) or (isinstance(value, bool) and cls is not bool):
         raise TypeError(f"expected {cls.__name__}, got {value!r}")
     return cls(value)
 
 
 def encode(value: Any) -> Any:
-    """Return plain values for JSON: {"kind": class name, field: value, …} for a dataclass."""
+    """Return plain values for JSON: {"kind": class name, field: value, …} for a dataclass.
+
+    Args:
+        value: a dataclass, or plain values.
+    """
     if is_dataclass(value):
         content = {f.name: encode(getattr(value, f.name)) for f in fields(value)}
         return {"kind": type(value).__name__, **content}
@@ -111,11 +127,11 @@ def encode(value: Any) -> Any:
 
 
 def decode(record: Mapping[str, Any], kinds: Mapping[str, type]) -> Any:
-    """Return the configuration that `encode` made the record of.
+    """Return the configuration from which `encode` made the record.
 
     Args:
         record: read from JSON.
-        kinds: what it may be, by name; nested records are of the classes in the annotations.
+        kinds: the allowed classes by name; annotations give the classes of nested records.
 
     Raises:
         ValueError: if it is of no such kind, or a value is refused by the class.

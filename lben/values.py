@@ -1,9 +1,9 @@
-"""Which values does a frozen configuration hold? Plain Python ones, converted when it is made.
+"""Which values does a frozen configuration hold? Plain Python values, converted when it is made.
 
-Numbers come from numpy, from torch and from files; paths are `Path`s, tuples are lists or arrays.
-`conform` makes of each value what the field's annotation says, so that a configuration compares,
-prints as Python and becomes JSON, whatever it was made from. A value of another kind is refused
-there and then, by the name of its field.
+A caller may pass numbers of numpy or torch, a `Path` for text, or a list or array for a tuple.
+`conform` converts each value to the type in the field's annotation. Therefore every configuration
+can be compared, printed as Python and written as JSON. A value of another kind raises an error that
+names the field.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor
 
 
 def conform(config: Any) -> None:
-    """Replace every value of a frozen dataclass by a plain one of the kind that is annotated.
+    """Replace every value of a frozen dataclass by a plain value of the annotated type.
 
-    int, float, bool, str, Literal, tuples of them, dataclasses, and unions; other annotations are
-    left alone. Numbers are never strings or truth values; which numbers are allowed, NaN and
-    infinity among them, is for the class to say.
+    It converts int, float, bool, str, Literal, tuples of them, dataclasses, and unions. Values with
+    other annotations stay as they are. Strings and truth values do not count as numbers. The class
+    itself checks which numbers are allowed, NaN and infinity included.
 
     Args:
         config: the instance, in its `__post_init__`.
@@ -37,13 +37,17 @@ def conform(config: Any) -> None:
     for f in fields(config):
         value, hint = getattr(config, f.name), hints[f.name]
         try:
-            object.__setattr__(config, f.name, _converted(value, hint))
+            object.__setattr__(config, f.name, _convert(value, hint))
         except _Refused:
-            raise ValueError(f"{f.name} must be {_described(hint)}, got {_shown(value)}") from None
+            raise ValueError(f"{f.name} must be {_describe(hint)}, got {_show(value)}") from None
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """Refuse fields that are not above 0; None passes, of a tuple all numbers are checked.
+    """Refuse fields that are not above 0; None passes, and every number of a tuple is checked.
+
+    Args:
+        config: the instance.
+        names: of its fields.
 
     Raises:
         ValueError: naming the field.
@@ -56,7 +60,10 @@ def check_positive(config: Any, *names: str) -> None:
 
 
 def check_tol(tol: float | None) -> None:
-    """Refuse a relative tolerance of 1 or more, which accepts whatever there is; None passes.
+    """Refuse a relative tolerance of 1 or more, which accepts every state; None passes.
+
+    Args:
+        tol: relative tolerance, or None.
 
     Raises:
         ValueError: saying so.
@@ -68,7 +75,10 @@ def check_tol(tol: float | None) -> None:
 def plain(value: Any) -> Any:
     """Return numbers of numpy and torch as Python numbers, arrays as nested lists, paths as text.
 
-    What is none of these comes back as it is.
+    Other values are returned unchanged.
+
+    Args:
+        value: of any type.
     """
     if isinstance(value, Tensor):
         value = value.detach().cpu()
@@ -84,42 +94,42 @@ class _Refused(Exception):
     pass
 
 
-def _converted(value: Any, hint: Any) -> Any:
-    """Return a value as the annotation has it, or raise _Refused."""
+def _convert(value: Any, hint: Any) -> Any:
+    """Return a value converted to its annotation, or raise _Refused."""
     origin = get_origin(hint)
     known = origin in (Union, types.UnionType, Literal, tuple) or hint in _WORDS
     if not known and not (isinstance(hint, type) and is_dataclass(hint)):
         return value
     value = plain(value)
     if origin in (Union, types.UnionType):
-        return _first(value, get_args(hint))
+        return _convert_to_first(value, get_args(hint))
     if origin is Literal:
-        return _one_of(value, get_args(hint))
+        return _choose(value, get_args(hint))
     if origin is tuple:
-        return _tuple(value, get_args(hint))
+        return _convert_tuple(value, get_args(hint))
     if hint in (bool, str, types.NoneType):
-        return _instance(value, hint)
-    return _number(value, hint) if hint in (int, float) else _instance(value, hint)
+        return _check_instance(value, hint)
+    return _convert_number(value, hint) if hint in (int, float) else _check_instance(value, hint)
 
 
-def _first(value: Any, hints: Sequence[Any]) -> Any:
+def _convert_to_first(value: Any, hints: Sequence[Any]) -> Any:
     for hint in hints:
         try:
-            return _converted(value, hint)
+            return _convert(value, hint)
         except _Refused:
             continue
     raise _Refused
 
 
-def _one_of(value: Any, choices: Sequence[Any]) -> Any:
-    # A name that is only equal, as numpy's text is, becomes the choice itself.
+def _choose(value: Any, choices: Sequence[Any]) -> Any:
+    # A value that equals a choice, such as text of numpy, becomes the choice itself.
     for choice in choices:
         if type(value) is not bool and isinstance(value, type(choice)) and value == choice:
             return choice
     raise _Refused
 
 
-def _tuple(value: Any, hints: Sequence[Any]) -> tuple[Any, ...]:
+def _convert_tuple(value: Any, hints: Sequence[Any]) -> tuple[Any, ...]:
     if isinstance(value, str | bytes | dict | set) or not hasattr(value, "__iter__"):
         raise _Refused
     items = tuple(value)
@@ -127,16 +137,16 @@ def _tuple(value: Any, hints: Sequence[Any]) -> tuple[Any, ...]:
         hints = [hints[0]] * len(items)
     if len(items) != len(hints):
         raise _Refused
-    return tuple(_converted(item, hint) for item, hint in zip(items, hints, strict=True))
+    return tuple(_convert(item, hint) for item, hint in zip(items, hints, strict=True))
 
 
-def _instance(value: Any, cls: type) -> Any:
+def _check_instance(value: Any, cls: type) -> Any:
     if not isinstance(value, cls):
         raise _Refused
     return str(value) if cls is str else value
 
 
-def _number(value: Any, cls: type) -> Any:
+def _convert_number(value: Any, cls: type) -> Any:
     kinds = int if cls is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise _Refused
@@ -152,22 +162,22 @@ _WORDS = {
 }  # fmt: skip
 
 
-def _described(hint: Any) -> str:
+def _describe(hint: Any) -> str:
     """Say in words what an annotation asks for."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(map(_described, arguments))
+        return " or ".join(map(_describe, arguments))
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if origin is tuple:
         if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return f"a tuple, every entry {_described(arguments[0])}"
-        entry = _described(arguments[0]) if len(set(arguments)) == 1 else "of the right kind"
+            return f"a tuple, every entry {_describe(arguments[0])}"
+        entry = _describe(arguments[0]) if len(set(arguments)) == 1 else "of the right kind"
         return f"a tuple of {len(arguments)}, every entry {entry}"
     return _WORDS.get(hint) or f"a {getattr(hint, '__name__', hint)}"
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     text = repr(value)
     text = text if len(text) <= 60 else f"{text[:57]}…"
     return f"{' '.join(text.split())} ({type(value).__name__})"

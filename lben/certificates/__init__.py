@@ -1,7 +1,9 @@
-"""Proofs about weights, and nothing else.
+"""Which Lipschitz bound do given weights have? Proofs about weights, and nothing else.
 
-A certificate sees weights alone, never how they came about. So a fault in a parameterization can
-cost tightness or make the proof fail, and never make a bound wrong.
+A proof reads the weights alone, and never the parameterization that made them. So a fault in a
+parameterization can loosen a bound or make its proof fail. It cannot make a bound wrong.
+
+Symbols: docs/glossary.md.
 """
 
 from lben.certificates.certificate import (

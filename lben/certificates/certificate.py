@@ -1,7 +1,9 @@
 """What has been proved, and of what?
 
-Every statement is a frozen record: the bound, how it was proved and by how much, and the
-fingerprint of what it is about. A record serves nothing else.
+Every proved statement is a frozen record. It holds the bound, the method and the margin of the
+proof, and the fingerprint of the object that it is about. It is refused for every other object.
+
+Symbols: docs/glossary.md.
 """
 
 from __future__ import annotations
@@ -48,14 +50,14 @@ class Certificate:
     """A proved statement about something with a fingerprint.
 
     Attributes:
-        margin: by how much the proof succeeded, a proved lower bound (> 0) of the smallest
-            eigenvalue that has to be positive; None where a bound was evaluated, not compared.
-        fingerprint: SHA-256 of what the statement is about.
-        dtype: in which it runs.
+        margin: a proved lower bound (> 0) of the smallest eigenvalue that has to be positive; None
+            if the proof evaluated the bound directly and compared no eigenvalue.
+        fingerprint: SHA-256 of the object that the statement is about.
+        dtype: the dtype in which that object runs.
         method: how it was proved.
         versions: of the libraries that ran the proof.
-        image: height and width of images that the statement is for: exactly these where it is
-            circular, at most these where it is not; None where it is for every input.
+        image: height and width of the images that the statement holds for: exactly this size for
+            circular padding, at most this size otherwise. None if it holds for every input.
 
     Example:
         >>> from lben import SLLLinear, certify
@@ -74,6 +76,9 @@ class Certificate:
     def check(self, weights: Weights) -> None:
         """Refuse other weights than those of the proof, and image sizes that it does not cover.
 
+        Args:
+            weights: as they run.
+
         Raises:
             CertificateError: if the fingerprint or the size differs.
         """
@@ -83,7 +88,14 @@ class Certificate:
             self.check_image(size[0], exactly=size[1])
 
     def check_fingerprint(self, found: str) -> None:
-        """As `check`, for something whose fingerprint is known."""
+        """Refuse another fingerprint than that of the proof.
+
+        Args:
+            found: fingerprint of the object at hand.
+
+        Raises:
+            CertificateError: if the fingerprints differ.
+        """
         if found != self.fingerprint:
             raise CertificateError(
                 "this certificate is for other weights: fingerprint "
@@ -95,7 +107,7 @@ class Certificate:
 
         Args:
             found: height and width.
-            exactly: whether smaller images are not covered either.
+            exactly: whether the proof must be for exactly this size, and not for a larger one.
 
         Raises:
             CertificateError: naming both sizes.
@@ -117,7 +129,13 @@ class Certificate:
     def from_json(cls, text: str) -> Self:
         """Return the certificate that `to_json` wrote.
 
-        It says what was proved, and nothing about the weights at hand: see `check`.
+        The result is not compared with any weights: call `check` for that.
+
+        Args:
+            text: JSON of a certificate of this class or of one that extends it.
+
+        Returns:
+            The certificate.
 
         Raises:
             ValueError: if the text is no such certificate.
@@ -127,7 +145,7 @@ class Certificate:
         return found
 
     def check_values(self) -> None:
-        """Refuse numbers that bound nothing, as a file may have them.
+        """Refuse numbers that bound nothing; a file may hold such numbers.
 
         Raises:
             ValueError: naming the field.
@@ -140,10 +158,10 @@ class Certificate:
 class LipschitzCertificate(Certificate):
     """The statement that x ↦ y is γ-Lipschitz in l2.
 
-    A module of a user's own that proves its bound in another way returns one of these.
+    A module that you wrote, and that proves its bound in another way, returns this class.
 
     Attributes:
-        bound: γ; infinite where nothing but the existence of y is proved.
+        bound: γ; infinite if only the existence and uniqueness of y is proved.
 
     Example:
         >>> from lben import EquilibriumLinear, certify
@@ -157,21 +175,21 @@ class LipschitzCertificate(Certificate):
     bound: float
 
     def check_values(self) -> None:
-        """As `Certificate.check_values`; the bound is positive."""
+        """Refuse numbers that bound nothing; the bound must be positive."""
         _check_positive(type(self), bound=self.bound)
         super().check_values()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """Proved bounds of what errors within one equilibrium layer do, all states in the Λ norm.
+    """Proved gains from errors inside one equilibrium layer to z and y; states in the Λ norm.
 
     Attributes:
-        input_to_state: of the change of z per l2 change of x.
-        drive_to_state: of the change of z per change of v.
-        drive_to_output: of the l2 change of Cz per change of v.
-        residual_to_state: of ‖z̃ − z*‖ per residual ‖z̃ − z‖, where z̃ = σ(Wz + v).
-        residual_to_output: of ‖C(z̃ − z*)‖₂ per residual.
+        input_to_state: bound of the change of z per l2 change of x.
+        drive_to_state: bound of the change of z per change of v.
+        drive_to_output: bound of the l2 change of Cz per change of v.
+        residual_to_state: bound of ‖z̃ − z*‖ per residual ‖z̃ − z‖, where z̃ = σ(Wz + v).
+        residual_to_output: bound of ‖C(z̃ − z*)‖₂ per residual.
         state_to_output: ‖CΛ^(−½)‖₂.
 
     Example:
@@ -195,18 +213,18 @@ class Sensitivity:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCertificate(LipschitzCertificate):
-    """A statement about one set of weights, with the constants that a solver of it needs.
+    """A statement about one set of weights, with the constants that a solver of the layer needs.
 
     Attributes:
-        margin: of the matrix that is positive definite if and only if M(Λ, γ) is
+        margin: as in `Certificate`, of a matrix that is positive definite if and only if M(Λ, γ) is
             (`Inequality.margin`).
         smallest_eigenvalue: computed smallest eigenvalue of M(Λ, γ), or of 2Λ − ΛW − WᵀΛ when
             there is no bound; for information, not used in any proof.
         m: proved lower bound of the strong monotonicity of I − W in the Λ norm; 1 for W = 0.
         L: proved upper bound of ‖I − W‖ in the Λ norm; 1 for W = 0.
-        output_gain: proved upper bound of ‖CΛ^(−½)‖₂: what an error of z costs in y.
+        output_gain: proved upper bound of ‖CΛ^(−½)‖₂, the error of y per error of z.
         fingerprint: of the weights, see `Weights.fingerprint`.
-        sensitivity: what errors within an equilibrium layer do, where that was asked for.
+        sensitivity: gains from errors inside an equilibrium layer; None if they were not proved.
 
     Example:
         >>> from lben import EquilibriumLinear, certify
@@ -228,7 +246,7 @@ class LayerCertificate(LipschitzCertificate):
         return Constants(m=self.m, L=self.L)
 
     def check_values(self) -> None:
-        """As `Certificate.check_values`; m is a number."""
+        """Refuse numbers that bound nothing; m must be at least 0."""
         if not 0 <= self.m < math.inf:
             raise ValueError(f"this is no {type(self).__name__}: m must be a number of at least 0")
         super().check_values()
@@ -238,13 +256,13 @@ class LayerCertificate(LipschitzCertificate):
 class PairCertificate(Certificate, Sequence[tuple[float, ...]]):
     """Proved bounds of yᵢ − yⱼ for every pair of outputs: a q × q table.
 
-    It is indexed and iterated like the table, so that `pairs[0][1]` is the bound of y₀ − y₁, and
-    `certified_radius` and `compose` take it as it is.
+    It is indexed and iterated like the table: `pairs[0][1]` is the bound of y₀ − y₁.
+    `certified_radius` and `compose` accept it.
 
     Attributes:
-        margin: the least of all pairs.
+        margin: the smallest margin of all pairs.
         bounds: q × q, with 1 on the diagonal.
-        norm: of the change of x that the bounds multiply: "l2", or "linf" for max |Δxₖ|.
+        norm: the norm in which the bounds measure Δx: "l2", or "linf" for max |Δxₖ|.
 
     Example:
         >>> from lben import EquilibriumLinear, certify, tighten_pairs
@@ -266,7 +284,7 @@ class PairCertificate(Certificate, Sequence[tuple[float, ...]]):
         method: str,
         margin: float | None,
     ) -> PairCertificate:
-        """Return what was proved of every pair of outputs, tied to the weights."""
+        """Return the certificate of the bounds of all pairs, tied to the weights."""
         return cls(
             bounds=tuple(tuple(map(float, row)) for row in bounds), norm=norm, margin=margin,
             fingerprint=weights.fingerprint, dtype=name_of_dtype(weights), method=method,
@@ -293,14 +311,14 @@ class PairCertificate(Certificate, Sequence[tuple[float, ...]]):
         return torch.tensor(self.bounds, dtype=torch.float64, device="cpu")
 
     def scale(self, factor: float) -> PairCertificate:
-        """Return the bounds in terms of the input of something that is factor-Lipschitz before."""
+        """Return the bounds in terms of the input of a preceding map that is factor-Lipschitz."""
         if factor == 1:
             return self
         bounds = tuple(tuple(up(factor * b) for b in row) for row in self.bounds)
         return replace(self, bounds=bounds)
 
     def check_values(self) -> None:
-        """As `Certificate.check_values`; the table is square, its numbers positive."""
+        """Refuse numbers that bound nothing, and a table that is not square."""
         if self.norm not in ("l2", "linf"):
             raise ValueError(f"this is no {type(self).__name__}: norm must be l2 or linf")
         _check_table(type(self), bounds=self.bounds)
@@ -312,13 +330,13 @@ class LocalCertificate(Certificate):
     """The statement that a label cannot change within a radius of one input.
 
     Attributes:
-        margin: the least of the proofs; None where the bound for all inputs was enough.
+        margin: the smallest margin of the proofs; None if the bound for all inputs was enough.
         fingerprint: of weights, activation and normalisation, see `network_fingerprint`.
         radius: in l2, in the unit of raw inputs.
         label: the index of the label among the logits.
         point: SHA-256 of the operating point, see `OperatingPoints.digest`.
-        box: whether it is for inputs in [0, 1] alone.
-        running: whether it is for the network as it runs, and not for the exact one alone.
+        box: whether the statement holds for inputs in [0, 1] only.
+        running: whether it also holds for the network as it runs, not only for the exact network.
 
     Example:
         >>> import torch
@@ -347,14 +365,13 @@ class ChainCertificate(LipschitzCertificate):
     """The bound of modules one after the other: the product of theirs, rounded upwards.
 
     Attributes:
-        margin: the least of the modules.
-        fingerprint: of the modules' certificates in order.
-        layers: the modules' certificates, first to last; those of inner chains are chains.
-        pairs: bounds of yᵢ − yⱼ in terms of the chain's input; None where only the √2·bound of all
-            of y is known.
-        network: fingerprint of the network that this is about: its modules in order with their
-            settings and tensors, image size and dtype. None for a chain that `compose` was given
-            by hand.
+        margin: the smallest margin of the modules.
+        fingerprint: SHA-256 of the modules' certificates in order.
+        layers: the modules' certificates, first to last. An inner chain has a `ChainCertificate`.
+        pairs: bounds of yᵢ − yⱼ in terms of the chain's input; None if no pairs were proved, so
+            that √2·bound has to serve for every pair.
+        network: fingerprint of the whole network: its modules in order with their settings and
+            tensors, image size and dtype. None if `compose` was called without a network.
 
     Example:
         >>> from lben import LipschitzSequential, SLLLinear
@@ -387,11 +404,11 @@ class ChainCertificate(LipschitzCertificate):
         return [certificate for part in inner for certificate in part]
 
     def radius_bound(self) -> float | PairCertificate:
-        """Return what `certified_radius` divides by: the pairs' bounds, else that of all of y."""
+        """Return the bound that `certified_radius` divides by: of every pair, else of all of y."""
         return self.bound if self.pairs is None else self.pairs
 
     def check_values(self) -> None:
-        """As `Certificate.check_values`, for every module."""
+        """Refuse numbers that bound nothing, in the certificate of every module."""
         for layer in (*self.layers, *(() if self.pairs is None else (self.pairs,))):
             layer.check_values()
         super().check_values()
@@ -401,8 +418,11 @@ class ChainCertificate(LipschitzCertificate):
 
         Modules are compared by fingerprint, dtype and image size; bounds and proofs may differ.
 
+        Args:
+            proved: the other certificate.
+
         Returns:
-            What differs, or nothing.
+            One line about the first difference; empty text if there is none.
         """
         ours, theirs = self.leaves(), proved.leaves()
         if len(ours) != len(theirs):
@@ -411,18 +431,20 @@ class ChainCertificate(LipschitzCertificate):
             for name in ("dtype", "image", "fingerprint"):
                 mine, other = getattr(own, name), getattr(new, name)
                 if mine != other:
-                    return f"module {index} has {name} {_short(mine)}, the model's {_short(other)}"
+                    return (
+                        f"module {index} has {name} {_shorten(mine)}, the model's {_shorten(other)}"
+                    )
         return "the network differs" if self.network != proved.network else ""
 
     def shortfall(self, claimed: ChainCertificate, slack: float = 0.0) -> str:
-        """Say in one line what another certificate of the same network claims beyond this one.
+        """Say in one line which bound of another certificate is smaller than the bound proved here.
 
         Args:
-            claimed: the other one.
-            slack: by which share of a bound it may lie below this one's.
+            claimed: another certificate of the same network.
+            slack: by which share a bound may be smaller than the one proved here.
 
         Returns:
-            The first bound of it that this one does not show, or nothing.
+            One line about the first such bound; empty text if there is none.
         """
         claims = [("the bound", claimed.bound, self.bound)]
         for index, (theirs, own) in enumerate(zip(claimed.leaves(), self.leaves(), strict=True)):
@@ -457,7 +479,7 @@ def _check_table(cls: type, **tables: Sequence[Sequence[float]]) -> None:
             _check_positive(cls, **{name: bound})
 
 
-def _short(value: object) -> str:
+def _shorten(value: object) -> str:
     text = str(value)
     return text if len(text) <= 16 else f"{text[:12]}…"
 
@@ -469,11 +491,14 @@ def compose(
 
     Args:
         layers: certificates of the modules, first to last.
-        pairs: proved bounds of yᵢ − yⱼ in terms of what the last module takes.
+        pairs: proved bounds of yᵢ − yⱼ in terms of the input of the last module.
+
+    Returns:
+        The product of the bounds, rounded upwards, with the certificates of the modules.
 
     Raises:
         CertificateError: if the pairs are of other weights than the last layer's, or not in l2.
-        TypeError: if something is no such certificate.
+        TypeError: if a layer or the pairs are no certificate of their kind.
 
     Example:
         >>> from lben import SLLLinear, certify
@@ -507,7 +532,7 @@ def compose(
 
 
 def _product(a: float, b: float) -> float:
-    """Return a product of bounds, rounded upwards; that with 1 is exact."""
+    """Return a product of bounds, rounded upwards; a product with 1 is exact."""
     if a == 1 or b == 1:
         return b if a == 1 else a
     return up(a * b)

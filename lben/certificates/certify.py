@@ -1,4 +1,7 @@
-"""Is a claimed bound true? One verb for weights of every kind, and for modules that have them."""
+"""Is a claimed bound true? `certify` proves it for weights of every kind and for modules.
+
+Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ PairClaims = Mapping[tuple[int, int], Claim] | Mapping[tuple[int, int], LinfClai
 
 
 class Certifiable(Protocol):
-    """What proves its own bound: a layer, a chain, a classifier, a module of a user's own.
+    """An object that proves its own bound: a layer, a chain, a classifier, a module you wrote.
 
     Example:
         >>> from lben import SLLLinear, certify
@@ -34,7 +37,7 @@ class Certifiable(Protocol):
     """
 
     def certificate(self, image: tuple[int, ...] | None = None) -> LipschitzCertificate:
-        """Prove the bound."""
+        """Prove a Lipschitz bound and return it with its proof."""
         ...
 
 
@@ -56,21 +59,21 @@ def certify(
 ) -> Certificate:
     """Prove a Lipschitz bound of weights as they are stored, or of a module as it is, or raise.
 
-    Of weights, M(Λ, γ) ⪰ 0 is proved (`Inequality`), in float64 with every rounding enclosed:
+    For weights, this proves M(Λ, γ) ⪰ 0 (`Inequality`) in float64, with every rounding enclosed:
     Revay, Wang and Manchester (2020), Theorems 1 and 2; D as in recurrent equilibrium networks
-    (Revay, Wang and Manchester 2023). m, L and the output gain in the certificate are those of the
-    weights' own Λ, the metric in which the layer is solved. A module proves its own bound by its
-    method `certificate`.
+    (Revay, Wang and Manchester 2023). The certificate also holds m, L and the output gain. They are
+    proved for the weights' own Λ, the metric in which the layer is solved. A module proves its own
+    bound by its method `certificate`.
 
     Args:
         thing: weights of any kind; or a layer, a chain or a classifier.
-        claim: about weights: γ and Λ for all outputs; one such claim, or one in the l∞ norm, for
-            every pair of outputs; or that intervals bound the pairs. When omitted the weights' own
-            γ and Λ. With γ None, it is proved that the equilibrium exists and is unique
-            (2Λ − ΛW − WᵀΛ ≻ 0), and the bound is infinite.
-        image: height and width of images; for a module, the shape of one sample does as well. Of
-            weights that have an image size, and of modules that are built for one, it may be
-            omitted.
+        claim: for weights only; the weights' own γ and Λ when omitted. A `Claim` is about all
+            outputs: with γ None it says that the equilibrium exists and is unique
+            (2Λ − ΛW − WᵀΛ ≻ 0), and the bound is infinite. A mapping has one `Claim`, or one
+            `LinfClaim`, for every pair of outputs. An `IntervalClaim` asks for bounds of all pairs
+            by intervals.
+        image: height and width of images; for a module, the shape of one sample serves too. It may
+            be omitted for weights that have an image size and for modules built for one size.
 
     Returns:
         A `LayerCertificate` of all outputs of weights, a `PairCertificate` of pairs of outputs, or
@@ -81,7 +84,8 @@ def certify(
             a claim), an image size is missing or too small, or the weights are neither float32 nor
             float64.
         CertificateError: if the proof fails, with the smallest eigenvalue found.
-        TypeError: for something else, or an image size that is no pair of integers.
+        TypeError: if `thing` is neither weights nor such a module, or an image size is no pair of
+            integers.
 
     Example:
         >>> from lben import EquilibriumLinear, SLLConv2d, tighten_pairs

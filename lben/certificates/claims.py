@@ -1,6 +1,8 @@
-"""What is to be proved? A bound, and the multiplier that is said to show it.
+"""What is to be proved? A claim: a bound γ, and a multiplier Λ with which it can be proved.
 
 Claims are proposals: nothing about them is believed.
+
+Symbols: docs/glossary.md.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from lben.rigorous import Array
 
 @dataclass(frozen=True, eq=False)
 class Claim:
-    """That x ↦ y, or a difference of two outputs, is γ-Lipschitz in l2.
+    """The claim that x ↦ y, or a difference of two outputs, is γ-Lipschitz in l2.
 
     Attributes:
         gamma: γ, or None for well-posedness alone.
@@ -35,11 +37,13 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LinfClaim:
-    """That an output changes by at most √(Σ τₖ Δxₖ²), and so by at most √Στ · max |Δxₖ|.
+    """The claim that an output changes by at most √(Σ τₖ Δxₖ²).
+
+    It follows that the output changes by at most √(Σ τₖ) · max |Δxₖ|.
 
     Attributes:
         tau: τ, one positive number per input.
-        Lambda: the multiplier that is said to show it, n positive numbers.
+        Lambda: the multiplier Λ with which the claim can be proved, n positive numbers.
 
     Example:
         >>> import numpy as np
@@ -56,7 +60,9 @@ class LinfClaim:
 
 @dataclass(frozen=True)
 class IntervalClaim:
-    """That intervals bound differences of outputs per max |Δxₖ|: whatever they show is proved.
+    """The request to bound |Δyᵢ − Δyⱼ| ÷ max |Δxₖ| by intervals for every pair of outputs.
+
+    It names no bound: the certificate holds the bounds that intervals prove.
 
     Example:
         >>> from lben import EquilibriumLinear, certify

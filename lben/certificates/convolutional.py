@@ -1,4 +1,7 @@
-"""Which bound do the weights of a layer of images have?"""
+"""Which Lipschitz bound do the weights of a layer of images have?
+
+Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,20 @@ def prove_convolutional(
 ) -> LayerCertificate:
     """Prove M(Λ, γ) ⪰ 0 for kernels at every frequency of their grid, or raise; see `certify`.
 
-    On a torus all convolutions become block diagonal under the Fourier transform, M(Λ, γ) with
-    them, and its blocks are the same inequality for the symbols of W, U, C and D. Zero padding
-    embeds the image into a torus of (height + k − 1) × (width + k − 1), and cuts the result out: M
-    of the layer is M of the torus compressed, plus the positive semi-definite part of
-    [D C]ᵀ[D C]/γ that was cut off. So the proof holds for every smaller image and every padding.
-    With circular padding it holds for images of exactly this size.
+    On a torus the Fourier transform makes all convolutions, and M(Λ, γ) with them, block diagonal.
+    Each block is the same inequality for the symbols of W, U, C and D at one frequency. A
+    zero-padded layer embeds the image into a torus of (height + k − 1) × (width + k − 1), and crops
+    the result. Its M is the compression of the M of the torus, plus the positive semi-definite part
+    of [D C]ᵀ[D C]/γ that the crop removes. So the proof holds for every smaller image and every
+    padding. With circular padding it holds for images of exactly this size.
+
+    Args:
+        weights: float32 or float64.
+        claim: γ and Λ; those of the weights when None.
+        image: height and width of images; with zero padding the largest size.
+
+    Returns:
+        The certificate, for images of this size.
     """
     if min(image) < 1:
         raise ValueError(f"height and width of an image must be at least 1, got {image}")
@@ -40,20 +51,28 @@ def prove_convolutional(
 def prove_pooled(weights: PooledWeights, claim: Claim | None = None) -> LayerCertificate:
     """Prove M(Λ, γ) ⪰ 0 for a pooled read-out, or raise; see `certify`.
 
-    With F = −ΛAᵀ − Cᵀ/2γ the Schur complement of M is that of the state alone, without outputs,
-    plus FC + CᵀFᵀ: zero where A = −CΛ⁻¹/2γ, and otherwise (A is rounded) at least −2‖F‖‖C‖. So the
-    frequencies of the state prove the whole, when that much is taken off. Another claim is proved
-    with CᵀC ⪯ ‖CΛ^(−½)‖²Λ in place of CᵀC, at every frequency.
+    Let F = −ΛAᵀ − Cᵀ/2γ. The Schur complement of M is the Schur complement of the state without
+    outputs, plus FC + CᵀFᵀ. This sum is zero if A = −CΛ⁻¹/2γ. A is rounded, so the sum is bounded
+    from below by −2‖F‖‖C‖ instead. So the frequencies of the state prove the whole once this much
+    is subtracted. Another claim is proved with CᵀC ⪯ ‖CΛ^(−½)‖²Λ in place of CᵀC, at every
+    frequency.
+
+    Args:
+        weights: float32 or float64.
+        claim: γ and Λ; those of the weights when None.
+
+    Returns:
+        The certificate, for images of the size of the weights.
     """
     if claim is not None:
         return _prove_through_state(weights, claim)
     exact = read_exactly(weights)
     proof = _prove_frequencies(weights, exact.state, weights.image, weights.gamma)
     root = Enclosure(exact.state.Lambda.numpy()[:, None]).sqrt()
-    A, C = _by_channel(exact.A) * root, _by_channel(exact.C) * root.reciprocal()
+    A, C = _flatten_by_channel(exact.A) * root, _flatten_by_channel(exact.C) * root.reciprocal()
     F = A if weights.gamma is None else A + C / weights.gamma / 2.0
-    size, excess = _frobenius(C), _frobenius(F)
-    # The scale of `margin` is within a factor √2 of Λ^(−½).
+    size, excess = _bound_frobenius_norm(C), _bound_frobenius_norm(F)
+    # `margin` scales M by numbers within a factor √2 of Λ^(−½).
     excess = up(2 * excess * size * (1 + 2.0**-48))
     margin = down(proof.margin - 2 * excess)
     require(margin, lambda: proof.smallest_eigenvalue - excess, weights.gamma)
@@ -61,7 +80,7 @@ def prove_pooled(weights: PooledWeights, claim: Claim | None = None) -> LayerCer
         proof,
         margin=margin,
         m=max(down(proof.m - excess), 0.0),
-        L=up(proof.L + up(_frobenius(A) * size * (1 + 2.0**-48))),
+        L=up(proof.L + up(_bound_frobenius_norm(A) * size * (1 + 2.0**-48))),
         output_gain=up(size * (1 + 2.0**-48)),
     )
 
@@ -74,8 +93,8 @@ def _prove_through_state(weights: PooledWeights, claim: Claim) -> LayerCertifica
         raise ValueError("another claim can only be proved for weights that claim no bound (A = 0)")
     root = exact.state.Lambda.sqrt()
     inverse = Enclosure(exact.state.Lambda.numpy()[:, None]).sqrt().reciprocal()
-    scaled = _by_channel(exact.C) * inverse
-    rows = (len(exact.C), -1)  # one per output: the norm is that of a short matrix
+    scaled = _flatten_by_channel(exact.C) * inverse
+    rows = (len(exact.C), -1)  # one row per output: few rows make the norm cheap
     gain = norm_bound(
         Enclosure(
             *(
@@ -84,19 +103,19 @@ def _prove_through_state(weights: PooledWeights, claim: Claim) -> LayerCertifica
             )
         )
     )
-    # Larger outputs are harder to bound: rounded up, and never so small that they vanish.
+    # Rounding up is safe, as larger outputs have a larger bound. No entry may underflow to zero.
     outputs = torch.diag((gain * root * (1 + 2.0**-48)).clamp_min(2.0**-800))[:, :, None, None]
     state = replace(exact.state, C=outputs, b_y=root, Lambda=multiplier)
     proof = _prove_frequencies(weights, state, weights.image, gamma, exact.state)
     return replace(proof, output_gain=gain)
 
 
-def _by_channel(t: Tensor) -> Enclosure:
-    """Return q × n × height × width numbers with one row per channel n."""
+def _flatten_by_channel(t: Tensor) -> Enclosure:
+    """Return a q × n × height × width tensor as a matrix with one row per channel n."""
     return Enclosure(t.transpose(0, 1).flatten(1).numpy())
 
 
-def _frobenius(matrix: Enclosure) -> float:
+def _bound_frobenius_norm(matrix: Enclosure) -> float:
     return up(math.sqrt(float(sum_up(matrix.magnitude**2 * (1 + 2.0**-50)))))
 
 
@@ -109,8 +128,8 @@ def _prove_frequencies(
 ) -> LayerCertificate:
     """Prove the inequality of the state at every frequency of its grid.
 
-    State and `own` are float64; `own` has the Λ in which the layer is solved, where that of the
-    claim is another.
+    `state` and `own` are float64. `state` has the Λ of the claim, `own` the Λ in which the layer is
+    solved.
     """
     blocks = at_frequencies(state, state.grid(image))
     solved = blocks if own is None else at_frequencies(own, state.grid(image))

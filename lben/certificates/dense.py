@@ -1,4 +1,7 @@
-"""Which bound do the weights of a dense layer have?"""
+"""Which Lipschitz bound do the weights of a dense layer have?
+
+Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,15 @@ METHOD = "Cholesky of a shifted Schur complement, verified a posteriori in float
 
 
 def prove_dense(weights: DenseWeights, claim: Claim | None = None) -> LayerCertificate:
-    """Prove M(Λ, γ) ⪰ 0 for matrices exactly as stored, or raise; see `certify`."""
+    """Prove M(Λ, γ) ⪰ 0 for matrices exactly as stored, or raise; see `certify`.
+
+    Args:
+        weights: float32 or float64.
+        claim: γ and Λ; those of the weights when None.
+
+    Returns:
+        The certificate, with m, L and the output gain for the Λ of the weights.
+    """
     claim = Claim(weights.gamma, weights.Lambda) if claim is None else claim
     gamma, exact = check_gamma(claim.gamma), read_exactly(weights)
     claimed = Inequality.of(exact, multiplier_of(weights, claim).numpy())

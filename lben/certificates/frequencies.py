@@ -1,4 +1,7 @@
-"""What does a convolution do to one frequency, with every rounding enclosed?"""
+"""How does a convolution act on one frequency, with every rounding enclosed?
+
+Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 
@@ -16,28 +19,31 @@ from lben.weights import ConvolutionalWeights
 def at_frequencies(weights: ConvolutionalWeights, grid: tuple[int, int]) -> list[Inequality]:
     """Return the inequality of a convolutional layer at each frequency of a torus.
 
-    Complex symbols A + iB are embedded as [A −B; B A], under which products and conjugate
-    transposes of the one are products and transposes of the other. Of ω and −ω, whose symbols are
-    conjugate, one is enough.
+    A complex symbol A + iB is embedded as the real matrix [A −B; B A]. The embedding maps products
+    to products and conjugate transposes to transposes. The symbols at ω and −ω are conjugate, so
+    one of the two is enough.
 
     Args:
         weights: float64, on the CPU.
         grid: height and width of the torus.
+
+    Returns:
+        One inequality per pair of frequencies ±ω.
     """
 
-    def at(kernel: Tensor, anchor: int) -> list[Enclosure]:
+    def evaluate(kernel: Tensor, anchor: int) -> list[Enclosure]:
         return _symbols(kernel.numpy(), grid, anchor)
 
     W, U, C, D = weights.W, weights.U, weights.C, weights.D
-    inputs = at(U, U.shape[-1] // 2)
-    outputs = at(C, C.shape[-1] - 1 - C.shape[-1] // 2)
+    inputs = evaluate(U, U.shape[-1] // 2)
+    outputs = evaluate(C, C.shape[-1] - 1 - C.shape[-1] // 2)
     count = len(inputs)
     states: Sequence[Enclosure | None] = [None] * count
     if W is not None:
-        states = at(W, W.shape[-1] // 2)
+        states = evaluate(W, W.shape[-1] // 2)
     through: Sequence[Enclosure | float | None] = [None] * count
     if isinstance(D, Tensor):
-        through = at(D, D.shape[-1] // 2)
+        through = evaluate(D, D.shape[-1] // 2)
     elif D is not None:
         through = [D] * count
     Lambda = Enclosure(np.tile(weights.Lambda.numpy(), 2)[:, None])
@@ -68,8 +74,9 @@ def _phases(
 ) -> tuple[Enclosure, Enclosure]:
     """Return cos and sin of ω·(t − anchor), offsets × frequencies.
 
-    The angle is reduced in integers; what is left rounds by at most 2π·3u before the cosine, with
-    u = 2⁻⁵² in any rounding mode, and by a few units in the last place in it: under 2⁻⁴⁶ in all.
+    The angle is reduced in integers. The reduced angle has a rounding error of at most 2π·3u, with
+    u = 2⁻⁵² in any rounding mode. The cosine adds a few units in the last place. Both together are
+    below 2⁻⁴⁶.
     """
     height, width = grid
     columns = []

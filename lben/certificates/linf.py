@@ -1,4 +1,7 @@
-"""How far do outputs move when no input moves by more than ε?"""
+"""How far do differences of outputs move when no input moves by more than ε?
+
+Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,15 @@ def prove_linf(
 ) -> PairCertificate:
     """Prove a bound of |Δyᵢ − Δyⱼ| ÷ max |Δxₖ| for every pair of outputs, or raise; see `certify`.
 
-    It is M(Λ, 1) for inputs in units of τ^(−½). Where intervals show less, that is returned.
+    The proof is M(Λ, 1) ⪰ 0 for the input xₖ√τₖ in place of xₖ. If intervals prove a smaller bound
+    of a pair, that bound is returned.
+
+    Args:
+        weights: float32 or float64.
+        claims: τ and Λ for every pair of outputs i < j.
+
+    Returns:
+        The bounds of all pairs, per max |Δxₖ|.
     """
     exact, q, margins = read_exactly(weights), weights.out_features, []
     bounds = [list(row) for row in _bound_by_intervals(exact)]
@@ -43,7 +54,7 @@ def prove_linf(
                     f"{TINY:.3g}, it ranges from {tau.min():.3g} to {tau.max():.3g} for the "
                     f"outputs {i} and {j}"
                 )
-            block = _in_units(difference(exact, Lambda, i, j), tau)
+            block = _rescale_input(difference(exact, Lambda, i, j), tau)
             smallest = partial(block.smallest_eigenvalue, 1.0)
             margins.append(require(block.margin(1.0), smallest, 1.0))
             proved = up(math.sqrt(float(sum_up(tau))), 2)
@@ -51,7 +62,7 @@ def prove_linf(
     return PairCertificate.of(weights, bounds, "linf", METHOD, min(margins, default=None))
 
 
-def _in_units(block: Inequality, tau: Array) -> Inequality:
+def _rescale_input(block: Inequality, tau: Array) -> Inequality:
     unit = Enclosure(tau[None, :]).sqrt().reciprocal()
     D = block.D * unit if isinstance(block.D, Enclosure) else None
     return replace(block, U=block.U * unit, D=D)
@@ -60,9 +71,16 @@ def _in_units(block: Inequality, tau: Array) -> Inequality:
 def prove_by_intervals(weights: DenseWeights) -> PairCertificate:
     """Bound |Δyᵢ − Δyⱼ| ÷ max |Δxₖ| by intervals: the cheap baseline.
 
-    With slopes in [0, 1], (1 − Wᵢᵢ)|Δzᵢ| ≤ Σ |Wᵢⱼ||Δzⱼ| + Σ |Uᵢₖ||Δxₖ|. Where the matrix of the
-    left side less the right is an M-matrix, which a w > 0 with a positive image proves, |Δz| ≤ εw.
-    The bounds are infinite where it is none.
+    Slopes lie in [0, 1], so (1 − Wᵢᵢ)|Δzᵢ| ≤ Σ |Wᵢⱼ||Δzⱼ| + Σ |Uᵢₖ||Δxₖ|, the first sum over j ≠ i.
+    Collect the terms of |Δz| on the left side into a matrix. If it is an M-matrix, then |Δz| ≤ εw
+    for a vector w > 0 that is found here, where ε = max |Δxₖ|. A w > 0 with a positive image proves
+    that it is one. Otherwise the bounds are infinite.
+
+    Args:
+        weights: float32 or float64.
+
+    Returns:
+        The bounds of all pairs, per max |Δxₖ|.
     """
     bounds = _bound_by_intervals(read_exactly(weights))
     method = "intervals, with rounding enclosed"
@@ -77,15 +95,15 @@ def _bound_by_intervals(exact: DenseWeights) -> list[list[float]]:
     np.fill_diagonal(bounds, 1.0)
     sizes = np.asarray(sum_up(np.abs(U), axis=1))
     with np.errstate(all="ignore"):
-        w = _positive_vector(W, sizes)
+        w = _find_positive_vector(W, sizes)
         if w is not None:
             for i in range(q):
                 for j in range(i + 1, q):
-                    bounds[i, j] = bounds[j, i] = _change(exact, w, i, j)
+                    bounds[i, j] = bounds[j, i] = _bound_change(exact, w, i, j)
     return [[float(b) for b in row] for row in bounds]
 
 
-def _positive_vector(W: Array, sizes: Array) -> Array | None:
+def _find_positive_vector(W: Array, sizes: Array) -> Array | None:
     """Return w ≥ |Δz| for every |Δx| ≤ 1, or None where none can be proved."""
     n = len(W)
     comparison = -np.abs(W)
@@ -104,7 +122,7 @@ def _positive_vector(W: Array, sizes: Array) -> Array | None:
     return w if held.all() else None
 
 
-def _change(exact: DenseWeights, w: Array, i: int, j: int) -> float:
+def _bound_change(exact: DenseWeights, w: Array, i: int, j: int) -> float:
     """Bound |Δyᵢ − Δyⱼ| where |Δz| ≤ w and |Δx| ≤ 1."""
 
     def size(rows: Array) -> Array:

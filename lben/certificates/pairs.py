@@ -1,4 +1,7 @@
-"""Which bound has every difference of two outputs?"""
+"""Which Lipschitz bound does every difference of two outputs have?
+
+Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,15 @@ from lben.weights import DenseWeights, check_gamma
 def prove_pairs(weights: DenseWeights, claims: Mapping[tuple[int, int], Claim]) -> PairCertificate:
     """Prove a bound of yᵢ − yⱼ for every pair of outputs, or raise; see `certify`.
 
-    M(Λ, γ) for the output (eᵢ − eⱼ)ᵀy, the rounding of the difference of the rows of C and D
-    enclosed.
+    For each pair the proof is M(Λ, γ) ⪰ 0 for the single output (eᵢ − eⱼ)ᵀy. The rounding in the
+    differences of rows of C and of D is enclosed.
+
+    Args:
+        weights: float32 or float64.
+        claims: γ and Λ for every pair of outputs i < j.
+
+    Returns:
+        The l2 bounds of all pairs.
     """
     q = weights.out_features
     exact, margins = read_exactly(weights), []
@@ -40,7 +50,13 @@ def prove_pairs(weights: DenseWeights, claims: Mapping[tuple[int, int], Claim]) 
 
 
 def difference(weights: DenseWeights, multiplier: Tensor, i: int, j: int) -> Inequality:
-    """Return the inequality of yᵢ − yⱼ, for float64 weights."""
+    """Return the inequality of yᵢ − yⱼ, for float64 weights.
+
+    Args:
+        weights: float64.
+        multiplier: Λ, n numbers.
+        i, j: indices of the outputs.
+    """
 
     def rows(t: Tensor) -> Enclosure:
         return Enclosure(t[i : i + 1].numpy()) - Enclosure(t[j : j + 1].numpy())

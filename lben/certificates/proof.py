@@ -1,4 +1,7 @@
-"""How is the inequality proved, for one block or for many?"""
+"""How is the inequality M(Λ, γ) ⪰ 0 proved, for one block or for many?
+
+Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,13 @@ W_ = TypeVar("W_", bound=Weights)
 
 
 def read_exactly(weights: W_) -> W_:
-    """Return weights in float64 as they are stored, or refuse those of which nothing can be proved.
+    """Return the stored weights in float64; refuse weights about which nothing can be proved.
+
+    Args:
+        weights: of any kind.
 
     Raises:
-        ValueError: for tensors that are not all float32 or all float64, not dense, on several
+        ValueError: for tensors that are neither all float32 nor all float64, not dense, on several
             devices, without values, or inside a transform of torch.func.
         CertificateError: for NaN, infinite numbers, and multipliers that are not positive.
     """
@@ -60,7 +66,11 @@ def read_exactly(weights: W_) -> W_:
 
 
 def check_multiplier(multiplier: Tensor) -> None:
-    """Refuse multipliers that are not positive normal numbers."""
+    """Refuse multipliers that are not positive normal numbers.
+
+    Args:
+        multiplier: Λ, n numbers.
+    """
     finite = bool(torch.isfinite(multiplier).all())
     if not (finite and bool((multiplier >= TINY).all())):
         least = float(multiplier.min()) if finite else math.nan
@@ -101,6 +111,10 @@ def numbers_of(name: str, values: object, size: int) -> Array:
 def multiplier_of(weights: Weights, claim: Claim) -> Float[Tensor, " n"]:
     """Return the Λ of a claim about weights, in float64.
 
+    Args:
+        weights: that the claim is about.
+        claim: with its Λ.
+
     Raises:
         ValueError: for another size, or numbers that are not real.
         CertificateError: for numbers that are not positive and normal.
@@ -117,36 +131,52 @@ def prove(
     own: Sequence[Inequality],
     method: str,
 ) -> LayerCertificate:
-    """Prove every block of M for the claim; the solver's constants are those of the own Λ."""
-    margin = _least(block.margin(gamma) for block in claimed)
-    computed = _least(block.smallest_eigenvalue(gamma) for block in claimed)
+    """Prove that every block of M is positive definite, and return the certificate.
+
+    Args:
+        weights: that the certificate is tied to.
+        gamma: γ of the claim, or None for well-posedness alone.
+        claimed: the blocks with the Λ of the claim.
+        own: the blocks with the Λ of the weights, which give m, L and the output gain.
+        method: how the proof is done, for the certificate.
+
+    Raises:
+        CertificateError: if a block is not proved to be positive definite.
+    """
+    margin = _find_least(block.margin(gamma) for block in claimed)
+    computed = _find_least(block.smallest_eigenvalue(gamma) for block in claimed)
     require(margin, lambda: computed, gamma)
     return LayerCertificate(
         bound=math.inf if gamma is None else gamma,
         margin=margin,
         smallest_eigenvalue=computed,
-        m=_least(block.monotonicity() for block in own),
-        L=_largest(block.norm() for block in own),
-        output_gain=_largest(block.output_gain() for block in own),
+        m=_find_least(block.monotonicity() for block in own),
+        L=_find_largest(block.norm() for block in own),
+        output_gain=_find_largest(block.output_gain() for block in own),
         fingerprint=weights.fingerprint,
         dtype=name_of_dtype(weights),
         method=method,
     )
 
 
-def _least(values: Iterable[float]) -> float:
+def _find_least(values: Iterable[float]) -> float:
     """Return the minimum, −inf if one is NaN: `min` would drop it."""
     numbers = list(values)
     return -math.inf if any(map(math.isnan, numbers)) else min(numbers)
 
 
-def _largest(values: Iterable[float]) -> float:
+def _find_largest(values: Iterable[float]) -> float:
     """Return the maximum, inf if one is NaN."""
-    return -_least(-value for value in values)
+    return -_find_least(-value for value in values)
 
 
 def require(margin: float, compute: Callable[[], float], gamma: float | None) -> float:
     """Return a margin, or refuse one that is not positive.
+
+    Args:
+        margin: the proved lower bound.
+        compute: returns the smallest eigenvalue as computed, for the message.
+        gamma: γ, for the message; None for well-posedness.
 
     Raises:
         CertificateError: with the margin, the smallest eigenvalue as computed, likely causes.

@@ -1,18 +1,20 @@
 """How far does an error within a layer move its output, wherever the layer is evaluated?
 
-An equilibrium layer that runs makes three errors: v is rounded, the solve leaves a residual, the
-read-out is rounded. Each enters z = σ(Wz + v) as a change of v or of the read-out, and how far it
-moves y is a constant of the weights.
+An equilibrium layer that runs makes three errors: v is rounded, the solve leaves a residual, and
+the read-out is rounded. The first two act as a change of v in z = σ(Wz + v), the third as a change
+of the read-out. The weights alone determine how far each of them can move y.
 
 Note [Energies]
-Let S = 2Λ − ΛW − WᵀΛ ≻ 0, and let Δz answer the change Bξ of v. The sector condition gives
-½ΔzᵀSΔz ≤ ΔzᵀΛBξ ≤ √(ΔzᵀSΔz) √b ‖ξ‖ for every b with ΛB(ΛB)ᵀ ⪯ bS, so ΔzᵀSΔz ≤ 4b‖ξ‖²; and
-‖PΔz‖² ≤ aΔzᵀSΔz for every a with PᵀP ⪯ aS. Hence
+Let S = 2Λ − ΛW − WᵀΛ ≻ 0. Change v by Bξ, with a matrix B and a vector ξ, and let Δz be the change
+of z. Let b satisfy ΛB(ΛB)ᵀ ⪯ bS. The sector condition gives ½ΔzᵀSΔz ≤ ΔzᵀΛBξ ≤ √(ΔzᵀSΔz) √b ‖ξ‖, so
+ΔzᵀSΔz ≤ 4b‖ξ‖². Let P be a matrix, and let a satisfy PᵀP ⪯ aS. Then ‖PΔz‖² ≤ aΔzᵀSΔz. Hence
 
-    ‖PΔz‖₂ ≤ 2 √(ab) ‖ξ‖₂,
+    ‖PΔz‖₂ ≤ 2 √(ab) ‖ξ‖₂.
 
-and one number for each way in and each way out bounds every gain. Two of them are known: S ⪰ 2mΛ,
-so that 1/(2m) serves P = Λ^½ and B = Λ^(−½).
+So one number b for each B and one number a for each P bound every gain. Two of them are known:
+S ⪰ 2mΛ, so a = 1/(2m) serves P = Λ^½ and b = 1/(2m) serves B = Λ^(−½).
+
+Symbols: docs/glossary.md.
 """
 
 from __future__ import annotations
@@ -38,6 +40,9 @@ def sensitivity(weights: Weights, proof: LayerCertificate) -> Sensitivity:
         weights: exactly as they run.
         proof: of these weights; its m, L and output gain are used.
 
+    Returns:
+        Gains from errors of x, of v and of the solve to z and to y; states in the Λ norm.
+
     Raises:
         CertificateError: if the proof is of other weights, or has no positive m.
 
@@ -52,7 +57,7 @@ def sensitivity(weights: Weights, proof: LayerCertificate) -> Sensitivity:
     if not proof.m > 0:
         raise CertificateError(f"the proof shows no strong monotonicity: m = {proof.m:g}")
     if isinstance(weights, PooledWeights):
-        output, residual, drive = _pooled(weights, proof)
+        output, residual, drive = _bound_pooled(weights, proof)
     elif not isinstance(weights, DenseWeights | ConvolutionalWeights):
         raise TypeError(f"no sensitivity is known for {type(weights).__name__}")
     else:
@@ -84,7 +89,7 @@ def _blocks(
 
 
 def _energies(blocks: Sequence[Inequality], m: float) -> tuple[float, float, float]:
-    """Return numbers for P = C, for B = WΛ^(−½) and for B = U, the largest of all blocks."""
+    """Return a for P = C, b for B = WΛ^(−½) and b for B = U, each the largest of all blocks."""
     found = [0.0, 0.0, 0.0]
     for block in blocks:
         S, inverse_root = block.well_posedness(), block.Lambda.sqrt().reciprocal()
@@ -98,12 +103,12 @@ def _energies(blocks: Sequence[Inequality], m: float) -> tuple[float, float, flo
 
 
 def _energy(S: Enclosure, G: Enclosure, inverse_root: Enclosure, m: float) -> float:
-    """Return a number b, proved and near the least, with GGᵀ ⪯ bS.
+    """Return a proved number b, close to the smallest possible, with GGᵀ ⪯ bS.
 
-    ‖Λ^(−½)G‖² / 2m is one, by S ⪰ 2mΛ, where no smaller one can be proved.
+    S ⪰ 2mΛ, so b = ‖Λ^(−½)G‖² / 2m always serves. It is returned if no smaller b can be proved.
     """
     scale = _congruence(S)
-    scaled, columns = _scaled(S, scale[:, None] * scale), _scaled(G, scale[:, None])
+    scaled, columns = _scale(S, scale[:, None] * scale), _scale(G, scale[:, None])
     product = columns @ columns.T
     try:
         R = scipy.linalg.cholesky(scaled.mid)
@@ -124,16 +129,16 @@ def _congruence(S: Enclosure) -> Array:
     return np.ldexp(1.0, -(np.frexp(diagonal)[1] // 2))
 
 
-def _scaled(matrix: Enclosure, factor: Array) -> Enclosure:
+def _scale(matrix: Enclosure, factor: Array) -> Enclosure:
     return Enclosure(matrix.mid * factor, matrix.radius * factor)
 
 
-def _pooled(weights: PooledWeights, proof: LayerCertificate) -> tuple[float, float, float]:
-    """Return the same for W = W₀∗ + A⟨C, ·⟩, from the frequencies of W₀.
+def _bound_pooled(weights: PooledWeights, proof: LayerCertificate) -> tuple[float, float, float]:
+    """Return the numbers of `_energies` for W = W₀∗ + A⟨C, ·⟩, from the frequencies of W₀.
 
-    Where γ is claimed, ΛA = −Cᵀ/2γ − F with F of the size of rounding, so S is that of W₀ plus
-    CᵀC/γ + FC + CᵀFᵀ. With e = ‖Λ^(−½)F‖‖CΛ^(−½)‖/m < 1 both S ⪰ CᵀC/γ and S ⪰ (1 − e)S₀ hold. The
-    way in through AC has the size of ‖S^(−½)ΛA‖ ‖CΛ^(−½)‖.
+    Let S₀ be the S of W₀. If γ is claimed, ΛA = −Cᵀ/2γ − F with an F of the size of rounding. Then
+    S = S₀ + CᵀC/γ + FC + CᵀFᵀ. If e = ‖Λ^(−½)F‖‖CΛ^(−½)‖/m < 1, both S ⪰ CᵀC/γ and S ⪰ (1 − e)S₀
+    hold. The term AC of W adds ‖S^(−½)ΛA‖ ‖CΛ^(−½)‖ to the root of b for B = WΛ^(−½).
     """
     exact = weights.to(torch.float64)
     blocks = at_frequencies(exact.state, exact.state.grid(weights.image))
@@ -143,9 +148,9 @@ def _pooled(weights: PooledWeights, proof: LayerCertificate) -> tuple[float, flo
     root = Enclosure(exact.state.Lambda.numpy()[:, None]).sqrt()
     A, C = (Enclosure(t.transpose(0, 1).flatten(1).numpy()) for t in (exact.A, exact.C))
     inward, outward = A * root, C * root.reciprocal()
-    through = up(_frobenius(inward) * math.sqrt(rest), 2)
+    through = up(_bound_frobenius_norm(inward) * math.sqrt(rest), 2)
     if weights.gamma is not None:
-        F = _frobenius(inward + outward / (2 * weights.gamma))
+        F = _bound_frobenius_norm(inward + outward / (2 * weights.gamma))
         share = up(up(F * gain, 2) / proof.m, 2)
         if not share < 0.5:
             raise CertificateError("A and C of the pooled weights do not belong to each other")
@@ -156,5 +161,5 @@ def _pooled(weights: PooledWeights, proof: LayerCertificate) -> tuple[float, flo
     return output, up(both * both), drive
 
 
-def _frobenius(matrix: Enclosure) -> float:
+def _bound_frobenius_norm(matrix: Enclosure) -> float:
     return up(math.sqrt(float(sum_up(matrix.magnitude**2 * (1 + 2.0**-50)))) * (1 + 2.0**-50), 2)

@@ -1,4 +1,4 @@
-"""What is a data set? Images and labels in two parts, with what a model asks of them."""
+"""What is a data set? Images and labels for training and test, with their statistics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lben.values import conform
 
 
 class DataError(Exception):
-    """A data file is missing, truncated or corrupt, or what reads it is not installed.
+    """A data file is missing, truncated or corrupt, or the package that reads it is missing.
 
     Example:
         >>> from lben.data import load
@@ -30,7 +30,8 @@ class DataError(Exception):
 class Dataset:
     """Images of one data set with its fixed train and test split; also one of your own.
 
-    `Dataset.from_tensors` makes one of images and labels and counts the rest; `train` takes it.
+    `Dataset.from_tensors` makes one of images and labels and computes the other attributes. `train`
+    accepts it.
 
     Attributes:
         name: of the data set.
@@ -147,7 +148,7 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of images, labels and all numbers: all but the name."""
+        """SHA-256 of images, labels and statistics; the name is left out."""
         tensors = (self.train_images, self.train_labels, self.test_images, self.test_labels)
         shapes = [tuple(t.shape) for t in tensors]
         found = hashlib.sha256(repr((shapes, self.classes, self.mean, self.std)).encode())
@@ -183,9 +184,9 @@ def pixels(images: UInt8[Tensor, "*shape"], dtype: torch.dtype = torch.float32) 
 def _statistics(
     images: UInt8[Tensor, "n c h w"],
 ) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
-    """Return mean and standard deviation of every channel in [0, 1], from how often a value occurs.
+    """Return mean and standard deviation of every channel in [0, 1], from counts of each value.
 
-    No copy of the images in floating point is made. The deviation is that of a sample: n − 1.
+    So no floating-point copy of the images is made. The deviation divides by n − 1.
     """
     values = torch.arange(256, dtype=torch.float64) / 255
     flat = images.transpose(0, 1).flatten(1)

@@ -1,4 +1,4 @@
-"""How is CIFAR-10 read? From its binary or its python batches, of which no code is run."""
+"""How is CIFAR-10 read? From its binary or its python batches; no code in them is run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ _BATCHES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
 
 
 def read_cifar10(root: Path, download: bool = False) -> Dataset:
-    """Read CIFAR-10 from its six binary batches or its six python batches.
+    """Return CIFAR-10, read from its six binary batches or its six python batches.
 
     Args:
         root: folder with the batches, or with the folder that its archive unpacks to.
         download: fetch and unpack the archive into root where there are none.
+
+    Returns:
+        50,000 training and 10,000 test images.
 
     Raises:
         DataError: if a file is missing, truncated or corrupt, or a download fails.

@@ -1,4 +1,4 @@
-"""How does a file get onto this machine? Downloaded when asked for, kept when its MD5 is right."""
+"""How is a data file downloaded? On request only; it is kept if its MD5 is right."""
 
 from __future__ import annotations
 

@@ -14,12 +14,15 @@ DatasetName = Literal["digits", "mnist", "cifar10"]
 
 
 def load(name: DatasetName, root: Path | str | None = None, *, download: bool = False) -> Dataset:
-    """Load a data set.
+    """Return the data set of a name, read from its files.
 
     Args:
         name: "digits" (embedded), "mnist" or "cifar10".
         root: folder with the files, in torchvision's layout or directly; not for digits.
         download: fetch missing files from their home into `root`, checked by MD5.
+
+    Returns:
+        The data set with its training and test images.
 
     Raises:
         DataError: if a file is missing, truncated or corrupt, or a download fails.

@@ -25,11 +25,14 @@ _COUNT = {"train": 60000, "t10k": 10000}
 
 
 def read_mnist(root: Path, download: bool = False) -> Dataset:
-    """Read MNIST from its four IDX files, gzipped or not.
+    """Return MNIST, read from its four IDX files, gzipped or not.
 
     Args:
         root: folder with the files, or with MNIST/raw or raw.
         download: fetch what is missing into MNIST/raw.
+
+    Returns:
+        60,000 training and 10,000 test images.
 
     Raises:
         DataError: if a file is missing, truncated or corrupt, or a download fails.
@@ -67,11 +70,14 @@ def read_mnist(root: Path, download: bool = False) -> Dataset:
 
 
 def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Read an IDX file of unsigned bytes, gzipped or not, that must have this shape.
+    """Return the bytes of an IDX file, gzipped or not, that must have this shape.
 
     Args:
         path: of the file; gzipped if it ends in .gz.
         shape: that it must have.
+
+    Returns:
+        The bytes, in this shape.
 
     Raises:
         DataError: if the file is not what it should be.

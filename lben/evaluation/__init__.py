@@ -1,4 +1,4 @@
-"""What a trained model holds: accuracy, proofs, attacks, and their reports."""
+"""How accurate and how robust is a trained model? Accuracy, proofs, attacks, and reports."""
 
 from lben.evaluation.accuracy import EvaluationConfig, Report, evaluate
 from lben.evaluation.proofs import Certification, CertificationConfig, Method, certify_model

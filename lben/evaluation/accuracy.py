@@ -1,4 +1,4 @@
-"""What does a model hold? Clean, certified and attacked accuracy, and how tight the bound is."""
+"""How robust is a model? Clean, certified and attacked accuracy, and the tightness of its bound."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lben.models import Bound, CertifiedLogits, Classifier
 from lben.parallel import ALONE, Processes
 from lben.progress import track
 from lben.radii.error_bounds import Affine
-from lben.records import from_json, strict
+from lben.records import from_json, to_plain
 from lben.values import check_tol, conform
 
 
@@ -35,7 +35,9 @@ class EvaluationConfig:
         pairs: random pairs on which the bound is checked.
         ascent_pairs: pairs on which the quotient is maximised.
         ascent_steps: steps of that ascent.
-        bound: that is certified with; "scaled" where the model has it, else "promised", when None.
+        bound: the bound that radii are certified with; when None, "scaled" if the model has it,
+        else
+            "promised".
         seed: of all draws.
 
     Raises:
@@ -77,12 +79,13 @@ class Report:
     Attributes:
         data: name of the data set.
         samples: test images of the clean and certified figures.
-        attack_samples: the first so many of them, attacked.
+        attack_samples: how many of them were attacked, from the first one on.
         radii: in the l2 norm of pixels on [0, 1].
         clean_accuracy: share classified correctly.
-        certified_accuracy: share with certified radius above each radius: the network as it runs
-            (its weights, dtype and tol) gives the label at every image of the ball.
-        certified_exact: share for which the exact network of the same weights does.
+        certified_accuracy: share with certified radius above each radius, for the network as it
+        runs
+            (its weights, dtype and tol): it gives the label at every image of the ball.
+        certified_exact: the same share for the exact network of the same weights.
         certified_attacked: as certified_accuracy, on the attacked images only.
         pgd_accuracy: share of the attacked images that PGD did not break at each radius.
         gamma: promised bound of y on the normalised input; None when there is none.
@@ -138,7 +141,7 @@ class Report:
 
     def to_dict(self) -> dict[str, object]:
         """Return plain values, ready for strict JSON: None where a number is not finite."""
-        values: dict[str, object] = strict(self)
+        values: dict[str, object] = to_plain(self)
         return values
 
     @classmethod
@@ -152,7 +155,11 @@ class Report:
 
 
 def environment(team: Processes = ALONE) -> dict[str, str]:
-    """Return versions, hardware and processes, as every result file records them."""
+    """Return versions, hardware and processes, as every result file records them.
+
+    Args:
+        team: the processes of the run.
+    """
     processor = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
@@ -176,7 +183,8 @@ def evaluate(
 ) -> Report:
     """Certify and attack a model as it runs: in its own precision, solved to its own tolerance.
 
-    Lipschitz quotients are those of the exact network of the same weights (`Classifier.exact`).
+    Lipschitz quotients are measured on the exact network of the same weights
+    (`Classifier.to_exact`).
 
     Args:
         model: on any device; it is evaluated on the CPU.
@@ -225,7 +233,7 @@ def evaluate(
     correct = logits.argmax(1) == labels
     layers = [c for c in certificate.leaves() if isinstance(c, LayerCertificate)]
 
-    def certified(r: float, count: int, radius: Tensor = radius) -> float:
+    def measure_certified(r: float, count: int, radius: Tensor = radius) -> float:
         held = correct if r == 0 else radius > r
         return float(held[:count].double().mean())
 
@@ -235,9 +243,9 @@ def evaluate(
         attack_samples=attacked,
         radii=config.radii,
         clean_accuracy=float(correct.double().mean()),
-        certified_accuracy=tuple(certified(r, len(x)) for r in config.radii),
-        certified_exact=tuple(certified(r, len(x), of_exact) for r in config.radii),
-        certified_attacked=tuple(certified(r, attacked) for r in config.radii),
+        certified_accuracy=tuple(measure_certified(r, len(x)) for r in config.radii),
+        certified_exact=tuple(measure_certified(r, len(x), of_exact) for r in config.radii),
+        certified_attacked=tuple(measure_certified(r, attacked) for r in config.radii),
         pgd_accuracy=robust,
         gamma=running.gamma,
         bound=certificate.bound,
@@ -259,7 +267,7 @@ def evaluate(
 
 
 _EXACTLY = 1e-8
-"""Tolerance of the exact network in float64: its error is taken off all the same."""
+"""Tolerance of the exact network in float64; its remaining error is subtracted nevertheless."""
 
 
 def _all_logits(
@@ -313,8 +321,8 @@ def _pairs(
 ) -> tuple[float, int, int]:
     """Return the largest quotient, the number of pairs and how many exceed the bound.
 
-    A pair exceeds it only beyond the proved errors of both logits. Each process takes pairs of its
-    own images.
+    A pair counts only if it exceeds the bound by more than the proved errors of both logits. Each
+    process draws pairs of its own images.
     """
     certificate = model.certificate(bound=bound)
     generator, x = torch.Generator("cpu").manual_seed(config.seed + 1), team.share(x)

@@ -1,4 +1,4 @@
-"""How many images can be certified, by which proof, at which price, and how close is the attack?"""
+"""How many images does each proof certify, at which cost, and how many resist attacks?"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lben.progress import Progress, track
 from lben.radii.error_bounds import Affine
 from lben.radii.local import LocalCertifier, OperatingPoints
 from lben.radii.margin import certified_radius, pair_bounds
-from lben.records import from_json, strict
+from lben.records import from_json, to_plain
 from lben.rigorous import up
 from lben.tightening import tighten_linf
 from lben.values import check_tol, conform
@@ -32,13 +32,13 @@ LOCAL, PIXELS = "local", "local, in [0, 1]"
 
 @dataclass(frozen=True, kw_only=True)
 class CertificationConfig:
-    """What is certified and attacked.
+    """The configuration of a certification: images, radii, proofs and attacks.
 
     Attributes:
         radii: in the l2 norm of pixels on [0, 1].
         linf_radii: in the l∞ norm, the most that any pixel changes.
-        samples: test images, the first so many. Proofs around single images take about half a
-            second each where pixels stay in [0, 1]: the table says what all images would take.
+        samples: number of test images, from the first one on. A proof around one image takes about
+            half a second if pixels stay in [0, 1]; the table says how long all images would take.
         tol: relative tolerance of the solver; the model's own when None.
         promise: "running": the model as it runs gives the label at every image of the ball; or
             "exact": the exact network of the same weights does.
@@ -80,18 +80,18 @@ class CertificationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What one way of certifying gives.
+    """The result of one way of certifying.
 
     Attributes:
-        name: the bound (`Classifier.certificate`), "local", the same for images in [0, 1] alone, or
-            the textbook rule, which takes nothing off for solver and rounding and is there to
-            compare with.
-        bound: of all logits, from pixels; of the local proofs that of the global one they start
-            from; in the l∞ norm that of the pair of logits that moves most.
+        name: the bound (see `Classifier.certificate`); or "local", or the same for images in [0, 1]
+            only; or the textbook rule, which subtracts nothing for solver and rounding errors and
+            is listed for comparison.
+        bound: Lipschitz bound of all logits, from pixels. For local proofs it is the bound for all
+            inputs that they start from. In the l∞ norm it is the largest bound of a pair of logits.
         certified: share of the images certified at each radius.
         seconds: of the proof, in the slowest process.
-        seconds_per_image: of the images, the attacked ones not counted: of the slowest process,
-            divided by the images of all.
+        seconds_per_image: time for the images without attacks, in the slowest process, divided by
+            the number of images of all processes.
 
     Example:
         >>> Method(
@@ -109,7 +109,7 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class Certification:
-    """Certified accuracy by method and radius, and what attacks leave.
+    """Certified accuracy by method and radius, and the accuracy that attacks leave.
 
     Attributes:
         data: name of the data set.
@@ -119,7 +119,8 @@ class Certification:
         clean_accuracy: share classified correctly.
         dtype: that the network runs in.
         tol: relative tolerance of its solver; None where it has none.
-        methods: from cheap to expensive; local ones try what those before them leave.
+        methods: from cheap to expensive; local proofs try the images that the others do not
+        certify.
         attacked: share that no attack broke, at each radius.
         violations: images broken within a certified radius. Anything but 0 is a defect.
         in_linf: the same in the l∞ norm, for the radii that the configuration names.
@@ -151,7 +152,7 @@ class Certification:
 
     def to_dict(self) -> dict[str, object]:
         """Return plain values, ready for strict JSON: None where a number is not finite."""
-        values: dict[str, object] = strict(self)
+        values: dict[str, object] = to_plain(self)
         return values
 
     @classmethod
@@ -165,7 +166,7 @@ class Certification:
 
     @property
     def seconds_of_all(self) -> float:
-        """What the same would take for all test images: each costs what those at hand cost."""
+        """Seconds for all test images, if each takes as long as the images of this run."""
         proofs = sum(m.seconds for m in (*self.methods, *self.in_linf))
         images = max(self.seconds - proofs, 0.0)
         return min(proofs, self.seconds) + images * self.available / self.samples
@@ -229,7 +230,7 @@ def certify_model(
         certificate = running.certificate(bound=bound)
         proof = time.perf_counter() - start
         if math.isinf(certificate.bound):
-            continue  # there is no promise
+            continue  # the parameterization promises no bound
         result = running.forward_with_error(x, certificate)
         held = result.radius(labels, certificate, config.promise) >= radii[:, None]
         certified |= held
@@ -237,7 +238,7 @@ def certify_model(
         if not methods:
             plain = result.radius(labels, certificate, "textbook") >= radii[:, None]
             methods.append(_method(TEXTBOOK, certificate.bound, plain, proof, 0.0, team))
-            largest = _in_linf(running, result, labels, certificate, config, team)
+            largest = _certify_linf(running, result, labels, certificate, config, team)
         methods.append(_method(bound, certificate.bound, held, proof, seconds, team))
     if config.local and isinstance(running, EquilibriumClassifier):
         start = time.perf_counter()
@@ -251,7 +252,7 @@ def certify_model(
             _certify_around(local, operating_points, labels, certified, name, config, team)
             seconds = time.perf_counter() - start
             methods.append(_method(name, certificate.bound, certified, proof, seconds, team))
-    broken = _of_all(_broken(running, x, labels, config, team), team)
+    broken = _gather(_find_broken(running, x, labels, config, team), team)
     correct = team.gather(running(x).argmax(1) == labels)
     return certificate, Certification(
         data=data.name,
@@ -263,7 +264,7 @@ def certify_model(
         tol=running.tol,
         methods=tuple(methods),
         attacked=tuple(float((~row).double().mean()) for row in broken),
-        violations=int((broken & _of_all(certified, team)).sum()),
+        violations=int((broken & _gather(certified, team)).sum()),
         in_linf=largest,
         seconds=round(time.perf_counter() - started, 2),
         config=config,
@@ -272,7 +273,7 @@ def certify_model(
 
 
 _PART = 20
-"""Images whose proofs run together, between two looks at the clock."""
+"""Number of images whose proofs run together, between two updates of the progress bar."""
 
 
 def _certify_around(
@@ -284,9 +285,10 @@ def _certify_around(
     config: CertificationConfig,
     team: Processes,
 ) -> None:
-    """Add to `certified` (radii × images) what proofs around single images show.
+    """Mark in `certified` (radii × images) the images that proofs around single images certify.
 
-    A radius is tried where the next smaller one is certified: its ball contains that one's.
+    A radius is tried only for images whose next smaller radius is certified, because the larger
+    ball contains the smaller one.
     """
     rising = sorted(range(len(config.radii)), key=config.radii.__getitem__)
     with Progress(len(labels), f"proofs {name}", "images", team.quiet) as progress:
@@ -306,7 +308,7 @@ def _certify_around(
 def _method(
     name: str, bound: float, held: Tensor, proof: float, images: float, team: Processes
 ) -> Method:
-    held = _of_all(held, team)
+    held = _gather(held, team)
     seconds = torch.tensor([[proof, images]], dtype=torch.float64, device="cpu")
     proof, images = team.gather(seconds).amax(0).tolist()
     return Method(
@@ -315,12 +317,12 @@ def _method(
     )  # fmt: skip
 
 
-def _of_all(held: Tensor, team: Processes) -> Tensor:
-    """Return radii × images for the images of all processes."""
+def _gather(held: Tensor, team: Processes) -> Tensor:
+    """Return a table, radii × images, with the columns of all processes."""
     return team.gather(held.T).T
 
 
-def _in_linf(
+def _certify_linf(
     model: Classifier,
     result: CertifiedLogits,
     labels: Tensor,
@@ -328,21 +330,21 @@ def _in_linf(
     config: CertificationConfig,
     team: Processes,
 ) -> tuple[Method, ...]:
-    """Certify in the l∞ norm: by ‖x‖₂ ≤ √p ‖x‖_∞, and by bounds of a dense layer's own."""
+    """Certify in the l∞ norm: by ‖x‖₂ ≤ √p ‖x‖_∞, and by l∞ bounds of a dense layer."""
 
-    def by_norms() -> Tensor:
+    def bound_by_norms() -> Tensor:
         bound = up(certificate.bound * math.sqrt(math.prod(model.shape)) * (1 + 2.0**-50))
         return pair_bounds(bound, result.value.shape[1])
 
-    bounds: dict[str, Callable[[], Tensor]] = {"l2 · √p": by_norms}
+    bounds: dict[str, Callable[[], Tensor]] = {"l2 · √p": bound_by_norms}
     if isinstance(model, EquilibriumClassifier):
         weights, gain = model.layer.weights(), up(model.normalize.gain * (1 + 2.0**-50))
 
-        def in_pixels(pairs: PairCertificate) -> Tensor:
+        def convert_to_pixels(pairs: PairCertificate) -> Tensor:
             return pairs.tensor() * gain * (1 + 2.0**-50)
 
-        bounds["intervals"] = lambda: in_pixels(certify(weights, IntervalClaim()))
-        bounds["own"] = lambda: in_pixels(certify(weights, tighten_linf(weights)))
+        bounds["intervals"] = lambda: convert_to_pixels(certify(weights, IntervalClaim()))
+        bounds["own"] = lambda: convert_to_pixels(certify(weights, tighten_linf(weights)))
     radii, methods = torch.tensor(config.linf_radii, dtype=torch.float64, device="cpu"), []
     # ‖x' − x‖₂ ≤ √p ‖x' − x‖_∞
     root = math.sqrt(math.prod(model.shape)) * (1 + 2.0**-50)
@@ -362,7 +364,7 @@ def _in_linf(
     return tuple(methods)
 
 
-def _broken(
+def _find_broken(
     model: Classifier, x: Tensor, labels: Tensor, config: CertificationConfig, team: Processes
 ) -> Tensor:
     """Return which images PGD or APGD broke within each radius."""

@@ -1,4 +1,7 @@
-"""nn.Modules: a parameterization and its evaluation."""
+"""Which torch.nn modules evaluate the weights of a parameterization? One per kind of layer.
+
+Symbols: docs/glossary.md.
+"""
 
 from lben.layers.bounded import BoundedModule
 from lben.layers.conversion import feedback, from_weights

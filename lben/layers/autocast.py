@@ -1,8 +1,8 @@
 """How does a layer leave autocast in both directions?
 
-A backward pass that is begun within autocast runs its products in autocast's type, also those of
-operations that ran outside of it. So the graph of such a layer is kept apart, and pulled back in
-full precision.
+A backward pass that begins under autocast computes its products in the dtype of autocast. It does
+so even for operations whose forward pass ran outside of autocast. Therefore the layer keeps a graph
+of its own, and differentiates that graph in full precision.
 """
 
 from __future__ import annotations
@@ -18,13 +18,23 @@ from solvers.precision import in_autocast, leave_autocast
 
 
 def leave_half(x: Tensor, own: torch.dtype) -> Tensor:
-    """Return x, under autocast from a type that autocast has given it to the layer's own."""
+    """Return x in the dtype of the layer if autocast has shortened x, else x as it is.
+
+    Args:
+        x: the input.
+        own: dtype of the layer.
+    """
     half = x.dtype in (torch.float16, torch.bfloat16)
     return x.to(own) if half and in_autocast(x.device.type) else x
 
 
 def outside_autocast(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return the layer's output, computed and differentiated in the precision of its parameters."""
+    """Return the layer's output, computed and differentiated in the precision of its parameters.
+
+    Args:
+        layer: any module.
+        x: its input.
+    """
     return _Outside.apply(layer, x, *layer.parameters())  # type: ignore[no-untyped-call]
 
 

@@ -1,7 +1,10 @@
 """What is a module whose Lipschitz bound is proved, and whose error is bounded as it runs?
 
-Two methods, which every map, layer, head, chain and classifier has. A module of a user's own that
-has them takes part in chains and classifiers like those of this package.
+It has two methods: `certificate` and `forward_with_error`. Every map, layer, head, chain and
+classifier of this package has them. A module that you wrote takes part in chains and classifiers
+once it has them too.
+
+Symbols: docs/glossary.md.
 """
 
 from __future__ import annotations
@@ -48,10 +51,13 @@ class BoundedModule(Protocol):
     """
 
     def certificate(self, image: tuple[int, ...] | None = None) -> LipschitzCertificate:
-        """Prove a bound of the exact module, with the weights that run now.
+        """Prove a Lipschitz bound of the exact module, with the weights that run now.
 
         Args:
             image: height and width of images, or the whole shape of one sample.
+
+        Returns:
+            The proved l2 bound with all that it depends on.
 
         Raises:
             CertificateError: if the proof fails.
@@ -71,6 +77,9 @@ class BoundedModule(Protocol):
             certificate: of this module, as it is now.
             error_in: bound of the l2 distance of x to the exact input, per sample.
 
+        Returns:
+            The output, with bounds of its l2 distance to the exact output, per sample.
+
         Raises:
             CertificateError: if the certificate is of something else.
         """
@@ -79,6 +88,11 @@ class BoundedModule(Protocol):
 
 def require_kind(certificate: LipschitzCertificate, kind: type[C_], what: str) -> C_:
     """Return a certificate of the kind that a module needs.
+
+    Args:
+        certificate: as it was passed.
+        kind: the class that the module needs.
+        what: name of the module, for the message.
 
     Raises:
         CertificateError: if it is of another kind.
@@ -92,7 +106,10 @@ def require_kind(certificate: LipschitzCertificate, kind: type[C_], what: str) -
 
 
 def height_and_width(image: tuple[int, ...] | None) -> tuple[int, int] | None:
-    """Return the size of images from it, or from the shape of one sample; None for features.
+    """Return (height, width) of images from that pair or from a sample's shape; None for features.
+
+    Args:
+        image: a pair, a shape of three numbers or of one, or None.
 
     Raises:
         TypeError: if these are no integers.
@@ -106,12 +123,12 @@ def height_and_width(image: tuple[int, ...] | None) -> tuple[int, int] | None:
 
 
 def with_roundoff(y: Tensor, x: Tensor, growth: Growth, dims: int | None = None) -> Certified:
-    """Return an output whose rounding is affine in ‖x‖₂, with bounds of it.
+    """Return an output with bounds of its rounding error, which grow affinely with ‖x‖₂.
 
     Args:
         y: the output.
         x: the input.
-        growth: of the rounding error.
+        growth: bound of the rounding error in l2, as a function of ‖x‖₂.
         dims: dimensions of one sample; all but the first when None.
     """
     size = norms_up(x, x.ndim - 1 if dims is None else dims)
@@ -123,6 +140,11 @@ def with_roundoff(y: Tensor, x: Tensor, growth: Growth, dims: int | None = None)
 
 def refuse_other_image(image: tuple[int, ...] | None, own: tuple[int, ...], what: str) -> None:
     """Refuse another image size than the one that a module was made for.
+
+    Args:
+        image: as it was passed.
+        own: the size that the module was made for.
+        what: name of the module, for the message.
 
     Raises:
         ValueError: naming both.

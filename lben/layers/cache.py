@@ -1,7 +1,8 @@
 """When may weights that a layer computed from its parameters be used again?
 
-As long as everything that they depend on still has its value: see `solvers.dependencies`, Note
-[Values decide], whose snapshots this cache and that of operators have in common.
+They may be used as long as every tensor that they depend on still has its value. The cache compares
+values with a snapshot, as the cache of operators does: see `solvers.dependencies`, Note [Values
+decide].
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ W_ = TypeVar("W_", bound=Weights)
 
 
 class Cache:
-    """What was computed from a parameterization as it was: weights, factors, the tensors that run.
+    """Everything that was computed from one state of a parameterization: weights, factors, tensors.
 
-    A layer that finds other values makes a new cache, and a thread that is still at work with the
-    old one has all of it. Everything is computed by a twin of the parameterization on the copies of
-    the snapshot: so the values fit each other, whatever another thread writes meanwhile, they
-    outlive what the parameters become, and the parameterization is not touched.
+    A layer whose parameters have changed makes a new cache. A thread that still works with the old
+    cache keeps all of it. Everything is computed by a twin of the parameterization, on the copies
+    of the parameters in the snapshot. Therefore the cached values fit each other even if another
+    thread writes to the parameters meanwhile, they stay valid after the parameters change, and the
+    parameterization itself is never touched.
 
     Attributes:
         snapshot: of the parameterization.
@@ -53,7 +55,7 @@ class Cache:
     def get(
         self, key: Hashable, build: Callable[[], T_], fits: Callable[[T_], bool] | None = None
     ) -> T_:
-        """Return what `build` returned on the last call with this key, built anew if it misfits."""
+        """Return the cached value of a key; build it if there is none or if it does not fit."""
         value: T_ | None = self._values.get(key)
         if value is None or (fits is not None and not fits(value)):
             device = self.snapshot.copies[0].device.type
@@ -64,7 +66,7 @@ class Cache:
 
 
 class CachedWeights(Generic[W_]):
-    """Weights, and whether somebody to whom they were given has written to them."""
+    """Weights that were handed out, with a check that no caller has written to them since."""
 
     def __init__(self, weights: W_) -> None:
         self.weights = weights.apply(Tensor.detach)
@@ -74,7 +76,7 @@ class CachedWeights(Generic[W_]):
         return tuple(self.weights.tensors().values())
 
     def is_untouched(self) -> bool:
-        """Say whether the tensors are as they were made."""
+        """Return whether the tensors still have the values that they were made with."""
         return self._snapshot.fits(self._tensors())
 
 
@@ -89,11 +91,12 @@ class Running:
 
     def __init__(self, cache: Cache, compute_dtype: torch.dtype, tracked: tuple[bool, ...]) -> None:
         self.compute_dtype, self.tracked, self.twin = compute_dtype, tracked, cache.twin
-        # What is cached is no part of what a checkpointed block saves. Saved results are detached:
-        # a node that held its own result would never be freed.
+        # The graph of the cache saves its tensors by hooks of its own, so that a checkpointed block
+        # does not count them as its own. Saved tensors are detached: a node that held its own
+        # result would never be freed.
         with (
             torch.set_grad_enabled(any(tracked)),
-            torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _same),
+            torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _unpack),
         ):
             wanted = tracked or (False,) * len(cache.parameters)
             self.leaves = {
@@ -114,7 +117,7 @@ class Running:
     def pull_again(
         self, parameters: tuple[Tensor, ...], gradients: tuple[Tensor, ...]
     ) -> tuple[Tensor | None, ...]:
-        """Return the same as functions of the parameters and of the gradients of the values."""
+        """Return the gradients of `pull` as functions of the parameters and of the gradients."""
         outputs = twin(self.twin, dict(zip(self.leaves, parameters, strict=True)))(
             self.compute_dtype
         )
@@ -145,10 +148,10 @@ class _AttachContext(FunctionCtx):
 
 
 class _Attach(torch.autograd.Function):
-    """Values computed before, with the gradient of the graph that computed them.
+    """Return values computed before, with the gradient of the graph that computed them.
 
-    Its leaves are copies. A gradient that is to be differentiated again (create_graph) is computed
-    from the parameters themselves, with a graph of its own.
+    The leaves of that graph are copies of the parameters. A gradient that is to be differentiated
+    again (create_graph) is computed from the parameters themselves, with a graph of its own.
     """
 
     @staticmethod
@@ -165,22 +168,23 @@ class _Attach(torch.autograd.Function):
             return None, *ctx.running.pull(gradients)
 
 
-def _same(tensor: Tensor) -> Tensor:
+def _unpack(tensor: Tensor) -> Tensor:
     return tensor
 
 
 def twin(module: M_, parameters: Mapping[str, Tensor]) -> M_:
-    """Return a module that shares everything with another but its parameters.
+    """Return a module that shares everything with another one except its parameters.
 
-    torch.func.functional_call puts the other parameters into the module itself meanwhile, where
-    threads find them.
+    torch.func.functional_call would put these parameters into the module itself for the time of the
+    call, where other threads would find them.
 
     Args:
+        module: the original, which is not changed.
         parameters: by name, as `named_parameters` has them.
     """
     names = {id(p): name for name, p in module.named_parameters()}
 
-    def copied(original: N_) -> N_:
+    def copy(original: N_) -> N_:
         result = original.__new__(type(original))
         result.__dict__ = {
             **original.__dict__,
@@ -189,12 +193,12 @@ def twin(module: M_, parameters: Mapping[str, Tensor]) -> M_:
                 for name, p in original._parameters.items()
             },
             "_modules": {
-                name: None if m is None else copied(m) for name, m in original._modules.items()
+                name: None if m is None else copy(m) for name, m in original._modules.items()
             },
         }
         return result
 
-    return copied(module)
+    return copy(module)
 
 
 class CachingLayer(Lasting):
@@ -223,7 +227,7 @@ class CachingLayer(Lasting):
         super().__setattr__(name, value)  # type: ignore[arg-type]
 
     def _is_tracked(self) -> bool:
-        """Say whether the weights get a gradient now."""
+        """Return whether the weights get a gradient now."""
         return torch.is_grad_enabled() and (
             any(p.requires_grad for p in self.parameterization.parameters())
             or any(t.requires_grad for t in collect_dependencies(self.parameterization)[0])
@@ -239,7 +243,7 @@ class CachingLayer(Lasting):
         return cache
 
     def _reference(self) -> Tensor:
-        """Return a tensor that says in which precision and where the layer is."""
+        """Return a tensor whose dtype and device are those of the layer."""
         first = next(self.parameters(), None)  # a replica has none, but has their copies
         if first is None:
             tensors = collect_dependencies(self.parameterization)[0]
@@ -251,7 +255,7 @@ class CachingLayer(Lasting):
 
 
 def _sector(activation: object) -> ProximalActivation:
-    """Return σ of slopes in [0, 1], which is what every bound is for."""
+    """Return the σ of an activation; refuse slopes outside [0, 1], for which no bound holds."""
     try:
         check_activation(activation)
     except TypeError as error:

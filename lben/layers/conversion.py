@@ -1,4 +1,8 @@
-"""How do layers without a solve become an equilibrium layer to be trained on?"""
+"""How does a stack of feed-forward layers become an equilibrium layer that is trained further?
+
+Its weights are assembled into one set, and the complete parameterization takes them over.
+Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +24,18 @@ def from_weights(
 ) -> EquilibriumLayer[DenseWeights]:
     """Return a trainable equilibrium layer with the function and the bound of explicit weights.
 
-    A residual, sandwich, linear or equilibrium layer is one set of weights; a stack of them is
-    assembled first, with the product of their bounds. Havens, Araujo, Garg, Khorrami and Hu (2023),
-    "Exploiting connections between Lipschitz structures for certifiably robust deep equilibrium
-    models": here by the complete parameterization, so that every later value of the free tensors
-    keeps the bound.
+    A residual, sandwich, linear or equilibrium layer is one set of weights. Several layers are
+    first assembled into one set, whose bound is the product of theirs. The complete
+    parameterization takes it over, so that every later value of the free tensors keeps the bound.
+    The idea is that of Havens, Araujo, Garg, Khorrami and Hu (2023), "Exploiting connections
+    between Lipschitz structures for certifiably robust deep equilibrium models".
 
     Args:
         weights: of one layer, or of several, first to last; `layer.weights()` in float64.
         options: of `EquilibriumLayer`; the activation must be that of the feed-forward layers.
+
+    Returns:
+        The equilibrium layer, with its bound as `gamma`.
 
     Raises:
         ValueError: if the weights claim no bound or do not satisfy the certificate, do not fit
@@ -58,10 +65,17 @@ def from_weights(
 
 
 def feedback(W: Float[Tensor, "n n"], sizes: Sequence[int]) -> Float[Tensor, ""]:
-    """Return the squared Frobenius norm of what W has beyond a strictly block lower triangle.
+    """Return the squared Frobenius norm of W outside its strict block lower triangle.
 
-    It is 0 for a stack of feed-forward layers with these numbers of units; as a penalty it keeps a
-    layer near the structure that it came from.
+    It is 0 for a stack of feed-forward layers with these numbers of units. As a penalty it keeps an
+    equilibrium layer close to the stack that it was made from.
+
+    Args:
+        W: weights from state to state.
+        sizes: units of each block, first to last.
+
+    Returns:
+        The sum of squares, with a gradient.
 
     Raises:
         ValueError: if the sizes do not add up to n.

@@ -1,6 +1,9 @@
 """How is an equilibrium layer evaluated, and what is known of the answer?
 
-One layer for weights of every kind: it asks them for products and their rounding, and solves.
+One class serves every kind of weights. It asks them for an operator and for products with their
+rounding, and solves z = σ(Wz + Ux + b).
+
+Symbols: docs/glossary.md.
 """
 
 from __future__ import annotations
@@ -72,13 +75,13 @@ class SolveOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Evaluated:
-    """A state that was found, and its problem, in float64.
+    """The state that a solve found and the problem that it solves, both in float64.
 
     Attributes:
         weights, x, z: as they ran, in float64.
         problem: of these weights and x.
         state_error: bound of ‖z − z*‖_Λ.
-        bias_error: bound of the rounding of that v, in the Λ norm.
+        bias_error: bound of the rounding of v = Ux + b in that problem, in the Λ norm.
         output_error: bound of the rounding of y, given z, in float64.
     """
 
@@ -98,8 +101,8 @@ def _to_exact(t: Tensor) -> Tensor:
 class EquilibriumLayer(CachingLayer, Generic[W_]):
     """y = Cz + Dx + b_y with z = σ(Wz + Ux + b), for a parameterization of any kind of weights.
 
-    It leaves autocast, from whose type it converts x, and takes vmap and the backward transforms of
-    torch.func, over samples and weights.
+    The layer leaves autocast: it converts x from the dtype of autocast to its own. It supports vmap
+    and the backward transforms of torch.func, over samples and over weights.
 
     Args:
         parameterization: of the weights.
@@ -167,7 +170,7 @@ class EquilibriumLayer(CachingLayer, Generic[W_]):
         """
         refuse_graphs(x)
         if torch.compiler.is_compiling():
-            return _as_it_is(self, x)
+            return _run_eagerly(self, x)
         x = leave_half(tensor(x), self._reference().dtype)
         if is_traced() and x.dtype == torch.float32:
             x = _InFull.apply(x)  # type: ignore[no-untyped-call]
@@ -175,7 +178,7 @@ class EquilibriumLayer(CachingLayer, Generic[W_]):
             return outside_autocast(self, x)
         with self._outside_autocast():
             weights = self._weights()
-            if x.is_meta:  # without numbers to solve for, but with the shape of their outcome
+            if x.is_meta:  # a meta tensor has no numbers to solve for: only the shape is returned
                 self._check_input(weights, x)
                 return weights.readout(x, weights.drive(x))
             return weights.readout(x, self._solve(weights, x, None).value)
@@ -209,15 +212,19 @@ class EquilibriumLayer(CachingLayer, Generic[W_]):
     ) -> Certified:
         """Return y as the layer runs, with bounds of its distance to the exact y, here and around.
 
-        y and the state are those of the precision that the layer runs in. The exact y is that of
-        the same weights in real arithmetic. The bound at x is evaluated in float64 from the state
-        that was found, so it knows nothing of how it was found, and needs no model of its rounding.
-        The bound around x is that of `lben.layers.uniform`, for solves that meet the tolerance.
+        The layer computes y and the state in the precision that it runs in. The exact y is computed
+        from the same weights in real arithmetic. The bound at x is evaluated in float64 from the
+        state alone, so it holds however the state was found and needs no model of the solver's
+        rounding. The bound around x is `lben.layers.uniform.uniform_error`; it holds for solves
+        that meet the tolerance.
 
         Args:
             x: as the layer takes it, float32 or float64.
             certificate: for these weights and images of this size.
             error_in: bound of the l2 distance of x to the exact input, per sample.
+
+        Returns:
+            y with bounds of ‖y − y*‖₂ per sample: at x, and at every input in a ball around x.
 
         Raises:
             CertificateError: if the certificate is for something else.
@@ -231,7 +238,7 @@ class EquilibriumLayer(CachingLayer, Generic[W_]):
     def operating_points(
         self, x: Float[Tensor, "batch p"], certificate: LipschitzCertificate
     ) -> OperatingPoints:
-        """Return what is known of the layer at some inputs, for proofs around them.
+        """Return the operating points of the layer at some inputs, for proofs around these inputs.
 
         Raises:
             ValueError: if x is no batch of features, or the layer is not of dense weights.
@@ -259,7 +266,7 @@ class EquilibriumLayer(CachingLayer, Generic[W_]):
             )
 
     def _evaluate(self, x: Tensor, proof: LayerCertificate) -> tuple[_Evaluated, Certified]:
-        """Return the problem of x in float64 with the state that was found, and what is proved."""
+        """Return the solved problem of x in float64, and y with its proved error bounds."""
         weights = self._weights()
         solution = self._solve(weights, x, None)
         y = weights.readout(x, solution.value)
@@ -267,7 +274,7 @@ class EquilibriumLayer(CachingLayer, Generic[W_]):
         reference = exact.weights.readout(exact.x, exact.z)
         dims = y.ndim - x.ndim + len(self._sample_shape)  # of the output of one sample
         away = norms_up(_to_exact(y) - reference, dims)
-        # Cz moves less with the drive than ‖CΛ^(−½)‖/m allows.
+        # The proved gain from the drive to Cz is smaller than ‖CΛ^(−½)‖/m.
         gains = sensitivity(weights, proof) if proof.sensitivity is None else proof.sensitivity
         tighter = replace(proof, m=gains.effective_m)
         error = logit_error(
@@ -296,7 +303,7 @@ class EquilibriumLayer(CachingLayer, Generic[W_]):
         )  # fmt: skip
 
     def _running(self, exact: _Evaluated, z: Tensor, y: Tensor) -> Running:
-        """Return how the layer runs in a precision, and what is known at x, where it found z and y.
+        """Return the error model of the layer in the dtype of z, for `uniform_error` around x.
 
         Raises:
             ValueError: if the rounding of what runs is not bounded.
@@ -306,12 +313,12 @@ class EquilibriumLayer(CachingLayer, Generic[W_]):
         unit, terms = torch.finfo(dtype).eps, operator.summands + operator.n + 32
         if not terms * unit < 2.0**-4:
             raise ValueError(f"rounding in {dtype} is not bounded for sums of {terms} terms")
-        # From 2⁻⁵² to half an ulp of the precision that runs (rounding to nearest), second order
-        # included.
+        # Bounds in float64 count 2⁻⁵² per rounding. In the dtype that runs a rounding to nearest is
+        # half an ulp; 0.55 in place of 0.5 covers the second order.
         ratio = 0.55 * unit / torch.finfo(torch.float64).eps
         norm, root = exact.problem.operator.norm_above, exact.problem.operator.root_metric
-        # What underflows: a product of a and b loses up to t(1 + |a| + |b|), t the smallest normal
-        # number, also where denormal numbers count as zero.
+        # Underflow: a product of a and b loses at most t(1 + |a| + |b|), with t the smallest normal
+        # number, even if denormal numbers are read as zero.
         sample = exact.x.ndim - len(self._sample_shape)  # where the shape of a sample begins
         inputs, outputs = (math.prod(t.shape[sample:]) for t in (exact.x, y))
         tiny = 16 * (terms + inputs) * torch.finfo(dtype).tiny
@@ -366,6 +373,9 @@ class EquilibriumLayer(CachingLayer, Generic[W_]):
             image: height and width, or the shape of one sample; may be omitted, as the layer is
                 made for one size.
 
+        Returns:
+            The proved bound with m, L and the gains of errors.
+
         Raises:
             ValueError: for another image size.
             CertificateError: if the proof fails.
@@ -378,10 +388,10 @@ class EquilibriumLayer(CachingLayer, Generic[W_]):
             return replace(proof, sensitivity=sensitivity(weights, proof))
 
     def weights(self) -> W_:
-        """Return the explicit weights, also under autocast in the precision of the parameters.
+        """Return the explicit weights in the precision of the parameters, also under autocast.
 
-        Without grad mode, or when no parameter requires a gradient, they are computed once and
-        reused until a parameter, or whatever else they depend on, changes.
+        Without grad mode, or when no parameter requires a gradient, they are cached until a
+        parameter or another tensor that they depend on changes.
 
         Raises:
             ValueError: for parameters in half precision.
@@ -419,7 +429,7 @@ class EquilibriumLayer(CachingLayer, Generic[W_]):
     def _inclusion(self, weights: Weights, x: Tensor) -> Inclusion:
         self._check_input(weights, x)
         v = weights.drive(x)
-        # Within a transform numbers cannot be looked at: the solve says what it finds.
+        # Inside a transform of torch.func values cannot be read: the solve reports NaN and Inf.
         if not v.is_meta and not must_not_cache() and not is_finite(v):
             raise non_finite(self, x, len(self._sample_shape), self._entry)
         return Inclusion(self._operator(weights), v, weights.restrict(self.activation))
@@ -456,7 +466,7 @@ class EquilibriumLayer(CachingLayer, Generic[W_]):
 
 
 class _InFull(torch.autograd.Function):
-    """x itself, refused at every run of a trace in which products would be shortened."""
+    """Return x itself; refuse every run of a trace in which float32 products are shortened."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
@@ -469,7 +479,7 @@ class _InFull(torch.autograd.Function):
 
 
 @_disable_dynamo
-def _as_it_is(layer: EquilibriumLayer[W_], x: Tensor) -> Tensor:
-    """Return the layer's output, which a compiler leaves alone: a solve looks at numbers."""
+def _run_eagerly(layer: EquilibriumLayer[W_], x: Tensor) -> Tensor:
+    """Return the layer's output outside of any compiled graph: a solve reads values."""
     y: Tensor = layer(x)
     return y

@@ -1,4 +1,7 @@
-"""Which equilibrium layers have a name? Each is a parameterization with options of the solve."""
+"""Which equilibrium layers have a name? Each is a parameterization with options of the solve.
+
+Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 
@@ -170,8 +173,8 @@ class EquilibriumConv2d(EquilibriumLayer[ConvolutionalWeights]):
 class PooledEquilibriumConv2d(EquilibriumLayer[PooledWeights]):
     """Images to q numbers: y = ⟨C, z⟩ + b_y, C pooling and then a matrix, γ-Lipschitz in l2.
 
-    The bound is that of y as a whole (`PooledParameterization`): W is a convolution plus a matrix
-    of rank q, and its resolvent a Fourier transform with a correction of that rank.
+    The bound holds for y, pooling included (`PooledParameterization`). W is a convolution plus a
+    matrix of rank q. Its resolvent is a Fourier transform with a correction of rank q.
 
     Args:
         in_channels: p.

@@ -1,4 +1,9 @@
-"""How is a feed-forward 1-Lipschitz layer evaluated at the cost of its products alone?"""
+"""How is a feed-forward 1-Lipschitz layer evaluated at the cost of its products alone?
+
+Its multiplier T is computed once per change of the parameters, and cached.
+
+Symbols: docs/glossary.md; A, B, S and V are defined at the classes.
+"""
 
 from __future__ import annotations
 
@@ -42,19 +47,22 @@ from solvers.precision import in_autocast, leave_autocast, use_full_precision
 class FeedforwardLayer(CachingLayer, Owner, ABC):
     """A layer whose multiplier T is computed once per change of its parameters.
 
-    In eval mode a call is the layer's products and one pointwise pass. In training T is computed
-    for the first forward pass after a step of the optimizer and cached with its graph, so that
-    gradient accumulation pays for it once; a gradient to be differentiated again computes it anew.
-    In graphs (`torch.compile`, tracing, export) nothing is cached; T is computed at every call, by
-    the same code.
+    Cost. In eval mode a call costs the layer's products and one pointwise pass. In training, T is
+    computed in the first forward pass after a step of the optimizer. It is cached with its graph,
+    so gradient accumulation pays for it once. A gradient that is differentiated again computes T
+    anew. In graphs (`torch.compile`, tracing, export) T is computed at every call, by the same
+    code.
 
-    float32 runs in float32, whatever torch allows its products to be rounded to (TF32 convolutions
-    are torch's default on CUDA); a compiled or traced graph obeys the settings of torch.backends,
-    and refuses to run unless they are "ieee". Under autocast weights are rounded to bfloat16 first,
-    and T is that of the rounded weights: the exact layer with these weights has the bound; what
-    runs rounds activations to bfloat16 as well, and its quotients over small distances have none.
-    The skip connection keeps the precision of the input; layers without one return bfloat16.
-    Whatever claims something (`weights`, `certificate`, `rounding`) is refused under autocast.
+    Precision. A float32 layer computes its products in float32, whatever shorter precision torch
+    allows (TF32 convolutions are torch's default on CUDA). A compiled or traced graph obeys the
+    settings of torch.backends, and refuses to run unless they are "ieee".
+
+    Autocast. The weights are rounded to bfloat16 first, and T is computed from the rounded weights.
+    So the bound holds for the exact layer with the rounded weights. It does not hold for the layer
+    that runs, which rounds activations to bfloat16 as well: no bound holds for its Lipschitz
+    quotients over small distances. A skip connection keeps the precision of the input; a layer
+    without one returns bfloat16. `weights`, `certificate` and `rounding` are refused under
+    autocast.
 
     Args:
         parameterization: of the weights.
@@ -119,11 +127,11 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
     def _has_one_pass(
         self, x: Tensor, compute_dtype: torch.dtype, activation: ProximalActivation | None
     ) -> bool:
-        """Say whether `_in_one_pass` runs on products of x: on a GPU, outside of graphs."""
+        """Return whether `_in_one_pass` runs on products of x: on a GPU, outside of graphs."""
         return not self._is_composed(x, compute_dtype) and backends.activates(x, activation)
 
     def _is_composed(self, x: Tensor, compute_dtype: torch.dtype) -> bool:
-        """Say whether PyTorch's operations are asked for: by a graph, a transform or autocast."""
+        """Return whether a graph, a transform or autocast needs PyTorch's own operations."""
         return graph_is_made() or must_not_cache() or compute_dtype != x.dtype
 
     def _in_one_pass(
@@ -134,9 +142,10 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
         activation: ProximalActivation | None,
         inner: Tensor | None = None,
     ) -> Tensor:
-        """Return σ(su + b)t with s, b and t by unit or channel; b and σ may be left out.
+        """Return σ(su + b)t with one s, b and t per unit or channel; b and σ may be left out.
 
-        Without a gradient it may lie in the memory of u where there is a σ: u is a product then.
+        Without a gradient, the result with a σ may overwrite u: u is then a product that no one
+        else holds.
         """
         rows = u if isinstance(self.map, Convolution) else u.reshape(-1, u.shape[-1])
         h = backends.activate(
@@ -162,7 +171,7 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
         return own
 
     def _compute_dtype(self, compute_dtype: torch.dtype | None) -> torch.dtype:
-        """Return the precision of a proof, the layer's own when None."""
+        """Return the dtype whose weights are proved; the layer's own for None."""
         own = self._own()
         if compute_dtype not in (None, own, torch.bfloat16):
             raise ValueError(
@@ -182,7 +191,7 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
         return own
 
     def _tensors(self, compute_dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return what runs, computed or cached."""
+        """Return the tensors that a call multiplies with, from the cache or computed."""
         track = self._is_tracked()
         parameters = tuple(self.parameterization.parameters())
         own = {id(p) for p in parameters}
@@ -202,18 +211,19 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
         )
 
     def _has_strays(self, parameters: set[int]) -> bool:
-        """Say whether another tensor than the parameters is to get a gradient."""
+        """Return whether a tensor that is not a parameter requires a gradient."""
         tensors, _ = collect_dependencies(self.parameterization)
         return any(t.requires_grad and id(t) not in parameters for t in tensors)
 
     def weights(
         self, compute_dtype: torch.dtype | None = None
     ) -> DenseWeights | ConvolutionalWeights:
-        """Return the float64 weights of the exact layer: what is proved, and what errors are of.
+        """Return, in float64, the weights that the layer runs with.
 
-        They are those that run, in `compute_dtype` (the layer's own if None): what T makes is
-        computed in one place, and converted. In float64 a product of two of them is rounded once
-        more than in the layer; `rounding` counts that.
+        A certificate is about these weights, and error bounds compare the layer that runs with the
+        exact layer of these weights. They are the tensors that run in `compute_dtype` (the layer's
+        own dtype if None), converted to float64. In float64 a product of two of them is rounded
+        once more than in the layer; `rounding` counts that rounding.
 
         Raises:
             ValueError: if no proof is possible in the dtype; under autocast.
@@ -241,16 +251,20 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
     ) -> LayerCertificate:
         """Prove the layer's bound for `weights()`.
 
-        A stride leaves rows of the map out, which changes no bound.
+        A stride removes rows of the map, which cannot raise its norm.
 
-        With compute_dtype=torch.bfloat16 it is proved of the exact layer whose weights are rounded
-        to bfloat16. What runs under autocast rounds the activations, too: its distance to that
-        layer has no bound here, nor have its quotients, and no radius is given for it. Such a
-        certificate is refused where one of the layer in its own precision is asked for.
+        With compute_dtype=torch.bfloat16 the bound is proved for the exact layer whose weights are
+        rounded to bfloat16. It says nothing about the layer that runs under autocast, which rounds
+        the activations too: neither its distance to the exact layer nor its Lipschitz quotients are
+        bounded here, and no radius is certified for it. Methods that need a certificate of the
+        layer in its own precision refuse such a certificate.
 
         Args:
             image: height and width of the images, for a convolution; or the shape of one sample.
             compute_dtype: in which products run; that of the parameters when None.
+
+        Returns:
+            The proved l2 bound of the layer.
 
         Raises:
             ValueError: if a convolution is given no image size, or no proof is possible in the
@@ -270,12 +284,15 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
     ) -> Certified:
         """Return y as the layer runs, with bounds of its distance to the exact y, here and around.
 
-        The exact y is that of `weights()`, see `rounding_growth`.
+        The exact y is computed from `weights()` in real arithmetic; see `rounding_growth`.
 
         Args:
             x: as the layer takes it.
             certificate: for these weights and images of this size.
             error_in: bound of the l2 distance of x to the exact input, per sample.
+
+        Returns:
+            y with bounds of ‖y − y*‖₂ per sample: at x, and at every input in a ball around x.
 
         Raises:
             CertificateError: if the certificate is for something else, or the layer has hooks.
@@ -307,14 +324,18 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
 
     @torch.no_grad()
     def rounding_growth(self, shape: tuple[int, ...], dtype: torch.dtype) -> Growth:
-        """Bound ‖fl(y) − y‖₂ affinely in ‖x‖₂; y is that of `weights()`, exactly.
+        """Return a bound of ‖fl(y) − y‖₂ that is affine in ‖x‖₂.
 
-        It holds for every order of summation, see Note [Rounding model]; of convolutions for the
-        direct and im2col algorithms, which torch runs on a CPU.
+        fl(y) is the output that runs, y the exact output of `weights()`. The bound holds for every
+        order of summation; see Note [Rounding model]. For convolutions it holds for the direct and
+        the im2col algorithm, which torch runs on a CPU.
 
         Args:
             shape: of one sample: (p,), or (channels, height, width).
             dtype: in which the layer runs.
+
+        Returns:
+            The bound as a function of ‖x‖₂.
 
         Raises:
             ValueError: if the shape or dtype does not fit, or the device may run convolutions by
@@ -388,7 +409,7 @@ class ResidualLayer(FeedforwardLayer):
 
     def _roundoff(self, x: Signal, tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> Growth:
         U, b, scale = tensors
-        # Units are measured in T^(−½): one of large rows has a small T⁻¹.
+        # Units are weighted with T^(−½): a unit whose row of U is large has a small T⁻¹.
         w = scale.double().sqrt()
         units = Units(self.map, shape, U, w)
         h = units.enter(x, U, rows(w, U) * U, b, self.activation)

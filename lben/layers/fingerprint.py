@@ -1,4 +1,4 @@
-"""What does a statement about a whole network depend on? One fingerprint of all of it."""
+"""What does a statement about a whole network depend on? One fingerprint names all of it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from lben.weights import digest
 _SOLVING = {
     "tol", "max_steps", "on_failure", "method", "gradient", "training", "config", "name_in_graphs",
 }  # fmt: skip
-"""How a layer is solved, what it was built from, and what graphs call it: no Lipschitz bound
-depends on it, and a copy is the same network."""
+"""Settings that the fingerprint leaves out: how a layer is solved, what it was built from, its name
+in graphs. No Lipschitz bound depends on them, so a copy of a network has the same fingerprint."""
 
 
 def fingerprint(network: nn.Module) -> str:
     """Return the SHA-256 of a network: its modules in order, their settings, and all tensors.
 
-    Settings are the plain values that the modules hold (sizes, kinds, γ, paddings, activations);
-    tensors are parameters and buffers, those of the normalisation included, with names, shapes,
-    dtypes and bytes. How equilibria are solved is left out.
+    Settings are the plain values that the modules hold: sizes, kinds, γ, paddings, activations.
+    Tensors are all parameters and buffers, with names, shapes, dtypes and bytes. The settings of
+    the equilibrium solves are left out.
+
+    Args:
+        network: any module.
+
+    Returns:
+        64 hexadecimal digits.
     """
     modules = [
         f"{name}:{type(module).__qualname__}{_settings(module)}"

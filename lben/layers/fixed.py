@@ -1,7 +1,9 @@
-"""Which maps are 1-Lipschitz by what they are? Padding, pooling, sorting, reflecting.
+"""Which maps are 1-Lipschitz whatever their parameters? Padding, pooling, sorting, reflecting.
 
-Each is an isometry, an orthogonal projection or a contraction in l2, whatever its parameters, so
-its bound is exactly 1. `rounding` bounds what floating point adds.
+Each map is an isometry, an orthogonal projection or a contraction in l2, so its bound is exactly 1.
+`rounding` bounds the error that floating point adds.
+
+Symbols: docs/glossary.md.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ from lben.weights.sizes import integer
 
 
 class FixedMap(Lasting):
-    """A map that is 1-Lipschitz by what it is: its certificate says so for the classes here alone.
+    """A map that is 1-Lipschitz for every value of its parameters.
 
-    A class that extends one of them computes something else, and needs a certificate of its own.
+    `certificate` states the bound 1 for the classes of this file alone. A class that extends one of
+    them may compute something else, and needs a certificate of its own.
 
     Example:
         >>> from lben import AveragePooling
@@ -39,10 +42,13 @@ class FixedMap(Lasting):
     """
 
     sample_shape: tuple[int | None, ...] | None = None
-    """The shape of one x as far as it is given; None where it may have any."""
+    """The shape of one x; None for a size, or for the whole shape, that is not prescribed."""
 
     def certificate(self, image: tuple[int, ...] | None = None) -> LipschitzCertificate:
-        """Return the bound 1.
+        """Return the certificate of the bound 1.
+
+        Args:
+            image: not read: the bound holds for images of every size.
 
         Raises:
             CertificateError: for a class of another module that has no certificate of its own.
@@ -71,6 +77,9 @@ class FixedMap(Lasting):
             certificate: of this map.
             error_in: bound of the l2 distance of x to the exact input, per sample.
 
+        Returns:
+            The output, with bounds of its l2 distance to the exact output, per sample.
+
         Raises:
             CertificateError: if the certificate is of something else, or the map has hooks.
             ValueError: as `rounding_growth`.
@@ -80,19 +89,22 @@ class FixedMap(Lasting):
         growth = self.rounding_growth(tuple(x.shape[1:]), x.dtype)
         return with_roundoff(self(x), x, growth).after(error_in, certificate.bound)
 
-    def relative(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Return how many units in the last place of ‖x‖₂ a map misses, and operations it makes.
+    def count_roundings(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Return the error of the map in units in the last place of ‖x‖₂, and its operations.
 
-        (0, 0) where numbers are only moved.
+        A map that only moves numbers has no error and no operations: (0, 0).
         """
         return 0, 0
 
     def rounding_growth(self, shape: tuple[int, ...], dtype: torch.dtype) -> Growth:
-        """Bound ‖fl(y) − y‖₂ affinely in ‖x‖₂.
+        """Return a bound of ‖fl(y) − y‖₂ that is affine in ‖x‖₂.
 
         Args:
             shape: of one sample.
             dtype: in which the map runs.
+
+        Returns:
+            The bound as a function of ‖x‖₂.
 
         Raises:
             ValueError: if the dtype is neither float32 nor float64; under autocast.
@@ -100,18 +112,18 @@ class FixedMap(Lasting):
         precision.refuse_autocast()
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"rounding is bounded in float32 and float64, got {dtype}")
-        units, operations = self.relative(tuple(shape))
+        units, operations = self.count_roundings(tuple(shape))
         if not operations:
             return Growth(0.0, 0.0)
         entries, info = math.prod(shape), torch.finfo(dtype)
-        # An operation loses at most 3 of the smallest normal numbers to underflow, one of which is
-        # multiplied with an entry; the factor 8 covers what becomes of them.
+        # Underflow costs an operation at most three times the smallest normal number, one of them
+        # multiplied with an entry. The factor 8 covers how later operations enlarge this loss.
         lost = 8 * operations * info.tiny
         x = Signal.input(dtype).off(units * info.eps / 2, lost * math.sqrt(entries))
         return x.below(Growth(0.0, 4.0 * operations))
 
     def rounding(self, x: Tensor) -> Float[Tensor, " batch"]:
-        """Bound ‖fl(y) − y‖₂ per sample in float64, the first dimension being the batch's."""
+        """Bound ‖fl(y) − y‖₂ per sample in float64; the first dimension of x is the batch."""
         return self.rounding_growth(tuple(x.shape[1:]), x.dtype).at(norms_up(x, x.ndim - 1))
 
 
@@ -169,7 +181,7 @@ class ChannelPadding(FixedImageMap):
         """Return the padded images.
 
         Raises:
-            ValueError: if x has more channels than that.
+            ValueError: if x has more than `channels` channels.
         """
         check_numbers(x)
         if x.ndim < 3 or x.shape[-3] > self.channels:
@@ -243,7 +255,7 @@ class AveragePooling(FixedImageMap):
         y = functional.avg_pool2d(flat, self.size, divisor_override=self.size)
         return y.reshape(*x.shape[:-2], *y.shape[-2:])
 
-    def relative(self, shape: tuple[int, ...]) -> tuple[int, int]:
+    def count_roundings(self, shape: tuple[int, ...]) -> tuple[int, int]:
         # A sum of s² terms of norm ‖ |A| ‖₂ = 1, and a division.
         return self.size**2 + 2, self.size**2 + 1
 
@@ -281,8 +293,8 @@ class NormPooling(FixedImageMap):
         unit = power_of_two(patches.detach().abs().amax(-3, keepdim=True) / 2)
         return torch.linalg.vector_norm(patches / unit, dim=-3) * unit.squeeze(-3)
 
-    def relative(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        # s² products and sums below a root, and what vanishes of the smaller squares.
+    def count_roundings(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        # s² products and sums below a root, and the smaller squares that underflow.
         return self.size**2 + 8, self.size**2 + 4
 
     def extra_repr(self) -> str:
@@ -318,7 +330,7 @@ class GroupSort(FixedMap):
             return torch.stack([low, high], dim=2).flatten(1, 2)
         return grouped.sort(dim=2).values.flatten(1, 2)
 
-    def relative(self, shape: tuple[int, ...]) -> tuple[int, int]:
+    def count_roundings(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return 0, 1  # a comparison may take denormal numbers for zeros
 
     def extra_repr(self) -> str:
@@ -374,7 +386,7 @@ class Householder(FixedMap):
         pair = (a - beyond * torch.sin(theta / 2), b + beyond * torch.cos(theta / 2))
         return torch.stack(pair, dim=2).flatten(1, 2)
 
-    def relative(self, shape: tuple[int, ...]) -> tuple[int, int]:
+    def count_roundings(self, shape: tuple[int, ...]) -> tuple[int, int]:
         # With s = sin ½θ and c = cos ½θ within 8u: sa − cb is within 17u‖(a, b)‖, twice that within
         # 34u, its products with s and c within (34|s| + 18)u and (34|c| + 18)u, and the sums within
         # 3u more: (34 + 21√2)u of the pair in all.

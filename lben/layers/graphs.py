@@ -1,8 +1,9 @@
 """How do compiled and traced graphs run the very tensors that a certificate is about?
 
-By one operator that no compiler looks into: it computes them by the code that runs eagerly, from
-the parameters as they are at each call. A compiler that fused T or the rows of a head into a graph
-would round them otherwise, and the graph would be another network than the one that was proved.
+A graph contains one custom operator that compilers treat as opaque. At each call the operator
+computes the tensors from the current parameters, by the same code that runs eagerly. If a compiler
+fused T or the normalised rows of a head into the graph, it would round them differently, and the
+graph would run a network that was not proved.
 """
 
 from __future__ import annotations
@@ -25,20 +26,23 @@ _Key, _guard = torch._C.DispatchKey, torch._C._SetExcludeDispatchKeyGuard
 
 
 def graph_is_made() -> bool:
-    """Say whether a compiler or tracer makes a graph of what is called now."""
+    """Return whether the present call is recorded into a graph by a compiler or tracer."""
     return torch.compiler.is_compiling() or is_traced() or _make_fx_runs()
 
 
 def is_traced() -> bool:
-    """Say whether torch.jit.trace records what is called now."""
+    """Return whether torch.jit.trace records the present call."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def refuse_graphs(x: object) -> None:
-    """Refuse a graph of a solve, which looks at numbers.
+    """Refuse to record a solve into a graph: its number of steps depends on values.
+
+    Args:
+        x: the input.
 
     Raises:
-        ValueError: saying what makes one.
+        ValueError: naming the tools that record and the ones that work.
     """
     if isinstance(x, torch.fx.Proxy) or _make_fx_runs():
         raise ValueError(
@@ -54,10 +58,13 @@ def _make_fx_runs() -> bool:
 
 
 def check_kind(x: object) -> None:
-    """Refuse what is no tensor, or one that symbolic tracing makes up.
+    """Refuse an input that is no tensor, or that is a placeholder of symbolic tracing.
+
+    Args:
+        x: the input.
 
     Raises:
-        TypeError: naming what was got.
+        TypeError: naming its type.
     """
     if isinstance(x, torch.fx.Proxy):
         raise TypeError(
@@ -72,11 +79,11 @@ def check_kind(x: object) -> None:
 
 
 def check_numbers(x: object, own: torch.dtype | None = None) -> None:
-    """Refuse what is no tensor of floating point, for a layer that would compute with it as it is.
+    """Refuse an input that is no floating-point tensor of a dtype that the layer runs in.
 
     Args:
         x: the input.
-        own: the dtype of the layer; none where it runs in that of x.
+        own: the dtype of the layer; None for a layer that runs in the dtype of x.
 
     Raises:
         TypeError: as `check_kind`.
@@ -96,15 +103,16 @@ def check_numbers(x: object, own: torch.dtype | None = None) -> None:
 
 
 class Owner(nn.Module):
-    """A module whose tensors the operator computes, found by a name that is its own.
+    """A module whose tensors the operator computes; the operator finds it by its unique name.
 
-    A graph holds the name and is guarded by it: a copy of the module has another.
+    A compiled graph stores the name as a constant and is guarded by it. A copy of the module gets
+    another name, so it gets another graph.
     """
 
     name_in_graphs: str
 
     def enter(self) -> None:
-        """Take a new name."""
+        """Give the module a new name and register it under this name."""
         self.name_in_graphs = uuid.uuid4().hex
         _owners[self.name_in_graphs] = self
 
@@ -114,14 +122,25 @@ class Owner(nn.Module):
 
     @abstractmethod
     def source(self) -> nn.Module:
-        """Return the module that makes the tensors that run of a precision, and of all values."""
+        """Return the module that maps a compute dtype to the tensors that run.
+
+        Its parameters and buffers are all that these tensors depend on.
+        """
 
     @abstractmethod
     def allocate(self, like: Tensor) -> list[Tensor]:
-        """Return tensors of the shapes and dtypes of those that run, without numbers."""
+        """Return empty tensors with the shapes and dtypes of the tensors that run.
+
+        Args:
+            like: a tensor of the layer, whose dtype and device they get.
+        """
 
     def in_graph(self, compute_dtype: torch.dtype) -> list[Tensor]:
-        """Return the tensors that run, as one operator of the graph that is made."""
+        """Return the tensors that run, as outputs of one operator of the graph.
+
+        Args:
+            compute_dtype: in which products run.
+        """
         values = [*self.parameters(), *self.buffers()]
         return torch.ops.lben.running(
             values, self.name_in_graphs, str(compute_dtype).removeprefix("torch.")
@@ -143,7 +162,7 @@ def _compute(values: Sequence[Tensor], name: str, compute_dtype: str) -> tuple[T
     if compute_dtype == "float32":
         images = any(v.ndim > 2 for v in values)
         precision.refuse_reduced(values[0].device.type, convolution=images)
-    # A graph may run without the keys that make conjugates of complex tensors what they say.
+    # A graph may run without the dispatch keys that resolve conjugated complex tensors.
     with (
         torch.autocast(values[0].device.type, enabled=False),
         _guard(_Key.Conjugate, False),
@@ -153,8 +172,8 @@ def _compute(values: Sequence[Tensor], name: str, compute_dtype: str) -> tuple[T
         return tuple(functional_call(source, tensors, (getattr(torch, compute_dtype),)))
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """Return a copy that shares no memory with a parameter, in the order of its dimensions."""
+def _copy(tensor: Tensor) -> Tensor:
+    """Return a contiguous copy that shares no memory with a parameter."""
     return tensor.detach().resolve_conj().clone(memory_format=torch.contiguous_format)
 
 
@@ -164,7 +183,7 @@ def _own(tensor: Tensor) -> Tensor:
     schema="(Tensor[] values, str name, str compute_dtype) -> Tensor[]",
 )
 def _running(values: Sequence[Tensor], name: str, compute_dtype: str) -> list[Tensor]:
-    return [_own(t) for t in _compute(values, name, compute_dtype)]
+    return [_copy(t) for t in _compute(values, name, compute_dtype)]
 
 
 @_running.register_fake
@@ -181,7 +200,7 @@ def _running_backward(
     values: Sequence[Tensor], gradients: Sequence[Tensor], name: str, compute_dtype: str
 ) -> list[Tensor]:
     leaves = [v.detach().requires_grad_(v.is_floating_point()) for v in values]
-    # An operator runs below autograd, which has to be let in again.
+    # A custom operator runs below autograd, so autograd has to be enabled again here.
     with (
         torch.enable_grad(),
         _guard(_Key.AutogradFunctionality, False),
@@ -191,7 +210,7 @@ def _running_backward(
         outputs, received = zip(*((o, g) for o, g in pairs if o.requires_grad), strict=True)
         found = torch.autograd.grad(outputs, leaves, received, allow_unused=True)
     return [
-        torch.zeros_like(v, memory_format=torch.contiguous_format) if g is None else _own(g)
+        torch.zeros_like(v, memory_format=torch.contiguous_format) if g is None else _copy(g)
         for v, g in zip(values, found, strict=True)
     ]
 

@@ -1,4 +1,7 @@
-"""How do features become logits, and how far can two logits move apart?"""
+"""How do features become logits, and how far can two logits move apart?
+
+Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,12 @@ from solvers.precision import cast, in_autocast, leave_autocast, use_full_precis
 
 
 class NormalizedLinear(Lasting, PicklableParametrized, Owner):
-    """y = Qx + b whose rows have norm 1: `rows` scales each, `orthonormal` makes Q orthogonal.
+    """y = Qx + b with rows qᵢ of norm 1, either scaled one by one or orthonormal.
 
-    Logits i and j differ by (qᵢ − qⱼ)ᵀx, so `pair_certificate` bounds ‖qᵢ − qⱼ‖₂: at most 2 for
-    normalised rows, √2 for orthonormal ones, and exact for the weights as stored. Singla, Singla
-    and Feizi (2022); the margin rule of Araujo et al. (2023).
+    A change Δx of x changes yᵢ − yⱼ by (qᵢ − qⱼ)ᵀΔx. So `pair_certificate` bounds ‖qᵢ − qⱼ‖₂ for
+    the
+    weights as stored: at most 2 for normalised rows, √2 for orthonormal rows. Singla, Singla and
+    Feizi (2022); the margin rule of Araujo et al. (2023).
 
     Args:
         in_features: p.
@@ -116,12 +120,12 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
         return _Running(self)
 
     def allocate(self, like: Tensor) -> list[Tensor]:
-        """Return tensors shaped as Q and b, without numbers."""
+        """Return empty tensors with the shapes of Q and b."""
         q, p = self.out_features, self.in_features
         return [like.new_empty(q, p), like.new_empty(q)]
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
-        # torch's own for modules with a parametrization passes __setstate__ by.
+        # torch's own __deepcopy__ of parametrized modules does not call __setstate__.
         copied = self.__new__(type(self))
         memo[id(self)] = copied
         copied.__dict__ = copy.deepcopy(self.__dict__, memo)
@@ -131,7 +135,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
     @torch.no_grad()
     def pair_certificate(self) -> PairCertificate:
         """Prove bounds of ‖qᵢ − qⱼ‖₂ for every pair of logits, rounded upwards."""
-        Q = Enclosure(self._stored().cpu().numpy())
+        Q = Enclosure(self._read_matrix().cpu().numpy())
         bounds = [[1.0] * self.out_features for _ in range(self.out_features)]
         for i in range(self.out_features):
             row = Enclosure(Q.mid[i : i + 1])
@@ -145,7 +149,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
         return PairCertificate.of(self.weights(), bounds, "l2", method, None)
 
     @torch.no_grad()
-    def _stored(self) -> Tensor:
+    def _read_matrix(self) -> Tensor:
         """Return Q as it runs, in float64, or refuse to claim anything of it."""
         precision.refuse_autocast()
         if self.bias.dtype not in (torch.float32, torch.float64):
@@ -163,7 +167,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
             ValueError: for weights that are not finite or in half precision; under autocast.
         """
         with torch.no_grad():
-            Q = self._stored()
+            Q = self._read_matrix()
             claim = norm_bound(Enclosure(Q.cpu().numpy())) * (1 + 1e-9)
             b = cast(self.bias, torch.float64)
             return DenseWeights.affine(Q, b, max(claim, 2.0**-500))
@@ -174,7 +178,14 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
         return (self.in_features,)
 
     def certificate(self, image: tuple[int, ...] | None = None) -> LayerCertificate:
-        """Prove the bound of ‖Q‖₂; features have no image size."""
+        """Prove a bound of ‖Q‖₂.
+
+        Args:
+            image: not read: features have no image size.
+
+        Returns:
+            The proved l2 bound.
+        """
         return certify(self.weights())
 
     @torch.no_grad()
@@ -191,6 +202,9 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
             certificate: for these weights.
             error_in: bound of the l2 distance of x to the exact input, per sample.
 
+        Returns:
+            The logits, with bounds of their l2 distance to the exact logits, per sample.
+
         Raises:
             CertificateError: if the certificate is for other weights, or the layer has hooks.
             ValueError: as `rounding_growth`.
@@ -202,11 +216,14 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
 
     @torch.no_grad()
     def rounding_growth(self, shape: tuple[int, ...], dtype: torch.dtype) -> Growth:
-        """Bound ‖fl(y) − y‖₂ affinely in ‖x‖₂; y is that of `weights()`, exactly.
+        """Return a bound of ‖fl(y) − y‖₂, affine in ‖x‖₂; y is the exact output of `weights()`.
 
         Args:
             shape: of one sample, (p,).
             dtype: in which the layer runs.
+
+        Returns:
+            The bound as a function of ‖x‖₂.
 
         Raises:
             ValueError: if the shape or dtype does not fit; under autocast.
@@ -234,7 +251,7 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
 
 
 class _Running(nn.Module):
-    """A head as a function of the precision to what runs."""
+    """A head as a map from the compute dtype to the tensors that run: Q and b."""
 
     def __init__(self, head: NormalizedLinear) -> None:
         super().__init__()

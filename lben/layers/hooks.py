@@ -1,7 +1,8 @@
 """Does a module return what it computes?
 
-A forward hook may change what a module takes and returns, and so may a method that an instance was
-given in place of its class's: what is proved knows of neither.
+A forward hook may change the input and the output of a module. So may a method that was assigned to
+one instance in place of its class's method. A proof sees weights alone, so such modules are
+refused.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ _WITHIN_WEIGHTS = ("parameterization", "parametrizations")
 
 
 def refuse_hooks(module: nn.Module) -> None:
-    """Refuse a module with forward hooks, but for those that take part in the making of weights.
+    """Refuse a module with forward hooks, except hooks of the modules that compute its weights.
+
+    Args:
+        module: with all its submodules.
 
     Raises:
         CertificateError: naming the module that has them, or saying that all modules have.
@@ -29,7 +33,7 @@ def refuse_hooks(module: nn.Module) -> None:
     for name, part in module.named_modules():
         if any(place in name.split(".") for place in _WITHIN_WEIGHTS):
             continue
-        if part._forward_hooks or part._forward_pre_hooks or _own_methods(part):
+        if part._forward_hooks or part._forward_pre_hooks or _has_own_methods(part):
             where = f" ({name})" if name else ""
             raise CertificateError(
                 f"{type(part).__name__}{where} has a forward hook, or a forward of its own: they "
@@ -38,8 +42,8 @@ def refuse_hooks(module: nn.Module) -> None:
             )
 
 
-def _own_methods(part: nn.Module) -> bool:
-    """Say whether an instance was given another method than its class has."""
+def _has_own_methods(part: nn.Module) -> bool:
+    """Return whether a method of the class was replaced on this instance."""
     return any(
         callable(value) and callable(getattr(type(part), name, None))
         for name, value in vars(part).items()

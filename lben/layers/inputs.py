@@ -1,4 +1,4 @@
-"""Is this an input, and which number of it, or of the layer, is not finite?"""
+"""Is x a tensor, and where does a number that is not finite come from: x or the layer?"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def tensor(x: object) -> Tensor:
 
 
 def non_finite(layer: nn.Module, x: Tensor, dimensions: int, entry: str) -> ValueError:
-    """Return the error for an Ux + b that is not finite, which says where that comes from.
+    """Return the error for a drive Ux + b that is not finite; it names the tensor to blame.
 
     Args:
         layer: with the parameters that U and b come from.

@@ -1,7 +1,7 @@
 """Which tensors of a layer outlive the inference mode that it was built, moved or loaded in?
 
-All: a tensor made in inference mode can never take part in a gradient, so a model built for
-validation could not be attacked afterwards.
+All parameters and buffers do. A tensor made in inference mode can never take part in a gradient. So
+a model that was built for validation in that mode could not be attacked afterwards.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Lasting(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_make_loaded_lasting)  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         with torch.inference_mode(False):
@@ -26,7 +26,7 @@ class Lasting(nn.Module):
         return self
 
 
-def _loaded(module: nn.Module, _: object) -> None:
+def _make_loaded_lasting(module: nn.Module, _: object) -> None:
     make_lasting(module)
 
 

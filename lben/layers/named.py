@@ -1,4 +1,9 @@
-"""Which feed-forward layers have a name? Each is a parameterization, a rule and a map."""
+"""Which feed-forward layers have a name?
+
+Each is a parameterization, a rule for its multiplier T, and a linear map: dense or convolutional.
+
+Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +42,7 @@ class SLLLinear(ResidualLayer):
     Args:
         features: p, inputs and outputs.
         hidden_features: n.
-        squarings: of the Gershgorin rule; 0 is the published layer, more is tighter and dearer.
+        squarings: of the Gershgorin rule; 0 is the published layer, more is tighter and costs more.
         activation: σ, slope-restricted to [0, 1]; ReLU when omitted.
         device, dtype: as in torch.nn.
 

@@ -1,4 +1,4 @@
-"""How are raw pixels normalised, and what does that cost in Lipschitz constant?"""
+"""How are raw pixels normalised, and by which factor does this raise the Lipschitz bound?"""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ class Normalize(Lasting):
         make_lasting(self)
 
     # Note [Settings that move with the model]
-    # mean and std belong to the configuration and not to the state, so no checkpoint brings them
-    # back. A move that leaves memory without its values (`to_empty`) is given them again: those of
-    # before, or those of the configuration where there were none (the meta device).
+    # mean and std belong to the configuration and not to the state, so no checkpoint restores them.
+    # `to_empty` moves the buffers without their values. This method writes the values back: the old
+    # ones, or the configured ones if the buffers were on the meta device, which has no values.
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Normalize:
         before = {name: getattr(self, name) for name in self._settings}
         super()._apply(fn, recurse)
@@ -68,20 +68,21 @@ class Normalize(Lasting):
             new = getattr(self, name)
             if not new.is_meta and new is not old:
                 with torch.inference_mode(False), torch.no_grad():
-                    new.copy_(self._configured(name) if old.is_meta else old)
+                    new.copy_(self._read_configured(name) if old.is_meta else old)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], *options: object) -> None:
         super()._load_from_state_dict(state_dict, *options)
-        # Loaded by assignment, parameters leave the meta device without a move.
+        # load_state_dict(assign=True) takes parameters off the meta device without a call of
+        # _apply.
         for name in self._settings:
             if getattr(self, name).is_meta:
                 device = next((t.device for t in state_dict.values()), None)
                 with torch.inference_mode(False):
-                    value = self._configured(name).to(device, getattr(self, name).dtype)
+                    value = self._read_configured(name).to(device, getattr(self, name).dtype)
                 setattr(self, name, value)
 
-    def _configured(self, name: str) -> Tensor:
+    def _read_configured(self, name: str) -> Tensor:
         return torch.tensor(self._settings[name], device="cpu")[:, None, None]
 
     @property
@@ -109,7 +110,10 @@ class Normalize(Lasting):
         return (len(self.mean), None, None)
 
     def certificate(self, image: tuple[int, ...] | None = None) -> LipschitzCertificate:
-        """Return the bound 1 / smallest std.
+        """Return the certificate of the bound 1 / smallest std.
+
+        Args:
+            image: not read: the bound holds for images of every size.
 
         Raises:
             CertificateError: as `gain`; for a class that extends this one without a certificate of
@@ -140,6 +144,9 @@ class Normalize(Lasting):
             certificate: of this normalisation.
             error_in: bound of the l2 distance of x to the exact images, per image.
 
+        Returns:
+            The images, with bounds of their l2 distance to the exact ones, per image.
+
         Raises:
             CertificateError: if the certificate is of something else, or the module has hooks.
             ValueError: as `rounding_growth`.
@@ -164,11 +171,14 @@ class Normalize(Lasting):
         return (x - self.mean) / self.std
 
     def rounding_growth(self, shape: tuple[int, ...], dtype: torch.dtype) -> Growth:
-        """Bound ‖fl(y) − y‖₂ affinely in ‖x‖₂, for the mean and std as stored.
+        """Return a bound of ‖fl(y) − y‖₂ that is affine in ‖x‖₂, for the mean and std as stored.
 
         Args:
             shape: of one image: channels, height, width.
             dtype: of the image.
+
+        Returns:
+            The bound as a function of ‖x‖₂.
 
         Raises:
             ValueError: if the shape does not fit or the dtype is neither float32 nor float64; under
@@ -184,8 +194,8 @@ class Normalize(Lasting):
         gain, run = self.gain, torch.promote_types(dtype, self.mean.dtype)
         pixels, entries = math.sqrt(math.prod(shape[1:])), math.sqrt(math.prod(shape))
         offset = times_up(norm_up(self.mean.double() / self.std.double()), pixels)
-        # (x − mean)/std rounds twice; the difference loses at most 3 of the smallest normal
-        # numbers, which are divided by std, the quotient 3 more.
+        # (x − mean)/std rounds twice. The difference loses at most three times the smallest normal
+        # number, divided by std; the quotient loses three times that number more.
         size = Growth(offset, gain)
         tiny = torch.finfo(run).tiny
         lost = times_up(8 * tiny, add_up(gain, 1.0), entries)
@@ -200,7 +210,7 @@ class Normalize(Lasting):
     def box_slack(
         self, x: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch 2 channels height width"]:
-        """Bound how far each input can fall and rise, once normalised, by images in [0, 1]."""
+        """Bound how far each normalised input can fall and rise within images in [0, 1]."""
         exact = x.double()
         room = torch.stack([exact, 1 - exact], dim=1).clamp_min(0) / self.std.double()
         return room * (1 + 2.0**-50)

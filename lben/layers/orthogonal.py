@@ -1,4 +1,4 @@
-"""How is an orthogonal convolution of a torus evaluated?"""
+"""How is an orthogonal convolution on a torus evaluated? By one matrix per frequency."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from lben.weights.linear_maps import Convolution
 class OrthogonalConv2d(FeedforwardLayer):
     """y = Q ∗ x + b with circular padding and orthonormal Q, by the Cayley transform.
 
-    Trockman and Kolter (2021). The transform is that of one image size, and products are made per
-    frequency, in the precision of the parameters also under autocast.
+    Trockman and Kolter (2021). The Cayley transform is computed for one image size. Products are
+    computed per frequency, in the precision of the parameters, also under autocast.
 
     Args:
         in_channels: p.
@@ -87,10 +87,11 @@ class OrthogonalConv2d(FeedforwardLayer):
         return (torch.fft.irfft2(y, s=self.image) + b[:, None, None]).to(x.dtype)
 
     def _roundoff(self, x: Signal, tensors: tuple[Tensor, ...], shape: tuple[int, ...]) -> Growth:
-        """Bound two transforms and a complex product per frequency.
+        """Bound the rounding of two Fourier transforms and of a complex product per frequency.
 
-        A transform of N points is within a factor 16 (log₂N + 8) u in l2, on the safe side of
-        Theorem 24.2 of Higham (2002), for mixed radices and Bluestein's algorithm too.
+        A transform of N points has a relative error of at most 16 (log₂N + 8) u in l2. This is on
+        the safe side of Theorem 24.2 of Higham (2002), also for mixed radices and for Bluestein's
+        algorithm.
         """
         Q, b, _ = tensors
         outputs, inputs = Q.shape[-2:]
@@ -100,9 +101,10 @@ class OrthogonalConv2d(FeedforwardLayer):
         # Symbols of norm 1 have a Frobenius norm of at most √min(q, p).
         size = max(norms_up(torch.view_as_real(Q.resolve_conj()).flatten(2), 1).max().item(), 1.0)
         product = 4 * (inputs + 4) * unit * size
-        # The kernel of `weights()` is transformed in float64: the norm of what its entries miss.
+        # `weights()` transforms the kernel in float64; this is the norm of the error of its
+        # entries.
         stored = 2.0**-48 * (math.log2(pixels) + 8) * size * math.sqrt(pixels * outputs * inputs)
-        # Sums of up to `pixels` numbers, each of which may lose a few of the smallest normal ones.
+        # Sums of up to `pixels` numbers; each may lose a few times the smallest normal number.
         lost = 64 * torch.finfo(x.dtype).tiny * (pixels * inputs + 4) * math.sqrt(pixels * outputs)
         bias = times_up(norm_up(b), math.sqrt(pixels))
         y = x.off(times_up(2, add_up(2 * transform, product, stored)), lost * (1 + size))

@@ -1,22 +1,24 @@
-"""What do the roundings of one layer add up to, stage by stage?
+"""How large is the rounding error of one layer, stage by stage?
 
 Note [Rounding model]
 With u the unit roundoff and t the smallest normal number of the dtype,
 
     |fl(a ∘ b) − a ∘ b| ≤ u|a ∘ b| + t(1 + |a| + |b|) for products, + 3t for sums,
 
-which holds whether or not denormal operands and results are flushed to zero. A sum of k products
-that starts from a bias has at most k + 1 roundings on every path, in whatever order it is summed,
-in however many accumulators, with or without fused multiply-adds: its error is at most
+This holds whether or not denormal operands and results are flushed to zero. A sum of k products
+that starts from a bias has at most k + 1 roundings on every path, for every order of summation,
+every number of accumulators, with or without fused multiply-adds. Its error is at most
 γ_{k+2}(Σ|a||b| + |bias|) (Higham 2002, section 3.1). So direct and im2col convolutions and every
 classical matrix product are covered. Algorithms that sum other products (Winograd's, FFT,
 Strassen's) are not.
 
-Activations are within `ProximalActivation.ulps` units in the last place; twice that, and 16 at
-least, are charged.
+An activation is accurate to `ProximalActivation.ulps` units in the last place. The model charges
+twice this number, and at least 16 units.
 
-Errors and sizes are affine in ‖x‖₂. A vector may be measured with one weight per entry, so that
-what is large in one stage and small in the next is not counted as large in both.
+Errors and sizes are affine in ‖x‖₂. A norm may have one weight per entry: an entry that is large in
+one stage and small in the next is then not counted as large in both.
+
+Symbols: docs/glossary.md.
 """
 
 from __future__ import annotations
@@ -41,12 +43,12 @@ from solvers import ProximalActivation, ReLU
 
 @dataclass(frozen=True)
 class Signal:
-    """A vector within a layer: bounds of its size and of its error.
+    """A vector inside a layer, described by bounds of its norm and of its error.
 
     Attributes:
         dtype: in which it is computed.
-        size: of the exact vector.
-        error: of the computed vector's distance to it.
+        size: bound of the l2 norm of the exact vector.
+        error: bound of the l2 distance of the computed vector to the exact one.
     """
 
     dtype: torch.dtype
@@ -60,7 +62,7 @@ class Signal:
 
     @property
     def computed(self) -> Growth:
-        """Size of the computed vector."""
+        """Bound of the l2 norm of the computed vector."""
         return self.size + self.error
 
     def linear(
@@ -74,7 +76,7 @@ class Signal:
         inputs: int,
         share: float = 1.0,
     ) -> Signal:
-        """Return Ax + b, sums of products that may start from b.
+        """Return the signal of Ax + b, where the sums of products may start from b.
 
         Args:
             norm: bound of ‖ |A| ‖₂, in the weights of either side.
@@ -96,7 +98,7 @@ class Signal:
         return replace(self, size=size, error=self.error.times(norm) + rounded + lost)
 
     def activate(self, activation: ProximalActivation, at_zero: float, ones: float) -> Signal:
-        """Return σ of it. `at_zero` is ‖σ(0)‖₂, in the weights of the units like `ones`."""
+        """Return the signal of σ; `at_zero` is ‖σ(0)‖₂, `ones` ‖1‖₂, in the units' weights."""
         size = self.size.plus(at_zero)
         if type(activation) is ReLU:
             return replace(self, size=size)
@@ -106,7 +108,7 @@ class Signal:
         )
 
     def plus(self, other: Signal, entries: int) -> Signal:
-        """Return the sum, or the difference, of two vectors."""
+        """Return the signal of the sum, or of the difference, of two vectors."""
         rounded = (self.computed + other.computed).times(_gamma(2, self.dtype))
         lost = times_up(4 * _tiny(self.dtype), math.sqrt(entries))
         return replace(
@@ -116,11 +118,11 @@ class Signal:
         )
 
     def off(self, relative: float, lost: float = 0.0) -> Signal:
-        """Return the vector with an error relative to its size, and an absolute one."""
+        """Return the signal with a relative and an absolute error added."""
         return replace(self, error=self.error + self.computed.times(relative).plus(lost))
 
     def below(self, *sizes: Growth) -> Growth:
-        """Return the error, up to where numbers of these sizes may overflow."""
+        """Return the error bound, limited to the ‖x‖₂ for which none of these sizes overflows."""
         largest = torch.finfo(self.dtype).max / 4
         limit = min(size.reach(largest) for size in (*sizes, self.computed))
         if not limit >= 0:
@@ -136,7 +138,7 @@ class Units:
         shape: of one sample.
         U: a matrix or kernel of the map.
         w: float64, one weight per unit or channel.
-        inner: what the map's outputs are multiplied with before the bias is added, if anything.
+        inner: factor of each output of the map before the bias is added; None for 1.
     """
 
     def __init__(
@@ -152,13 +154,13 @@ class Units:
         self.pixels = math.prod(self.hidden[1:])
 
     def norm(self, vector: Tensor) -> float:
-        """Bound the l2 norm over all units of one number per channel."""
+        """Bound the l2 norm, over all units, of a vector that has one number per channel."""
         return times_up(norm_up(vector), math.sqrt(self.pixels))
 
     def enter(
         self, x: Signal, U: Tensor, scaled: Tensor, b: Tensor, activation: ProximalActivation
     ) -> Signal:
-        """Return σ(Ux + b); `scale` is U as it acts, in the weights of the units."""
+        """Return the signal of σ(Ux + b); `scaled` is U as it acts, in the weights of the units."""
         norm, ones = absolute_norm(scaled), self.norm(self.w)
         inner = self.w if self.inner is None else self.w * self.inner.double().clamp_min(1)
         v = x.linear(
@@ -172,7 +174,7 @@ class Units:
         self, h: Signal, U: Tensor, scaled: Tensor, weighted: Tensor, share: Tensor,
         bias: Tensor | None = None,
     ) -> Signal:  # fmt: skip
-        """Return Uᵀ(s ∘ h) + b; `scale` is s ∘ U, and `weighted` the same for h in weights."""
+        """Return the signal of Uᵀ(s ∘ h) + b; `scaled` is s ∘ U, `weighted` that for weighted h."""
         outputs = U.shape[1] * math.prod(self.shape[1:])
         b = 0.0 if bias is None else times_up(norm_up(bias), math.sqrt(outputs // U.shape[1]))
         return h.linear(
@@ -189,7 +191,7 @@ def at_zero(activation: ProximalActivation, weights: Tensor) -> float:
 
 
 def _ulps(activation: ProximalActivation) -> int:
-    """Return how many roundings cover the evaluation of σ: two for each of its `ulps`, twice."""
+    """Return how many roundings σ is charged with: two for each of its `ulps`, doubled."""
     return max(32, 4 * math.ceil(activation.ulps))
 
 

@@ -1,4 +1,7 @@
-"""What is the bound of a chain of modules, and of the error that floating point adds to it?"""
+"""What is the bound of a chain of modules, and how large is the error of the chain as it runs?
+
+Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ from lben.radii.error_bounds import Certified, Stage
 class LipschitzSequential(nn.Sequential):
     """torch.nn.Sequential of modules with proved bounds; its bound is their product.
 
-    It takes every `BoundedModule`: layers, heads, fixed maps, normalisations, chains (which nest)
-    and modules of a user's own. A sample has as many dimensions as the first module takes, behind
-    any number of batch dimensions; where a chain starts with `Flatten` the first dimension is the
-    batch's.
+    It takes every `BoundedModule`: layers, heads, fixed maps, normalisations, other chains, and
+    modules that you wrote. x may have any number of batch dimensions before the dimensions of a
+    sample, which the first module prescribes. A chain that starts with `Flatten` prescribes none:
+    there the first dimension of x is the batch.
 
     Raises:
         ValueError: if a module has no bound.
@@ -46,7 +49,7 @@ class LipschitzSequential(nn.Sequential):
 
     @property
     def sample_shape(self) -> tuple[int | None, ...] | None:
-        """The shape of one x as far as the first module that knows one says; None if none does."""
+        """The shape of one x as the first module that prescribes a shape has it, or None."""
         for layer in self:
             if isinstance(layer, Flatten):
                 return None
@@ -62,7 +65,7 @@ class LipschitzSequential(nn.Sequential):
         return y if batch is None else y.reshape(*batch, *y.shape[1:])
 
     def _flatten_batch(self, x: Tensor) -> tuple[Tensor, torch.Size | None]:
-        """Return x with one batch dimension, and its batch dimensions if they were others."""
+        """Return x with one batch dimension, and the former ones, None if nothing changed."""
         shape = self.sample_shape
         if shape is None or x.ndim < len(shape) or x.ndim == len(shape) + 1:
             return x, None
@@ -73,9 +76,12 @@ class LipschitzSequential(nn.Sequential):
         """Prove every module, and compose their bounds.
 
         Args:
-            image: the shape of one sample: (p,), or (channels, height, width); height and width
-                alone where the first module says how many channels it takes, and nothing where it
-                says all.
+            image: the shape of one sample: (p,), or (channels, height, width). Height and width are
+                enough if the first module prescribes the channels; it may be omitted if the first
+                module prescribes the whole shape.
+
+        Returns:
+            The product of the modules' bounds, with their certificates.
 
         Raises:
             ValueError: if a module has no bound, or the shape is not known; under autocast.
@@ -94,13 +100,16 @@ class LipschitzSequential(nn.Sequential):
     ) -> Certified:
         """Return y as the chain runs, with bounds of its distance to the exact y, here and around.
 
-        The exact y is that of the weights of every module, with exact equilibria and no rounding.
-        What a module adds is multiplied by the bounds of those after it.
+        The exact y is computed from the weights of every module with exact equilibria and without
+        rounding. The error that a module adds is multiplied by the bounds of the modules after it.
 
         Args:
             x: float32 or float64.
             certificate: of this chain, for images of this size.
             error_in: bound of the l2 distance of x to the exact input, per sample.
+
+        Returns:
+            y with bounds of ‖y − y*‖₂ per sample: at x, and at every input in a ball around x.
 
         Raises:
             CertificateError: if a certificate is of other modules, weights or images.
@@ -118,6 +127,9 @@ class LipschitzSequential(nn.Sequential):
 
 def check_bounded(layers: Iterable[nn.Module]) -> None:
     """Refuse modules without a bound.
+
+    Args:
+        layers: the modules of a chain.
 
     Raises:
         ValueError: naming the class.
@@ -138,6 +150,13 @@ def certify_chain(
     """Prove modules one after the other, for samples of a shape, and compose their bounds.
 
     Where the last module bounds every pair of its outputs, so does the chain.
+
+    Args:
+        layers: every one a `BoundedModule`.
+        shape: of one sample, without the batch.
+
+    Returns:
+        The product of the bounds, with the certificates of the modules.
     """
     layers = list(layers)
     tensors = (t for layer in layers for t in (*layer.parameters(), *layer.buffers()))
@@ -155,9 +174,9 @@ def certify_chain(
 def evaluate_chain(
     layers: Sequence[nn.Module], x: Tensor, certificate: LipschitzCertificate
 ) -> Certified:
-    """Return the output of modules one after the other, with bounds of its distance to the exact.
+    """Return the output of modules in order, with bounds of its distance to the exact output.
 
-    As `stage_after`.
+    Args and errors are those of `stage_after`.
     """
     y, stage = stage_after(layers, x, certificate)
     return Certified(value=y, error=stage.error, uniform=stage.uniform, steps=stage.steps)
@@ -166,12 +185,15 @@ def evaluate_chain(
 def stage_after(
     layers: Sequence[nn.Module], x: Tensor, certificate: LipschitzCertificate
 ) -> tuple[Tensor, Stage]:
-    """Return the output of modules one after the other, and what is known of it.
+    """Return the output of modules in order, and the bounds of the chain up to there.
 
     Args:
         layers: every one a `BoundedModule`.
         x: with one batch dimension.
         certificate: of these modules.
+
+    Returns:
+        The output, and the gain and error bounds of the whole chain in terms of x.
 
     Raises:
         CertificateError: if the certificate is of other modules.
@@ -193,7 +215,7 @@ def stage_after(
 def _shape_of_sample(
     image: tuple[int, ...] | None, known: tuple[int | None, ...] | None
 ) -> tuple[int, ...]:
-    """Return the shape of one sample from what was given and what the first module knows."""
+    """Return the shape of one sample from the argument and the shape that the first module has."""
     if image is not None and len(image) == 2 and known is not None and len(known) == 3:
         image = None if known[0] is None else (known[0], *image)
     elif image is None and known is not None and all(size is not None for size in known):

@@ -1,20 +1,26 @@
 """How wrong can an equilibrium layer be, as it runs, anywhere in a ball?
 
-Let the layer be known at x, where it found z, and run at x' within ρ of x with its tolerance τ.
-Norms of states are in Λ. At x' it finds z' for a rounded v', and accepts it where
+The layer was solved at x, where it found the state z. It runs at x' within ρ of x, with the
+relative tolerance τ. Norms of states are in Λ. At x' the layer computes a rounded drive v' and
+finds a state z'. It accepts z' if
 
     ‖z̃' − z'‖ ≤ τ max(‖z̃'‖, ‖z'‖),      z̃' = σ(fl(Wz' + v')) = σ(Wz' + v' + ε),
 
-so with r = z' − z̃' the point z̃' is the exact equilibrium of the drive v' + ε + Wr: the rounding
-of v and of Wz' + v' acts as a change of the drive, what the tolerance allows as a residual, and the
-gains of `lben.certificates.sensitivity` say what both do. Their sizes depend on how far the state
-moves, μ ≥ ‖z' − z‖:
+where ε is the rounding of Wz' + v'. Let r = z' − z̃'. Then z̃' is the exact equilibrium of the drive
+v' + ε + Wr. So the rounding of v' and of Wz' + v' acts as a change of the drive, and r, which the
+tolerance allows, acts as a residual. The gains of `lben.certificates.sensitivity` bound the effect
+of both. The sizes of ε and r depend on how far the state moves. With a bound μ ≥ ‖z' − z‖,
 
     ‖r‖ ≤ t(‖z‖ + μ),    ‖ε‖ ≤ ε(z) + gμ + c(‖v‖ + ‖U‖ρ + ‖δv‖),    ‖δv‖ ≤ δ(x) + γ‖|U|‖ρ,
-    μ ≤ (1 + κ)‖r‖ + k(‖ε‖ + ‖δv‖) + ℓρ + e,
+    μ ≤ (1 + κ)‖r‖ + k(‖ε‖ + ‖δv‖) + ℓρ + e.
 
-e the error of z, which is one linear inequality for μ. It bounds μ if its factor is positive; a
-tolerance above that says nothing. Every bound is affine in ρ.
+Here δv is the rounding of v', δ(x) bounds the rounding of v, and γ‖|U|‖ the rounding of v per ‖x‖₂;
+κ, k and ℓ are the gains from a residual, from the drive and from the input to the state; e bounds
+the error of z; t, g, c and ε(z) are attributes of `Running`. Together these are one linear
+inequality for μ. It bounds μ if the factor of μ is positive. At a larger tolerance the factor is
+not, and no error is bounded. Every bound is affine in ρ.
+
+Symbols: docs/glossary.md.
 """
 
 from __future__ import annotations
@@ -33,10 +39,10 @@ from lben.weights import Rates
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Running:
-    """How a layer runs, and what is known of it at x; states in the Λ norm, float64.
+    """The constants of a layer that runs, and its sizes and errors at x; states in the Λ norm.
 
     Attributes:
-        tol: t, what a solve accepts relative to its state, the rounding of norms and of σ included.
+        tol: t, the relative residual that a solve accepts, with the rounding of norms and of σ.
         product: g, bound of the rounding of Wz per ‖z‖.
         sum: c, bound of the rounding of Wz + v per ‖v‖, for accumulators that start from v.
         rates: how sizes and roundings grow with the input and the state.
@@ -67,9 +73,14 @@ class Running:
 
 
 def uniform_error(layer: Running, gains: Sensitivity) -> Affine:
-    """Bound ‖y − y*‖₂ of the layer as it runs, at every input within ρ of x.
+    """Return a bound of ‖y − y*‖₂ of the layer as it runs, at every input within ρ of x.
 
-    Infinite where the tolerance is too loose to say anything.
+    Args:
+        layer: its constants, and its sizes and errors at x.
+        gains: of its weights.
+
+    Returns:
+        The bound, affine in ρ, per sample; infinite if the tolerance is too loose for one.
     """
     rates = layer.rates
     bias_rounding = Affine(layer.bias_rounding, rates.drive_rounding)
@@ -97,9 +108,10 @@ def uniform_error(layer: Running, gains: Sensitivity) -> Affine:
 
 
 def _limit(layer: Running, state: Affine) -> Tensor:
-    """Return the largest ρ at which nothing overflows, by the sizes that roundings are part of.
+    """Return the largest ρ at which no number overflows, from the bounds of roundings.
 
-    A rounding is at least half an ulp of what it rounds, so sizes are below 1/u roundings.
+    A bound of a rounding is at least half an ulp of the rounded number. So that number is at most
+    1/u times the bound.
     """
     rates, ulp = layer.rates, layer.unit
     x = Affine(layer.size, 1.0)

@@ -1,4 +1,4 @@
-"""Which networks have a name? Frozen configurations, and `build`, which makes modules of them."""
+"""Which networks have a name? Each is a frozen configuration whose `build` makes the module."""
 
 from lben.models.base import (
     Architecture,

@@ -1,4 +1,4 @@
-"""What is every classifier, whatever it is made of? Images in [0, 1] to certified logits."""
+"""What do all classifiers share? They map images in [0, 1] to logits, with a proved bound."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ from solvers.precision import in_autocast
 Promise = Literal["running", "exact", "textbook"]
 """What a certified radius promises.
 
-- running: the model as it runs, with these weights in this precision and with solves that met this
-  tolerance, gives the label at every image of the ball;
-- exact: the exact network of the same weights, solved and evaluated without error, does;
-- textbook: nothing. Margin ÷ bound of the logits as they come, as papers have it: for comparison.
+- running: at every image of the ball the model as it runs gives the label. It has these weights and
+  this precision, and its solves meet this tolerance.
+- exact: at every image of the ball the exact network of the same weights gives the label. It is
+  solved and evaluated without error.
+- textbook: nothing is promised. The number is margin ÷ bound of the computed logits, as papers
+  report it, for comparison.
 """
 
 Bound = Literal["promised", "scaled", "pairs", "diagonal", "diagonal pairs"]
@@ -64,7 +66,16 @@ class CertifiedLogits(Certified):
     ) -> Float[Tensor, " batch"]:
         """Return certified radii in the l2 norm of raw inputs; 0 where misclassified.
 
-        Warns where the solver's tolerance is too loose for any promise about the model as it runs.
+        A warning says if the solver's tolerance is too loose for any promise about the model as it
+        runs.
+
+        Args:
+            labels: integers in [0, classes), one per image.
+            certificate: of the model that gave these logits.
+            promise: what the radii are for, see `Promise`.
+
+        Returns:
+            One radius ≥ 0 per image, float64.
         """
         bound, logits, error = certificate.radius_bound(), self.value, self.error
         if promise == "textbook":
@@ -84,7 +95,7 @@ class CertifiedLogits(Certified):
 
 
 class ClassifierConfig(Protocol):
-    """What training and checkpoints need of a configuration: a frozen dataclass that builds.
+    """A frozen dataclass that builds a classifier: all that training and checkpoints rely on.
 
     Example:
         >>> from lben import EquilibriumClassifierConfig
@@ -97,7 +108,7 @@ class ClassifierConfig(Protocol):
 
     @property
     def architecture(self) -> Architecture:
-        """The part that is not the data's."""
+        """The part of the configuration that does not depend on the data."""
 
     def build(self) -> Classifier:
         """Return a freshly initialised model."""
@@ -105,7 +116,7 @@ class ClassifierConfig(Protocol):
 
 
 class Architecture(ABC):
-    """What a classifier is, whatever its images are: a frozen dataclass of its own options.
+    """The options of a classifier that do not depend on its images: a frozen dataclass.
 
     Attributes:
         supports: which of the options channels_last and autocast a training run may use.
@@ -125,7 +136,7 @@ class Architecture(ABC):
         """Return the configuration of a classifier of such images.
 
         Args:
-            data: a `Dataset`, or whatever else has shape, classes, mean and std.
+            data: a `Dataset`, or another object with shape, classes, mean and std.
         """
 
 
@@ -211,9 +222,13 @@ class Classifier(nn.Module, ABC):
         Args:
             image: height and width, or the shape of one image; may be omitted, as the model is made
                 for one size.
-            bound: "promised" by the parameterization (infinite where it promises none), or the
-                least that the weights support: "scaled", with their own Λ up to a factor; "pairs",
-                the same for every pair of logits; "diagonal", with the best Λ; "diagonal pairs".
+            bound: which bound is proved. "promised": γ of the parameterization (infinite if it has
+                none). "scaled": the smallest bound for the weights' own Λ up to a factor.
+                "diagonal": the smallest bound for the best diagonal Λ. "pairs" and "diagonal
+                pairs": the same for every pair of logits.
+
+        Returns:
+            The proved l2 bound from pixels to logits, with the certificates of all stages.
 
         Raises:
             ValueError: if the model does not have this bound, or for another image size.
@@ -232,16 +247,17 @@ class Classifier(nn.Module, ABC):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that a proof about this model depends on, see `fingerprint`.
+        """SHA-256 of everything that a proof about this model depends on.
 
-        The layers in order with their weights and activations, normalisation, image size, dtype.
+        It covers the layers in order with their weights and activations, the normalisation, the
+        image size and the dtype; see `lben.layers.fingerprint`.
         """
         return fingerprint(self)
 
     def _check(self, certificate: ChainCertificate) -> None:
         """Refuse a certificate of another network.
 
-        One that `compose` made names no network: its modules are checked one by one where they run.
+        A certificate made by `compose` names no network. Its modules are checked when they run.
         """
         refuse_hooks(self)
         check_bounded(self.stages)
@@ -257,13 +273,16 @@ class Classifier(nn.Module, ABC):
     ) -> CertifiedLogits:
         """Return logits as the model runs, with bounds of their distance to the exact network's.
 
-        The exact network has the weights that run, in float32 or float64, and is solved exactly and
-        without rounding; the bound covers solver error and rounding from pixels to logits.
+        The exact network has the weights that run, in float32 or float64, and is solved and
+        evaluated without error. The bound covers solver errors and rounding from pixels to logits.
 
         Args:
             x: images in [0, 1].
             certificate: of this model.
             error_in: bound of the l2 distance of x to the exact images, per image.
+
+        Returns:
+            The logits, with bounds of their l2 distance to the exact logits, per image.
 
         Raises:
             ValueError: if the model is neither float32 nor float64.
@@ -298,7 +317,7 @@ class Classifier(nn.Module, ABC):
         return max((layer.tol for layer in layers), default=None)
 
     def freeze(self, tol: float | None = None) -> Self:
-        """Return a copy for evaluation as the model runs: on the CPU, in its own precision.
+        """Return a copy in eval mode on the CPU, in the precision that the model runs in.
 
         Args:
             tol: relative tolerance of the solver; that of each layer when None. A solve that misses
@@ -314,8 +333,11 @@ class Classifier(nn.Module, ABC):
     def to_exact(self, tol: float) -> Self:
         """Return a copy that stands for the exact network: float64, on the CPU, solved to `tol`.
 
-        Equilibrium layers keep the very weights that run; feed-forward layers compute T anew from
-        their parameters, which changes them by the rounding of the precision that they ran in.
+        Equilibrium layers keep the weights that run. Feed-forward layers compute T anew from their
+        parameters, so their weights change by the rounding of the precision that they ran in.
+
+        Args:
+            tol: relative tolerance of the solves.
         """
         exact = self.freeze(tol)
         for layer in exact.modules():
@@ -338,9 +360,11 @@ class Classifier(nn.Module, ABC):
             x: images in [0, 1].
             labels: i.
             certificate: of this model; that of the promised bound when omitted.
-            promise: what the radius is for: the model as it runs at every image of the ball, the
-                exact network, or (textbook) nothing.
+            promise: what the radius promises, see `Promise`.
             sound: False for the textbook number.
+
+        Returns:
+            One radius ≥ 0 per image, float64.
 
         Raises:
             ValueError: if the promise is unknown, labels do not fit, or the model is neither

@@ -1,7 +1,7 @@
-"""What is configured of a classifier, by whom? The task by the data, the architecture by its user.
+"""Who configures which part of a classifier? The data fix the task, the user the architecture.
 
-An architecture and a task together are the configuration of one classifier, a frozen dataclass that
-inherits the fields of both. A field is declared once; the command line and checkpoints find it.
+The configuration of a classifier is a frozen dataclass that inherits the fields of an architecture
+and of a task. Each field is declared once. The command line and checkpoints read it from there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lben.values import check_positive, conform
 
 
 class Images(Protocol):
-    """What an architecture needs to know of data: a `Dataset` and an `ImageTask` say it.
+    """The facts about data that an architecture needs; `Dataset` and `ImageTask` have them.
 
     Example:
         >>> images: Images = ImageTask(shape=(1, 28, 28), classes=10, mean=(0.13,), std=(0.31,))
@@ -41,7 +41,7 @@ class Images(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTask:
-    """What the data decide of a classifier of images in [0, 1].
+    """The part of a classifier's configuration that the data fix, for images in [0, 1].
 
     Attributes:
         shape: channels, height, width.
@@ -80,12 +80,20 @@ class ImageTask:
 
 
 def fields_of(cls: type[Any], value: Any) -> dict[str, Any]:
-    """Return what a value has under the names of a dataclass's fields."""
+    """Return a dictionary of the attributes of a value that are fields of a dataclass.
+
+    Args:
+        cls: the dataclass.
+        value: an object with these attributes.
+    """
     return {f.name: getattr(value, f.name) for f in fields(cls)}
 
 
 def check_channels(channels: tuple[int, ...]) -> None:
     """Refuse a network without a stage, or a stage without channels.
+
+    Args:
+        channels: one number per stage.
 
     Raises:
         ValueError: naming them.
@@ -96,6 +104,9 @@ def check_channels(channels: tuple[int, ...]) -> None:
 
 def check_kernel(kernel_size: int) -> None:
     """Refuse kernels without a centre.
+
+    Args:
+        kernel_size: height and width of the kernel.
 
     Raises:
         ValueError: naming the size.

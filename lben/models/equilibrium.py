@@ -1,4 +1,4 @@
-"""A classifier of one equilibrium layer: what is it made of, and what does it prove?"""
+"""What is a classifier of one equilibrium layer made of, and which bounds does it prove?"""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ActivationName = Literal["relu", "leaky_relu", "tanh"]
 
 @dataclass(frozen=True, kw_only=True)
 class SingleLayerArchitecture(Architecture):
-    """What all classifiers of one equilibrium layer have.
+    """The options that all classifiers of one equilibrium layer share.
 
     Attributes:
         gamma: l2 Lipschitz bound on the normalised input; None for no bound.
@@ -123,7 +123,7 @@ class EquilibriumClassifierConfig(EquilibriumArchitecture, ImageTask):
 
     @property
     def architecture(self) -> EquilibriumArchitecture:
-        """The part that is not the data's."""
+        """The part of the configuration that does not depend on the data."""
         return EquilibriumArchitecture(**fields_of(EquilibriumArchitecture, self))
 
     def build(self) -> EquilibriumClassifier:
@@ -192,7 +192,7 @@ class ConvolutionalEquilibriumClassifierConfig(ConvolutionalEquilibriumArchitect
 
     @property
     def architecture(self) -> ConvolutionalEquilibriumArchitecture:
-        """The part that is not the data's."""
+        """The part of the configuration that does not depend on the data."""
         own = fields_of(ConvolutionalEquilibriumArchitecture, self)
         return ConvolutionalEquilibriumArchitecture(**own)
 
@@ -210,10 +210,10 @@ class SingleLayerClassifier(Classifier):
     def gamma(self) -> float | None:
         return self.layer.gamma
 
-    def _around(
+    def _extend_to_network(
         self, whole: LayerCertificate, pairs: PairCertificate | None = None
     ) -> ChainCertificate:
-        """Return the certificate of the network from one of its layer."""
+        """Return the certificate of the network that follows from a certificate of its layer."""
         whole = replace(whole, sensitivity=sensitivity(self.layer.weights(), whole))
         before = certify_chain(self.stages[:-1], self.shape).layers
         return compose([*before, whole], pairs)
@@ -256,10 +256,10 @@ class EquilibriumClassifier(SingleLayerClassifier):
         return self.normalize, _FLATTEN, self.layer
 
     def local_certifier(self, certificate: ChainCertificate) -> LocalCertifier:
-        """Return what proves radii around single images.
+        """Return the certifier that proves radii around single images.
 
         Args:
-            certificate: of this model, whose bound is not tried again.
+            certificate: of this model; its bound is used and not proved again.
 
         Raises:
             ValueError: if the certificate has no finite bound.
@@ -286,14 +286,14 @@ class EquilibriumClassifier(SingleLayerClassifier):
         pixels: bool = False,
         promise: Promise = "running",
     ) -> OperatingPoints:
-        """Return what is known of the model at some images, for proofs around them.
+        """Return the operating points of the model at some images, for proofs around these images.
 
         Args:
             x: images in [0, 1].
             certificate: of this model.
-            local: of this model.
-            pixels: whether proofs shall be for images in [0, 1] alone, which are more.
-            promise: whether they shall be for the model as it runs, or for the exact network.
+            local: the certifier of this model.
+            pixels: whether proofs are for images in [0, 1] only; then more of them succeed.
+            promise: whether proofs are for the model as it runs, or for the exact network.
 
         Raises:
             CertificateError: if a proof is for other weights, or the local one for another
@@ -335,7 +335,7 @@ class EquilibriumClassifier(SingleLayerClassifier):
         pairs = None
         if bound.endswith("pairs"):
             pairs = certify(weights, tighten_pairs(weights, fix_multiplier=not diagonal))
-        return self._around(certify(weights, claim), pairs)
+        return self._extend_to_network(certify(weights, claim), pairs)
 
 
 class ConvolutionalEquilibriumClassifier(SingleLayerClassifier):
@@ -355,7 +355,7 @@ class ConvolutionalEquilibriumClassifier(SingleLayerClassifier):
         super().__init__(config.shape, config.mean, config.std)
         self.config = config
         self.stem = InvertibleDownsampling(config.stem)
-        start = torch.zeros(1, *config.shape, device="meta")  # for its shape
+        start = torch.zeros(1, *config.shape, device="meta")  # only its shape is used
         channels, height, width = self.stem(start).shape[1:]
         self.layer = PooledEquilibriumConv2d(
             channels,
@@ -385,7 +385,7 @@ class ConvolutionalEquilibriumClassifier(SingleLayerClassifier):
         if bound == "promised":
             return super()._certificate(bound)
         weights = self.layer.weights()
-        return self._around(certify(weights, tighten_pooled(weights)))
+        return self._extend_to_network(certify(weights, tighten_pooled(weights)))
 
 
 _FLATTEN = Flatten()

@@ -1,4 +1,4 @@
-"""Which feed-forward 1-Lipschitz networks have a name, and what do they prove?"""
+"""Which feed-forward 1-Lipschitz networks have a name, and which bounds do they prove?"""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ _PUBLISHED = {
 class FeedforwardArchitecture(Architecture):
     """A network whose every layer is 1-Lipschitz on the normalised image, whatever its images are.
 
-    The image is down-sampled, if asked for, and zero channels are appended; then come stages of
-    convolutions with invertible down-sampling between them, norm-preserving pooling, dense layers
-    and normalised logits. Blocks without activation of their own (aol, spectral) are followed by
-    MaxMin; with spectral blocks, linear and residual at the start, it is the plan of LiResNet (Hu
-    et al. 2023).
+    The image is down-sampled (if stem > 1), and zero channels are appended. Stages of convolutions
+    follow, with invertible down-sampling between them, then pooling, dense layers and normalised
+    logits. MaxMin follows each block that has no activation of its own (aol, spectral). With
+    spectral blocks, linear and residual at the start, this is the plan of LiResNet (Hu et al.
+    2023).
 
     Attributes:
         block: family of all layers: sll, cpl, aol, spectral or sandwich.
@@ -135,7 +135,7 @@ class FeedforwardClassifierConfig(FeedforwardArchitecture, ImageTask):
 
     @property
     def architecture(self) -> FeedforwardArchitecture:
-        """The part that is not the data's."""
+        """The part of the configuration that does not depend on the data."""
         return FeedforwardArchitecture(**fields_of(FeedforwardArchitecture, self))
 
     def build(self) -> FeedforwardClassifier:

@@ -1,10 +1,10 @@
-"""What is known of a layer as it runs: at one input, and at every input of a ball around it?
+"""How far is the output of a layer that runs from the exact output, at one input and in a ball?
 
-A layer that runs rounds, and an equilibrium layer leaves a residual. How far its output lies from
-that of the exact layer (the same weights, solved and evaluated in real arithmetic) can be bounded
-at one input from what was found there. At another input nothing was found yet: there the bound is
-what the layer's tolerance and the size of its state allow, which grows at most linearly with the
-distance from the input that is known.
+A layer that runs rounds its numbers, and an equilibrium layer leaves a residual. The exact layer
+has the same weights, and is solved and evaluated in real arithmetic. At an input where the layer
+has run, its state and residual bound the distance of the two outputs. At another input nothing has
+been computed yet. There the layer's tolerance and the size of its state bound the distance. This
+bound grows at most linearly with the distance from the input where the layer has run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Affine:
     Args:
         constant: per sample, float64.
         slope: the same for all samples.
-        limit: per sample, the largest r for which it holds: beyond, a number may overflow.
+        limit: per sample, the largest r for which the bound holds; beyond it a number may overflow.
 
     Example:
         >>> import torch
@@ -44,7 +44,7 @@ class Affine:
     def at(self, radius: Float[Tensor, " batch"] | float) -> Float[Tensor, " batch"]:
         """Return the bound for a radius."""
         bound = (self.constant + self.slope * radius) * _OUTWARDS
-        known = ~bound.isnan() & (_number(radius, bound) <= _number(self.limit, bound))
+        known = ~bound.isnan() & (_to_tensor(radius, bound) <= _to_tensor(self.limit, bound))
         return torch.where(known, bound, torch.inf)
 
     def select(self, index: Tensor) -> Affine:
@@ -61,35 +61,36 @@ class Affine:
         return Affine(
             (self.constant + other.constant) * _OUTWARDS,
             (self.slope + other.slope) * _OUTWARDS,
-            _least(self.limit, other.limit),
+            _take_least(self.limit, other.limit),
         )
 
     def __mul__(self, factor: float) -> Affine:
-        """Scale by a non-negative number; infinity times nothing is infinity."""
+        """Scale by a non-negative number; ∞ · 0 is ∞."""
         constant = (self.constant * factor * _OUTWARDS).nan_to_num(nan=torch.inf, posinf=torch.inf)
         slope = self.slope * factor * _OUTWARDS
         return Affine(constant, math.inf if math.isnan(slope) else slope, self.limit)
 
     def after(self, inner: Affine) -> Affine:
-        """Return the bound in terms of r where the radius here is at most inner(r)."""
+        """Return the bound as a function of r, for a radius of at most inner(r)."""
         reach = self.limit - inner.constant * _OUTWARDS
         if inner.slope:
             reach = reach / (inner.slope * _OUTWARDS)
         else:
             reach = torch.where(reach >= 0, torch.inf, -torch.inf)
-        constant, limit = self.at(inner.constant), _least(inner.limit, reach.nan_to_num(nan=-1.0))
+        constant = self.at(inner.constant)
+        limit = _take_least(inner.limit, reach.nan_to_num(nan=-1.0))
         return Affine(constant, (Affine(constant, self.slope) * inner.slope).slope, limit)
 
 
-def _least(a: Tensor | float, b: Tensor | float) -> Tensor | float:
+def _take_least(a: Tensor | float, b: Tensor | float) -> Tensor | float:
     if isinstance(a, float) and isinstance(b, float):
         return min(a, b)
     like = a if isinstance(a, Tensor) else b
     assert isinstance(like, Tensor)
-    return torch.minimum(_number(a, like), _number(b, like))
+    return torch.minimum(_to_tensor(a, like), _to_tensor(b, like))
 
 
-def _number(value: Tensor | float, like: Tensor) -> Tensor:
+def _to_tensor(value: Tensor | float, like: Tensor) -> Tensor:
     return value if isinstance(value, Tensor) else like.new_tensor(value)
 
 
@@ -100,9 +101,10 @@ class Certified:
     Attributes:
         value: y, in the precision that the layer runs in.
         error: bound of ‖y − y*‖₂ per sample, float64, where y* is the exact output for the same x.
-        uniform: bound of the same distance at every input within a radius of x (l2, in the layer's
-            input), for a layer that runs there with the same settings and meets its tolerance; None
-            where nothing is known of other inputs: then no radius is certified of what runs.
+        uniform: bound of the same distance at every input within a radius of x, in the l2 norm of
+            the layer's input. It holds for a layer that runs there with the same settings and meets
+            its tolerance. None if no such bound is known; then no radius of the network as it runs
+            can be certified.
         steps: most solver iterations that a sample needed; 0 for a layer without a solve.
 
     Example:
@@ -128,7 +130,7 @@ class Certified:
         )  # fmt: skip
 
     def after(self, error_in: Float[Tensor, "*batch"] | float, bound: float) -> Self:
-        """Return the same for an x that is itself off by at most `error_in`.
+        """Return the output with bounds for an x that has an error of at most `error_in` itself.
 
         Args:
             error_in: bound of ‖x − x*‖₂ per sample; y* is then the exact output for x*.
@@ -136,12 +138,12 @@ class Certified:
         """
         if isinstance(error_in, float) and error_in == 0:
             return self
-        return replace(self, error=_through(error_in, bound, self.error))
+        return replace(self, error=_propagate(error_in, bound, self.error))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stage:
-    """What is known of a chain of layers after some of them, in terms of the chain's input.
+    """The gain and the error bounds of the first layers of a chain, in terms of the chain's input.
 
     Attributes:
         gain: a Lipschitz bound of the exact chain so far.
@@ -164,20 +166,21 @@ class Stage:
 
     @classmethod
     def start(cls, x: Tensor) -> Stage:
-        """Return what is known before the first layer: x is exact."""
+        """Return the stage before the first layer: x is exact and the gain is 1."""
         nothing = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         return cls(gain=1.0, error=nothing, uniform=Affine(nothing, 0.0))
 
     @property
     def reach(self) -> Affine:
-        """How far the value as it runs moves within the ball.
+        """How far the value moves within the ball, for the chain as it runs.
 
-        ‖F(x') − F(x)‖ ≤ ‖F(x') − f(x')‖ + ‖f(x') − f(x)‖ + ‖f(x) − F(x)‖, F as it runs and f exact.
+        Let F be the chain as it runs and f the exact chain. Then
+        ‖F(x') − F(x)‖ ≤ ‖F(x') − f(x')‖ + ‖f(x') − f(x)‖ + ‖f(x) − F(x)‖.
         """
         return self.uniform + Affine(self.error, self.gain)
 
     def then(self, layer: Certified, bound: float) -> Stage:
-        """Return what is known after one more layer.
+        """Return the stage after one more layer.
 
         Args:
             layer: evaluated at the value of this stage.
@@ -188,13 +191,13 @@ class Stage:
             own = Affine(torch.full_like(self.error, math.inf), math.inf)
         return Stage(
             gain=self.gain * bound * _OUTWARDS,
-            error=_through(self.error, bound, layer.error),
+            error=_propagate(self.error, bound, layer.error),
             uniform=self.uniform * bound + own.after(self.reach),
             steps=max(self.steps, layer.steps),
         )
 
 
-def _through(error_in: Tensor | float, bound: float, own: Tensor) -> Tensor:
-    """Return a bound of the error after a layer from those before it and of the layer."""
+def _propagate(error_in: Tensor | float, bound: float, own: Tensor) -> Tensor:
+    """Return a bound of the error after a layer: bound · error_in + own."""
     before = torch.as_tensor(error_in, dtype=torch.float64, device=own.device) * bound
     return (before.nan_to_num(nan=torch.inf, posinf=torch.inf) + own.double()) * _OUTWARDS

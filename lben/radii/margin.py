@@ -1,4 +1,7 @@
-"""Within which radius can a prediction not change? From logits, their error and a proved bound."""
+"""Within which radius can a prediction not change? Logits, their error and a proved bound tell.
+
+Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from lben.weights import as_number, convert
 
 ROOT2 = up(math.sqrt(2.0))
 _LEAST = 2.0**-960
-"""A smaller radius is returned as 0: none is near the numbers that underflow."""
+"""A smaller radius is returned as 0, so that no returned radius is near underflow."""
 
 
 def certified_radius(
@@ -30,14 +33,14 @@ def certified_radius(
 ) -> Float[Tensor, " batch"]:
     """Return a radius in the l2 norm of raw inputs within which the prediction cannot change.
 
-    r = max(0, min over j ≠ i of (yᵢ − yⱼ − √2 e) / Lᵢⱼ), rounded downwards, where Lᵢⱼ bounds
-    (eᵢ − eⱼ)ᵀy: √2γ for every pair, or the pair's own bound. An error of at most e in y moves the
-    difference by at most √2e. 0 for a sample that is misclassified. With bounds of pairs in the
-    l∞ norm it is a radius in the l∞ norm.
+    r = max(0, min over j ≠ i of (yᵢ − yⱼ − √2 e) / Lᵢⱼ), rounded downwards. Lᵢⱼ is a Lipschitz
+    bound of yᵢ − yⱼ: √2γ for every pair, or the pair's own bound. e bounds the l2 error of y, which
+    moves yᵢ − yⱼ by at most √2e. The radius of a misclassified sample is 0. If the bounds of pairs
+    are in the l∞ norm, so is the radius.
 
-    This is a radius of the exact network. At another input of the ball a network that runs has an
-    error of its own, at most a + kr; with it in `elsewhere` the radius is that of the network as it
-    runs: (yᵢ − yⱼ − √2 (e + a)) / (Lᵢⱼ + √2k).
+    This radius holds for the exact network. A network that runs has another error at another input
+    of the ball. Let a + kr bound this error at distance r. If `elsewhere` holds a and k, the radius
+    is (yᵢ − yⱼ − √2 (e + a)) / (Lᵢⱼ + √2k), and holds for the network as it runs.
 
     Args:
         logits: y.
@@ -45,7 +48,10 @@ def certified_radius(
         bound: γ of the whole network from raw input to logits, or Lᵢⱼ of every pair: what
             `certify_pairs` returns, a table of numbers, or a tensor.
         logit_error: e, a bound of ‖y − y*‖₂ per sample (solver and rounding).
-        elsewhere: a bound of the same distance at every input within a radius.
+        elsewhere: a + kr, a bound of the same distance at every input within r.
+
+    Returns:
+        One radius ≥ 0 per sample, float64, in the l2 norm (l∞ for bounds of pairs in l∞).
 
     Raises:
         ValueError: if shapes disagree, a label is out of range, there are fewer than two classes,
@@ -73,9 +79,10 @@ def certified_radius(
         error = error + convert(elsewhere.constant, torch.float64)[:, None]
         pairs = (pairs + ROOT2 * elsewhere.slope) * (1 + 2.0**-48)
     index = labels.cpu()
-    # Note [Radii at every magnitude]: an eighth of all cannot overflow, and what underflows is
-    # below 2⁻¹⁰²², a few of which are taken off. The subtractions and the quotient round by under
-    # 8u of the largest number each, with u = 2⁻⁵² in any rounding mode.
+    # Note [Radii at every magnitude]: all numbers are divided by 8, so that none overflows. A
+    # number that underflows is below 2⁻¹⁰²²; a few times 2⁻¹⁰²² are subtracted. The subtractions
+    # and the quotient round by under 8u of the largest number each, with u = 2⁻⁵² in any rounding
+    # mode.
     y, error = y / 8, ROOT2 * error / 8 * (1 + 2.0**-48)
     margin = y.gather(1, index[:, None]) - y - error
     slack = 2.0**-48 * (y.abs().amax(1, keepdim=True) + error) + 16 * TINY
@@ -92,7 +99,14 @@ def pair_bounds(
     bound: float | PairCertificate | Sequence[Sequence[float]] | Float[Tensor, "classes classes"],
     classes: int,
 ) -> Float[Tensor, "classes classes"]:
-    """Return a bound of yᵢ − yⱼ for every pair: √2 times that of all of y, or those given.
+    """Return a bound of yᵢ − yⱼ for every pair: √2 times the bound of y, or the given table.
+
+    Args:
+        bound: γ, or a table of bounds Lᵢⱼ.
+        classes: number of logits.
+
+    Returns:
+        classes × classes, float64, on the CPU.
 
     Raises:
         ValueError: if a bound is not a positive number, or pairs have another number of classes.
@@ -135,14 +149,14 @@ def _table(bound: object) -> Tensor:
 
 
 def check_labels(logits: Tensor, labels: Tensor) -> Int[Tensor, " batch"]:
-    """Return labels as int64, where the logits are.
+    """Return the labels as int64, on the device of the logits.
 
     Args:
         logits: batch × classes.
         labels: integers of any type, or truth values, in [0, classes), one per row of logits.
 
     Raises:
-        ValueError: if they are not.
+        ValueError: if logits or labels are of another kind, shape or range.
     """
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(f"logits must be (batch, classes ≥ 2), got {tuple(logits.shape)}")
@@ -175,15 +189,19 @@ def logit_error(
 ) -> Float[Tensor, " batch"]:
     """Bound ‖y − y*‖₂ for y evaluated in float64 from an inexact state z.
 
-    y* is the output at the exact equilibrium. Three parts: the state error as the solver saw it,
-    through ‖CΛ^(−½)‖; rounding of v = Ux + b, which moves z* by at most ‖δv‖_Λ / m; and rounding of
-    Cz + Dx + b_y. The factors 2 and 4 cover the rounding of the last two themselves.
+    y* is the output at the exact equilibrium. The bound has three parts. The state error that the
+    solver reports is multiplied by ‖CΛ^(−½)‖. The rounding δv of v = Ux + b moves z* by at most
+    ‖δv‖_Λ / m. The rounding of Cz + Dx + b_y is added. The factors 2 and 4 cover the rounding in
+    the evaluation of the last two parts.
 
     Args:
         certificate: of the same weights.
         state_error: bound of ‖z − z*‖_Λ for the problem with the rounded v.
         bias_error: bound of the rounding of v, in the Λ norm.
         output_error: bound of the rounding of y for given z, in l2.
+
+    Returns:
+        One l2 bound per sample, float64.
     """
     state = state_error + 2 * bias_error / certificate.m
     return (certificate.output_gain * state + 4 * output_error) * (1 + 1e-9)

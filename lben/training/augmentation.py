@@ -1,6 +1,6 @@
-"""What happens to a batch of uint8 images on the device? Shifts, flips, colours, per sample.
+"""How is a batch of uint8 images changed at random? Shifts, flips and colours, per sample.
 
-All draws come from the CPU generator that is handed in, so a seed means the same on every device.
+All random numbers come from one CPU generator, so a seed gives the same changes on every device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lben.values import conform
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Random changes of images, in this order; what is left out draws nothing.
+    """Random changes of images, in this order; a change that is off draws no random numbers.
 
     1. shift, by whole pixels in both directions; 2. flip, left to right, every second image;
     then on pixels in [0, 1], clipped to it after each: 3. brightness x ↦ fx;
@@ -93,7 +93,10 @@ class Augmentation:
 
         Args:
             images: on any device.
-            generator: on the CPU; advanced by what this augmentation draws.
+            generator: on the CPU; it advances with every draw.
+
+        Returns:
+            Pixels in [0, 1], float, of the same shape.
 
         Raises:
             ValueError: as `check` does.
@@ -123,7 +126,14 @@ class Augmentation:
 def random_shift(
     images: Tensor, most: int, generator: torch.Generator, *, reflect: bool = False
 ) -> Tensor:
-    """Shift each image by up to `most` pixels in each direction, filling with zeros or a mirror."""
+    """Shift each image by up to `most` pixels in each direction, filling with zeros or a mirror.
+
+    Args:
+        images: batch × channels × height × width.
+        most: pixels.
+        generator: on the CPU.
+        reflect: fill with a mirror, not with zeros.
+    """
     if most == 0:
         return images
     n, _, height, width = images.shape
@@ -132,7 +142,7 @@ def random_shift(
     rows = offset[0][:, None] + torch.arange(height, device=images.device)
     columns = offset[1][:, None] + torch.arange(width, device=images.device)
     if reflect:
-        rows, columns = _mirrored(rows - most, height), _mirrored(columns - most, width)
+        rows, columns = _mirror(rows - most, height), _mirror(columns - most, width)
     else:
         images = functional.pad(images, (most, most, most, most))
     sample = torch.arange(n, device=images.device)[:, None, None]
@@ -141,7 +151,11 @@ def random_shift(
 
 
 def grey(x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch 1 height width"]:
-    """Return the luma of colour images (ITU-R BT.601), and grey images as they are."""
+    """Return the luma of colour images (ITU-R BT.601), and grey images as they are.
+
+    Args:
+        x: images with any number of channels.
+    """
     if x.shape[1] == 1:
         return x
     red, green, blue = x.split(1, dim=1)
@@ -151,7 +165,7 @@ def grey(x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batc
 def turn_hue(
     x: Float[Tensor, "batch 3 height width"], turn: Float[Tensor, "batch 1 1 1"]
 ) -> Float[Tensor, "batch 3 height width"]:
-    """Turn the hue, at the same value and saturation.
+    """Return the images with their hue turned, at the same value and saturation.
 
     With V the largest channel, C the largest minus the smallest and H the hue in sixths of a turn,
     channel c is V − C·clip(min(k, 4 − k), 0, 1) where k = (n_c + H) mod 6 and n = 5, 3, 1.
@@ -159,6 +173,9 @@ def turn_hue(
     Args:
         x: pixels in [0, 1].
         turn: part of a full turn, per image.
+
+    Returns:
+        Pixels in [0, 1] of the same shape.
     """
     red, green, blue = x.split(1, dim=1)
     value, least = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
@@ -175,6 +192,6 @@ def _blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     return (factor * x + (1 - factor) * other).clamp(0, 1)
 
 
-def _mirrored(index: Tensor, size: int) -> Tensor:
-    """Reflect indices at 0 and size − 1, which are not repeated."""
+def _mirror(index: Tensor, size: int) -> Tensor:
+    """Return indices reflected at 0 and size − 1; the edge pixels are not repeated."""
     return size - 1 - (size - 1 - index.abs()).abs()

@@ -1,4 +1,4 @@
-"""What is on disk? A folder that survives interruption: every file is whole or absent.
+"""Which files does a run write? A folder that survives interruption: every file is whole or absent.
 
     config.json            model and training configuration, format version
     model.safetensors      parameters of the model
@@ -41,8 +41,8 @@ CONFIG, MODEL, CERTIFICATE = "config.json", "model.safetensors", "certificate.js
 TRAINING, METRICS = "training.safetensors", "metrics.jsonl"
 TENSORBOARD = "tensorboard"  # a folder
 RUN = (TRAINING, MODEL, CONFIG, CERTIFICATE, METRICS, TENSORBOARD)
-"""All that a run writes."""
-MODELS: dict[str, type[ClassifierConfig]] = {  # what config.json calls them
+"""All files that a run writes."""
+MODELS: dict[str, type[ClassifierConfig]] = {  # their names in config.json
     "convolutional_equilibrium_classifier": ConvolutionalEquilibriumClassifierConfig,
     "equilibrium_classifier": EquilibriumClassifierConfig,
     "residual_classifier": FeedforwardClassifierConfig,
@@ -55,6 +55,10 @@ class CheckpointError(Exception):
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader finds the old content or the new, never a part.
+
+    Args:
+        path: of the file.
+        content: all of it.
 
     Raises:
         OSError: if it cannot be written; the old content is then as it was.
@@ -76,12 +80,22 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as `lben.records.to_json` has it, whole or not at all."""
+    """Write a value as JSON by `lben.records.to_json`; the file is whole or absent.
+
+    Args:
+        path: of the file.
+        value: a dataclass, or plain values.
+    """
     write_atomically(path, (to_json(value) + "\n").encode("utf-8"))
 
 
 def append_json(path: Path, value: Any) -> None:
-    """Add one line of JSON to a file of such lines."""
+    """Add one line of JSON to a file of such lines.
+
+    Args:
+        path: of the file.
+        value: a dataclass, or plain values.
+    """
     with path.open("a", encoding="utf-8") as file:
         file.write(to_json(value, indent=None) + "\n")
 
@@ -90,12 +104,12 @@ def check_folder(folder: Path, names: Sequence[str] = (), *, fresh: bool = False
     """Refuse a folder that cannot be made or written to, without touching anything.
 
     Args:
-        folder: that is to be written into.
-        names: of what is to be written there.
-        fresh: refuse a folder that holds one of them already.
+        folder: the folder to write into.
+        names: names of the files to write there.
+        fresh: refuse a folder that holds one of these files already.
 
     Raises:
-        CheckpointError: naming what is in the way.
+        CheckpointError: naming the path that is in the way.
     """
     advice = "choose another --out"
     try:
@@ -132,7 +146,7 @@ _OCCUPIED = {
 
 
 def _check_place(path: Path) -> None:
-    """Refuse a place of a file (of a folder: `TENSORBOARD`) that something else occupies."""
+    """Refuse the path of a file or folder at which something of another kind exists."""
     if not os.path.lexists(path):
         return
     wanted, there = (
@@ -147,7 +161,10 @@ def _check_place(path: Path) -> None:
 
 @contextmanager
 def open_folder(folder: Path) -> Iterator[None]:
-    """Make a folder for the first files of a run; when they fail, leave what was there before.
+    """Make a folder for the first files of a run; if writing them fails, restore the former state.
+
+    Args:
+        folder: of the run.
 
     Raises:
         CheckpointError: as `check_folder` does.
@@ -170,8 +187,13 @@ def open_folder(folder: Path) -> Iterator[None]:
 def save_config(folder: Path, model: ClassifierConfig, training: Mapping[str, Any]) -> None:
     """Write config.json.
 
+    Args:
+        folder: of the run.
+        model: configuration of the model.
+        training: the training configuration, as plain values.
+
     Raises:
-        CheckpointError: if no kind of model in `MODELS` is configured like this.
+        CheckpointError: if the class of the configuration has no name in `MODELS`.
     """
     folder = Path(folder)
     kind = next((k for k, cls in MODELS.items() if type(model) is cls), None)
@@ -190,7 +212,10 @@ def save_config(folder: Path, model: ClassifierConfig, training: Mapping[str, An
 
 
 def load_config(folder: Path | str) -> tuple[ClassifierConfig, dict[str, Any]]:
-    """Read config.json: the model's configuration and the training's as a dictionary.
+    """Return the model's configuration and the training's, as a dictionary, from config.json.
+
+    Args:
+        folder: of the run.
 
     Raises:
         CheckpointError: if it is missing, not JSON, or of another format.
@@ -218,19 +243,24 @@ def load_config(folder: Path | str) -> tuple[ClassifierConfig, dict[str, Any]]:
 
 
 def save_model(folder: Path, model: Classifier) -> None:
-    """Write model.safetensors, in the precision that the model has."""
+    """Write model.safetensors, in the dtypes of the model.
+
+    Args:
+        folder: of the run.
+        model: that is saved.
+    """
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     write_atomically(Path(folder) / MODEL, save(tensors, metadata={"format": "pt"}))
 
 
 def load_model(folder: Path | str, device: torch.device | str = "cpu") -> Classifier:
-    """Build the model of a checkpoint and load its parameters, in eval mode.
+    """Return the model of a checkpoint with its parameters, in eval mode.
 
     Every parameter and buffer has the dtype that it was saved with.
 
     Args:
         folder: of the run.
-        device: that the model is put on.
+        device: device of the model.
 
     Raises:
         CheckpointError: if a file is missing, truncated, of another format, or does not fit.
@@ -247,17 +277,17 @@ def load_model(folder: Path | str, device: torch.device | str = "cpu") -> Classi
 
 
 def certificate_doubts(folder: Path | str, proved: ChainCertificate) -> str | None:
-    """Compare certificate.json with a new proof of the model beside it.
+    """Return what contradicts certificate.json, given a new proof of the model beside it.
 
     Args:
         folder: of the run.
         proved: of the model, just now.
 
     Returns:
-        None if the file is there, about this model, and claims nothing that is not proved; else one
-        sentence that says what differs.
+        None if the file exists, is about this model, and claims nothing that is not proved; else
+        one sentence that names the difference.
     """
-    stored = _kept(Path(folder) / CERTIFICATE, proved)
+    stored = _read_certificate(Path(folder) / CERTIFICATE, proved)
     if isinstance(stored, str):
         return stored
     shortfall = proved.shortfall(stored)
@@ -265,24 +295,24 @@ def certificate_doubts(folder: Path | str, proved: ChainCertificate) -> str | No
 
 
 def prove_again(folder: Path | str, model: Classifier) -> tuple[ChainCertificate, str | None]:
-    """Prove what certificate.json claims, by the cheapest bound of the model that shows it.
+    """Prove the claims of certificate.json, by the cheapest bound of the model that suffices.
 
-    A file whose claims are missed by what rounding differs from machine to machine gets the bounds
-    that were proved here.
+    Rounding differs from machine to machine. If a claim is missed by no more than this difference,
+    the bounds that were proved here replace those of the file.
 
     Args:
         folder: of the run.
         model: of the run.
 
     Returns:
-        What was proved, and `certificate_doubts` of it: where no bound of the model shows all that
-        the file claims, what the most expensive of them shows.
+        The certificate that was proved, and its `certificate_doubts`. If no bound of the model
+        proves all claims of the file, the certificate is that of the most expensive bound.
 
     Raises:
         CertificateError: if not even the promised bound can be proved.
     """
     proved = model.certificate()
-    stored = _kept(Path(folder) / CERTIFICATE, proved)
+    stored = _read_certificate(Path(folder) / CERTIFICATE, proved)
     if isinstance(stored, ChainCertificate):
         for bound in model.bounds:
             if bound != "promised" and proved.shortfall(stored, _MACHINES):
@@ -294,11 +324,11 @@ def prove_again(folder: Path | str, model: Classifier) -> tuple[ChainCertificate
 
 
 _MACHINES = 1e-6
-"""How far the same proof may differ, relatively, from machine to machine and with their threads."""
+"""Relative difference that one proof may have between machines and numbers of threads."""
 
 
-def _kept(path: Path, proved: ChainCertificate) -> ChainCertificate | str:
-    """Return the certificate of a file, or say why it is none of the network that was proved."""
+def _read_certificate(path: Path, proved: ChainCertificate) -> ChainCertificate | str:
+    """Return the certificate of a file, or why it is not about the network that was proved."""
     try:
         stored = ChainCertificate.from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -316,7 +346,15 @@ def save_training(
     epoch: int,
     ema: EMA | None = None,
 ) -> None:
-    """Write training.safetensors: all that resuming needs, in one file."""
+    """Write training.safetensors: one file with everything that resuming reads.
+
+    Args:
+        folder: of the run.
+        model: in training.
+        optimizer: with its state.
+        epoch: number of finished epochs.
+        ema: average of the weights, if there is one.
+    """
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
@@ -333,7 +371,13 @@ def load_training(
     optimizer: torch.optim.Optimizer,
     ema: EMA | None = None,
 ) -> int:
-    """Load model, average and optimiser state in place and return the number of finished epochs.
+    """Load model, average and optimiser state in place; return the number of finished epochs.
+
+    Args:
+        folder: of the run.
+        model: that gets the parameters.
+        optimizer: that gets the state.
+        ema: average that gets the weights, if there is one.
 
     Raises:
         CheckpointError: if the file is missing, truncated, of another format, or does not fit.
@@ -394,7 +438,7 @@ def _load_state(path: Path, model: Classifier, tensors: dict[str, Tensor]) -> No
         )
     floating = [tensors[k].dtype for k, _ in model.named_parameters() if k in tensors]
     if len(set(floating)) == 1:
-        model.to(floating[0])  # also what the file does not hold
+        model.to(floating[0])  # also tensors that the file does not hold
     for name, tensor in own.items():
         if name in tensors:
             tensor.data = tensor.data.to(tensors[name].dtype)

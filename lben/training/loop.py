@@ -1,6 +1,6 @@
 """How is a model trained? One seeded loop: interruptible, and resumable to the same weights.
 
-Of a model it uses `model(x)` and `model.certificate()`; everything else is in the configuration.
+The loop calls `model(x)` and `model.certificate()`. Everything else is in the configuration.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ def train(
 ) -> Classifier:
     """Train a model into the folder `config.out`, or continue there.
 
-    Resuming after the k-th epoch gives bit for bit the weights of an uninterrupted run on the
-    same machine: order and augmentation are drawn from (seed, epoch). With a moving average the
+    A resumed run reaches, bit for bit, the weights of an uninterrupted run on the same machine: the
+    order of samples and their augmentation are drawn from (seed, epoch). With a moving average, the
     model that is returned, saved and certified has the averaged weights. Processes that torchrun
-    started share every batch; the first of them writes. What is refused is refused before anything
-    is written: data, device, model and loss are tried first.
+    started share every batch, and the first of them writes. Data, device, model and loss are tried
+    before anything is written, so a refused run leaves the folder as it was.
 
     Args:
         config: of the run.
-        data: of your own, in place of those that config.data names; `Dataset.from_tensors` makes
-            them of images and labels. The folder remembers their fingerprint.
+        data: your own data set, in place of the one that config.data names. `Dataset.from_tensors`
+            makes it of images and labels. The folder records its fingerprint.
         resume: continue the run in the folder.
         overwrite: start afresh where the folder already holds a run.
 
@@ -154,11 +154,11 @@ def resume(
 
 
 OWN_DATA = "own_data"
-"""What config.json calls data that were given to `train`: their name and fingerprint."""
+"""Key in config.json of the name and fingerprint of a data set that was given to `train`."""
 
 
-def _recorded(config: TrainingConfig[Architecture], own: Dataset | None) -> dict[str, Any]:
-    """Return how a run is trained, for config.json; its model stands there beside it."""
+def _record(config: TrainingConfig[Architecture], own: Dataset | None) -> dict[str, Any]:
+    """Return the training configuration of a run, without its model, for config.json."""
     record = encode(config)
     del record["model"]
     if own is not None:
@@ -199,7 +199,7 @@ def _check_same_data(folder: Path, own: Dataset | None) -> None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Run:
-    """What is trained, on what, by what."""
+    """The model, data, optimizer and processes of one run."""
 
     config: TrainingConfig[Architecture]
     team: Processes
@@ -251,22 +251,22 @@ def _open(run: _Run, resume: bool) -> int:
     if resume:
         done = checkpoints.load_training(folder, run.model, run.optimizer, run.ema)
     _try(run)
-    run.team.wait()  # all have looked before the first one writes
+    run.team.wait()  # no process writes before all processes have read the folder
     if run.team.first:
         if not resume:
             with checkpoints.open_folder(folder):
                 own = run.data if run.own_data else None
-                checkpoints.save_config(folder, run.model.config, _recorded(run.config, own))
+                checkpoints.save_config(folder, run.model.config, _record(run.config, own))
                 run.save(0)
             for name in (checkpoints.METRICS, checkpoints.MODEL, checkpoints.CERTIFICATE):
-                (folder / name).unlink(missing_ok=True)  # of a run that stood here
+                (folder / name).unlink(missing_ok=True)  # of the former run in this folder
         _trim_metrics(folder, done)
     return done
 
 
 @torch.no_grad()
 def _try(run: _Run) -> None:
-    """Evaluate the loss of one image, so that what does not fit is refused before it costs."""
+    """Evaluate the loss of one image, so that misfits are refused before anything is written."""
     run.model.eval()
     x, y = pixels(run.data.train_images[:1]), run.data.train_labels[:1]
     run.config.loss(run.model(x.to(run.team.device)).float(), y.to(run.team.device))
@@ -318,8 +318,9 @@ def _fit(run: _Run, done: int) -> None:
 def _step(run: _Run, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Move the weights once; return the sum of losses and the number of hits of every part.
 
-    Every process takes its share of the batch and every part of it a forward and backward pass;
-    the factor makes the sum of what they contribute the gradient of the batch's mean.
+    Every process takes its share of the batch, and splits the share into parts. Each part gets a
+    forward and a backward pass. The factor of its loss makes the sum over all parts and processes
+    the gradient of the mean loss of the batch.
     """
     config, team = run.config, run.team
     parts = list(zip(*(team.share(t).chunk(config.accumulate) for t in (x, y)), strict=True))
@@ -362,7 +363,7 @@ def error_rate(model: nn.Module, data: Dataset, batch: int = 2000) -> float:
 
     Args:
         model: images in [0, 1] to logits; it is put into eval mode.
-        data: whose test images are taken.
+        data: the data set of the test images.
         batch: images at once.
 
     Returns:

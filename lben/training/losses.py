@@ -1,7 +1,8 @@
 """Which loss rewards margins? Frozen callables from logits and labels to a scalar.
 
-A certified radius is a margin yᵢ − yⱼ over a Lipschitz constant. Plain cross-entropy, the default,
-loses interest in a sample once it is classified well; the others say how large the margin shall be.
+A certified radius is a margin yᵢ − yⱼ of the logits y, with i the label, divided by a Lipschitz
+constant. The gradient of plain cross-entropy, the default, vanishes for a sample that is classified
+well. The other losses set how large the margin shall be.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ Labels = Int[Tensor, " batch"]
 
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropy:
-    """Mean of T·CE((s·y − o·eᵢ)/T, i): cross-entropy that holds out for a margin of o.
+    """Mean of T·CE((s·y − o·eᵢ)/T, i): cross-entropy that asks for a margin of o.
 
-    The offset lowers the own logit, so that the loss acts until the margin exceeds o by a few T.
-    Prach and Lampert (2022, AOL), section on the loss; Araujo et al. (2023, SLL), appendix, with
-    T = 1/4 and o = (3/2)√2.
+    CE is cross-entropy, y are the logits, i is the label and eᵢ its unit vector. The offset o
+    lowers the logit of the label, so the loss has a gradient until the margin exceeds o by a few T.
+    Prach and Lampert (2022, AOL), section on the loss; Araujo et al. (2023, SLL), appendix, with T
+    = 1/4 and o = (3/2)√2.
 
     Attributes:
         temperature: T, in units of logits; it divides the logits and multiplies the loss.
@@ -50,7 +52,7 @@ class CrossEntropy:
         Raises:
             ValueError: if the shapes do not belong together.
         """
-        labels = _checked(logits, labels)
+        labels = _check_labels(logits, labels)
         own = functional.one_hot(labels, logits.shape[1]).to(logits.dtype)
         held_out = (logits * self.scale - self.offset * own) / self.temperature
         return functional.cross_entropy(held_out, labels) * self.temperature
@@ -78,7 +80,7 @@ class Hinge:
         Raises:
             ValueError: if the shapes do not belong together.
         """
-        labels = _checked(logits, labels)
+        labels = _check_labels(logits, labels)
         return functional.multi_margin_loss(logits, labels, margin=self.margin)
 
 
@@ -87,7 +89,7 @@ class EMMA:
     """Efficient margin maximization: `emma` with K = √2·bound for every pair of classes.
 
     Attributes:
-        radius: to be certified, in the l2 norm of pixels on [0, 1].
+        radius: radius to be certified, in the l2 norm of pixels in [0, 1].
         bound: γ of the network from pixels to logits.
     """
 
@@ -116,10 +118,11 @@ def emma(
 ) -> Float[Tensor, ""]:
     """Return the mean of CE(y + εK, i) with εⱼ = clip((yᵢ − yⱼ)/Kᵢⱼ, 0, radius), held constant.
 
-    Every wrong class gets what an adversary of its own radius εⱼ could give it: none where it
-    already wins, a tie while the certified radius is below `radius`, and no more than that
-    beyond. Hu, Zou, Wang, Leino and Fredrikson (2023, "Unlocking Deterministic Robustness
-    Certification on ImageNet"), the definition of the EMMA loss.
+    CE is cross-entropy, i the label. The logit of every wrong class j is raised by εⱼKᵢⱼ, the most
+    that an adversary of radius εⱼ can gain. A class that already wins gets nothing. Otherwise the
+    class gets a tie with the label as long as the certified radius is below `radius`; beyond, it
+    gets the gain of `radius`. Hu, Zou, Wang, Leino and Fredrikson (2023, "Unlocking Deterministic
+    Robustness Certification on ImageNet"), the definition of the EMMA loss.
 
     Args:
         logits: y.
@@ -128,10 +131,13 @@ def emma(
         pairs: K, Lipschitz constants of yᵢ − yⱼ: one number for all, or classes × classes
             (its diagonal is not read); gradients pass into it.
 
+    Returns:
+        The mean loss.
+
     Raises:
         ValueError: if the shapes do not belong together.
     """
-    labels = _checked(logits, labels)
+    labels = _check_labels(logits, labels)
     classes = logits.shape[1]
     if tuple(pairs.shape) not in ((), (classes, classes)):
         raise ValueError(
@@ -144,8 +150,8 @@ def emma(
     return functional.cross_entropy(logits + epsilon * K, labels)
 
 
-def _checked(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return labels as int64. Their values are not looked at: that would stall the device."""
+def _check_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return labels as int64. Values are not read, because a read would make the host wait."""
     if logits.ndim != 2 or logits.shape[1] < 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
             "expected logits (batch, classes ≥ 2) and one label per sample, "

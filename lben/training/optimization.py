@@ -1,4 +1,4 @@
-"""How do the weights move? Optimizers, rates over time, and a moving average of the weights."""
+"""How are the weights updated? Optimizers, learning rates over time, a moving average."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ OptimizerConfig = AdamW | Adam | SGD
 
 
 def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels decay; biases, metrics and other vectors do not."""
+    """Return parameter groups: matrices and kernels decay; biases, metrics and vectors do not."""
     parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -162,12 +162,12 @@ Schedule = WarmupCosine | PiecewiseLinear | Constant
 class EMA:
     """w̄ ← d·w̄ + (1 − d)·w after every step: often better than the last weights, and steadier.
 
-    Parameters and persistent buffers alike; buffers that hold no floats are taken over. At step k
-    d is at most (1 + k)/(10 + k), so that the initial weights are forgotten also in a short run
-    (as in TensorFlow's ExponentialMovingAverage with num_updates).
+    It averages parameters and persistent buffers. Buffers that hold no floats are copied. At step k
+    the decay is at most (1 + k)/(10 + k), so that a short run forgets the initial weights too (as
+    in TensorFlow's ExponentialMovingAverage with num_updates).
 
     Args:
-        model: whose weights now are the average's start.
+        model: its present weights are the first average.
         decay: d, in (0, 1).
 
     Raises:
@@ -182,7 +182,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take in the weights after a step."""
+        """Update the average with the weights after a step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         for name, value in model.state_dict().items():
@@ -197,7 +197,7 @@ class EMA:
 
     @contextmanager
     def swap(self, model: nn.Module) -> Iterator[None]:
-        """Within the block the model has the averaged weights, then its own again."""
+        """Give the model the averaged weights within the block, and its own weights after it."""
         own = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self.copy_to(model)
         try:
@@ -211,7 +211,7 @@ class EMA:
         return {"steps": torch.tensor(self.steps, device="cpu"), **average}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from a `state_dict`.
+        """Load average and count of steps from a `state_dict`.
 
         Raises:
             KeyError: if it lacks a tensor.

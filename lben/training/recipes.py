@@ -1,4 +1,4 @@
-"""What is trained, on what, and how? A frozen configuration, which holds the architecture's."""
+"""Which choices make up a training run? A frozen configuration that contains the architecture."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lben.values import check_positive, conform
 Model = TypeVar("Model", bound=Architecture, covariant=True)
 
 
-def _without_prefix() -> object:
-    """Return tyro's mark of a field whose options have no prefix; None where tyro is not loaded.
+def _omit_prefix() -> object:
+    """Return tyro's marker for a field whose options have no prefix; None if tyro is not loaded.
 
-    Annotations are evaluated when they are asked for, so recipes serve without the command line.
+    Annotations are evaluated only on request, so configurations work without the command line.
     """
     tyro = sys.modules.get("tyro")
     return None if tyro is None else tyro.conf.arg(name="")
@@ -29,12 +29,12 @@ def _without_prefix() -> object:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Generic[Model]):
-    """What is trained, on what, and how: all of one run, and the options of `lben train`.
+    """The configuration of one training run; its fields are the options of `lben train`.
 
-    An option is a field here, or one of the architecture, and is declared nowhere else.
+    Every option is a field of this class or of the architecture, and is declared only there.
 
     Attributes:
-        model: architecture of what is trained; what the data decide is taken from them.
+        model: architecture of the model. The data fix size, classes, mean and deviation.
         data: data set: digits (embedded), mnist or cifar10. A `Dataset` given to `train` takes
             precedence.
         root: folder with the data files (not for digits).
@@ -65,7 +65,7 @@ class TrainingConfig(Generic[Model]):
         ('digits', 3, 2.0)
     """
 
-    model: Annotated[Model, _without_prefix()]
+    model: Annotated[Model, _omit_prefix()]
     data: DatasetName = "digits"
     root: str | None = None
     download: bool = False
@@ -75,7 +75,7 @@ class TrainingConfig(Generic[Model]):
     accumulate: int = 1
     lr: float = 4e-3
     loss: Loss = field(default_factory=CrossEntropy)
-    augmentation: Annotated[Augmentation, _without_prefix()] = field(default_factory=Augmentation)
+    augmentation: Annotated[Augmentation, _omit_prefix()] = field(default_factory=Augmentation)
     optimizer: OptimizerConfig = field(default_factory=AdamW)
     schedule: Schedule = field(default_factory=WarmupCosine)
     ema: float | None = None
@@ -110,7 +110,7 @@ class TrainingConfig(Generic[Model]):
                 )
 
     def check(self, data: Dataset) -> None:
-        """Refuse data that cannot be trained on, or that the augmentation has no meaning for.
+        """Refuse data that cannot be trained on, or that the augmentation cannot change.
 
         Args:
             data: of the run.
@@ -137,8 +137,8 @@ def read(record: Mapping[str, Any], model: ClassifierConfig) -> TrainingConfig[A
     """Return the configuration of a run from its two parts in config.json.
 
     Args:
-        record: how it was trained.
-        model: what was trained.
+        record: the training configuration.
+        model: the configuration of the model.
 
     Raises:
         ValueError, TypeError: as `lben.records.decode` does.

@@ -1,4 +1,7 @@
-"""What a layer is once its parameterization is gone: one class of weights per structure."""
+"""What is a layer once its parameterization is gone? Weights, one class per structure.
+
+Symbols: docs/glossary.md.
+"""
 
 from lben.weights.base import (
     Rates,

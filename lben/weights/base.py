@@ -1,7 +1,9 @@
 """What do the weights of every kind of layer have in common?
 
-A layer is z = σ(Wz + Ux + b), y = Cz + Dx + b_y. Its weights answer everything that depends on how
-W, U, C and D are stored: products with them, the rounding of these products, and who they are.
+A layer is z = σ(Wz + Ux + b), y = Cz + Dx + b_y. A class of weights decides how W, U, C and D are
+stored. It provides products with them, bounds of the rounding of these products, and a fingerprint.
+
+Symbols: docs/glossary.md.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from solvers.precision import cast
 
 
 class Rounding(NamedTuple):
-    """How far v = Ux + b and y, evaluated in float64, may be from the exact ones.
+    """Bounds of the rounding errors of v = Ux + b and of y, evaluated in float64.
 
     Attributes:
         drive: bound of the error of v in the Λ norm, per sample.
@@ -47,7 +49,7 @@ class Rounding(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """How sizes and roundings grow with the input and the state, states in the Λ norm.
+    """How norms and rounding errors grow with the input and the state; states are in the Λ norm.
 
     Attributes:
         drive: ‖v‖ per ‖x‖₂.
@@ -134,10 +136,10 @@ class Weights(Sendable, ABC):
 
     @abstractmethod
     def rates(self, unit: float) -> Rates:
-        """Return how sizes and roundings grow where products run with a unit roundoff.
+        """Return how norms and rounding errors grow if products run with a given unit roundoff.
 
         Args:
-            unit: of the precision that runs; the weights themselves are float64.
+            unit: unit roundoff of the dtype that runs; the weights themselves are float64.
         """
 
     @abstractmethod
@@ -154,21 +156,21 @@ class Weights(Sendable, ABC):
 
     @abstractmethod
     def header(self) -> str:
-        """Return what is part of the fingerprint besides the tensors."""
+        """Return, as text, the settings that the fingerprint covers besides the tensors."""
 
     def proved_size(self) -> tuple[tuple[int, int], bool] | None:
-        """Return the image size that a proof has to cover, and whether it must be exactly this one.
+        """Return the image size that a proof has to cover, and whether it must match exactly.
 
-        None for weights that know of no image size.
+        Weights without an image size return None.
         """
         return None
 
     def restrict(self, activation: ProximalActivation) -> ProximalActivation:
-        """Return σ as it acts on states: units that are no part of the layer stay at 0."""
+        """Return σ as it acts on states: it keeps units that only pad the state at 0."""
         return activation
 
     def check_values(self) -> None:
-        """Refuse tensors that contradict what else the weights say.
+        """Refuse tensors that contradict the other attributes of the weights.
 
         Raises:
             ValueError: naming the contradiction.
@@ -176,7 +178,7 @@ class Weights(Sendable, ABC):
         return
 
     def check_sums(self) -> None:
-        """Refuse devices that may sum products in ways whose rounding is not bounded.
+        """Refuse devices whose order or algorithm of summation has no rounding bound.
 
         Raises:
             ValueError: naming the library and the cure.
@@ -193,16 +195,22 @@ class Weights(Sendable, ABC):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of names, shapes, dtypes, bits and gamma: ties a certificate to its weights.
+        """SHA-256 of names, shapes, dtypes, bits and gamma; a certificate is tied to it.
 
-        0.0 and −0.0 are two numbers here. Device, memory layout, and whether a gradient is asked
-        for are not part of it.
+        0.0 and −0.0 count as two numbers. Device, memory layout and requires_grad do not count.
         """
         return digest(self.header(), self.tensors())
 
 
 def digest(header: str, tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of a header and of names, shapes, dtypes and bits of tensors.
+
+    Args:
+        header: text.
+        tensors: by name.
+
+    Returns:
+        The digest in hexadecimal digits.
 
     Example:
         >>> import torch
@@ -220,8 +228,15 @@ def digest(header: str, tensors: Mapping[str, Tensor]) -> str:
 def convert(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a tensor in another precision, cut from the graph, on the CPU.
 
-    To float64 it is exact, also where the process reads denormal numbers as zero: those of float32
-    are an integer times 2⁻¹⁴⁹.
+    A conversion to float64 is exact, even if the process reads denormal numbers as zero: a denormal
+    float32 is an integer times 2⁻¹⁴⁹, and is converted as such.
+
+    Args:
+        t: a tensor on any device.
+        dtype: of the result.
+
+    Returns:
+        A tensor of the same shape on the CPU.
 
     Example:
         >>> import torch
@@ -236,6 +251,9 @@ def convert(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def check_tensors(values: Mapping[str, object]) -> None:
     """Raise ValueError unless every value is None or a tensor.
+
+    Args:
+        values: by name, for the message.
 
     Example:
         >>> import torch
@@ -252,6 +270,11 @@ def check_tensors(values: Mapping[str, object]) -> None:
 def check_dimensions(name: str, value: Tensor, count: int) -> None:
     """Raise ValueError unless a tensor has this number of dimensions.
 
+    Args:
+        name: of the tensor, for the message.
+        value: the tensor.
+        count: number of dimensions.
+
     Example:
         >>> import torch
         >>> check_dimensions("W", torch.zeros(2, 2), 2)
@@ -262,6 +285,9 @@ def check_dimensions(name: str, value: Tensor, count: int) -> None:
 
 def check_gamma(gamma: object) -> float | None:
     """Return gamma as a float, or None for None.
+
+    Args:
+        gamma: a number, or None for no claim.
 
     Raises:
         ValueError: unless gamma is None or a positive, finite real number.
@@ -282,6 +308,9 @@ def check_gamma(gamma: object) -> float | None:
 def check_epsilon(epsilon: object) -> float:
     """Return epsilon as a float.
 
+    Args:
+        epsilon: a number.
+
     Raises:
         ValueError: unless it is a positive, finite real number.
 
@@ -297,6 +326,9 @@ def check_epsilon(epsilon: object) -> float:
 
 def as_number(value: object) -> float | None:
     """Return a real number of Python, NumPy or torch as a float; None for all else, and bool.
+
+    Args:
+        value: of any type.
 
     Example:
         >>> import torch

@@ -1,4 +1,7 @@
-"""What are the weights of a layer of images? Kernels of convolutions."""
+"""What are the weights of a layer of images? Kernels of convolutions.
+
+Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ class ConvolutionalWeights(Weights):
 
     (U∗x)[i, s] = Σ U[i, j, t] x[j, s + t − a], summed over channels j and offsets t; the anchor a
     of a k × k kernel is ⌊k/2⌋ for W, U and D and k − 1 − ⌊k/2⌋ for C, so that C may be the adjoint
-    of U. Another padding of the layer only shifts z and changes nothing here.
+    of U. A layer with another padding only shifts z; its bound is the same.
 
     Args:
         W: n × n × j × j with odd j; None for W = 0, a layer without a solve.
@@ -50,9 +53,9 @@ class ConvolutionalWeights(Weights):
         Lambda: one positive multiplier per channel of z.
         gamma: the l2 Lipschitz bound that is claimed, or None for no claim.
         circular: whether the image is a torus; otherwise it is surrounded by zeros.
-        geometry: the image size and where states lie; None for weights of every image size, which
-            can be proved and not evaluated.
-        reads_state: whether y = z: C is then I and b_y is 0, and neither is evaluated.
+        geometry: the image size and the place of states on the torus. None for weights of every
+            image size: they can be certified, but not evaluated.
+        reads_state: whether y = z. Then C must be I and b_y 0, and neither is evaluated.
 
     Raises:
         ValueError: if something is not a tensor, the shapes do not fit each other, or gamma is not
@@ -132,7 +135,7 @@ class ConvolutionalWeights(Weights):
         return image
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by name, leaving out W and D that are none."""
+        """Return the tensors by name, without a W or D that is None or a number."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: v for k, v in values.items() if isinstance(v, Tensor)}
 
@@ -228,7 +231,7 @@ class ConvolutionalWeights(Weights):
         return self.convolution()
 
     def convolution(self) -> ConvolutionOperator:
-        """Return W as an operator, of weights that have one."""
+        """Return W as a convolution operator; only for weights with a kernel W."""
         assert self.W is not None
         return ConvolutionOperator(self.W.detach(), self.placed.torus, self.Lambda.detach())
 
@@ -294,14 +297,14 @@ class ConvolutionalWeights(Weights):
         return norms_up(v.flatten(1), 1)
 
     def drive_rates(self, unit: float) -> Rates:
-        """Return how v and its rounding grow with x; nothing of the output."""
+        """Return how v and its rounding grow with x; the rates of the output are 0."""
         root = self.Lambda.sqrt()
         drive = absolute_norm(root[:, None] * self.U.abs().flatten(2).sum(2))
         rounding = (self.U[0].numel() + 4) * unit * drive
         return Rates(drive=drive, drive_rounding=rounding, readout=0.0)
 
     def rates(self, unit: float) -> Rates:
-        """Return how sizes and roundings grow where products run with a unit roundoff."""
+        """Return how norms and rounding errors grow if products run with a unit roundoff."""
         root, readout, through = self.Lambda.sqrt(), 0.0, 0.0
         if not self.reads_state:
             size = absolute_norm(self.C.abs().flatten(2).sum(2) / root)
@@ -321,7 +324,7 @@ class ConvolutionalWeights(Weights):
         return size if self.D is None else size + largest_up(self.D)
 
     def proved_size(self) -> tuple[tuple[int, int], bool] | None:
-        """Return the grid, which a proof has to match exactly where it is a torus."""
+        """Return the grid, and whether a proof must match it exactly, as on a torus."""
         return None if self.geometry is None else (self.geometry.grid, self.circular)
 
     def restrict(self, activation: ProximalActivation) -> ProximalActivation:
@@ -341,7 +344,7 @@ class ConvolutionalWeights(Weights):
 
     def check_sums(self) -> None:
         """Refuse CPUs whose convolutions may be summed in ways whose rounding is not bounded."""
-        if self.U.is_cpu:  # `solvers.acceptance` knows CUDA
+        if self.U.is_cpu:  # for CUDA `solvers.acceptance` checks this
             refuse_other_sums(self.U)
 
     def check_input(self, x: Tensor) -> None:

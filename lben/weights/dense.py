@@ -1,4 +1,7 @@
-"""What are the weights of a layer of vectors? Matrices."""
+"""What are the weights of a layer of vectors? Matrices.
+
+Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +40,8 @@ class DenseWeights(Weights):
         D: q × p, or None for no feed-through.
         b_y: q.
         Lambda: diagonal multiplier Λ as a vector of n positive numbers.
-        gamma: the Lipschitz bound that is claimed for x ↦ y in l2, or None for no claim. A claim
-            is worth nothing until `certify` has proved it. Any real number, kept as a float.
+        gamma: the Lipschitz bound that is claimed for x ↦ y in l2, or None for no claim. Any real
+            number is kept as a float. The claim is not believed until `certify` has proved it.
 
     Raises:
         ValueError: if something is not a tensor, the shapes do not fit each other, or gamma is not
@@ -139,7 +142,7 @@ class DenseWeights(Weights):
         """Bound the rounding of `drive` and `readout` in float64."""
         size = x.abs()
         u_n, u_p = gamma_k(self.hidden_features + 4), gamma_k(self.in_features + 4)
-        # A bias that an accumulator starts with is one more summand.
+        # If an accumulator starts with the bias, the sum has one more term.
         v = u_p * self._drive_magnitude(size) + underflow(self.in_features, x, self.U)
         y = u_n * (z.abs() @ self.C.abs().T + self.b_y.abs())
         y = y + underflow(self.hidden_features, z, self.C)
@@ -152,7 +155,7 @@ class DenseWeights(Weights):
         return size @ self.U.abs().T + self.b.abs()
 
     def rates(self, unit: float) -> Rates:
-        """Return how sizes and roundings grow where products run with a unit roundoff."""
+        """Return how norms and rounding errors grow if products run with a unit roundoff."""
         root = self.Lambda.sqrt()
         drive, inputs = absolute_norm(root[:, None] * self.U), (self.in_features + 4) * unit
         return Rates(
@@ -172,7 +175,7 @@ class DenseWeights(Weights):
         z: Float[Tensor, "*batch n"],
         state_error: Float[Tensor, "*batch"],
     ) -> Float[Tensor, "*batch n"]:
-        """Bound how far Wz + Ux + b, evaluated in float64, is from that of the equilibrium.
+        """Bound the distance of Wz + Ux + b, evaluated in float64, to its value at the equilibrium.
 
         Args:
             x: float64.
@@ -207,13 +210,13 @@ class DenseWeights(Weights):
 
     @property
     def function_fingerprint(self) -> str:
-        """As `fingerprint`, of what x ↦ y depends on: without Λ and gamma, which only claim."""
+        """SHA-256 of the tensors that x ↦ y depends on: all but Λ; gamma is left out too."""
         tensors = self.tensors()
         del tensors["Lambda"]
         return digest("", tensors)
 
     def divide(self, unit: float) -> DenseWeights:
-        """Return the weights of y ÷ unit: undoes `scale`, to rounding."""
+        """Return the weights of y ÷ unit: the inverse of `scale`, up to rounding."""
         return replace(
             self, C=self.C / unit, D=None if self.D is None else self.D / unit,
             b_y=self.b_y / unit, Lambda=self.Lambda / unit,
@@ -221,9 +224,9 @@ class DenseWeights(Weights):
         )  # fmt: skip
 
     def scale(self, factor: float) -> DenseWeights:
-        """Return the weights of factor · y, with the claim and the multiplier to it.
+        """Return the weights of factor · y, with γ and Λ multiplied by the factor as well.
 
-        M(Λ, γ) of both is the same up to this factor.
+        This multiplies M(Λ, γ) by the factor.
         """
         if factor == 1:
             return self
@@ -248,9 +251,17 @@ class DenseWeights(Weights):
 def stack(first: DenseWeights, second: DenseWeights) -> DenseWeights:
     """Return one layer that computes second(first(x)).
 
-    W = [[W₁, 0], [U₂C₁, W₂]], U = [U₁; U₂D₁], C = [D₂C₁, C₂], D = D₂D₁. With
-    Λ = [γ₂Λ₁; Λ₂/γ₁] the two inequalities, weighted so that the signal between them cancels, add
-    up to M(Λ, γ₁γ₂) ⪰ 0: the product bound needs no new proof, and every other Λ can only help.
+    W = [[W₁, 0], [U₂C₁, W₂]], U = [U₁; U₂D₁], C = [D₂C₁, C₂], D = D₂D₁, with 1 for the first layer
+    and 2 for the second. Let Λ = [γ₂Λ₁; Λ₂/γ₁]. With these weights the terms of the signal between
+    the layers cancel in the sum of the two inequalities, so that the sum is M(Λ, γ₁γ₂) ⪰ 0.
+    Therefore the product bound needs no new proof, and a search over Λ can only lower it.
+
+    Args:
+        first: the layer that is applied to x.
+        second: the layer that is applied to the output of the first.
+
+    Returns:
+        The weights of the composition, with γ = γ₁γ₂ and this Λ.
 
     Raises:
         ValueError: if the sizes, dtypes or devices do not fit, or only one of the two claims a

@@ -1,7 +1,7 @@
-"""How does the rounding error of a layer grow with its input? At most affinely, and never silently.
+"""How does the rounding error of a layer grow with its input? At most affinely, up to overflow.
 
-‖fl(y) − y‖₂ ≤ constant + slope·‖x‖₂ for every x of one shape. A bound that is uniform over a ball
-of inputs around x₀ is therefore constant + slope·(‖x₀‖₂ + r).
+Let fl(y) be the computed output. Then ‖fl(y) − y‖₂ ≤ constant + slope·‖x‖₂ for every x of one shape
+below a limit. So constant + slope·(‖x₀‖₂ + r) bounds the error at every x within r of x₀.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Arithmetic here is that of Python floats, in any rounding mode, with denormal numbers flushed or
-# not: every result is moved up by far more than its rounding, and nothing ends below _LEAST.
+# These functions compute with Python floats. Their results are upper bounds in every rounding mode,
+# with denormal numbers flushed or not: each result is raised by far more than its rounding error,
+# and is never below _LEAST.
 _UP = 1 + 2.0**-48
 _LEAST = 2.0**-1000
 
@@ -28,7 +29,7 @@ def add_up(*terms: float) -> float:
 
 
 def times_up(*factors: float) -> float:
-    """Return an upper bound of a product of numbers ≥ 0; 0 · ∞ is ∞, as is NaN."""
+    """Return an upper bound of a product of numbers ≥ 0; infinite for 0 · ∞ and for NaN."""
     if any(math.isnan(f) or f == math.inf for f in factors):
         return math.inf
     if any(f == 0 for f in factors):
@@ -41,12 +42,12 @@ def times_up(*factors: float) -> float:
 
 @dataclass(frozen=True)
 class Growth:
-    """The affine bound constant + slope·‖x‖₂ of a rounding error, or of a size.
+    """The affine bound constant + slope·‖x‖₂ of a rounding error or of a norm.
 
     Attributes:
         constant: bound at x = 0.
-        slope: what ‖x‖₂ adds, per unit.
-        limit: largest ‖x‖₂ for which it holds: beyond, a number may overflow.
+        slope: growth of the bound per unit of ‖x‖₂.
+        limit: largest ‖x‖₂ for which the bound holds; beyond it a number may overflow.
     """
 
     constant: float
@@ -69,7 +70,7 @@ class Growth:
         return Growth(add_up(self.constant, constant), self.slope, self.limit)
 
     def after(self, size: Growth) -> Growth:
-        """Return the bound as a function of ‖x‖₂, where its own input is at most `size` large."""
+        """Return the bound in terms of ‖x‖₂; `size` bounds the norm of its own input by ‖x‖₂."""
         return Growth(
             add_up(self.constant, times_up(self.slope, size.constant)),
             times_up(self.slope, size.slope),
@@ -77,7 +78,7 @@ class Growth:
         )
 
     def reach(self, largest: float) -> float:
-        """Return a lower bound of the largest ‖x‖₂ at which this is at most `largest`."""
+        """Return a lower bound of the largest ‖x‖₂ at which the bound is at most `largest`."""
         if largest == math.inf or (self.slope == 0 and self.constant <= largest):
             return self.limit
         if not self.constant <= largest:
@@ -109,8 +110,8 @@ def norms_up(x: Tensor, dims: int) -> Float[Tensor, "*batch"]:
         return x.new_zeros(batch, dtype=torch.float64)
     wide = x.detach().reshape(*batch, count).double().abs()
     largest = wide.amax(-1, keepdim=True)
-    # In units of the largest entry squares cannot overflow, and what vanishes is below rounding;
-    # numbers that a processor takes for zeros are at most `tiny` each.
+    # Entries are divided by the largest one, so squares cannot overflow, and squares that underflow
+    # are below the rounding error. A number that the processor reads as zero is at most `tiny`.
     unit = largest.clamp(2.0**-1000, 2.0**1000)
     norm = (wide / unit).square().sum(-1).sqrt() * unit[..., 0]
     norm = norm * (1 + (count + 16) * 2.0**-51) + math.sqrt(count) * torch.finfo(x.dtype).tiny
@@ -118,19 +119,26 @@ def norms_up(x: Tensor, dims: int) -> Float[Tensor, "*batch"]:
 
 
 def norm_up(x: Tensor) -> float:
-    """Return an upper bound of ‖x‖₂ over all entries."""
+    """Return an upper bound of ‖x‖₂ over all entries.
+
+    Args:
+        x: float32 or float64.
+    """
     return float(norms_up(x, x.ndim))
 
 
 def absolute_norm(U: Tensor) -> float:
     """Bound ‖ |U| ‖₂ by √(largest row sum × largest column sum), for a matrix or a kernel.
 
-    The sums of a kernel are over all taps: the bound is that of its convolution of any image.
+    Sums of a kernel run over all offsets. Then the bound holds for its convolution of any image.
+
+    Args:
+        U: q × p, or q × p × k × k.
     """
     if not U.numel():
         return 0.0
     size = U.detach().double().abs()
-    # With everything in units of the largest entry no sum overflows or vanishes.
+    # Entries are divided by the largest one, so that no sum overflows or underflows.
     unit = min(max(float(size.amax()), 2.0**-1000), 2.0**1000)
     size = size / unit
     size = size.flatten(2).sum(2) if size.ndim > 2 else size
@@ -140,22 +148,26 @@ def absolute_norm(U: Tensor) -> float:
 
 
 def largest_up(x: Tensor) -> float:
-    """Return an upper bound of the largest entry in size; 0 of none."""
+    """Return an upper bound of the largest absolute value of an entry; 0 if there is none.
+
+    Args:
+        x: of any shape.
+    """
     if not x.numel():
         return 0.0
     return add_up(float(x.detach().double().abs().amax()), torch.finfo(x.dtype).tiny)
 
 
 def underflow(terms: int, inputs: Tensor, weights: Tensor, dims: int = 1) -> Tensor:
-    """Return what each float64 sum of so many products of inputs and weights may lose.
+    """Return a bound of the underflow in each float64 sum of products of inputs and weights.
 
-    To underflow, also where denormal results and operands are read as zero: t(1 + |a| + |b|) for a
-    product of a and b, see Note [Rounding model].
+    A product of a and b loses at most t(1 + |a| + |b|), with t the smallest normal number, even if
+    denormal results and operands are read as zero: see Note [Rounding model].
 
     Args:
         terms: products per sum.
         inputs: (*batch, …), the last `dims` dimensions make a sample.
-        weights: all that they are multiplied with.
+        weights: all factors of the inputs.
         dims: of a sample.
 
     Returns:
@@ -167,5 +179,9 @@ def underflow(terms: int, inputs: Tensor, weights: Tensor, dims: int = 1) -> Ten
 
 
 def not_nan(bounds: Tensor) -> Tensor:
-    """Return bounds that are infinite where nothing is known."""
+    """Return the bounds with infinity in place of NaN.
+
+    Args:
+        bounds: of any shape.
+    """
     return torch.where(bounds.isnan(), torch.inf, bounds)

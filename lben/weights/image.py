@@ -1,11 +1,14 @@
 """Where do images and the states of a layer of images lie? Grid, torus, border and crop.
 
 Note [Zero padding on a torus]
-The resolvent of a zero-padded convolution has no Fourier transform. But with a border at least as
-wide as W reaches, the zero-padded convolution is the circular one of a state that is zero on the
-border, and an activation that is 0 there keeps it so. That activation is a prox like every other
-(of slope 0), so the same splitting, the same factors and the same certificate serve both paddings,
-for about (1 + (k − 1)/height)² of the work.
+The Fourier transform does not diagonalize the resolvent of a zero-padded convolution. Therefore the
+state gets a border that is at least as wide as W reaches. For a state that is zero on this border
+the circular convolution equals the zero-padded one. An activation that is 0 on the border keeps the
+state zero there. This activation is a proximal operator like every other (of slope 0). So the same
+splitting, the same factors and the same certificate serve both paddings. The work grows by a factor
+of about (1 + (k − 1)/height)².
+
+Symbols: docs/glossary.md.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ class ImageGeometry:
 
     Args:
         image: height and width of x.
-        stride: x is down-sampled first, each stride × stride block of pixels into channels.
+        stride: blocks of stride × stride pixels of x become channels first.
         circular: whether the down-sampled image is a torus; otherwise zeros surround it.
         state_channels: n.
         state_kernel: size of the kernel of W, odd.
@@ -37,7 +40,7 @@ class ImageGeometry:
 
     Attributes:
         grid: height and width after down-sampling.
-        torus: height and width of the states; the grid itself where it is circular.
+        torus: height and width of the states; equal to the grid if it is circular.
 
     Example:
         >>> geometry = ImageGeometry(
@@ -75,7 +78,7 @@ class ImageGeometry:
         border = 0 if circular else state_kernel // 2
         self.torus = self.grid
         if border:
-            self.torus = (_fast(self.grid[0] + border), _fast(self.grid[1] + border))
+            self.torus = (_round_up(self.grid[0] + border), _round_up(self.grid[1] + border))
         self._channels = state_channels
 
     def downsample(self, x: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch p i j"]:
@@ -103,7 +106,7 @@ class ImageGeometry:
 def _mark_inside(
     channels: int, torus: tuple[int, int], grid: tuple[int, int], device: torch.device
 ) -> Bool[Tensor, " units"]:
-    """Return which units lie inside the image, and not on its border."""
+    """Return a mask of the units that lie inside the image and not on its border."""
     real = "cpu" if device.type == "meta" else device
     with torch.inference_mode(False):
         inside = torch.zeros(channels, *torus, dtype=torch.bool, device=real)
@@ -111,15 +114,15 @@ def _mark_inside(
         return inside.flatten()
 
 
-# The mask follows from the sizes, so it is neither state nor moved with a layer.
+# The mask depends on sizes alone, so it is cached here, and not a buffer that moves with a layer.
 _mark_inside_once = lru_cache(maxsize=32)(_mark_inside)
 
 
-def _fast(size: int) -> int:
+def _round_up(size: int) -> int:
     """Return the next even size whose Fourier transform is fast: prime factors 2, 3 and 5 only."""
     size += size % 2
     rest = size
     for prime in (2, 3, 5):
         while rest % prime == 0:
             rest //= prime
-    return size if rest == 1 else _fast(size + 2)
+    return size if rest == 1 else _round_up(size + 2)

@@ -1,4 +1,7 @@
-"""How does a weight act on images or features, and how does its transpose act back?"""
+"""How does a weight act on images or features, and how does its transpose act?
+
+Symbols: docs/glossary.md.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ class LinearMap(ABC):
 
     @abstractmethod
     def spread(self, vector: Tensor) -> Tensor:
-        """Return one number per unit or channel, shaped to scale what the map returns."""
+        """Return one number per unit or channel, shaped to scale outputs of the map."""
 
     @property
     @abstractmethod
@@ -34,15 +37,15 @@ class LinearMap(ABC):
 
     @abstractmethod
     def outputs(self, shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
-        """Return the shape of what the map makes of one sample of this shape."""
+        """Return the shape of the output for one sample of a shape, with this many channels."""
 
     def refuse_other_sums(self, U: Tensor) -> None:
-        """Raise ValueError where products may be summed in ways that are not bounded."""
+        """Raise ValueError if products may be summed in a way whose rounding is not bounded."""
         return
 
     @abstractmethod
     def check(self, shape: tuple[int, ...], inputs: int) -> None:
-        """Raise ValueError unless inputs of this shape fit, by name."""
+        """Raise ValueError unless x of this shape fits weights with this number of inputs."""
 
 
 @dataclass(frozen=True)
@@ -160,17 +163,31 @@ class Convolution(LinearMap):
 
 
 def taps(vector: Tensor) -> Tensor:
-    """Return one number per channel, shaped to scale the pixels of images and kernels."""
+    """Return one number per channel, shaped to scale the pixels of images and kernels.
+
+    Args:
+        vector: one number per channel.
+    """
     return vector[:, None, None]
 
 
 def mirror(kernel: Tensor) -> Tensor:
-    """Return the kernel of the adjoint convolution."""
+    """Return the kernel of the adjoint convolution.
+
+    Args:
+        kernel: q × p × k × k.
+
+    Returns:
+        p × q × k × k.
+    """
     return kernel.transpose(0, 1).flip(2, 3)
 
 
 def refuse_other_sums(U: Tensor) -> None:
-    """Refuse convolutions by this kernel where they may be summed in ways that are not bounded.
+    """Refuse a kernel whose convolution may be summed in a way whose rounding is not bounded.
+
+    Args:
+        U: the kernel, on the device that runs.
 
     Raises:
         ValueError: naming the library and the cure.

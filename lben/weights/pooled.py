@@ -1,4 +1,7 @@
-"""What are the weights of a layer of images whose output is pooled and multiplied by a matrix?"""
+"""What are the weights of a layer of images whose output is pooled and multiplied by a matrix?
+
+Symbols: docs/glossary.md; ⟨C, z⟩ is defined at the class.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,11 @@ from solvers import LinearOperator, LowRankUpdate, ProximalActivation
 class PooledWeights(Weights):
     """Weights of z = σ(W∗z + A⟨C, z⟩ + U∗x + b), y = ⟨C, z⟩ + b_y: images in, q numbers out.
 
-    ⟨C, z⟩ are the q inner products of C with z, over all channels and pixels. What the bound of y
-    asks of W has rank q, so W as a whole is a convolution plus A⟨C, ·⟩.
+    ⟨C, z⟩ are the q inner products of C with z, over all channels and pixels. The bound
+    of y requires of W only a term of rank q. So W as a whole is a convolution plus A⟨C, ·⟩.
 
     Args:
-        state: W, U, b, Λ and the padding; without outputs or a claim of its own.
+        state: W, U, b, Λ and the padding, as weights without outputs and without a claim.
         A: q × n × height × width, where z is height × width.
         C: q × n × height × width.
         b_y: q.
@@ -78,7 +81,7 @@ class PooledWeights(Weights):
 
     @property
     def image(self) -> tuple[int, int]:
-        """Height and width of the only images that fit."""
+        """Height and width of the images that these weights are for."""
         return (self.C.shape[2], self.C.shape[3])
 
     @property
@@ -93,10 +96,10 @@ class PooledWeights(Weights):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name."""
-        return {**_nonempty(self.state.tensors()), "A": self.A, "C": self.C, "b_y": self.b_y}
+        return {**_drop_empty(self.state.tensors()), "A": self.A, "C": self.C, "b_y": self.b_y}
 
     def apply(self, transform: Callable[[Tensor], Tensor]) -> PooledWeights:
-        """Return the weights with every tensor transformed, empty ones of the state included."""
+        """Return the weights with every tensor transformed, also the empty ones of the state."""
         return replace(
             self, state=self.state.apply(transform), A=transform(self.A), C=transform(self.C),
             b_y=transform(self.b_y),
@@ -150,7 +153,7 @@ class PooledWeights(Weights):
         return Rounding(self.state.drive_rounding(x), norms_up(y, 1))
 
     def rates(self, unit: float) -> Rates:
-        """Return how sizes and roundings grow where products run with a unit roundoff."""
+        """Return how norms and rounding errors grow if products run with a unit roundoff."""
         C = (self.C / taps(self.state.Lambda.sqrt())).flatten(1)
         readout = (C.shape[1] + 8) * unit * absolute_norm(C)
         return replace(self.state.drive_rates(unit), readout=readout)
@@ -160,7 +163,7 @@ class PooledWeights(Weights):
         return largest_up(self.state.U) + largest_up(self.C)
 
     def proved_size(self) -> tuple[tuple[int, int], bool] | None:
-        """As `ConvolutionalWeights.proved_size`."""
+        """Return the image size of a proof, as `ConvolutionalWeights.proved_size`."""
         return self.state.proved_size()
 
     def restrict(self, activation: ProximalActivation) -> ProximalActivation:
@@ -168,11 +171,11 @@ class PooledWeights(Weights):
         return self.state.restrict(activation)
 
     def check_sums(self) -> None:
-        """As `ConvolutionalWeights.check_sums`."""
+        """Refuse CPUs whose rounding is not bounded, as `ConvolutionalWeights.check_sums`."""
         self.state.check_sums()
 
     def check_input(self, x: Tensor) -> None:
-        """As `ConvolutionalWeights.check_input`."""
+        """Refuse images of another size, as `ConvolutionalWeights.check_input`."""
         self.state.check_input(x)
 
     def header(self) -> str:
@@ -180,5 +183,5 @@ class PooledWeights(Weights):
         return f"gamma={self.gamma!r};circular={self.state.circular};"
 
 
-def _nonempty(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _drop_empty(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t for name, t in tensors.items() if t.numel()}

@@ -1,4 +1,4 @@
-"""Is a size an integer, and a dtype one of real numbers? NumPy's integers are; words are not."""
+"""Is an argument an integer, a flag, an image size or a real dtype? Checks return it or raise."""
 
 from __future__ import annotations
 
@@ -36,6 +36,10 @@ def integer(name: str, value: object, least: int | None = 1) -> int:
 def flag(name: str, value: object) -> bool:
     """Return an argument that is True or False.
 
+    Args:
+        name: of the argument, for messages.
+        value: its value.
+
     Raises:
         TypeError: if it is neither.
     """
@@ -46,6 +50,9 @@ def flag(name: str, value: object) -> bool:
 
 def image_size(value: object) -> tuple[int, int]:
     """Return the height and width of an image as Python ints.
+
+    Args:
+        value: the argument.
 
     Raises:
         TypeError: if it is no pair of integers.
@@ -58,6 +65,9 @@ def image_size(value: object) -> tuple[int, int]:
 
 def real(dtype: torch.dtype | None) -> torch.dtype | None:
     """Return the dtype of parameters, None for PyTorch's default.
+
+    Args:
+        dtype: the argument.
 
     Raises:
         TypeError: if it is no dtype of real floating-point numbers.

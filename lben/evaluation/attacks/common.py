@@ -25,11 +25,10 @@ def differentiating(attack: Callable[P, R]) -> Callable[P, R]:
     """Run an attack with gradients, whatever mode it is called in.
 
     Note [What an attack needs of autograd]
-    Gradients of images, where the caller may be in no_grad or in inference mode; whose images, and
-    the model's parameters, may be inference tensors, which no graph can hold. So both modes are
-    left for the time of the attack, which is the caller's thread alone, and `own` and `view` make
-    ordinary tensors. Parameters are the caller's and perhaps another thread's, too: nothing about
-    them is changed.
+    An attack needs gradients of images. But the caller may be in no_grad or in inference mode, and
+    images and parameters may be inference tensors, which no graph can hold. So the decorator leaves
+    both modes during the attack, in the caller's thread only, and `own` and `view` make ordinary
+    tensors. Other threads may use the parameters at the same time, so they are not changed.
     """
 
     @wraps(attack)

@@ -1,8 +1,8 @@
 """Is there an image within a radius that is classified otherwise?
 
 Note [Where the points of an attack lie]
-Every point lies within the range of the images and, its distance measured in float64, within the
-radius: a point outside would be no evidence against a radius. Where rounding allows no step, as in
+Every point lies within the range of the images. Its distance, measured in float64, is at most the
+radius. A point outside would be no evidence against a radius. If rounding allows no step, as in
 bfloat16 within a small radius, the attack stays at the image.
 """
 
@@ -73,14 +73,14 @@ def pgd_l2(
         >>> [pgd_l2(model, x, labels, radius)[1].item() for radius in (0.13, 0.15)]
         [False, True]
     """
-    ball, worst, model, labels = _prepared(model, x, labels, radius, bounds, steps, restarts)
+    ball, worst, model, labels = _prepare(model, x, labels, radius, bounds, steps, restarts)
     for point in ball.starts(restarts, generator):
         for step in range(steps + 1):
             margins, gradient = _margin_gradient(model, point, labels)
             worst.update(point, margins)
             if step < steps:
                 direction = gradient / norms(gradient)
-                point = ball.nearest(point - 2.5 * ball.radius / steps * direction)
+                point = ball.project(point - 2.5 * ball.radius / steps * direction)
     return worst.point, worst.margin <= 0
 
 
@@ -122,9 +122,9 @@ def apgd_l2(
         >>> broken.item(), bool((point - x).norm() <= 0.15)
         (True, True)
     """
-    ball, worst, model, labels = _prepared(model, x, labels, radius, bounds, steps, restarts)
+    ball, worst, model, labels = _prepare(model, x, labels, radius, bounds, steps, restarts)
     for point in ball.starts(restarts, generator):
-        _adaptive(model, ball, labels, point, steps, worst)
+        _run_adaptive(model, ball, labels, point, steps, worst)
     return worst.point, worst.margin <= 0
 
 
@@ -185,7 +185,7 @@ def across_the_boundary(
     return first[stored], b[stored]
 
 
-def _adaptive(
+def _run_adaptive(
     model: nn.Module, ball: _Ball, labels: Tensor, point: Images, steps: int, worst: _Worst
 ) -> None:
     x = ball.centre
@@ -216,10 +216,10 @@ def _adaptive(
             window = max(window - max(int(0.03 * steps), 1), max(int(0.06 * steps), 1))
             checkpoint += window
         direction = gradient / norms(gradient)
-        ahead = ball.nearest(point - wide(size, x) * direction)
+        ahead = ball.project(point - wide(size, x) * direction)
         share = 1.0 if step == 0 else 0.75
         moved = point + share * (ahead - point) + (1 - share) * (point - before)
-        before, point = point, ball.nearest(moved)
+        before, point = point, ball.project(moved)
 
 
 @differentiating
@@ -248,7 +248,7 @@ def auto_attack(
         ...
         ValueError: labels must lie in [0, 2), got values from 7 to 7...
     """
-    ball, _, model, labels = _prepared(model, x, labels, radius, (0.0, 1.0), batch, 1)
+    ball, _, model, labels = _prepare(model, x, labels, radius, (0.0, 1.0), batch, 1)
     if importlib.util.find_spec("autoattack") is None:
         raise ImportError(
             "AutoAttack is not installed: pip install "
@@ -287,22 +287,22 @@ class _Ball:
     radius: float
     bounds: Bounds | None
 
-    def nearest(self, point: Tensor) -> Images:
+    def project(self, point: Tensor) -> Images:
         """Return an image near the point: clipped to the range, then scaled towards the centre.
 
         Range and ball are convex and contain the centre, so they contain the segment between.
         """
-        offset = (self._clipped(point) - self.centre).double()
+        offset = (self._clip(point) - self.centre).double()
         found, settled = self.centre, torch.zeros(len(point), dtype=torch.bool, device=point.device)
         for slack in (1e-9, 8 * torch.finfo(point.dtype).eps):
             shrink = (self.radius * (1 - slack) / norms(offset)).clamp_max(1)
-            near = self._clipped(self.centre + (offset * shrink).to(point.dtype))
+            near = self._clip(self.centre + (offset * shrink).to(point.dtype))
             moved = (near.double() - self.centre.double()).flatten(1)
             inside = ~settled & (torch.linalg.vector_norm(moved, dim=1) <= self.radius)
             found, settled = torch.where(wide(inside, near), near, found), settled | inside
         return found
 
-    def _clipped(self, point: Tensor) -> Tensor:
+    def _clip(self, point: Tensor) -> Tensor:
         if self.bounds is None:
             return point
         low, high = (
@@ -315,10 +315,10 @@ class _Ball:
         yield self.centre.clone()
         for _ in range(restarts - 1):
             noise = gaussian(self.centre, generator)
-            yield self.nearest(self.centre + self.radius * noise / norms(noise))
+            yield self.project(self.centre + self.radius * noise / norms(noise))
 
 
-def _prepared(
+def _prepare(
     model: nn.Module,
     x: Images,
     labels: Tensor,
@@ -327,7 +327,7 @@ def _prepared(
     steps: int,
     restarts: int,
 ) -> tuple[_Ball, _Worst, nn.Module, Tensor]:
-    """Check what an attack is given, and return it as attacks use it."""
+    """Check the arguments of an attack; return ball, worst points, model and labels for it."""
     centre, radius = own(x), plain(radius)
     if isinstance(radius, bool) or not isinstance(radius, int | float):
         raise ValueError(f"radius must be a number, got {radius!r}")
@@ -341,7 +341,7 @@ def _prepared(
     if len(ends) != 2 or not bool((ends[0] < ends[1]).all()):
         raise ValueError(f"bounds must be (low, high) with low below high, or None, got {bounds}")
     ball, model = _Ball(centre, float(radius), bounds), view(model)
-    if not torch.equal(ball._clipped(centre), centre):
+    if not torch.equal(ball._clip(centre), centre):
         low, high = (float(t) for t in centre.aminmax())
         limits = "bounds" if any(isinstance(b, Tensor) for b in bounds or ()) else f"{bounds}"
         raise ValueError(
@@ -351,7 +351,7 @@ def _prepared(
     with torch.no_grad():  # one image tells the number of classes
         logits = model(centre[:1] if len(centre) else centre.new_zeros(1, *centre.shape[1:]))
     logits = logits.expand(len(centre), -1) if logits.ndim == 2 else logits
-    labels = check_labels(logits, labels).clone()  # those of an inference mode fit no graph
+    labels = check_labels(logits, labels).clone()  # inference tensors cannot be part of a graph
     return ball, _Worst(centre), model, labels
 
 

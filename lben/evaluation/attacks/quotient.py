@@ -1,4 +1,4 @@
-"""How large a Lipschitz quotient can be found?"""
+"""How large a Lipschitz quotient ‖f(a) − f(b)‖₂ / ‖a − b‖₂ can be found?"""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def ascend_quotient(
         gradients = torch.autograd.grad(-value.sum(), [a, b])
         a.grad, b.grad = gradients
         optimizer.step()
-        best = _better(best, a, b, quotients(model, a, b))
+        best = _keep_better(best, a, b, quotients(model, a, b))
     return best
 
 
@@ -159,13 +159,13 @@ def random_pairs(
     if not len(x) or isinstance(count, bool) or count < 1:
         raise ValueError(f"random pairs need images and a count above 0, got {len(x)} and {count}")
 
-    def near(scale: float) -> Callable[[Tensor], Tensor]:
+    def draw_near(scale: float) -> Callable[[Tensor], Tensor]:
         return lambda a: a + scale * gaussian(a, generator)
 
     kinds: list[Callable[[Tensor], Tensor]] = [
         lambda a: x[_draw(len(x), len(a), generator)],
         lambda a: torch.rand(a.shape, generator=generator, dtype=a.dtype, device="cpu").to(a),
-        *map(near, (1e-3, 1e-1, 10.0)),
+        *map(draw_near, (1e-3, 1e-1, 10.0)),
     ]
     batch = min(count, 5000)
     for index in range(-(-count // batch)):
@@ -223,7 +223,7 @@ def _log_quotient(model: nn.Module, a: Tensor, b: Tensor) -> Tensor:
     return 0.5 * ((change + tiny).log() - (distance + tiny).log())
 
 
-def _better(best: Pairs, a: Tensor, b: Tensor, quotient: Tensor) -> Pairs:
+def _keep_better(best: Pairs, a: Tensor, b: Tensor, quotient: Tensor) -> Pairs:
     improved = quotient > best.quotient
     keep = wide(improved, best.a)
     return Pairs(

@@ -1,4 +1,4 @@
-"""Reports for people: every table and picture is a function of a report."""
+"""How are reports shown? Every table and picture is a function of a report."""
 
 from lben.evaluation.reports.certification import certification_table, draw_certification
 from lben.evaluation.reports.picture import draw

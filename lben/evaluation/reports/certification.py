@@ -1,4 +1,4 @@
-"""How does a comparison of proofs read, and look?"""
+"""How is a comparison of proofs shown, as a table and as a picture?"""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def certification_table(report: Certification) -> str:
 
 
 def _rest(report: Certification) -> str:
-    """Say what a complete run costs, where this one is none."""
+    """Say how long a run on all test images takes; empty text if this run has them all."""
     if report.samples == report.available:
         return ", all test images"
     return (

@@ -1,4 +1,4 @@
-"""What does the gap between proof and attack look like?"""
+"""How is the gap between certified and attacked accuracy drawn?"""
 
 from __future__ import annotations
 

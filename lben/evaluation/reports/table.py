@@ -63,6 +63,11 @@ def table(report: Report) -> str:
 def statement(dtype: str, tol: float | None, promise: Promise = "running") -> str:
     """Return in words what the certified radii of a report promise.
 
+    Args:
+        dtype: that the network runs in.
+        tol: relative tolerance of its solver; None without a solver.
+        promise: see `Promise`.
+
     Example:
         >>> print(statement("float32", 1e-4))
         as it runs (float32, solves to 0.0001) it keeps the label in the ball

@@ -7,7 +7,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, Self, get_args
+from typing import Any, Literal, Protocol, Self, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -83,6 +83,7 @@ class CertifiedLogits(Certified):
         return certified_radius(logits, labels, bound, logit_error=error, elsewhere=around)
 
 
+@runtime_checkable
 class ClassifierConfig(Protocol):
     """What training and checkpoints need of a configuration: a frozen dataclass that builds."""
 

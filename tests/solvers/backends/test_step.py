@@ -14,7 +14,7 @@ def outcome(residual, steps, limited=None, start=0.0):
     return Outcome(
         value=start + torch.arange(2.0 * len(r)).reshape(-1, 2),
         residual=r,
-        steps=torch.tensor(steps),
+        steps=torch.tensor(steps, dtype=torch.long),
         checks=1,
         rounding_limited=None if limited is None else torch.tensor(limited),
     )

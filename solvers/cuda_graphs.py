@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -99,6 +99,7 @@ class GraphedCallable:
         return {**self.__dict__, "_recordings": OrderedDict()}
 
 
+@runtime_checkable
 class Graph(Protocol):
     """Hold recorded kernels."""
 

@@ -87,7 +87,8 @@ def fixed_step_equilibrium(
         raise ValueError(f"steps must be at least 1, got {steps} and backwards {backward_steps}")
     if v.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"problems are float32 or float64, got {v.dtype}")
-    problem = Inclusion(DenseOperator(W, metric), v, activation)  # type: ignore[arg-type]
+    operator = DenseOperator(W) if metric is None else DenseOperator(W, metric)
+    problem = Inclusion(operator, v, activation)
     problem.check()
     if isinstance(activation, LinearSlope) and activation.d.requires_grad:
         raise ValueError("slopes get no gradient here: detach them, or use equilibrium()")

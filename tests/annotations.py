@@ -1,20 +1,59 @@
 """Every annotation of both packages is checked while the tests run.
 
-jaxtyping's hook gives dimensions of one call one size each, and beartype checks the rest. beartype
-knows Self only where it decorates classes, and the hook decorates functions: annotations that
-mention Self are left out.
+jaxtyping's hook gives dimensions of one call one size each, and beartype checks the rest. A call
+that breaks an annotation either raises an error of its own or fails the test: functions refuse
+other kinds and shapes with messages that say more, and tests read these.
 """
 
-from collections.abc import Callable
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import Any
 
+import torch
 from beartype import BeartypeConf, beartype
+from jaxtyping import install_import_hook
 
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as for mypy
 
 
 def check(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function whose arguments and result are checked."""
-    hints = getattr(function, "__annotations__", {})
-    function.__annotations__ = {k: v for k, v in hints.items() if "Self" not in str(v)}
-    return _check(function)
+    """Return a function that checks the arguments and the result of a call.
+
+    Args:
+        function: jaxtyping's stand-in for the function of a package. There are two: one is called
+            before the function and is not checked, the other afterwards, with the result as ret0
+            beside the arguments.
+    """
+    if "ret0" not in function.__annotations__:
+        return function
+    # beartype knows Self only where it decorates a class.
+    hints = {k: v for k, v in function.__annotations__.items() if "Self" not in str(v)}
+    function.__annotations__ = hints
+    checked = _check(function)
+
+    @functools.wraps(function)
+    def unless_traced(*args: Any, **kwargs: Any) -> Any:
+        # In a graph sizes are symbols, no integers.
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        return kwargs["ret0"] if traced else checked(*args, **kwargs)
+
+    return unless_traced
+
+
+class _Kernels(MetaPathFinder):
+    """Finds Triton's kernels, which Triton compiles from their source: nothing may wrap them."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return PathFinder.find_spec(name, path, target) if name.endswith("_kernels") else None
+
+
+def install() -> None:
+    """Check the modules of both packages that are imported from now on."""
+    install_import_hook(["lben", "solvers"], f"{__name__}.check")
+    sys.meta_path.insert(0, _Kernels())

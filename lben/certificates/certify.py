@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import singledispatch
-from typing import Protocol, overload
+from typing import Protocol, overload, runtime_checkable
 
 from lben.certificates.certificate import (
     Certificate,
@@ -27,6 +27,7 @@ PairClaims = Mapping[tuple[int, int], Claim] | Mapping[tuple[int, int], LinfClai
 """A claim for every pair of outputs i < j."""
 
 
+@runtime_checkable
 class Certifiable(Protocol):
     """An object that proves its own bound: a layer, a chain, a classifier, a module you wrote.
 

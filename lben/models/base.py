@@ -7,7 +7,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, Self, get_args
+from typing import Any, Literal, Protocol, Self, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -94,6 +94,7 @@ class CertifiedLogits(Certified):
         return certified_radius(logits, labels, bound, logit_error=error, elsewhere=around)
 
 
+@runtime_checkable
 class ClassifierConfig(Protocol):
     """A frozen dataclass that builds a classifier: all that training and checkpoints rely on.
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from lben.values import check_positive, conform
 
 
+@runtime_checkable
 class Images(Protocol):
     """The facts about data that an architecture needs; `Dataset` and `ImageTask` have them.
 

@@ -47,8 +47,8 @@ class ConvolutionalWeights(Weights):
         W: n × n × j × j with odd j; None for W = 0, a layer without a solve.
         U: n × p × k × k.
         b: n.
-        C: q × n × k × k; of another size where both are odd.
-        D: q × p × i × j; a number d for dI; None for no feed-through.
+        C: q × n × l × l; l = k unless both are odd.
+        D: q × p × h × w; a number d for dI; None for no feed-through.
         b_y: q.
         Lambda: one positive multiplier per channel of z.
         gamma: the l2 Lipschitz bound that is claimed, or None for no claim.
@@ -75,8 +75,8 @@ class ConvolutionalWeights(Weights):
     W: Float[Tensor, "n n j j"] | None = None
     U: Float[Tensor, "n p k k"]
     b: Float[Tensor, " n"]
-    C: Float[Tensor, "q n k k"]
-    D: Float[Tensor, "q p i j"] | float | None
+    C: Float[Tensor, "q n l l"]
+    D: Float[Tensor, "q p h w"] | float | None
     b_y: Float[Tensor, " q"]
     Lambda: Float[Tensor, " n"]
     gamma: float | None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from solvers import LeakyReLU, LinearSlope, Outcome, ReLU, Request, Status
+from solvers import LeakyReLU, LinearSlope, Outcome, ReLU, Request, Status, ZeroOperator
 from solvers.backends.step import Iteration, materialize, slope_coefficients
 
 REQUEST = Request(tol=1e-4, max_steps=10)
@@ -14,7 +14,7 @@ def outcome(residual, steps, limited=None, start=0.0):
     return Outcome(
         value=start + torch.arange(2.0 * len(r)).reshape(-1, 2),
         residual=r,
-        steps=torch.tensor(steps),
+        steps=torch.tensor(steps, dtype=torch.long),
         checks=1,
         rounding_limited=None if limited is None else torch.tensor(limited),
     )
@@ -93,5 +93,6 @@ def test_a_pending_negation_is_done_in_memory():
 
 
 def test_forward_backward_enters_with_its_first_step_done():
-    assert Iteration(map=None, alpha=1.0, reflected=False).initial_steps == 1
-    assert Iteration(map=None, alpha=1.0, reflected=True).initial_steps == 0
+    step = ZeroOperator(torch.ones(2)).relax(1.0)
+    assert Iteration(map=step, alpha=1.0, reflected=False).initial_steps == 1
+    assert Iteration(map=step, alpha=1.0, reflected=True).initial_steps == 0

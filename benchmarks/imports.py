@@ -105,6 +105,12 @@ def upward(found: list[Arrow], known: dict[str, list[str]]) -> list[Arrow]:
                 break
             folder, one, other = ".".join(a[:depth]), a[depth], b[depth]
             places = known.get(folder, [])
+            for file in (one, other):
+                if one != other and f"{folder}.{file}" not in places:
+                    raise ValueError(
+                        f"{folder}.{file} is not on the map: add its line to ARCHITECTURE.md, "
+                        "below what it imports"
+                    )
             if one != other and places.index(f"{folder}.{other}") > places.index(f"{folder}.{one}"):
                 wrong.append(arrow)
     return wrong

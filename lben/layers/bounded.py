@@ -9,12 +9,15 @@ Symbols: docs/glossary.md.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol, TypeVar, runtime_checkable
 
+import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from lben.certificates import CertificateError, LipschitzCertificate
+from lben.layers.hooks import refuse_hooks
 from lben.radii.error_bounds import Affine, Certified
 from lben.weights.growth import Growth, norms_up
 from lben.weights.sizes import image_size
@@ -86,6 +89,85 @@ class BoundedModule(Protocol):
         ...
 
 
+def with_roundoff(y: Tensor, size: Float[Tensor, "*batch"], growth: Growth) -> Certified:
+    """Return an output whose rounding error is affine in ‖x‖₂, with bounds of it.
+
+    Args:
+        y: the output.
+        size: upper bounds of ‖x‖₂ per sample, float64.
+        growth: of the rounding error.
+    """
+    around = Affine(
+        growth.constant + growth.slope * size, growth.slope, (growth.limit - size).clamp_min(-1.0)
+    )
+    return Certified(value=y, error=growth.at(size), uniform=around)
+
+
+class RoundedModule(nn.Module, ABC):
+    """A module without a solve, whose rounding error is at most affine in ‖x‖₂.
+
+    A subclass says which certificates are its own (`check`) and how its error grows
+    (`rounding_growth`); the bounds of one output follow.
+    """
+
+    @property
+    def sample_shape(self) -> tuple[int | None, ...] | None:
+        """The shape of one x as far as it is given; None where it may have any."""
+        return None
+
+    @abstractmethod
+    def check(self, certificate: LipschitzCertificate, x: Tensor) -> None:
+        """Refuse a certificate of something else, or of other images than x.
+
+        Raises:
+            CertificateError: naming the difference.
+        """
+
+    @abstractmethod
+    def rounding_growth(self, shape: tuple[int, ...], dtype: torch.dtype) -> Growth:
+        """Return a bound of ‖fl(y) − y‖₂ that is affine in ‖x‖₂.
+
+        Args:
+            shape: of one sample.
+            dtype: in which the module runs.
+
+        Raises:
+            ValueError: if the shape or dtype does not fit; under autocast.
+        """
+
+    @torch.no_grad()
+    def forward_with_error(
+        self, x: Tensor, certificate: LipschitzCertificate, error_in: ErrorIn = 0.0
+    ) -> Certified:
+        """Return y as the module runs, with bounds of its distance to the exact y.
+
+        Args:
+            x: as the module takes it; with one batch dimension where `sample_shape` is None.
+            certificate: of this module, and for images of this size.
+            error_in: bound of the l2 distance of x to the exact input, per sample.
+
+        Returns:
+            y with bounds of ‖y − y*‖₂ per sample: at x, and at every input in a ball around x.
+
+        Raises:
+            CertificateError: if the certificate is of something else, or the module has hooks.
+            ValueError: as `rounding_growth`.
+        """
+        refuse_hooks(self)
+        self.check(certificate, x)
+        size, growth = self._size_and_growth(x)
+        return with_roundoff(self(x), size, growth).after(error_in, certificate.bound)
+
+    def rounding(self, x: Tensor) -> Float[Tensor, "*batch"]:
+        """Bound ‖fl(y) − y‖₂ per sample in float64, see `rounding_growth`."""
+        size, growth = self._size_and_growth(x)
+        return growth.at(size)
+
+    def _size_and_growth(self, x: Tensor) -> tuple[Float[Tensor, "*batch"], Growth]:
+        dims = x.ndim - 1 if self.sample_shape is None else min(len(self.sample_shape), x.ndim)
+        return norms_up(x, dims), self.rounding_growth(tuple(x.shape[x.ndim - dims :]), x.dtype)
+
+
 def require_kind(certificate: LipschitzCertificate, kind: type[C_], what: str) -> C_:
     """Return a certificate of the kind that a module needs.
 
@@ -120,22 +202,6 @@ def height_and_width(image: tuple[int, ...] | None) -> tuple[int, int] | None:
     if isinstance(image, tuple) and len(image) == 3:
         image = image[1:]
     return image_size(image)
-
-
-def with_roundoff(y: Tensor, x: Tensor, growth: Growth, dims: int | None = None) -> Certified:
-    """Return an output with bounds of its rounding error, which grow affinely with ‖x‖₂.
-
-    Args:
-        y: the output.
-        x: the input.
-        growth: bound of the rounding error in l2, as a function of ‖x‖₂.
-        dims: dimensions of one sample; all but the first when None.
-    """
-    size = norms_up(x, x.ndim - 1 if dims is None else dims)
-    around = Affine(
-        growth.constant + growth.slope * size, growth.slope, (growth.limit - size).clamp_min(-1.0)
-    )
-    return Certified(value=y, error=growth.at(size), uniform=around)
 
 
 def refuse_other_image(image: tuple[int, ...] | None, own: tuple[int, ...], what: str) -> None:

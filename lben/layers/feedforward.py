@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from lben import precision
 from lben.certificates import CertificateError, LayerCertificate, LipschitzCertificate, certify
-from lben.layers.bounded import ErrorIn, height_and_width, require_kind, with_roundoff
+from lben.layers.bounded import RoundedModule, height_and_width, require_kind
 from lben.layers.cache import CachingLayer, Running
 from lben.layers.graphs import Owner, check_kind, graph_is_made
-from lben.layers.hooks import refuse_hooks
 from lben.layers.roundoff import Signal, Units, columns, rows
 from lben.parameterizations import (
     ContractionParameterization,
@@ -27,7 +26,6 @@ from lben.parameterizations import (
     ResidualParameterization,
     SandwichParameterization,
 )
-from lben.radii.error_bounds import Certified
 from lben.weights import ConvolutionalWeights, DenseWeights
 from lben.weights.growth import (
     Growth,
@@ -35,7 +33,6 @@ from lben.weights.growth import (
     add_up,
     largest_up,
     norm_up,
-    norms_up,
     times_up,
 )
 from lben.weights.linear_maps import Convolution, LinearMap
@@ -44,7 +41,7 @@ from solvers.dependencies import collect_dependencies, must_not_cache
 from solvers.precision import in_autocast, leave_autocast, use_full_precision
 
 
-class FeedforwardLayer(CachingLayer, Owner, ABC):
+class FeedforwardLayer(CachingLayer, RoundedModule, Owner, ABC):
     """A layer whose multiplier T is computed once per change of its parameters.
 
     Cost. In eval mode a call costs the layer's products and one pointwise pass. In training, T is
@@ -275,42 +272,13 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
         proof = certify(self.weights(compute_dtype), image=height_and_width(image))
         return replace(proof, dtype=str(compute_dtype).removeprefix("torch."))
 
-    @torch.no_grad()
-    def forward_with_error(
-        self,
-        x: Tensor,
-        certificate: LipschitzCertificate,
-        error_in: ErrorIn = 0.0,
-    ) -> Certified:
-        """Return y as the layer runs, with bounds of its distance to the exact y, here and around.
-
-        The exact y is computed from `weights()` in real arithmetic; see `rounding_growth`.
-
-        Args:
-            x: as the layer takes it.
-            certificate: for these weights and images of this size.
-            error_in: bound of the l2 distance of x to the exact input, per sample.
-
-        Returns:
-            y with bounds of ‖y − y*‖₂ per sample: at x, and at every input in a ball around x.
-
-        Raises:
-            CertificateError: if the certificate is for something else, or the layer has hooks.
-            ValueError: as `rounding_growth`.
-        """
-        refuse_hooks(self)
-        self.check(certificate, x)
-        dims = self.map.dims
-        growth = self.rounding_growth(tuple(x.shape[x.ndim - min(dims, x.ndim) :]), x.dtype)
-        return with_roundoff(self(x), x, growth, dims).after(error_in, certificate.bound)
-
-    def check(self, proof: LipschitzCertificate, x: Tensor) -> None:
+    def check(self, certificate: LipschitzCertificate, x: Tensor) -> None:
         """Refuse a certificate of other weights, or of other images than x.
 
         Raises:
             CertificateError: naming the difference.
         """
-        _refuse_rounded(require_kind(proof, LayerCertificate, "a layer"))
+        _refuse_rounded(require_kind(certificate, LayerCertificate, "a layer"))
         compute_dtype = self._own()
         cache = self._cache()
         twin = cache.twin
@@ -318,9 +286,9 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
         fingerprint = cache.get(
             ("fingerprint", self.map), lambda: self._weights(twin, compute_dtype).fingerprint
         )
-        proof.check_fingerprint(fingerprint)
+        certificate.check_fingerprint(fingerprint)
         if isinstance(self.map, Convolution):
-            proof.check_image((x.shape[-2], x.shape[-1]), exactly=self.map.circular)
+            certificate.check_image((x.shape[-2], x.shape[-1]), exactly=self.map.circular)
 
     @torch.no_grad()
     def rounding_growth(self, shape: tuple[int, ...], dtype: torch.dtype) -> Growth:
@@ -355,12 +323,6 @@ class FeedforwardLayer(CachingLayer, Owner, ABC):
         tensors = self._tensors(own)
         self.map.refuse_other_sums(tensors[0])
         return self._roundoff(Signal.input(own), tensors, shape)
-
-    def rounding(self, x: Tensor) -> Tensor:
-        """Bound ‖fl(y) − y‖₂ per sample in float64, see `rounding_growth`."""
-        dims = self.map.dims
-        growth = self.rounding_growth(tuple(x.shape[x.ndim - min(dims, x.ndim) :]), x.dtype)
-        return growth.at(norms_up(x, dims))
 
     def train(self, mode: bool = True) -> FeedforwardLayer:
         """Set the mode, and forget what was cached."""

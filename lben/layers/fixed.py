@@ -17,19 +17,17 @@ from torch.nn import functional
 
 from lben import precision
 from lben.certificates import CertificateError, LipschitzCertificate
-from lben.layers.bounded import ErrorIn, with_roundoff
+from lben.layers.bounded import RoundedModule
 from lben.layers.fingerprint import fingerprint
 from lben.layers.graphs import check_numbers
-from lben.layers.hooks import refuse_hooks
 from lben.layers.lasting import Lasting, make_lasting
 from lben.layers.roundoff import Signal
 from lben.parameterizations.multipliers import power_of_two
-from lben.radii.error_bounds import Certified
-from lben.weights.growth import Growth, norms_up
+from lben.weights.growth import Growth
 from lben.weights.sizes import integer
 
 
-class FixedMap(Lasting):
+class FixedMap(RoundedModule, Lasting):
     """A map that is 1-Lipschitz for every value of its parameters.
 
     `certificate` states the bound 1 for the classes of this file alone. A class that extends one of
@@ -40,9 +38,6 @@ class FixedMap(Lasting):
         >>> AveragePooling(2).certificate().bound
         1.0
     """
-
-    sample_shape: tuple[int | None, ...] | None = None
-    """The shape of one x; None for a size, or for the whole shape, that is not prescribed."""
 
     def certificate(self, image: tuple[int, ...] | None = None) -> LipschitzCertificate:
         """Return the certificate of the bound 1.
@@ -63,31 +58,13 @@ class FixedMap(Lasting):
             method=f"{type(self).__name__} is 1-Lipschitz, whatever its parameters",
         )  # fmt: skip
 
-    @torch.no_grad()
-    def forward_with_error(
-        self,
-        x: Tensor,
-        certificate: LipschitzCertificate,
-        error_in: ErrorIn = 0.0,
-    ) -> Certified:
-        """Return the output as the map runs, with bounds of its distance to the exact output.
-
-        Args:
-            x: with one batch dimension.
-            certificate: of this map.
-            error_in: bound of the l2 distance of x to the exact input, per sample.
-
-        Returns:
-            The output, with bounds of its l2 distance to the exact output, per sample.
+    def check(self, certificate: LipschitzCertificate, x: Tensor) -> None:
+        """Refuse a certificate of another map.
 
         Raises:
-            CertificateError: if the certificate is of something else, or the map has hooks.
-            ValueError: as `rounding_growth`.
+            CertificateError: if the fingerprint differs.
         """
-        refuse_hooks(self)
         certificate.check_fingerprint(self.certificate().fingerprint)
-        growth = self.rounding_growth(tuple(x.shape[1:]), x.dtype)
-        return with_roundoff(self(x), x, growth).after(error_in, certificate.bound)
 
     def count_roundings(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Return the error of the map in units in the last place of ‖x‖₂, and its operations.
@@ -122,21 +99,14 @@ class FixedMap(Lasting):
         x = Signal.input(dtype).off(units * info.eps / 2, lost * math.sqrt(entries))
         return x.below(Growth(0.0, 4.0 * operations))
 
-    def rounding(self, x: Tensor) -> Float[Tensor, " batch"]:
-        """Bound ‖fl(y) − y‖₂ per sample in float64; the first dimension of x is the batch."""
-        return self.rounding_growth(tuple(x.shape[1:]), x.dtype).at(norms_up(x, x.ndim - 1))
-
 
 class FixedImageMap(FixedMap):
     """A fixed map of images: (channels, height, width) behind any number of batch dimensions."""
 
-    sample_shape = (None, None, None)
-
-    def rounding(self, x: Tensor) -> Float[Tensor, "*batch"]:
-        """Bound ‖fl(y) − y‖₂ per image in float64."""
-        dims = min(3, x.ndim)
-        growth = self.rounding_growth(tuple(x.shape[x.ndim - dims :]), x.dtype)
-        return growth.at(norms_up(x, dims))
+    @property
+    def sample_shape(self) -> tuple[int | None, ...]:
+        """Three sizes, none of them given."""
+        return (None, None, None)
 
 
 class Flatten(FixedMap):

@@ -16,23 +16,21 @@ from torch.nn import functional
 
 from lben import precision
 from lben.certificates import LayerCertificate, LipschitzCertificate, PairCertificate, certify
-from lben.layers.bounded import ErrorIn, require_kind, with_roundoff
+from lben.layers.bounded import RoundedModule, require_kind
 from lben.layers.graphs import Owner, check_kind, graph_is_made
-from lben.layers.hooks import refuse_hooks
 from lben.layers.lasting import Lasting, make_lasting
 from lben.layers.roundoff import Signal
 from lben.parameterizations.feedforward import read_weight
 from lben.parameterizations.orthogonal import register_orthogonal
 from lben.parameterizations.parametrized import PicklableParametrized
-from lben.radii.error_bounds import Certified
 from lben.rigorous import Enclosure, norm_bound, sum_up, up
 from lben.weights import DenseWeights
-from lben.weights.growth import Growth, absolute_norm, norm_up, norms_up
+from lben.weights.growth import Growth, absolute_norm, norm_up
 from lben.weights.sizes import integer, real
 from solvers.precision import cast, in_autocast, leave_autocast, use_full_precision
 
 
-class NormalizedLinear(Lasting, PicklableParametrized, Owner):
+class NormalizedLinear(RoundedModule, Lasting, PicklableParametrized, Owner):
     """y = Qx + b with rows qᵢ of norm 1, either scaled one by one or orthonormal.
 
     A change Δx of x changes yᵢ − yⱼ by (qᵢ − qⱼ)ᵀΔx. So `pair_certificate` bounds ‖qᵢ − qⱼ‖₂ for
@@ -188,31 +186,13 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
         """
         return certify(self.weights())
 
-    @torch.no_grad()
-    def forward_with_error(
-        self,
-        x: Tensor,
-        certificate: LipschitzCertificate,
-        error_in: ErrorIn = 0.0,
-    ) -> Certified:
-        """Return logits as the layer runs, with bounds of their distance to the exact ones.
-
-        Args:
-            x: (*batch, p).
-            certificate: for these weights.
-            error_in: bound of the l2 distance of x to the exact input, per sample.
-
-        Returns:
-            The logits, with bounds of their l2 distance to the exact logits, per sample.
+    def check(self, certificate: LipschitzCertificate, x: Tensor) -> None:
+        """Refuse a certificate of other weights.
 
         Raises:
-            CertificateError: if the certificate is for other weights, or the layer has hooks.
-            ValueError: as `rounding_growth`.
+            CertificateError: if the fingerprint differs.
         """
-        refuse_hooks(self)
         require_kind(certificate, LayerCertificate, "a head").check(self.weights())
-        growth = self.rounding_growth(tuple(x.shape[-1:]), x.dtype)
-        return with_roundoff(self(x), x, growth, 1).after(error_in, certificate.bound)
 
     @torch.no_grad()
     def rounding_growth(self, shape: tuple[int, ...], dtype: torch.dtype) -> Growth:
@@ -240,10 +220,6 @@ class NormalizedLinear(Lasting, PicklableParametrized, Owner):
             ones=self.out_features**0.5, bias=norm_up(self.bias),
         )  # fmt: skip
         return x.below()
-
-    def rounding(self, x: Float[Tensor, "*batch p"]) -> Float[Tensor, "*batch"]:
-        """Bound ‖fl(y) − y‖₂ per sample in float64."""
-        return self.rounding_growth(tuple(x.shape[-1:]), x.dtype).at(norms_up(x, 1))
 
     def extra_repr(self) -> str:
         """Describe the layer in `repr`."""

@@ -11,18 +11,16 @@ from torch import Tensor
 
 from lben import precision
 from lben.certificates import CertificateError, LipschitzCertificate
-from lben.layers.bounded import ErrorIn, with_roundoff
+from lben.layers.bounded import RoundedModule
 from lben.layers.fingerprint import fingerprint
 from lben.layers.graphs import check_kind, check_numbers
-from lben.layers.hooks import refuse_hooks
 from lben.layers.lasting import Lasting, make_lasting
 from lben.layers.roundoff import Signal
-from lben.radii.error_bounds import Certified
 from lben.rigorous import up
-from lben.weights.growth import Growth, add_up, norm_up, norms_up, times_up
+from lben.weights.growth import Growth, add_up, norm_up, times_up
 
 
-class Normalize(Lasting):
+class Normalize(RoundedModule, Lasting):
     """x ↦ (x − mean) / std per channel, as part of the model and of its bound.
 
     Args:
@@ -130,31 +128,13 @@ class Normalize(Lasting):
             method="1 / smallest std, rounded upwards",
         )  # fmt: skip
 
-    @torch.no_grad()
-    def forward_with_error(
-        self,
-        x: Tensor,
-        certificate: LipschitzCertificate,
-        error_in: ErrorIn = 0.0,
-    ) -> Certified:
-        """Return the normalised images, with bounds of their distance to the exact ones.
-
-        Args:
-            x: batch × channels × height × width.
-            certificate: of this normalisation.
-            error_in: bound of the l2 distance of x to the exact images, per image.
-
-        Returns:
-            The images, with bounds of their l2 distance to the exact ones, per image.
+    def check(self, certificate: LipschitzCertificate, x: Tensor) -> None:
+        """Refuse a certificate of another map.
 
         Raises:
-            CertificateError: if the certificate is of something else, or the module has hooks.
-            ValueError: as `rounding_growth`.
+            CertificateError: if the fingerprint differs.
         """
-        refuse_hooks(self)
         certificate.check_fingerprint(self.certificate().fingerprint)
-        growth = self.rounding_growth(tuple(x.shape[1:]), x.dtype)
-        return with_roundoff(self(x), x, growth).after(error_in, certificate.bound)
 
     def forward(
         self, x: Float[Tensor, "batch channels height width"]
@@ -201,11 +181,6 @@ class Normalize(Lasting):
         lost = times_up(8 * tiny, add_up(gain, 1.0), entries)
         error = size.times(3 * torch.finfo(run).eps / 2).plus(lost)
         return Signal(run, size, error).below(Growth(times_up(norm_up(self.mean), pixels), 1.0))
-
-    def rounding(self, x: Float[Tensor, "*batch channels height width"]) -> Float[Tensor, "*batch"]:
-        """Bound ‖fl(forward(x)) − forward(x)‖₂ per image, in float64."""
-        growth = self.rounding_growth(tuple(x.shape[x.ndim - min(3, x.ndim) :]), x.dtype)
-        return growth.at(norms_up(x, 3))
 
     def box_slack(
         self, x: Float[Tensor, "batch channels height width"]

@@ -22,7 +22,7 @@ from lben import (
 )
 from lben.layers import BoundedModule
 from lben.layers.bounded import height_and_width, refuse_other_image, with_roundoff
-from lben.weights.growth import Growth
+from lben.weights.growth import Growth, norms_up
 from tests.lben.layers.foreign import Certain, Louder, Silent, Stretch, Unbounded
 
 F64 = torch.float64
@@ -177,7 +177,7 @@ def test_sizes_come_with_channels_or_alone():
 
 def test_roundoff_holds_at_x_and_around_it():
     growth, x = Growth(0.5, 0.25, 10.0), torch.tensor([[3.0, 4.0], [9.0, 9.0]])
-    found = with_roundoff(x, x, growth)
+    found = with_roundoff(x, norms_up(x, 1), growth)
     assert float(found.error[0]) == pytest.approx(0.5 + 0.25 * 5)
     assert float(found.error[1]) == float("inf")  # beyond where numbers may overflow
     assert float(found.uniform.at(2.0)[0]) == pytest.approx(0.5 + 0.25 * 7)

@@ -244,7 +244,7 @@ class _Equilibrium(torch.autograd.Function):
 
     @staticmethod
     def _backward(
-        ctx: Any, g: Tensor, z: Tensor, bias: Tensor, slope: Tensor, *tensors: Tensor
+        ctx: Any, g: Tensor, z: Tensor, bias: Tensor | None, slope: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor | None, ...]:
         # Outside of a transform saved tensors share their memory with those of the call, so one
         # comparison of values with the operator's memo serves the whole backward pass.

@@ -1,4 +1,4 @@
-"""Every annotation of both packages is checked while the tests run.
+"""Annotations of both packages are checked while the tests run with LBEN_CHECK_ANNOTATIONS=1.
 
 jaxtyping's hook gives dimensions of one call one size each, and beartype checks the rest. A call
 that breaks an annotation either raises an error of its own or fails the test: functions refuse

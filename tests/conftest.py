@@ -15,7 +15,8 @@ hypothesis.settings.load_profile("lben")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels for the device run here, slowly
-tests.annotations.install()  # before any module of the packages is imported
+if "LBEN_CHECK_ANNOTATIONS" in os.environ:
+    tests.annotations.install()  # before any module of the packages is imported
 torch.set_num_threads(1)  # the problems are small: a second thread only waits
 
 

@@ -1,4 +1,6 @@
-"""While the tests run, a call that breaks an annotation fails."""
+"""With LBEN_CHECK_ANNOTATIONS=1 a call that breaks an annotation fails."""
+
+import os
 
 import jaxtyping
 import pytest
@@ -6,6 +8,10 @@ import torch
 
 from lben.weights.sizes import integer
 from solvers import DenseOperator, Outcome, Request
+
+pytestmark = pytest.mark.skipif(
+    "LBEN_CHECK_ANNOTATIONS" not in os.environ, reason="needs LBEN_CHECK_ANNOTATIONS=1"
+)
 
 
 def outcome(samples, steps):

@@ -50,6 +50,9 @@ class State:
 class Splitting(Method):
     """Find z by advancing an iterate step by step; a subclass gives the step, not the loop.
 
+    Between steps only `State.x` lasts: `init` is called again when finished samples leave. A method
+    with more memory (momentum, Halpern's anchor) extends `Method` and loops by itself.
+
     Example:
         >>> from dataclasses import dataclass
         >>> from solvers import DenseOperator, ForwardBackward, ReLU, solve

@@ -66,7 +66,8 @@ class SemismoothNewton(Method):
         """Alternate between the splitting and Newton's steps until every sample is done."""
         if not isinstance(problem.activation, PIECEWISE_LINEAR):
             raise ValueError(
-                f"SemismoothNewton needs a piecewise linear activation, got {problem.activation!r}:"
+                f"SemismoothNewton needs an activation whose slope changes at 0 alone (ReLU, LeakyReLU, "
+                f"LinearSlope), got {problem.activation!r}:"
                 " use PeacemanRachford()"
             )
         patience = self.patience

@@ -114,7 +114,7 @@ def test_resolvents_are_factored_once(build, dtype, monkeypatch):
 
 def test_constants_are_safe_and_sharp(W, dtype):
     c = W.to(torch.float64).constants()
-    root = W.metric.detach().double().sqrt()
+    root = W.to(torch.float64).metric.detach().sqrt()
     H = (
         root[:, None]
         * (torch.eye(W.n, dtype=torch.float64) - written_out(W.to(torch.float64)))

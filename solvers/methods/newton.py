@@ -66,9 +66,8 @@ class SemismoothNewton(Method):
         """Alternate between the splitting and Newton's steps until every sample is done."""
         if not isinstance(problem.activation, PIECEWISE_LINEAR):
             raise ValueError(
-                f"SemismoothNewton needs an activation whose slope changes at 0 alone (ReLU, LeakyReLU, "
-                f"LinearSlope), got {problem.activation!r}:"
-                " use PeacemanRachford()"
+                "SemismoothNewton needs an activation whose slope changes at 0 alone (ReLU, "
+                f"LeakyReLU, LinearSlope), got {problem.activation!r}: use PeacemanRachford()"
             )
         patience = self.patience
         outcome = self._begin(problem, request, patience)

@@ -13,11 +13,14 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
-from beartype import BeartypeConf, beartype
+from beartype import BeartypeConf, FrozenDict, beartype
 from jaxtyping import install_import_hook
 
-_check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as for mypy
+# An int is a float, as for mypy; NumPy's numbers are taken wherever Python's are.
+_NUMBERS = {int: int | np.integer, float: float | int | np.integer | np.floating}
+_check = beartype(conf=BeartypeConf(hint_overrides=FrozenDict(_NUMBERS)))
 
 
 def check(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -110,10 +109,15 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def in_autocast(device: str) -> bool:
     """Say whether autocast is enabled for a type of device; False where there is none (meta)."""
-    return _has_autocast(device) and torch.is_autocast_enabled(device)
+    return device in _WITH_AUTOCAST and torch.is_autocast_enabled(device)
 
 
-_has_autocast = lru_cache(torch.amp.is_autocast_available)
+# Asked once: a compiler cannot look into the question.
+_WITH_AUTOCAST = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "hpu", "maia", "mps", "mtia", "privateuseone", "xla", "xpu")
+    if torch.amp.is_autocast_available(kind)
+)
 
 
 def leave_autocast(device: str) -> AbstractContextManager[None]:

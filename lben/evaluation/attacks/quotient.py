@@ -108,7 +108,8 @@ def ascend_quotient(
         value = _log_quotient(model, a, b)
         gradients = torch.autograd.grad(-value.sum(), [a, b])
         a.grad, b.grad = gradients
-        optimizer.step()
+        with torch.device(x.device):  # where Adam makes its state
+            optimizer.step()
         best = _keep_better(best, a, b, quotients(model, a, b))
     return best
 

@@ -9,7 +9,7 @@ from lben import LipschitzCertificate
 from lben.layers import GroupSort
 from lben.layers.bounded import with_roundoff
 from lben.radii.error_bounds import Certified
-from lben.weights.growth import Growth
+from lben.weights.growth import Growth, norms_up
 
 
 class Stretch(nn.Module):
@@ -32,7 +32,8 @@ class Stretch(nn.Module):
         certificate.check_fingerprint(self.certificate().fingerprint)
         info = torch.finfo(x.dtype)
         growth = Growth(x[0].numel() * info.tiny, self.factor * info.eps)
-        return with_roundoff(self(x), x, growth).after(error_in, certificate.bound)
+        found = with_roundoff(self(x), norms_up(x, x.ndim - 1), growth)
+        return found.after(error_in, certificate.bound)
 
 
 class Silent(Stretch):

@@ -154,6 +154,9 @@ class ConvolutionOperator(LinearOperator):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.kernel,)
 
+    def _parts(self) -> tuple[LinearOperator, ...]:
+        return ()  # its fields are tensors alone
+
     def _given(self) -> tuple[Tensor, ...]:
         return self.tensors
 

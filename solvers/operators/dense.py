@@ -62,6 +62,9 @@ class DenseOperator(LinearOperator):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.W,)
 
+    def _parts(self) -> tuple[LinearOperator, ...]:
+        return ()  # its fields are tensors alone
+
     def _given(self) -> tuple[Tensor, ...]:
         return (self.W.T if self.transposed else self.W,)
 

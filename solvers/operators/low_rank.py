@@ -118,6 +118,9 @@ class LowRankOperator(LinearOperator):
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.d, self.A, self.B)
 
+    def _parts(self) -> tuple[LinearOperator, ...]:
+        return ()  # its fields are tensors alone
+
     def _given(self) -> tuple[Tensor, ...]:
         return (self.d, self.B, self.A) if self.transposed else self.tensors
 

@@ -82,6 +82,9 @@ class ZeroOperator(LinearOperator):
     def tensors(self) -> tuple[Tensor, ...]:
         return ()
 
+    def _parts(self) -> tuple[LinearOperator, ...]:
+        return ()  # its fields are tensors alone
+
     @property
     def T(self) -> ZeroOperator:
         return ZeroOperator(self._dual_metric(), not self.transposed, self._shared())

@@ -49,7 +49,7 @@ from benchmarks.running import promise, running
 from lben import EquilibriumLinear, certify, tighten_diagonal
 from lben.data import Dataset, load, pixels
 from lben.evaluation.attacks import across_the_boundary, ascend_quotient, corner_pairs, random_pairs
-from lben.evaluation.proofs import CertificationConfig, certify_model
+from lben.evaluation.proofs import CertificationConfig, evaluate_certificates
 from lben.evaluation.reports import certification_table
 from lben.models import Classifier, EquilibriumArchitecture, EquilibriumClassifier
 from lben.training.loop import train
@@ -271,7 +271,7 @@ def certified(mnist: Dataset, plainly: Classifier, quick: bool) -> dict[str, dic
             radii=radii, samples=100 if quick else 1000, attack_steps=20 if quick else 40,
             attack_restarts=1 if quick else 2,
         )  # fmt: skip
-        _, report = certify_model(model, data, config)
+        _, report = evaluate_certificates(model, data, config)
         print(kind, certification_table(report), sep="\n")
         tables[kind] = report.to_dict()
         if 1.0 in radii:

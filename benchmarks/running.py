@@ -27,7 +27,7 @@ from lben.certificates import (
 )
 from lben.data import Dataset, load, pixels
 from lben.evaluation.attacks import across_the_boundary
-from lben.layers.sequential import certify_chain
+from lben.layers.sequential import chain_certificate
 from lben.models import Classifier, EquilibriumClassifier, EquilibriumClassifierConfig, Promise
 from lben.parameterizations import DirectParameterization
 from lben.weights import DenseWeights
@@ -292,6 +292,6 @@ def _by_its_own_multiplier(model: EquilibriumClassifier) -> ChainCertificate | N
             whole = certify(weights, Claim(2.0, Lambda))
         except CertificateError:
             continue
-        before = certify_chain(model.stages[:-1], model.shape).layers
+        before = chain_certificate(model.stages[:-1], model.shape).layers
         return compose([*before, whole], pairs)
     return None

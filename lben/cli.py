@@ -23,7 +23,7 @@ import tyro
 from lben.certificates import CertificateError
 from lben.data import DataError, Dataset, load
 from lben.evaluation.accuracy import EvaluationConfig, evaluate
-from lben.evaluation.proofs import CertificationConfig, certify_model
+from lben.evaluation.proofs import CertificationConfig, evaluate_certificates
 from lben.evaluation.reports import certification_table, draw, draw_certification, table
 from lben.models import (
     Classifier,
@@ -373,7 +373,7 @@ def _evaluate(folder: Path, config: EvaluationConfig, root: str | None) -> None:
 def _certify(folder: Path, config: CertificationConfig, root: str | None) -> None:
     model, data, said = _load_trained(folder, root, _CERTIFIED)
     with processes("cpu") as team:
-        certificate, report = certify_model(model, data, config, team)
+        certificate, report = evaluate_certificates(model, data, config, team)
     if not team.first:
         return
     checkpoints.write_json(folder / checkpoints.CERTIFICATE, certificate)

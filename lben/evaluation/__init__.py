@@ -1,7 +1,7 @@
 """How accurate and how robust is a trained model? Accuracy, proofs, attacks, and reports."""
 
 from lben.evaluation.accuracy import EvaluationConfig, Report, evaluate
-from lben.evaluation.proofs import Certification, CertificationConfig, Method, certify_model
+from lben.evaluation.proofs import Certification, CertificationConfig, Method, evaluate_certificates
 
 __all__ = [
     "Certification",
@@ -9,6 +9,6 @@ __all__ = [
     "EvaluationConfig",
     "Method",
     "Report",
-    "certify_model",
     "evaluate",
+    "evaluate_certificates",
 ]

@@ -183,7 +183,7 @@ class Certification:
 
 
 @differentiating
-def certify_model(
+def evaluate_certificates(
     model: Classifier, data: Dataset, config: CertificationConfig, team: Processes = ALONE
 ) -> tuple[ChainCertificate, Certification]:
     """Certify test images by every bound that the model has, and attack them.
@@ -210,7 +210,7 @@ def certify_model(
         >>> data = Dataset.from_tensors(images, labels, images, labels)
         >>> model = EquilibriumArchitecture(hidden=4).for_data(data).build()
         >>> config = CertificationConfig(radii=(0.1,), samples=4, attack_steps=2, local=False)
-        >>> certificate, report = certify_model(model, data, config)
+        >>> certificate, report = evaluate_certificates(model, data, config)
         >>> report.violations, [method.name for method in report.sound][:3]
         (0, ['promised', 'scaled', 'pairs'])
     """

@@ -6,6 +6,7 @@ Symbols: docs/glossary.md.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -43,8 +44,8 @@ class LipschitzSequential(nn.Sequential):
         (torch.Size([2, 10]), True)
     """
 
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__(*layers)
+    def __init__(self, *layers: nn.Module | OrderedDict[str, nn.Module]) -> None:
+        super().__init__(*layers)  # type: ignore[arg-type]
         check_bounded(self)
 
     @property
@@ -89,7 +90,7 @@ class LipschitzSequential(nn.Sequential):
         """
         precision.refuse_autocast()
         check_bounded(self)
-        return certify_chain(self, _shape_of_sample(image, self.sample_shape))
+        return chain_certificate(self, _shape_of_sample(image, self.sample_shape))
 
     @torch.no_grad()
     def forward_with_error(
@@ -144,7 +145,7 @@ def check_bounded(layers: Iterable[nn.Module]) -> None:
 
 
 @torch.no_grad()
-def certify_chain(
+def chain_certificate(
     layers: Sequence[nn.Module] | nn.Sequential, shape: tuple[int, ...]
 ) -> ChainCertificate:
     """Prove modules one after the other, for samples of a shape, and compose their bounds.

@@ -61,13 +61,13 @@ class Running:
     product: float
     sum: float
     rates: Rates
-    state: Float[Tensor, " batch"]
-    state_error: Float[Tensor, " batch"]
-    product_rounding: Float[Tensor, " batch"]
-    bias: Float[Tensor, " batch"]
-    bias_rounding: Float[Tensor, " batch"]
-    output_rounding: Float[Tensor, " batch"]
-    size: Float[Tensor, " batch"]
+    state: Float[Tensor, "*batch"]
+    state_error: Float[Tensor, "*batch"]
+    product_rounding: Float[Tensor, "*batch"]
+    bias: Float[Tensor, "*batch"]
+    bias_rounding: Float[Tensor, "*batch"]
+    output_rounding: Float[Tensor, "*batch"]
+    size: Float[Tensor, "*batch"]
     unit: float
     largest: float
 

@@ -18,7 +18,7 @@ from lben.layers import EquilibriumLayer, Normalize
 from lben.layers.bounded import refuse_other_image
 from lben.layers.fingerprint import fingerprint
 from lben.layers.hooks import refuse_hooks
-from lben.layers.sequential import certify_chain, check_bounded, stage_after
+from lben.layers.sequential import chain_certificate, check_bounded, stage_after
 from lben.models.configuration import Images
 from lben.parameterizations import FixedWeights
 from lben.radii.error_bounds import Affine, Certified
@@ -244,7 +244,7 @@ class Classifier(nn.Module, ABC):
 
     def _certificate(self, bound: Bound) -> ChainCertificate:
         """Prove one of `bounds`."""
-        return certify_chain(self.stages, self.shape)
+        return chain_certificate(self.stages, self.shape)
 
     @property
     def fingerprint(self) -> str:

@@ -26,7 +26,7 @@ from lben.layers import (
     InvertibleDownsampling,
     PooledEquilibriumConv2d,
 )
-from lben.layers.sequential import certify_chain, stage_after
+from lben.layers.sequential import chain_certificate, stage_after
 from lben.models.base import Architecture, Bound, Classifier, Promise
 from lben.models.configuration import Images, ImageTask, check_channels, check_kernel, fields_of
 from lben.radii.error_bounds import Certified
@@ -215,7 +215,7 @@ class SingleLayerClassifier(Classifier):
     ) -> ChainCertificate:
         """Return the certificate of the network that follows from a certificate of its layer."""
         whole = replace(whole, sensitivity=sensitivity(self.layer.weights(), whole))
-        before = certify_chain(self.stages[:-1], self.shape).layers
+        before = chain_certificate(self.stages[:-1], self.shape).layers
         return compose([*before, whole], pairs)
 
 

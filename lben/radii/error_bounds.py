@@ -37,11 +37,11 @@ class Affine:
         tensor([7.], dtype=torch.float64)
     """
 
-    constant: Float[Tensor, " batch"]
+    constant: Float[Tensor, "*batch"]
     slope: float
-    limit: Float[Tensor, " batch"] | float = math.inf
+    limit: Float[Tensor, "*batch"] | float = math.inf
 
-    def at(self, radius: Float[Tensor, " batch"] | float) -> Float[Tensor, " batch"]:
+    def at(self, radius: Float[Tensor, "*batch"] | float) -> Float[Tensor, "*batch"]:
         """Return the bound for a radius."""
         bound = (self.constant + self.slope * radius) * _OUTWARDS
         known = ~bound.isnan() & (_to_tensor(radius, bound) <= _to_tensor(self.limit, bound))
@@ -160,7 +160,7 @@ class Stage:
     """
 
     gain: float
-    error: Float[Tensor, " batch"]
+    error: Float[Tensor, "*batch"]
     uniform: Affine
     steps: int = 0
 

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lben.certificates import LayerCertificate, PairCertificate
@@ -18,6 +21,16 @@ from lben.radii.error_bounds import Affine
 from lben.rigorous import TINY, up
 from lben.weights import as_number, convert
 
+Bounds = (
+    float
+    | Real
+    | PairCertificate
+    | Sequence[Sequence[float]]
+    | NDArray[np.floating[Any]]
+    | Float[Tensor, "classes classes"]
+    | Float[Tensor, ""]
+)
+"""γ of all outputs, or Lᵢⱼ of every pair of them."""
 ROOT2 = up(math.sqrt(2.0))
 _LEAST = 2.0**-960
 """A smaller radius is returned as 0, so that no returned radius is near underflow."""
@@ -25,8 +38,8 @@ _LEAST = 2.0**-960
 
 def certified_radius(
     logits: Float[Tensor, "batch classes"],
-    labels: Int[Tensor, " batch"] | Bool[Tensor, " batch"],
-    bound: float | PairCertificate | Sequence[Sequence[float]] | Float[Tensor, "classes classes"],
+    labels: Integer[Tensor, " batch"] | Bool[Tensor, " batch"],
+    bound: Bounds,
     *,
     logit_error: Float[Tensor, " batch"] | float = 0.0,
     elsewhere: Affine | None = None,
@@ -96,7 +109,7 @@ def certified_radius(
 
 
 def pair_bounds(
-    bound: float | PairCertificate | Sequence[Sequence[float]] | Float[Tensor, "classes classes"],
+    bound: Bounds,
     classes: int,
 ) -> Float[Tensor, "classes classes"]:
     """Return a bound of yᵢ − yⱼ for every pair: √2 times the bound of y, or the given table.
@@ -183,10 +196,10 @@ def check_labels(logits: Tensor, labels: Tensor) -> Int[Tensor, " batch"]:
 
 def logit_error(
     certificate: LayerCertificate,
-    state_error: Float[Tensor, " batch"],
-    bias_error: Float[Tensor, " batch"],
-    output_error: Float[Tensor, " batch"],
-) -> Float[Tensor, " batch"]:
+    state_error: Float[Tensor, "*batch"],
+    bias_error: Float[Tensor, "*batch"],
+    output_error: Float[Tensor, "*batch"],
+) -> Float[Tensor, "*batch"]:
     """Bound ‖y − y*‖₂ for y evaluated in float64 from an inexact state z.
 
     y* is the output at the exact equilibrium. The bound has three parts. The state error that the

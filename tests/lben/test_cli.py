@@ -225,7 +225,7 @@ def test_occupied_places_are_refused_and_the_folder_stays(
 def test_occupied_places_are_refused_before_anything_is_computed(
     copied, capsys, monkeypatch, command, name
 ):
-    for computed in ("evaluate", "certify_model"):
+    for computed in ("evaluate", "evaluate_certificates"):
         monkeypatch.setattr(cli, computed, None)
     (copied / name).unlink(missing_ok=True)
     occupied(copied / name, "folder")
@@ -401,7 +401,7 @@ def test_another_runtime_error_is_a_defect_and_shows_its_trace(monkeypatch):
 
 @pytest.mark.parametrize("command", ["evaluate", "certify", "demo"])
 def test_ctrl_c_is_130_everywhere(copied, capsys, monkeypatch, command):
-    name = {"evaluate": "evaluate", "certify": "certify_model", "demo": "train"}[command]
+    name = {"evaluate": "evaluate", "certify": "evaluate_certificates", "demo": "train"}[command]
     monkeypatch.setattr(cli, name, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     words = ["--out", str(copied)] if command == "demo" else [str(copied)]
     assert cli.main([command, *words]) == 130

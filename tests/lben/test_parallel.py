@@ -15,7 +15,7 @@ from torch import nn
 from lben import parallel
 from lben.data import load
 from lben.evaluation.accuracy import EvaluationConfig, evaluate
-from lben.evaluation.proofs import CertificationConfig, certify_model
+from lben.evaluation.proofs import CertificationConfig, evaluate_certificates
 from lben.models import EquilibriumClassifierConfig
 from lben.parallel import Processes, is_first, processes
 from lben.training import checkpoints, train
@@ -48,7 +48,7 @@ def test_work_that_leaves_a_process_idle_is_refused():
         shape=(1, 8, 8), classes=10, mean=(0.3,), std=(0.4,), hidden=4
     ).build()
     with pytest.raises(ValueError, match="samples = 2 cannot be shared by 3 processes: start fewe"):
-        certify_model(model, data, CertificationConfig(samples=2), team)
+        evaluate_certificates(model, data, CertificationConfig(samples=2), team)
     for name in ("attack_samples", "pairs", "ascent_pairs"):
         with pytest.raises(ValueError, match=f"{name} = 2 cannot be shared by 3 processes"):
             evaluate(model, data, replace(EvaluationConfig(), **{name: 2}), team)

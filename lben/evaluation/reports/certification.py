@@ -14,7 +14,7 @@ def certification_table(report: Certification) -> str:
     """Return certified accuracy by method and radius, what each costs, and what attacks leave.
 
     Args:
-        report: of `lben.evaluation.certify_model`.
+        report: of `lben.evaluation.evaluate_certificates`.
 
     Example:
         >>> from lben.evaluation import CertificationConfig
@@ -66,7 +66,7 @@ def draw_certification(report: Certification, path: Path) -> None:
     """Write a PNG of certified accuracy by method, the gap up to the attacks shaded.
 
     Args:
-        report: of `lben.evaluation.certify_model`.
+        report: of `lben.evaluation.evaluate_certificates`.
         path: of the file.
 
     Raises:

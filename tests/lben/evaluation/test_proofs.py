@@ -8,7 +8,13 @@ import pytest
 from lben import cli
 from lben.data import load
 from lben.evaluation.accuracy import EvaluationConfig
-from lben.evaluation.proofs import LOCAL, PIXELS, TEXTBOOK, CertificationConfig, certify_model
+from lben.evaluation.proofs import (
+    LOCAL,
+    PIXELS,
+    TEXTBOOK,
+    CertificationConfig,
+    evaluate_certificates,
+)
 from lben.evaluation.reports import certification_table, draw_certification
 from lben.models import (
     ConvolutionalEquilibriumArchitecture,
@@ -29,7 +35,7 @@ def run(tmp_path_factory):
 
 
 def test_every_proof_is_compared(run, tmp_path):
-    certificate, report = certify_model(checkpoints.load_model(run), load("digits"), CONFIG)
+    certificate, report = evaluate_certificates(checkpoints.load_model(run), load("digits"), CONFIG)
     names = [m.name for m in report.methods]
     assert names == [
         TEXTBOOK,
@@ -65,7 +71,7 @@ def test_networks_without_local_proofs_are_compared_too():
         shape=(1, 8, 8), classes=10, mean=(0.3,), std=(0.4,), channels=(4,), depths=(1,),
         conv_hidden=4, pool=2, dense_depth=1, dense_hidden=8,
     ).build()  # fmt: skip
-    _, report = certify_model(model, load("digits"), CONFIG)
+    _, report = evaluate_certificates(model, load("digits"), CONFIG)
     assert [m.name for m in report.methods] == [TEXTBOOK, "promised"]
     assert [m.name for m in report.in_linf] == ["l2 · √p"]
     assert report.violations == 0
@@ -81,7 +87,7 @@ def test_a_bound_that_is_too_small_is_noticed(run, monkeypatch):
         return dataclasses.replace(found, bound=found.bound / 20, pairs=pairs)
 
     monkeypatch.setattr(type(model), "certificate", false)
-    assert certify_model(model, load("digits"), CONFIG)[1].violations > 0
+    assert evaluate_certificates(model, load("digits"), CONFIG)[1].violations > 0
 
 
 def test_certify_on_the_command_line(run, capsys):

@@ -70,18 +70,17 @@ def tighten_network(
         Fazlyab, Robey, Hassani, Morari and Pappas (2019), Theorem 2, for the program.
 
     Example:
-        The identity as σ(x) − σ(−x), twice.
+        Layers 2x and then 0.5x have the bound 1 together.
 
         >>> import numpy as np
         >>> from lben.certificates.network import prove_network
         >>> from lben.tightening.network import tighten_network
         >>> from lben.weights.activation import RELU
         >>> from lben.weights.network import AffineMap, Block, Network
-        >>> W, C = np.array([[1.0], [-1.0]]), np.array([[1.0, -1.0]])
-        >>> blocks = [Block(affine=AffineMap.of({0: W}, np.zeros(2)), activation=RELU)]
-        >>> blocks += [Block(affine=AffineMap.of({1: W @ C}, np.zeros(2)), activation=RELU)]
+        >>> first = AffineMap.of({0: np.array([[2.0]])}, np.zeros(1))
         >>> network = Network(
-        ...     input_shape=(1,), blocks=tuple(blocks), output=AffineMap.of({2: C}, np.zeros(1))
+        ...     input_shape=(1,), blocks=(Block(affine=first, activation=RELU),),
+        ...     output=AffineMap.of({1: np.array([[0.5]])}, np.zeros(1)),
         ... )
         >>> claim = tighten_network(network)
         >>> round(prove_network(network, claim).bound, 4), claim.gap < 1e-6

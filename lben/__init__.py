@@ -14,6 +14,7 @@ from lben.certificates import (
     certify,
     compose,
 )
+from lben.interop import from_torch
 from lben.layers import (
     AOLConv2d,
     AOLLinear,
@@ -122,6 +123,7 @@ __all__ = [
     "certify",
     "compose",
     "feedback",
+    "from_torch",
     "from_weights",
     "stack",
     "tighten_diagonal",

@@ -1,0 +1,10 @@
+"""Which networks come from elsewhere? Those of torch.nn and of ONNX, as blocks of units.
+
+Symbols: docs/glossary.md.
+"""
+
+from lben.interop.comparison import Comparison, compare_outputs
+from lben.interop.maps import ConversionError
+from lben.interop.pytorch import from_torch
+
+__all__ = ["Comparison", "ConversionError", "compare_outputs", "from_torch"]

@@ -14,7 +14,7 @@ from lben.certificates import (
     certify,
     compose,
 )
-from lben.interop import from_torch
+from lben.interop import ConversionError, ConvertedNetwork, from_torch
 from lben.layers import (
     AOLConv2d,
     AOLLinear,
@@ -81,6 +81,8 @@ __all__ = [
     "ChainCertificate",
     "ChannelPadding",
     "Claim",
+    "ConversionError",
+    "ConvertedNetwork",
     "ConvolutionalEquilibriumArchitecture",
     "ConvolutionalEquilibriumClassifier",
     "ConvolutionalEquilibriumClassifierConfig",

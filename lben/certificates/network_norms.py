@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse
 
+from lben.certificates.certificate import CertificateError, LipschitzCertificate
 from lben.rigorous import (
     TINY,
     Enclosure,
@@ -99,6 +100,24 @@ def product_bound(network: Network) -> float:
         True
     """
     return network_norms(network).bound
+
+
+def prove_product(network: Network) -> LipschitzCertificate:
+    """Return the certificate of `product_bound`.
+
+    Args:
+        network: any.
+
+    Raises:
+        CertificateError: if no finite bound is proved.
+    """
+    bound = product_bound(network)
+    if not bound < math.inf:
+        raise CertificateError("the product of the norms of the network's maps is not finite")
+    return LipschitzCertificate(
+        bound=max(bound, TINY), margin=None, fingerprint=network.fingerprint, dtype="float64",
+        method="product of the norms of all maps, rounded upwards",
+    )  # fmt: skip
 
 
 def map_norm_bound(affine: AffineMap, block: int) -> float:

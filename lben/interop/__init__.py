@@ -4,7 +4,8 @@ Symbols: docs/glossary.md.
 """
 
 from lben.interop.comparison import Comparison, compare_outputs
+from lben.interop.converted import ConvertedNetwork
 from lben.interop.maps import ConversionError
 from lben.interop.pytorch import from_torch
 
-__all__ = ["Comparison", "ConversionError", "compare_outputs", "from_torch"]
+__all__ = ["Comparison", "ConversionError", "ConvertedNetwork", "compare_outputs", "from_torch"]

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -104,7 +105,7 @@ def make_leaky_relu(negative_slope: float) -> Activation:
     a = _check("negative_slope", negative_slope, True, "finite")
     return Activation(
         name=f"LeakyReLU({a!r})", low=min(a, 1.0), high=max(a, 1.0), knots=(0.0,),
-        function=lambda v: functional.leaky_relu(v, a),
+        function=partial(functional.leaky_relu, negative_slope=a),
         relative_error=2 * UNIT, absolute_error=_LOST,
     )  # fmt: skip
 
@@ -129,7 +130,7 @@ def make_hardtanh(least: float, largest: float) -> Activation:
     # In float32 both numbers are rounded.
     return Activation(
         name=f"Hardtanh({a!r}, {b!r})", low=0.0, high=1.0, knots=(a, b),
-        function=lambda v: v.clamp(a, b), relative_error=UNIT, absolute_error=_LOST,
+        function=partial(torch.clamp, min=a, max=b), relative_error=UNIT, absolute_error=_LOST,
     )  # fmt: skip
 
 
@@ -151,7 +152,7 @@ def make_softshrink(threshold: float) -> Activation:
     t = _check("threshold", threshold, threshold > 0, "positive")
     return Activation(
         name=f"Softshrink({t!r})", low=0.0, high=1.0, knots=(-t, t),
-        function=lambda v: functional.softshrink(v, t),
+        function=partial(functional.softshrink, lambd=t),
         relative_error=2 * UNIT, absolute_error=up(2 * UNIT * t) + _LOST,
     )  # fmt: skip
 
@@ -180,7 +181,7 @@ def make_softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
     jump = math.log1p(math.exp(-threshold)) / beta
     return Activation(
         name=f"Softplus({beta!r}, {threshold!r})", low=0.0, high=1.0, curvature=beta / 4,
-        function=lambda v: functional.softplus(v, beta, threshold),
+        function=partial(functional.softplus, beta=beta, threshold=threshold),
         relative_error=_ROUNDED, absolute_error=up(jump * (1 + _ROUNDED), 2) + _LOST,
     )  # fmt: skip
 
@@ -202,7 +203,7 @@ def make_elu(alpha: float = 1.0) -> Activation:
     a = _check("alpha", alpha, True, "finite")
     return Activation(
         name=f"ELU({a!r})", low=min(a, 0.0), high=max(a, 1.0), knots=() if a == 1 else (0.0,),
-        curvature=abs(a), function=lambda v: functional.elu(v, a),
+        curvature=abs(a), function=partial(functional.elu, alpha=a),
         relative_error=_ROUNDED, absolute_error=_LOST,
     )  # fmt: skip
 
@@ -224,7 +225,7 @@ def make_celu(alpha: float = 1.0) -> Activation:
     a = _check("alpha", alpha, alpha > 0, "positive")
     return Activation(
         name=f"CELU({a!r})", low=0.0, high=1.0, curvature=up(1 / a),
-        function=lambda v: functional.celu(v, a), relative_error=_ROUNDED, absolute_error=_LOST,
+        function=partial(functional.celu, alpha=a), relative_error=_ROUNDED, absolute_error=_LOST,
     )  # fmt: skip
 
 
@@ -239,7 +240,7 @@ def _smooth(
 
 
 RELU = Activation(name="ReLU", low=0.0, high=1.0, knots=(0.0,), function=torch.relu)
-IDENTITY = Activation(name="Identity", low=1.0, high=1.0, function=lambda v: v)
+IDENTITY = Activation(name="Identity", low=1.0, high=1.0, function=torch.clone)
 ABS = Activation(name="Abs", low=-1.0, high=1.0, knots=(0.0,), function=torch.abs)
 RELU6 = make_hardtanh(0.0, 6.0)
 TANH = _smooth("Tanh", 0.0, 1.0, 0.7698003600, torch.tanh)  # 4/(3√3)
@@ -254,7 +255,7 @@ SELU = Activation(
 GELU = _smooth("GELU", -0.1289041462, 1.1289041462, 0.7978845619, functional.gelu, 16 * _ROUNDED)
 GELU_TANH = _smooth(
     "GELU(tanh)", -0.1289930697, 1.1289930697, 0.7978845619,
-    lambda v: functional.gelu(v, approximate="tanh"), 16 * _ROUNDED,
+    partial(functional.gelu, approximate="tanh"), 16 * _ROUNDED,
 )  # fmt: skip
 SILU = _smooth("SiLU", -0.0998393212, 1.0998393212, 0.500000001, functional.silu)
 MISH = _smooth("Mish", -0.1125261234, 1.0884981623, 0.6442046384, functional.mish)

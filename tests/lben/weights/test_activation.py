@@ -1,5 +1,6 @@
 """Activations of networks: their slopes and curvature are proved, their rounding holds."""
 
+import pickle
 from dataclasses import replace
 from fractions import Fraction
 from math import comb
@@ -281,3 +282,10 @@ def test_slopes_and_knots_out_of_order_are_refused():
 def test_parameters_without_a_bounded_slope_are_refused(make, numbers, message):
     with pytest.raises(ValueError, match=message):
         make(*numbers)
+
+
+@by_name
+def test_activations_go_to_other_processes(activation):
+    copy, v = pickle.loads(pickle.dumps(activation)), torch.linspace(-3, 3, 13)
+    assert copy == activation
+    assert torch.equal(copy(v), activation(v))

@@ -18,7 +18,14 @@ from lben.interop.expressions import Expression
 from lben.interop.maps import ConversionError, Indices, make_map
 from lben.interop.windows import cover
 from lben.rigorous import Array
-from lben.weights.activation import RELU, make_hardtanh
+from lben.weights.activation import (
+    HARDSIGMOID,
+    HARDSWISH,
+    RELU,
+    SIGMOID,
+    SILU,
+    make_hardtanh,
+)
 
 
 def apply_linear(x: Expression, weight: Array, bias: Array | None = None) -> Expression:
@@ -252,6 +259,25 @@ def divide(x: Expression, divisors: Array) -> Expression:
     powers = bool((np.abs(np.frexp(divisors)[0]) == 0.5).all())
     shape = np.broadcast_shapes(x.shape, divisors.shape)
     return x.broadcast(shape).times(1 / divisors, roundings=0 if powers else 2, exact=powers)
+
+
+def gate(x: Expression, y: Expression) -> Expression:
+    """Return the product of two expressions, if it is a function of one number: v·σ(v).
+
+    Raises:
+        ConversionError: if it is not known to be one.
+    """
+    for v, gated in ((x, y), (y, x)):
+        for gate, whole in _GATES.items():
+            if gated.is_activation_of(v, gate):
+                return v.activate(whole)
+    raise ConversionError(
+        "both factors depend on the input: their product is no function of one number, and has no "
+        "bounded slope (of such products x·sigmoid(x) and x·hardsigmoid(x) are known)"
+    )
+
+
+_GATES = {SIGMOID: SILU, HARDSIGMOID: HARDSWISH}
 
 
 def add(x: Expression, y: Expression) -> Expression:

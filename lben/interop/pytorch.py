@@ -12,6 +12,7 @@ from. If this is not the same within each sample, the function mixes samples and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,9 +23,17 @@ from torch import Tensor, nn
 
 from lben.interop import operations
 from lben.interop.comparison import compare_outputs
-from lben.interop.expressions import Builder, Expression, join
+from lben.interop.expressions import (
+    Builder,
+    Expression,
+    broadcast_constant,
+    join,
+    number_places,
+    read_places,
+    within_a_sample,
+)
 from lben.interop.maps import ConversionError, Indices
-from lben.interop.windows import adapt, slide
+from lben.interop.windows import adapt, count_padded, count_taps, slide
 from lben.layers import EquilibriumLayer
 from lben.rigorous import Array
 from lben.weights import activation
@@ -335,80 +344,38 @@ def _rearrange(
 ) -> Any:
     """Carry out a function that moves entries, see Note [Rearrangements]."""
     parts: list[Expression] = []
-    sources: list[Tensor] = []
+    tags: list[Tensor] = []
 
-    def stand_in(value: Tensor) -> Tensor:
+    def collect(value: Tensor) -> Tensor:
+        """Return a tag in place of a tensor whose entries move."""
         if isinstance(value, _Traced):
             parts.append(value.expression)
         elif joins and value.is_floating_point():
-            first = parts[0] if parts else next(_find(args)).expression
-            parts.append(first.constant(_within_a_sample(trace.read(value))))
+            first = next(_find((*args, *kwargs.values()))).expression
+            parts.append(first.constant(within_a_sample(trace.read(value))))
         else:
             return value
-        start = 1 + sum(part.size for part in parts[:-1])
-        sources.append(torch.from_numpy(parts[-1].places + float(start)))
-        return sources[-1]
+        tags.append(torch.empty(0))
+        return tags[-1]
 
-    # Places of the whole batch are known once all parts are: they are numbered first.
-    count_args = [_replace(value, stand_in) for value in args]
-    count_kwargs = {key: _replace(value, stand_in) for key, value in kwargs.items()}
-    total = sum(part.size for part in parts)
-    batches = {
-        id(source): torch.stack([source + k * total for k in range(_BATCH)]) for source in sources
-    }
+    tagged = [_replace(value, collect) for value in args]
+    tagged_options = {key: _replace(value, collect) for key, value in kwargs.items()}
+    places = dict(zip(map(id, tags), number_places(parts, _BATCH), strict=True))
 
-    def in_batch(value: Tensor) -> Tensor:
-        return batches.get(id(value), value)
+    def number(value: Tensor) -> Tensor:
+        return torch.from_numpy(places[id(value)]) if id(value) in places else value
 
     result = func(
-        *(_replace(value, in_batch) for value in count_args),
-        **{key: _replace(value, in_batch) for key, value in count_kwargs.items()},
+        *(_replace(value, number) for value in tagged),
+        **{key: _replace(value, number) for key, value in tagged_options.items()},
     )
+    total = sum(part.size for part in parts)
     whole = join(parts) if len(parts) > 1 else parts[0]
 
     def gather(value: Tensor) -> _Traced:
-        return trace.wrap(whole.select(_read_places(value, total)))
+        return trace.wrap(whole.select(read_places(value.detach().numpy(), total, _BATCH)))
 
     return _replace(result, gather)
-
-
-def _read_places(value: Tensor, total: int) -> Indices:
-    """Return where the entries of one sample come from, or refuse to mix samples."""
-    places = value.detach().numpy()
-    if places.ndim and len(places) == _BATCH:
-        first = places[0]
-        later = [np.where(first > 0, first + k * total, 0.0) for k in range(_BATCH)]
-        if np.array_equal(places, np.stack(later)) and (first <= total).all():
-            indices: Indices = first.astype(np.int64) - 1
-            return indices
-    raise ConversionError(
-        "it mixes samples of a batch, or moves the batch from the first dimension: keep the batch "
-        "first, as x.flatten(1) and x.view(x.size(0), -1) do"
-    )
-
-
-def _within_a_sample(values: Array) -> Array:
-    """Return the values of one sample of a constant that is the same for all of them."""
-    if not values.ndim or not (values == values[:1]).all():
-        raise ConversionError("a constant differs between samples of the batch")
-    return values[0]
-
-
-def _broadcast_constant(x: Expression, value: Any) -> Array:
-    """Return a constant that broadcasts with one sample of x."""
-    if isinstance(value, Expression):
-        raise ConversionError(
-            "both operands depend on the input, and a product of them has no bounded slope: only "
-            "sums, differences, maxima and minima of two tensors can be converted"
-        )
-    values = np.asarray(value, dtype=np.float64)
-    if not np.isfinite(values).all():
-        raise ConversionError("a constant is not finite")
-    if values.ndim == len(x.shape) + 1:
-        return _within_a_sample(values)
-    if values.ndim > len(x.shape):
-        raise ConversionError(f"a constant of shape {values.shape} meets the shape {x.shape}")
-    return values
 
 
 def _axes(x: Expression, dim: Any) -> tuple[int, ...]:
@@ -430,7 +397,7 @@ def _add(x: Any, y: Any, alpha: float = 1) -> Expression:
         if len(x.shape) != len(y.shape):
             raise ConversionError(f"tensors of shapes {x.shape} and {y.shape} are added")
         return operations.add(x, y if alpha == 1 else operations.multiply(y, np.array(alpha)))
-    return operations.add(x, x.constant(np.asarray(_broadcast_constant(x, y)) * alpha))
+    return operations.add(x, x.constant(np.asarray(broadcast_constant(x, y)) * alpha))
 
 
 def _subtract(x: Any, y: Any, alpha: float = 1) -> Expression:
@@ -441,13 +408,15 @@ def _subtract(x: Any, y: Any, alpha: float = 1) -> Expression:
 
 def _multiply(x: Any, y: Any) -> Expression:
     x, y = (x, y) if isinstance(x, Expression) else (y, x)
-    return operations.multiply(x, _broadcast_constant(x, y))
+    if isinstance(y, Expression):
+        return operations.gate(x, y)
+    return operations.multiply(x, broadcast_constant(x, y))
 
 
 def _divide(x: Any, y: Any, rounding_mode: None = None) -> Expression:
     if not isinstance(x, Expression) or rounding_mode is not None:
         raise ConversionError("a quotient is converted only if its divisor is a constant")
-    return operations.divide(x, _broadcast_constant(x, y))
+    return operations.divide(x, broadcast_constant(x, y))
 
 
 def _constant_matrix(weight: Any) -> Array:
@@ -544,22 +513,16 @@ def _average_pool(rank: int) -> Callable[..., Expression]:
     ) -> Expression:  # fmt: skip
         sizes, kernel = _image_axes(x, rank), _many(kernel_size, rank)
         strides = _many(kernel_size if stride is None or stride == () else stride, rank)
-        pads = _many(padding, rank)
-        axes = [
-            slide(n, k, stride=s, padding=(p, p), ceil=ceil_mode)
-            for n, k, s, p in zip(sizes, kernel, strides, pads, strict=True)
-        ]
+        parts = list(zip(sizes, kernel, strides, _many(padding, rank), strict=True))
+        axes = [slide(n, k, stride=s, padding=(p, p), ceil=ceil_mode) for n, k, s, p in parts]
         divisors = None
-        if divisor_override is not None or count_include_pad:
-            counts = [
-                np.minimum(np.arange(len(axis)) * s - p + k, n + p) - (np.arange(len(axis)) * s - p)
-                for axis, n, k, s, p in zip(axes, sizes, kernel, strides, pads, strict=True)
-            ]
-            divisors = counts[0].astype(np.float64)
-            for count in counts[1:]:
-                divisors = np.multiply.outer(divisors, count).ravel()
-            if divisor_override is not None:
-                divisors = np.full_like(divisors, divisor_override)
+        if divisor_override is not None:
+            divisors = np.full(math.prod(map(len, axes)), float(divisor_override))
+        elif count_include_pad:
+            divisors = count_padded([
+                count_taps(n, k, len(axis), stride=s, padding=(p, p))
+                for axis, (n, k, s, p) in zip(axes, parts, strict=True)
+            ])  # fmt: skip
         return operations.average(x, axes, divisors)
 
     return pool
@@ -641,7 +604,7 @@ def _of_two(larger: bool) -> Callable[..., Expression]:
             raise ConversionError("only the larger or smaller one of two tensors, or amax and amin")
         x, y = (x, y) if isinstance(x, Expression) else (y, x)
         if not isinstance(y, Expression):
-            y = x.constant(_broadcast_constant(x, y))
+            y = x.constant(broadcast_constant(x, y))
         shape = np.broadcast_shapes(x.shape, y.shape)
         x, y = x.broadcast(shape), y.broadcast(shape)
         return x.maximum(y) if larger else x.minimum(y)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lben.interop.maps import ConversionError, Indices
+from lben.rigorous import Array
 
 
 def slide(
@@ -49,6 +50,22 @@ def slide(
     starts = np.arange(count)[:, None] * stride - padding[0]
     places = starts + np.arange(kernel) * dilation
     return np.where((places >= 0) & (places < size), places, -1)
+
+
+def count_taps(
+    size: int, kernel: int, positions: int, *, stride: int, padding: tuple[int, int]
+) -> Indices:
+    """Return how many taps of each window lie on an axis or in its padding."""
+    starts = np.arange(positions) * stride - padding[0]
+    return np.minimum(starts + kernel, size + padding[1]) - starts
+
+
+def count_padded(counts: Sequence[Indices]) -> Array:
+    """Return how many entries each window of a grid has, from the taps of every axis."""
+    whole = np.ones(1)
+    for count in counts:
+        whole = np.multiply.outer(whole, count).ravel()
+    return whole
 
 
 def adapt(size: int, outputs: int) -> Indices:

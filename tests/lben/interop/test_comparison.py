@@ -63,11 +63,9 @@ def move_the_last_window(function):
 
 
 def flatten_channels_last(function):
-    def read(value, total):
-        places = function(value, total)
-        return (
-            places.reshape(4, -1).T.ravel() if places.ndim == 1 and places.size == 100 else places
-        )
+    def read(places, total, batch):
+        found = function(places, total, batch)
+        return found.reshape(4, -1).T.ravel() if found.ndim == 1 and found.size == 100 else found
 
     return read
 
@@ -89,7 +87,7 @@ FAULTS = {
     "wrong slope": (
         (pytorch.activation, "make_leaky_relu"), lambda f: lambda slope: f(slope + 1e-6),
     ),
-    "wrong flatten order": ((pytorch, "_read_places"), flatten_channels_last),
+    "wrong flatten order": ((pytorch, "read_places"), flatten_channels_last),
     "wrong stride": ((pytorch, "slide"), move_the_last_window),
     "dropped residual": ((operations, "add"), lambda f: lambda x, y: y),
     "wrong groups": (

@@ -77,6 +77,12 @@ class Concatenated(nn.Module):
         return torch.flatten(torch.stack((self.two(x), self.two(x).abs()), 1), 1)
 
 
+class Gated(nn.Module):
+    def forward(self, x):
+        y = torch.tanh(2 * x)
+        return x * torch.sigmoid(x) + F.hardsigmoid(y) * y
+
+
 def sequential(*layers):
     return nn.Sequential(*layers)
 
@@ -149,6 +155,7 @@ LAYERS = [
     (Residual(), (5,)),
     (Functional(), (2, 6, 6)),
     (Concatenated(), (1, 4, 5)),
+    (Gated(), VECTORS),
     (SLLLinear(6, 8), VECTORS),
     (CPLLinear(6, 8), VECTORS),
     (SandwichLinear(6, 4), VECTORS),
@@ -255,6 +262,16 @@ def test_maxima_are_exact_units():
     assert network.output.exact
 
 
+def test_blocks_that_nothing_reads_are_left_out():
+    network = from_torch(Gated().eval(), VECTORS)
+    assert [block.activation.name for block in network.blocks] == ["Tanh", "SiLU", "Hardswish"]
+
+
+class Multiplied(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(2 * x)
+
+
 class Branching(nn.Module):
     def forward(self, x):
         return x if (x > 0).all() else -x
@@ -319,6 +336,7 @@ REFUSED = [
     (named(EquilibriumLinear(6, 4, 2)), VECTORS, r"EquilibriumLinear \(1\.0\) solves"),
     (named(Branching()), VECTORS, r"Branching \(1\.0\).*depends on the numbers"),
     (named(Reader()), VECTORS, r"item, in Reader \(1\.0\).*control flow"),
+    (Multiplied(), VECTORS, "mul, in Multiplied.*no function of one number"),
     (Attention(), (2, 3), "matmul, in Attention, cannot.*both factors depend"),
     (MixesSamples(), VECTORS, "mixes samples of a batch"),
     (TwoOutputs(), VECTORS, "must return one tensor.*tuple"),

@@ -14,7 +14,7 @@ from lben.certificates import (
     certify,
     compose,
 )
-from lben.interop import ConversionError, ConvertedNetwork, from_torch
+from lben.interop import ConversionError, ConvertedNetwork, from_onnx, from_torch
 from lben.layers import (
     AOLConv2d,
     AOLLinear,
@@ -125,6 +125,7 @@ __all__ = [
     "certify",
     "compose",
     "feedback",
+    "from_onnx",
     "from_torch",
     "from_weights",
     "stack",

@@ -6,6 +6,14 @@ Symbols: docs/glossary.md.
 from lben.interop.comparison import Comparison, compare_outputs
 from lben.interop.converted import ConvertedNetwork
 from lben.interop.maps import ConversionError
+from lben.interop.onnx_models import from_onnx
 from lben.interop.pytorch import from_torch
 
-__all__ = ["Comparison", "ConversionError", "ConvertedNetwork", "compare_outputs", "from_torch"]
+__all__ = [
+    "Comparison",
+    "ConversionError",
+    "ConvertedNetwork",
+    "compare_outputs",
+    "from_onnx",
+    "from_torch",
+]

@@ -44,18 +44,20 @@ def compare_outputs(
     inputs: Array | None = None,
     *,
     widen: bool = True,
+    unit_error: float = 0.0,
 ) -> Comparison:
     """Compare the outputs of a network with those of what it was made from.
 
     Args:
-        model: a module in eval mode; or a function of a batch in float32 or float64, such as a
-            session of another runtime.
+        model: a module in eval mode; or a function of a batch in float64, such as a session of
+            another runtime, which returns float64 if it runs in float64.
         network: made from it.
         inputs: batch × the input's shape, representable in the model's dtype; random ones of
             several sizes when None.
         widen: whether a module is evaluated with its parameters converted to float64, where
             rounding hides least. A module that computes its weights from other parameters has other
             weights then: it is evaluated in its own dtype.
+        unit_error: what the activations of another runtime may be off by, in every unit.
 
     Returns:
         The largest difference.
@@ -74,10 +76,10 @@ def compare_outputs(
     if isinstance(model, nn.Module):
         found, dtype = _evaluate(model, x, widen)
     else:
-        found = np.asarray(model(x.astype(np.float32)))
+        found = np.asarray(model(x))
         dtype = torch.float64 if found.dtype == np.float64 else torch.float32
     expected = RoundingModel(network)
-    own, theirs = expected.evaluate(x), expected.evaluate(x, dtype)
+    own, theirs = expected.evaluate(x), expected.evaluate(x, dtype, unit_error)
     if found.size != own.value.size:
         raise ConversionError(
             f"the network has outputs of shape {own.value.shape}, what it was made from has "

@@ -57,7 +57,9 @@ class RoundingModel:
         """Norms of its maps."""
         return network_norms(self.network)
 
-    def evaluate(self, x: Array, dtype: torch.dtype = torch.float64) -> Rounded:
+    def evaluate(
+        self, x: Array, dtype: torch.dtype = torch.float64, unit_error: float = 0.0
+    ) -> Rounded:
         """Return y, and bounds of the rounding of every evaluation in a dtype.
 
         This includes evaluations module by module, of what the network was made from.
@@ -65,6 +67,7 @@ class RoundingModel:
         Args:
             x: batch × the input's shape.
             dtype: float32 or float64.
+            unit_error: what the activations of another runtime may be off by, in every unit.
         """
         network, norms = self.network, self.norms
         values, y = network.pre_activations(x)
@@ -78,8 +81,7 @@ class RoundingModel:
             states.append(sigma(torch.from_numpy(values[k])).numpy())
             steep = max(abs(sigma.low), abs(sigma.high))
             relative = sigma.relative_error * scale
-            # A tenth of the range of float32 is lost at most.
-            absolute = sigma.absolute_error * scale + 2 * info.tiny
+            absolute = sigma.absolute_error * scale + 2 * info.tiny + unit_error
             rounded = relative * norms_up(states[-1], 1) + absolute * math.sqrt(block.affine.units)
             grow = (1 + 4 * relative) * _OUTWARDS
             errors.append((steep * error + rounded) * grow)

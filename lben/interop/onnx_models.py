@@ -477,7 +477,8 @@ def _transpose_convolution(
 
 def _normalize(
     x: Expression, scale: Array, bias: Array, mean: Array, variance: Array,
-    epsilon: float = 9.999999747378752e-06, momentum: float = 0.9, training_mode: int = 0, spatial: int = 1,
+    epsilon: float = 9.999999747378752e-06, momentum: float = 0.9, training_mode: int = 0,
+    spatial: int = 1,
 ) -> Expression:  # fmt: skip
     if training_mode or not spatial:
         raise ConversionError("it normalises by the statistics of a batch: export in eval mode")

@@ -14,6 +14,7 @@ from lben.certificates import (
     certify,
     compose,
 )
+from lben.interop import ConversionError, ConvertedNetwork, from_onnx, from_torch
 from lben.layers import (
     AOLConv2d,
     AOLLinear,
@@ -80,6 +81,8 @@ __all__ = [
     "ChainCertificate",
     "ChannelPadding",
     "Claim",
+    "ConversionError",
+    "ConvertedNetwork",
     "ConvolutionalEquilibriumArchitecture",
     "ConvolutionalEquilibriumClassifier",
     "ConvolutionalEquilibriumClassifierConfig",
@@ -122,6 +125,8 @@ __all__ = [
     "certify",
     "compose",
     "feedback",
+    "from_onnx",
+    "from_torch",
     "from_weights",
     "stack",
     "tighten_diagonal",

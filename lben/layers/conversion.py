@@ -14,21 +14,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lben.layers.equilibrium import EquilibriumLayer, SolveOptions
-from lben.parameterizations import CompleteParameterization
+from lben.layers.equilibrium import SolveOptions
+from lben.layers.equilibrium_named import EquilibriumLinear
 from lben.weights import ConvolutionalWeights, DenseWeights, stack
 
 
 def from_weights(
     weights: DenseWeights | Sequence[DenseWeights], **options: Unpack[SolveOptions]
-) -> EquilibriumLayer[DenseWeights]:
+) -> EquilibriumLinear:
     """Return a trainable equilibrium layer with the function and the bound of explicit weights.
 
     A residual, sandwich, linear or equilibrium layer is one set of weights. Several layers are
     first assembled into one set, whose bound is the product of theirs. The complete
     parameterization takes it over, so that every later value of the free tensors keeps the bound.
     The idea is that of Havens, Araujo, Garg, Khorrami and Hu (2023), "Exploiting connections
-    between Lipschitz structures for certifiably robust deep equilibrium models".
+    between Lipschitz structures for certifiably robust deep equilibrium models". A layer that only
+    holds one set of weights is `EquilibriumLinear.from_weights`.
 
     Args:
         weights: of one layer, or of several, first to last; `layer.weights()` in float64.
@@ -59,9 +60,7 @@ def from_weights(
     whole = reduce(stack, [layer.apply(Tensor.double) for layer in layers])
     if whole.hidden_features == 0:
         raise ValueError("the weights have no hidden units: there is nothing to solve for")
-    with torch.no_grad():
-        parameterization = CompleteParameterization(whole)
-    return EquilibriumLayer(parameterization, **options)
+    return EquilibriumLinear.from_weights(whole, trainable=True, **options)
 
 
 def feedback(W: Float[Tensor, "n n"], sizes: Sequence[int]) -> Float[Tensor, ""]:

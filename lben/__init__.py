@@ -43,7 +43,6 @@ from lben.layers import (
     SpectralConv2d,
     SpectralLinear,
     feedback,
-    from_weights,
 )
 from lben.models import (
     ConvolutionalEquilibriumArchitecture,
@@ -122,7 +121,6 @@ __all__ = [
     "certify",
     "compose",
     "feedback",
-    "from_weights",
     "stack",
     "tighten_diagonal",
     "tighten_linf",

@@ -5,6 +5,8 @@ Symbols: docs/glossary.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
 from typing import Self, Unpack
 
 import torch
@@ -19,7 +21,7 @@ from lben.parameterizations import (
     FixedWeights,
     PooledParameterization,
 )
-from lben.weights import ConvolutionalWeights, DenseWeights, PooledWeights, Weights
+from lben.weights import ConvolutionalWeights, DenseWeights, PooledWeights, Weights, stack
 from lben.weights.sizes import real
 from solvers import Gradient, Method, PeacemanRachford, ProximalActivation
 from solvers.solution import OnFailure
@@ -92,12 +94,12 @@ class EquilibriumLinear(EquilibriumLayer[DenseWeights]):
     @classmethod
     def from_weights(
         cls,
-        weights: DenseWeights,
+        weights: DenseWeights | Sequence[DenseWeights],
         *,
         trainable: bool = False,
         **options: Unpack[SolveOptions],
     ) -> Self:
-        """Return a layer that holds given weights.
+        """Return a layer that holds given weights, of one layer or of several assembled into one.
 
         A frozen layer has them as buffers, bit by bit, and its certificate proves what they
         support. Weights without a claim (gamma=None) are certified to be well-posed; a bound of
@@ -106,18 +108,26 @@ class EquilibriumLinear(EquilibriumLayer[DenseWeights]):
         A trainable layer starts at them, up to rounding. `CompleteParameterization` takes them
         over, so every later value of its free tensors keeps the bound.
 
+        Several layers, feed-forward ones among them, are first assembled into one set of weights in
+        float64, whose bound is the product of theirs. The idea is that of Havens, Araujo, Garg,
+        Khorrami and Hu (2023), "Exploiting connections between Lipschitz structures for certifiably
+        robust deep equilibrium models".
+
         Args:
-            weights: copied; the layer has their dtype and device.
+            weights: of one layer, or of several, first to last. They are copied; the layer has
+                their dtype and device.
             trainable: whether training may change them.
             options: how the layer is solved, as keyword arguments of `EquilibriumLayer`:
-                activation, method, gradient, tol, max_steps and on_failure.
+                activation, method, gradient, tol, max_steps and on_failure. The activation must be
+                that of the layers.
 
         Returns:
             The layer; γ is what the weights claim.
 
         Raises:
-            ValueError: for weights of images or without units; for a trainable layer, if the
-                weights claim no bound or M(Λ, γ) is not positive definite for them.
+            ValueError: for weights of images, without units, or with NaN or infinite numbers; for
+                layers that do not fit each other; for a trainable layer, if the weights claim no
+                bound or M(Λ, γ) is not positive definite for them.
 
         Example:
             >>> import torch
@@ -137,18 +147,25 @@ class EquilibriumLinear(EquilibriumLayer[DenseWeights]):
             >>> claimed = replace(weights, gamma=2.0)
             >>> EquilibriumLinear.from_weights(claimed, trainable=True).certificate().bound
             2.0
+
+            Two residual layers, as one equilibrium layer that is trained further:
+
+            >>> from lben import SLLLinear
+            >>> parts = [SLLLinear(4, 6, dtype=torch.float64) for _ in range(2)]
+            >>> layer = EquilibriumLinear.from_weights(
+            ...     [part.weights() for part in parts], trainable=True, tol=1e-9
+            ... )
+            >>> x = torch.randn(3, 4, dtype=torch.float64)
+            >>> torch.allclose(layer(x), parts[1](parts[0](x)), atol=1e-5), round(layer.gamma, 4)
+            (True, 1.0)
         """
-        if not isinstance(weights, DenseWeights) or weights.hidden_features == 0:
-            raise ValueError(
-                f"EquilibriumLinear holds DenseWeights with units, got {_describe(weights)}: of "
-                "images take EquilibriumConv2d.from_weights or PooledEquilibriumConv2d.from_weights"
-            )
+        whole = _assemble(weights)
         parameterization: EquilibriumParameterization[DenseWeights]
-        parameterization = _complete(weights) if trainable else FixedWeights(weights)
+        parameterization = _complete(whole) if trainable else FixedWeights(whole)
         layer = cls.__new__(cls)
         EquilibriumLayer.__init__(layer, parameterization, **options)
-        layer.in_features, layer.hidden_features = weights.in_features, weights.hidden_features
-        layer.out_features = weights.out_features
+        layer.in_features, layer.hidden_features = whole.in_features, whole.hidden_features
+        layer.out_features = whole.out_features
         return layer
 
     def extra_repr(self) -> str:
@@ -247,7 +264,8 @@ class EquilibriumConv2d(EquilibriumLayer[ConvolutionalWeights]):
             The layer; γ is what the weights claim.
 
         Raises:
-            ValueError: for weights of another kind, of no image size or without units.
+            ValueError: for weights of another kind, of no image size, without units, or with NaN or
+                infinite numbers.
 
         Example:
             >>> from lben import EquilibriumConv2d
@@ -260,6 +278,7 @@ class EquilibriumConv2d(EquilibriumLayer[ConvolutionalWeights]):
             raise ValueError(
                 f"EquilibriumConv2d holds ConvolutionalWeights with units, got {_describe(weights)}"
             )
+        _refuse_non_finite(weights)
         layer = cls.__new__(cls)
         EquilibriumLayer.__init__(layer, FixedWeights(weights), **_for_images(options))
         layer.image, layer.stride = weights.placed.image, weights.placed.stride
@@ -361,7 +380,8 @@ class PooledEquilibriumConv2d(EquilibriumLayer[PooledWeights]):
             The layer; γ is what the weights claim.
 
         Raises:
-            ValueError: for weights of another kind, of no image size or without units.
+            ValueError: for weights of another kind, of no image size, without units, or with NaN or
+                infinite numbers.
 
         Example:
             >>> from lben import PooledEquilibriumConv2d
@@ -374,6 +394,7 @@ class PooledEquilibriumConv2d(EquilibriumLayer[PooledWeights]):
             raise ValueError(
                 f"PooledEquilibriumConv2d holds PooledWeights with units, got {_describe(weights)}"
             )
+        _refuse_non_finite(weights)
         layer = cls.__new__(cls)
         EquilibriumLayer.__init__(layer, FixedWeights(weights), **_for_images(options))
         layer.image = weights.state.placed.image
@@ -385,6 +406,36 @@ class PooledEquilibriumConv2d(EquilibriumLayer[PooledWeights]):
         """Describe the layer in `repr`."""
         sizes = f"{self.in_channels}, {self.hidden_channels}, {self.out_features}"
         return f"{sizes}, image={self.image}, {super().extra_repr()}"
+
+
+def _assemble(weights: DenseWeights | Sequence[DenseWeights]) -> DenseWeights:
+    """Return the weights of one layer as they are, those of several as one set in float64."""
+    layers = [weights] if isinstance(weights, Weights) else list(weights)
+    for layer in layers:
+        if not isinstance(layer, DenseWeights):
+            raise ValueError(
+                f"EquilibriumLinear holds DenseWeights, got {_describe(layer)}: of images take "
+                "EquilibriumConv2d.from_weights or PooledEquilibriumConv2d.from_weights, or their "
+                "matrices for one image size, weights.dense(...)"
+            )
+        _refuse_non_finite(layer)
+    if not layers:
+        raise ValueError("EquilibriumLinear holds the DenseWeights of at least one layer, got none")
+    whole = (
+        layers[0] if len(layers) == 1 else reduce(stack, [w.apply(Tensor.double) for w in layers])
+    )
+    if whole.hidden_features == 0:
+        raise ValueError("the weights have no hidden units: there is nothing to solve for")
+    return whole
+
+
+def _refuse_non_finite(weights: Weights) -> None:
+    for name, tensor in weights.tensors().items():
+        if wrong := int((~torch.isfinite(tensor)).sum()):
+            raise ValueError(
+                f"{name} has {wrong} entries that are NaN or infinite, of {tensor.numel()}: the "
+                "training that made these weights has diverged, or their file is damaged"
+            )
 
 
 def _describe(weights: object) -> str:

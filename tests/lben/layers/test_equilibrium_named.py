@@ -15,6 +15,7 @@ from lben import (
     LipschitzSequential,
     PooledEquilibriumConv2d,
     SLLConv2d,
+    SLLLinear,
     certify,
     tighten_diagonal,
 )
@@ -302,5 +303,35 @@ def test_weights_of_another_kind_are_refused():
         EquilibriumConv2d.from_weights(MADE["dense"]().weights())
     with pytest.raises(ValueError, match="holds PooledWeights"):
         PooledEquilibriumConv2d.from_weights(MADE["dense"]().weights())
+    with pytest.raises(ValueError, match="at least one layer"):
+        EquilibriumLinear.from_weights([])
     with pytest.raises(ValueError, match="of no image size"):
         EquilibriumConv2d.from_weights(SLLConv2d(2, 3).weights())
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_weights_with_nan_are_refused(trainable):
+    weights = MADE["dense"]().weights()
+    broken = weights.U.clone()
+    broken[1, 2], broken[0, 0] = math.nan, math.inf
+    with pytest.raises(ValueError, match="U has 2 entries that are NaN or infinite, of 30"):
+        EquilibriumLinear.from_weights(dataclasses.replace(weights, U=broken), trainable=trainable)
+
+
+@pytest.mark.parametrize("name", ["images", "pooled"])
+def test_weights_of_images_with_nan_are_refused(name):
+    layer = MADE[name]()
+    weights = layer.weights()
+    broken = weights.with_tensors({"b_y": torch.full_like(weights.b_y, math.nan)})
+    with pytest.raises(ValueError, match=r"b_y has \d entries that are NaN"):
+        type(layer).from_weights(broken)
+
+
+def test_several_frozen_layers_are_one():
+    parts = [SLLLinear(4, n, dtype=torch.float64) for n in (3, 5)]
+    layer = EquilibriumLinear.from_weights([part.weights() for part in parts], tol=1e-12)
+    x = torch.randn(6, 4, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), parts[1](parts[0](x)))
+    assert layer.hidden_features == 8
+    assert not list(layer.parameters())
+    assert layer.certificate().bound == layer.gamma

@@ -25,12 +25,15 @@ Source: TypeAlias = str | Path | Mapping[str, Tensor]
 _INSIDE = ("state_dict", "model_state_dict", "model", "net")
 """Under which key a training script may keep the tensors."""
 
+_PREFIXES = ("module.", "model.")
+"""What wrappers of a model put before every name."""
+
 
 def read_tensors(source: Source) -> dict[str, Tensor]:
     """Return the tensors of a file or a mapping by name, on the CPU.
 
-    A state dict inside a checkpoint of a training script is found, and the prefix "module." of a
-    model in parallel is dropped.
+    A state dict inside a checkpoint of a training script is found, and the prefixes "module."
+    and "model." of wrappers are dropped.
 
     Args:
         source: a .safetensors file, a file of torch.save, or tensors by name.
@@ -100,9 +103,8 @@ def _find_tensors(found: object, where: str) -> dict[str, Tensor]:
             f"expected tensors by name (a state dict) in {where}, got {got}: save "
             "model.state_dict()"
         )
-    prefix = "module."
-    if all(name.startswith(prefix) for name in found):
-        return {name.removeprefix(prefix): value for name, value in found.items()}
+    while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in found)), None):
+        found = {name.removeprefix(prefix): value for name, value in found.items()}
     return dict(found)
 
 
@@ -123,6 +125,11 @@ class Tensors:
 
     def __contains__(self, name: str) -> bool:
         return name in self._left
+
+    def indices(self) -> list[int]:
+        """Return the numbers that names start with, as those of torch.nn.Sequential do."""
+        starts = {name.split(".")[0] for name in self._left}
+        return sorted(int(start) for start in starts if start.isdecimal())
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor that is not taken yet."""

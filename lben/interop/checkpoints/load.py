@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from torch import Tensor
 
-from lben.interop.checkpoints import equilibria, networks
+from lben.interop.checkpoints import chains, equilibria, networks
 from lben.interop.checkpoints.equilibria import MODULE
 from lben.interop.checkpoints.files import Source, Tensors, read_tensors
 from lben.interop.checkpoints.networks import FlattenOrder
+from lben.layers import LipschitzSequential
 from lben.models import Classifier, ImageTask
 from lben.weights.network import Network
 
@@ -34,7 +36,7 @@ class Layout:
 
     Attributes:
         title: project and network, for messages.
-        has: names that all files of the layout have.
+        has: names that all files of the layout have; * stands for any characters.
         lacks: names that none of them has.
         read: makes the network of the tensors.
         options: those of `ReadOptions` that `read` takes.
@@ -43,14 +45,16 @@ class Layout:
     title: str
     has: Collection[str]
     lacks: Collection[str] = ()
-    read: Callable[..., Classifier | Network]
+    read: Callable[..., Classifier | Network | LipschitzSequential]
     options: Collection[str] = ("task",)
 
     def matches(self, tensors: Mapping[str, Tensor]) -> bool:
         """Say whether the names are those of the layout."""
-        return all(name in tensors for name in self.has) and not any(
-            name in tensors for name in self.lacks
+        has, lacks = (
+            [any(fnmatchcase(name, pattern) for name in tensors) for pattern in patterns]
+            for patterns in (self.has, self.lacks)
         )
+        return all(has) and not any(lacks)
 
 
 def _inside(*names: str) -> tuple[str, ...]:
@@ -93,7 +97,17 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "glipsdp": Layout(
         title="GLipSDP", read=networks.read_glipsdp, has=("0.weight", "1.weight"),
-        options=("flatten_order", "standardised"),
+        lacks=("*.alpha", "*.q"), options=("flatten_order", "standardised"),
+    ),
+    "sll": Layout(
+        title="SLL", read=chains.read_sll, has=("*.kernel", "*.q"), lacks=("FirstConv.*",)
+    ),
+    "lbdn": Layout(
+        title="LBDN (sandwich layers)", read=chains.read_lbdn, has=("*.alpha", "*.psi"),
+        options=("gamma", "task"),
+    ),
+    "1lipschitz": Layout(
+        title="1LipschitzLayersCompared", read=chains.read_compared, has=("FirstConv.*",),
     ),
 }  # fmt: skip
 """By kind."""
@@ -111,7 +125,7 @@ _REFUSED = {
 
 def load_checkpoint(
     source: Source, kind: str | None = None, **options: Unpack[ReadOptions]
-) -> Classifier | Network:
+) -> Classifier | Network | LipschitzSequential:
     """Return the network of a public checkpoint, in float64.
 
     A classifier takes pixels in [0, 1]: the normalisation of its project is part of it. Its layers
@@ -123,14 +137,15 @@ def load_checkpoint(
             weights_only=True: no code of a file is run.
         kind: of the layout, such as "lben", "mondeq" or "glipsdp"; recognised when omitted.
         options: what the file does not say. task: the images, where they are neither MNIST nor
-            CIFAR-10. gamma: γ of LBEN; taken from the name of the file when omitted ("lip0.5"). m:
-            the monotonicity m; 1, or 0.1 for convolutional LBEN, when omitted. pool: size of the
-            windows that states of images are averaged over, where several sizes fit. flatten_order
-            and standardised (GLipSDP): the order between convolution and matrix, "channels_first"
-            when omitted, and whether the input is standardised already (default) or raw pixels.
+            CIFAR-10. gamma: γ of LBEN and LBDN; taken from the name of LBEN's files when omitted
+            ("lip0.5"). m: the monotonicity m; 1, or 0.1 for convolutional LBEN, when omitted. pool:
+            size of the windows that states of images are averaged over, where several sizes fit.
+            flatten_order and standardised (GLipSDP): the order between convolution and matrix,
+            "channels_first" when omitted, and whether the input is standardised already (default)
+            or raw pixels.
 
     Returns:
-        A classifier; for GLipSDP a `Network`.
+        A classifier; for GLipSDP a `Network`; for LBDN without a task a `LipschitzSequential`.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -1,4 +1,4 @@
-"""What is the least value of an output or a pre-activation over a set of inputs? Any multiplier tells.
+"""What is the least value of an output or pre-activation over a set of inputs? Multipliers tell.
 
 Note [Dual bound]
 Let v_k = Σ_j W_kj z_j + b_k and z_j = σ_j(v_j) be the equations of a network (`AffineSystem`), X a
@@ -15,8 +15,8 @@ block, and let λ_j = τ_j, with t added at level m. Add the equations, weighted
 This holds for every τ, and for a network whose units feed themselves as for a chain. So τ is a
 proposal (lben/tightening/relaxation.py), and a proof is one evaluation of the right side. It is the
 Lagrangian dual of the relaxation of every unit by the convex hull of its graph. Back-substitution
-(CROWN) is one choice of τ, and α-CROWN chooses among a few. A unit that is split by branch and bound
-only has another interval.
+(CROWN) is one choice of τ, and α-CROWN chooses among a few. Branch and bound splits units: only
+their intervals change.
 
 Note [Rounding of the dual bound]
 By Cauchy and Schwarz, g_j as computed is off by at most e_j = Σ_k ρ_k ‖W_kj‖ ‖λ_k‖, entry by entry,
@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -78,8 +78,10 @@ class InputRegion:
         >>> import torch
         >>> from lben.certificates.relaxation import InputRegion
         >>> region = InputRegion.around(torch.tensor([[0.0, 0.5]]), 0.5, "l2", (0.0, 1.0))
-        >>> region.lower.tolist(), region.minimum(torch.tensor([[1.0, 1.0]]).double()).tolist()
-        ([[0.0, -0.5]], [-0.5])
+        >>> region.reach().round(decimals=6).tolist()
+        [[0.5, 0.5]]
+        >>> region.minimum(torch.tensor([[1.0, 1.0]]).double()).round(decimals=6).tolist()
+        [-0.5]
     """
 
     center: Float[Tensor, "batch p"]
@@ -152,15 +154,6 @@ class InputRegion:
             lower=self.lower.to(dtype), upper=self.upper.to(dtype),
         )  # fmt: skip
 
-    def without_box(self) -> InputRegion:
-        """Return the l2 balls alone; a box alone stays as it is."""
-        reach = torch.where(self.radius.isfinite(), self.radius, 0.0)[:, None]
-        wide = self.radius.isfinite()[:, None]
-        return replace(
-            self, lower=torch.where(wide, -reach, self.lower),
-            upper=torch.where(wide, reach, self.upper),
-        )  # fmt: skip
-
     def reach(self) -> Float[Tensor, "batch p"]:
         """Return the largest |Δ| of every input."""
         return torch.maximum(-self.lower, self.upper)
@@ -182,7 +175,7 @@ class InputRegion:
             for _ in range(_PASSES if cut else 0):
                 w = torch.minimum(torch.maximum(a, -s * self.upper), -s * self.lower)
                 free = (w == a) * a
-                rest = (radius**2 - ((w - free) / s.clamp_min(1e-30)).square().sum(1, True))
+                rest = radius**2 - ((w - free) / s.clamp_min(1e-30)).square().sum(1, True)
                 own = free.square().sum(1, keepdim=True)
                 new = (own / rest.clamp_min(1e-30)).sqrt()
                 s = torch.where((rest > 0) & (new < s), new, s)
@@ -244,9 +237,7 @@ class Intervals:
 
     def with_block(self, block: int, lower: Tensor, upper: Tensor) -> Intervals:
         """Return the intervals with others for one block."""
-        return Intervals(
-            lower={**self.lower, block: lower}, upper={**self.upper, block: upper}
-        )
+        return Intervals(lower={**self.lower, block: lower}, upper={**self.upper, block: upper})
 
     def empty(self) -> Bool[Tensor, " batch"]:
         """Return where an interval is empty: no input is left there."""
@@ -353,8 +344,8 @@ def prove_lower_bounds(
         ValueError: if the system is not in float64, or has more than 2²⁰ numbers.
 
     Example:
-        y = σ(x) − σ(−x) = x is at least −1 around 0. The bound by intervals, τ = 0, does not see
-        that only one of the two units can be active.
+        y = σ(1 + x) + σ(1 − x) is 2 on [−1, 1]. The bound by intervals, τ = 0, does not see that
+        one unit rises while the other falls.
 
         >>> import numpy as np
         >>> import torch
@@ -366,16 +357,16 @@ def prove_lower_bounds(
         >>> network = Network(
         ...     input_shape=(1,), blocks=(Block(affine=hidden, activation=RELU),),
         ...     output=AffineMap.of({1: np.array([[1.0, 1.0]])}, np.zeros(1)),
-        ... )  # y = 2 on [−1, 1]
+        ... )
         >>> system = AffineSystem.of_network(network)
         >>> zero, two = torch.zeros(1, 2).double(), torch.full((1, 2), 2.0).double()
         >>> region = InputRegion.around(zero[:, :1], 1.0, "linf", None)
         >>> intervals, one = Intervals(lower={1: zero}, upper={1: two}), torch.ones(1, 1).double()
         >>> for tau in (zero, two / 2):
         ...     bound = prove_lower_bounds(system, 2, one, {1: tau}, intervals, region)
-        ...     print(round(bound.item(), 9))
-        0.0
-        2.0
+        ...     print(round(1 + bound.item(), 9))
+        1.0
+        3.0
     """
     if system.dtype != torch.float64:
         raise ValueError(f"a proof runs in float64, the system is in {system.dtype}")
@@ -452,7 +443,7 @@ def _pull_error(system: AffineSystem, block: int, norms: Mapping[int, Tensor]) -
 def prove_by_intervals(
     system: AffineSystem, level: int, intervals: Intervals, region: InputRegion
 ) -> tuple[Float[Tensor, "batch units"], Float[Tensor, "batch units"]]:
-    """Prove bounds of v_k from the intervals of the blocks that it reads: one product for all units.
+    """Prove bounds of v_k from the intervals of the blocks that it reads, for all units at once.
 
     Args:
         system: the equations, in float64.
@@ -466,12 +457,16 @@ def prove_by_intervals(
     middles, radii = {}, {}
     for j in system.reads(level):
         if j == 0:
-            low, high = ((region.center + d - system.mean) / system.std for d in (region.lower,
-                                                                                  region.upper))  # fmt: skip
+            shift = region.center - system.mean
+            low, high = (shift + region.lower) / system.std, (shift + region.upper) / system.std
             wrong = 8 * UNIT * (region.center.abs() + region.reach() + system.mean.abs())
             wrong = wrong / system.std
         else:
-            activation, lower, upper = system.activations[j - 1], intervals.lower[j], intervals.upper[j]
+            activation, lower, upper = (
+                system.activations[j - 1],
+                intervals.lower[j],
+                intervals.upper[j],
+            )
             size = bound_outputs(activation, lower, upper)
             low, high = activation(lower), activation(upper)
             wrong = activation.relative_error * size + activation.absolute_error

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lben.certificates.relaxation import InputRegion, Intervals, dual_value
 from lben.weights.activation import Activation
-from lben.weights.affine_system import AffineSystem
+from lben.weights.affine_system import AffineSystem, slope_at
 
 _SIGNS = 6
 """Rounds in which the signs of g at an equilibrium are sought."""
@@ -60,9 +60,9 @@ class Lines:
         """
         width, middle = upper - lower, (lower + upper) / 2
         ends = activation(lower), activation(upper)
-        tangent = _slope(activation, middle)
+        tangent = slope_at(activation, middle)
         chord = torch.where(width > 1e-12, (ends[1] - ends[0]) / width.clamp_min(1e-12), tangent)
-        left, right = _slope(activation, lower), _slope(activation, upper)
+        left, right = slope_at(activation, lower), slope_at(activation, upper)
         # An end at a knot belongs to the side of the interval.
         left = torch.where(torch.isin(lower, lower.new_tensor(activation.knots)), tangent, left)
         right = torch.where(torch.isin(upper, upper.new_tensor(activation.knots)), tangent, right)
@@ -77,14 +77,6 @@ class Lines:
         return torch.where((g >= 0) == self.convex, tangent, self.chord)
 
 
-def _slope(activation: Activation, v: Tensor) -> Tensor:
-    """Return σ′(v)."""
-    with torch.enable_grad():
-        point = v.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(activation(point).sum(), point)
-    return slope
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Proposal:
     """What a dual bound is free to choose: tangents and h of each block.
@@ -96,6 +88,14 @@ class Proposal:
 
     tangents: Mapping[int, Float[Tensor, "batch units"]]
     shifts: Mapping[int, Float[Tensor, "batch units"]]
+
+    @classmethod
+    def of(cls, lines: Mapping[int, Lines]) -> Proposal:
+        """Return the tangents at the middle, and h = 0."""
+        return cls(
+            tangents={j: line.tangent for j, line in lines.items()},
+            shifts={j: torch.zeros_like(line.tangent) for j, line in lines.items()},
+        )
 
     def select(self, index: Tensor) -> Proposal:
         """Return the proposals at some indices of the batch."""
@@ -112,20 +112,12 @@ class Proposal:
         )
 
 
-def lines_of(system: AffineSystem, level: int, intervals: Intervals) -> dict[int, Lines]:
+def propose_lines(system: AffineSystem, level: int, intervals: Intervals) -> dict[int, Lines]:
     """Return the lines of all units that a level may depend on."""
     return {
         j: Lines.of(system.activations[j - 1], intervals.lower[j], intervals.upper[j])
         for j in system.blocks(level)
     }
-
-
-def first_proposal(lines: Mapping[int, Lines]) -> Proposal:
-    """Return the tangents at the middle, and h = 0."""
-    return Proposal(
-        tangents={j: line.tangent for j, line in lines.items()},
-        shifts={j: torch.zeros_like(line.tangent) for j, line in lines.items()},
-    )
 
 
 def back_substitute(
@@ -141,7 +133,7 @@ def back_substitute(
         system: the equations.
         level: of the target.
         target: t.
-        lines: of all blocks that the level depends on, see `lines_of`.
+        lines: of all blocks that the level depends on, see `propose_lines`.
         proposal: tangents and h.
 
     Returns:
@@ -206,7 +198,7 @@ def ascend(
     Returns:
         The best proposals met, and their bounds as computed.
     """
-    lines = lines_of(system, level, intervals)
+    lines = propose_lines(system, level, intervals)
     tangents = {j: t.clone().requires_grad_() for j, t in start.tangents.items()}
     shifts = {j: t.clone() for j, t in start.shifts.items()}
     with torch.no_grad():
@@ -222,9 +214,7 @@ def ascend(
     best = start
     best_value = torch.full((len(target),), -torch.inf, dtype=target.dtype)
     for step in range(1, steps + 2):
-        now = Proposal(
-            tangents=dict(tangents), shifts={j: scaled[j] * units[j] for j in scaled}
-        )
+        now = Proposal(tangents=dict(tangents), shifts={j: scaled[j] * units[j] for j in scaled})
         tau = back_substitute(system, level, target, lines, now)
         value = dual_value(system, level, target, tau, intervals, region)
         with torch.no_grad():

@@ -29,6 +29,7 @@ from lben.weights.network import AffineMap, Matrix, Network, is_sparse
 
 _FLOOR = 2.0**-400
 """Added to norms: more than what squares and products lose to underflow."""
+_NEWTON_STEPS, _HALVINGS = 25, 6
 _SLACK = 1 + 2.0**-30
 """More than the rounding of a norm of up to 2²⁰ numbers."""
 
@@ -44,7 +45,7 @@ class AffineSystem:
         biases: b_k by level.
         activations: σ_k by block.
         mean, std: of the normalisation, one number per input.
-        recurrent: whether the only block reads itself.
+        metric: Λ of an equilibrium, positive numbers, one a unit; None for a feed-forward network.
         columns: upper bounds of the l2 norms of the columns of each W_kj.
         bias_sizes: upper bounds of ‖b_k‖₂.
         radii: how far the exact numbers may be from those stored, relative to their sizes.
@@ -72,7 +73,7 @@ class AffineSystem:
     activations: tuple[Activation, ...]
     mean: Float[Tensor, " p"]
     std: Float[Tensor, " p"]
-    recurrent: bool
+    metric: Float[Tensor, " n"] | None
     columns: tuple[Mapping[int, Tensor], ...]
     bias_sizes: tuple[float, ...]
     radii: tuple[float, ...]
@@ -95,7 +96,7 @@ class AffineSystem:
         """
         maps = (*(block.affine for block in network.blocks), network.output)
         activations = tuple(block.activation for block in network.blocks)
-        return cls._of(maps, activations, network.input_shape, mean, std, recurrent=False)
+        return cls._of(maps, activations, network.input_shape, mean, std)
 
     @classmethod
     def of_weights(
@@ -125,7 +126,8 @@ class AffineSystem:
         if w.D is not None:
             parts[0] = numbers(w.D)
         output = AffineMap.of(parts, numbers(w.b_y))
-        return cls._of((state, output), (activation,), w.sample_shape, mean, std, recurrent=True)
+        system = cls._of((state, output), (activation,), w.sample_shape, mean, std)
+        return replace(system, metric=torch.from_numpy(numbers(w.Lambda)))
 
     @classmethod
     def _of(
@@ -135,8 +137,6 @@ class AffineSystem:
         shape: tuple[int, ...],
         mean: float | Tensor,
         std: float | Tensor,
-        *,
-        recurrent: bool,
     ) -> AffineSystem:
         for level, affine in enumerate(maps, 1):
             numbers = [affine.bias, *(m.data if is_sparse(m) else m for m in
@@ -147,7 +147,9 @@ class AffineSystem:
                     "proved of them: look for the step of training that made them"
                 )
         sizes = [{j: _bound_sizes(a, j) for j in a.matrices} for a in maps]
-        shift, scale = (_normalization(name, t, shape) for name, t in (("mean", mean), ("std", std)))
+        shift, scale = (
+            _normalization(name, t, shape) for name, t in (("mean", mean), ("std", std))
+        )
         if not bool(((scale > 2.0**-60) & (scale < 2.0**60) & (shift.abs() < 2.0**60)).all()):
             raise ValueError(
                 f"std must be positive, and mean and std within 2^±60, got mean {mean}, std {std}"
@@ -155,7 +157,7 @@ class AffineSystem:
         return cls(
             matrices=tuple({j: _tensor(m) for j, m in a.matrices.items()} for a in maps),
             biases=tuple(torch.from_numpy(a.bias.copy()) for a in maps),
-            activations=activations, mean=shift, std=scale, recurrent=recurrent,
+            activations=activations, mean=shift, std=scale, metric=None,
             columns=tuple({j: _norms(s, 0) for j, s in parts.items()} for parts in sizes),
             bias_sizes=tuple(
                 float(np.linalg.norm(np.maximum(np.abs(a.bias), a.bias_size))) * _SLACK + _FLOOR
@@ -167,6 +169,11 @@ class AffineSystem:
                 torch.from_numpy(np.maximum(np.abs(a.bias), a.bias_size)) for a in maps
             ),
         )  # fmt: skip
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether the only block reads itself."""
+        return self.metric is not None
 
     @property
     def output(self) -> int:
@@ -233,6 +240,41 @@ class AffineSystem:
         parts = (_multiply(m, sizes[j]) for j, m in self.sizes[level - 1].items())
         return torch.stack(list(parts)).sum(0)
 
+    @torch.no_grad()
+    def evaluate(self, inputs: Float[Tensor, "batch p"]) -> list[Float[Tensor, "batch units"]]:
+        """Return v_1 … v_K and y for raw inputs, as computed: nothing is proved of them."""
+        states = {0: (inputs - self.mean) / self.std}
+        if self.recurrent:
+            v = self._solve(states[0])
+            states[1] = self.activations[0](v)
+            return [v, self.push(2, states)]
+        values = []
+        for level in range(1, self.output + 1):
+            values.append(self.push(level, states))
+            if level < self.output:
+                states[level] = self.activations[level - 1](values[-1])
+        return values
+
+    def _solve(self, x: Tensor) -> Tensor:
+        """Return v = Wσ(v) + Ux + b by Newton's method, with steps halved until they descend."""
+        W = self.rows(1, 1)
+        drive = self.push(1, {0: x, 1: x.new_zeros(len(x), len(W))})
+        v, eye = drive.clone(), torch.eye(len(W), dtype=self.dtype)
+
+        def residual(v: Tensor) -> Tensor:
+            return drive + self.activations[0](v) @ W.T - v
+
+        for _ in range(_NEWTON_STEPS):
+            r = residual(v)
+            slope = slope_at(self.activations[0], v)
+            step = torch.linalg.solve(eye - W * slope[:, None, :], r[:, :, None])[:, :, 0]
+            size, length = torch.linalg.vector_norm(r, dim=1), torch.ones(len(v), dtype=self.dtype)
+            for _ in range(_HALVINGS):
+                worse = torch.linalg.vector_norm(residual(v + length[:, None] * step), dim=1) > size
+                length = torch.where(worse, length / 2, length)
+            v = v + length[:, None] * step
+        return v
+
     @cached_property
     def single(self) -> AffineSystem:
         """The same equations in float32, for proposals."""
@@ -241,6 +283,7 @@ class AffineSystem:
             matrices=tuple({j: m.float() for j, m in parts.items()} for parts in self.matrices),
             biases=tuple(b.float() for b in self.biases), mean=self.mean.float(),
             std=self.std.float(),
+            metric=None if self.metric is None else self.metric.float(),
         )  # fmt: skip
 
     def terms(self) -> int:
@@ -250,6 +293,14 @@ class AffineSystem:
     def rate(self, level: int) -> float:
         """Return how far a sum of products with numbers of a level is off, relative to sizes."""
         return (gamma_k(self.terms() + 16) + 2 * self.radii[level - 1]) * _SLACK
+
+
+def slope_at(activation: Activation, v: Tensor) -> Tensor:
+    """Return σ′(v), as computed."""
+    with torch.enable_grad():
+        point = v.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(activation(point).sum(), point)
+    return slope
 
 
 def _normalization(name: str, value: float | Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -279,9 +330,7 @@ def _tensor(matrix: Matrix) -> Tensor:
     entries = matrix.tocoo()
     index = torch.from_numpy(np.stack(entries.coords).astype(np.int64))
     values = torch.from_numpy(np.array(entries.data, dtype=np.float64))
-    return torch.sparse_coo_tensor(
-        index, values, matrix.shape, check_invariants=True
-    ).coalesce()
+    return torch.sparse_coo_tensor(index, values, matrix.shape, check_invariants=True).coalesce()
 
 
 def _norms(sizes: Matrix, axis: int) -> Float[Tensor, " columns"]:

@@ -74,7 +74,7 @@ def prove_bounds(
     single, rough = system.single, intervals.to(torch.float32)
     goals = target.float()
     lines = propose_lines(single, level, rough)
-    proposal = Proposal.of(lines) if start is None else start
+    proposal = Proposal.of(lines) if start is None else start.within(lines)
     if steps and proposal.tangents:
         proposal, _ = ascend(
             single, level, goals, rough, region.to(torch.float32), proposal, steps=steps, goal=goal

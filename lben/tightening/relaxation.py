@@ -31,8 +31,8 @@ from lben.weights.affine_system import AffineSystem, slope_at
 
 _SIGNS = 6
 """Rounds in which the signs of g at an equilibrium are sought."""
-_ALPHA_RATE, _SHIFT_RATE = 0.3, 0.05
-"""First steps of slopes, and of h in units of the mean |g|."""
+_ALPHA_RATE, _SHIFT_RATE, _DECAY = 0.1, 0.005, 0.3
+"""First steps of slopes, and of h in units of the mean |g|; the last steps, relative to these."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,6 +72,14 @@ class Lines:
             convex=activation(middle) <= (ends[0] + ends[1]) / 2 + 1e-12 * width,
         )  # fmt: skip
 
+    @classmethod
+    def tangential(cls, slope: Tensor) -> Lines:
+        """Return the lines of units that have one slope: back-substitution is then a gradient."""
+        return cls(
+            chord=slope, tangent=slope, least=slope, most=slope,
+            convex=torch.ones_like(slope, dtype=torch.bool),
+        )  # fmt: skip
+
     def slopes(self, g: Tensor, tangent: Tensor) -> Tensor:
         """Return s for units weighted by g."""
         return torch.where((g >= 0) == self.convex, tangent, self.chord)
@@ -104,11 +112,11 @@ class Proposal:
             shifts={j: t[index] for j, t in self.shifts.items()},
         )
 
-    def to(self, dtype: torch.dtype) -> Proposal:
-        """Return the proposals in another dtype."""
+    def within(self, lines: Mapping[int, Lines]) -> Proposal:
+        """Return the proposals with every tangent moved into the range of other lines."""
         return Proposal(
-            tangents={j: t.to(dtype) for j, t in self.tangents.items()},
-            shifts={j: t.to(dtype) for j, t in self.shifts.items()},
+            tangents={j: t.clamp(lines[j].least, lines[j].most) for j, t in self.tangents.items()},
+            shifts=self.shifts,
         )
 
 
@@ -225,7 +233,7 @@ def ascend(
             break
         gradients = torch.autograd.grad(value.sum(), parameters)
         with torch.no_grad():
-            decay = 0.97**step
+            decay = _DECAY ** (step / steps)
             for p, rate, gradient, m, q in zip(
                 parameters, rates, gradients, first, second, strict=True
             ):
@@ -234,7 +242,7 @@ def ascend(
                 size = (q / (1 - 0.99**step)).sqrt() + 1e-12
                 p.add_(m / (1 - 0.9**step) / size, alpha=rate * decay)
             for j, t in tangents.items():
-                t.copy_(torch.minimum(torch.maximum(t, lines[j].least), lines[j].most))
+                t.clamp_(lines[j].least, lines[j].most)
     return best, best_value
 
 

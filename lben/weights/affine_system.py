@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lben.rigorous import Array, gamma_k
 from lben.weights.activation import Activation
+from lben.weights.base import digest
 from lben.weights.dense import DenseWeights
 from lben.weights.network import AffineMap, Matrix, Network, is_sparse
 
@@ -180,6 +181,20 @@ class AffineSystem:
         """The level of y."""
         return len(self.biases)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all equations, activations and the normalisation."""
+        tensors = {"mean": self.mean, "std": self.std}
+        header = f"equations;recurrent={self.recurrent};{self.activations!r};{self.radii!r}"
+        for k, parts in enumerate(self.matrices, 1):
+            tensors[f"{k}.bias"] = self.biases[k - 1]
+            for j, matrix in parts.items():
+                if matrix.is_sparse:
+                    header += f";{k}.{j}:{tuple(matrix.shape)}"
+                    tensors[f"{k}.{j}.places"] = matrix.indices()
+                tensors[f"{k}.{j}"] = matrix.values() if matrix.is_sparse else matrix
+        return digest(header, tensors)
+
     @property
     def inputs(self) -> int:
         """p."""
@@ -309,7 +324,7 @@ def _normalization(name: str, value: float | Tensor, shape: tuple[int, ...]) -> 
     if not bool(t.isfinite().all()):
         raise ValueError(f"{name} must be finite, got {value}")
     try:
-        return t.expand(shape).reshape(-1).clone()
+        return torch.empty(shape, dtype=torch.float64).copy_(t.expand(shape)).reshape(-1)
     except RuntimeError:
         raise ValueError(
             f"{name} must broadcast to the input's shape {shape}, got {tuple(t.shape)}; numbers of "

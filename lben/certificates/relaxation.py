@@ -171,15 +171,13 @@ class InputRegion:
                 return torch.zeros_like(a)
             radius = torch.where(ball, self.radius, 0.0)[:, None].clamp_min(1e-30)
             s = torch.linalg.vector_norm(a, dim=1, keepdim=True) / radius
-            cut = bool((self.lower > -radius).any() or (self.upper < radius).any())
-            for _ in range(_PASSES if cut else 0):
-                w = torch.minimum(torch.maximum(a, -s * self.upper), -s * self.lower)
-                free = (w == a) * a
-                rest = radius**2 - ((w - free) / s.clamp_min(1e-30)).square().sum(1, True)
-                own = free.square().sum(1, keepdim=True)
-                new = (own / rest.clamp_min(1e-30)).sqrt()
+            w = a.clamp(-s * self.upper, -s * self.lower)
+            for _ in range(_PASSES):
+                free = torch.where(w == a, a, 0.0).square().sum(1, keepdim=True)
+                rest = radius**2 - (w.square().sum(1, keepdim=True) - free) / s.square()
+                new = (free / rest).sqrt()
                 s = torch.where((rest > 0) & (new < s), new, s)
-            w = torch.minimum(torch.maximum(a, -s * self.upper), -s * self.lower)
+                w = a.clamp(-s * self.upper, -s * self.lower)
             return torch.where(ball[:, None] & w.isfinite(), w, 0.0)
 
     def minimum(self, a: Float[Tensor, "batch p"]) -> Float[Tensor, " batch"]:
@@ -188,14 +186,18 @@ class InputRegion:
         Let a = w + (a − w). Then aᵀΔ ≥ −radius ‖w‖₂ + Σ min over the box of (a − w)_k Δ_k, for
         every w. The bound is differentiable in a.
         """
-        w = self.split(a)
-        clipped = w != a
-        # Where w follows a, it moves with it; else it is a constant.
-        w = torch.where(clipped, w, a)
-        rest = torch.where(clipped, a - w, 0.0)
-        ends = torch.where(rest > 0, self.lower, self.upper)
-        ball = torch.where(self.radius.isfinite(), self.radius, 0.0)
-        return (rest * ends).sum(1) - ball * torch.linalg.vector_norm(w, dim=1)
+        with torch.no_grad():
+            w = self.split(a)
+            ball = torch.where(self.radius.isfinite(), self.radius, 0.0)
+            norm = torch.linalg.vector_norm(w, dim=1)
+            rest = a - w
+            ends = torch.where(rest > 0, self.lower, self.upper)
+            bound = (rest * ends).sum(1) - ball * norm
+            # The gradient is the point that attains the bound: free entries move with w.
+            inner = w * (-ball / norm.clamp_min(1e-30))[:, None]
+            point = torch.where(rest == 0, inner, ends)
+            offset = bound - (a * point).sum(1)
+        return (a * point).sum(1) + offset
 
 
 def _outwards(t: Tensor, sign: int) -> Tensor:

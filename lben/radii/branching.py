@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lben.certificates.relaxation import InputRegion, Intervals, dual_value, multipliers_of
 from lben.radii.ranges import prove_bounds
-from lben.tightening.relaxation import Lines, Proposal, back_substitute, propose_lines
+from lben.tightening.relaxation import Proposal, back_substitute, propose_lines
 from lben.weights.activation import Activation
 from lben.weights.affine_system import AffineSystem
 
@@ -33,7 +33,7 @@ _BATCH = 64
 """Parts that are split at a time."""
 _CANDIDATES = 8
 """Splits that are tried before one is taken."""
-_STEPS, _MORE_STEPS = 30, 4
+_STEPS, _MORE_STEPS = 30, 8
 """Of ascent for the whole, and for a part, which starts where the whole ended."""
 _GOAL = 1e-4
 """Ascent ends above it: a proof is a little below a proposal."""
@@ -80,6 +80,7 @@ class Parts:
             proposal=Proposal(
                 tangents=_cat(self.proposal.tangents, other.proposal.tangents),
                 shifts=_cat(self.proposal.shifts, other.proposal.shifts),
+                pace=torch.cat([self.proposal.pace, other.proposal.pace]),
             ),
         )
 
@@ -128,7 +129,7 @@ def prove_positive(
     parts = Parts(target=every, intervals=whole, proposal=Proposal.of(lines))
     margin, proved, open_ = math.inf, 0, parts.select(every[:0])
     steps = _STEPS
-    while len(parts):
+    while True:
         bounds = prove_bounds(
             system, system.output, targets[parts.target], parts.intervals,
             region.select(torch.zeros_like(parts.target)), steps=steps, start=parts.proposal,
@@ -140,63 +141,57 @@ def prove_positive(
         left = replace(parts, proposal=bounds.proposal).select((~done).nonzero()[:, 0])
         steps = _MORE_STEPS
         open_ = open_.append(left)
+        if not len(open_):
+            break
         if time.monotonic() > end or len(open_) > _PARTS:
-            return Verdict(margin=-math.inf if len(open_) else margin, parts=proved)
-        parts = _split(system, targets, open_.select(torch.arange(len(open_))[-_BATCH:]), region)
-        open_ = open_.select(torch.arange(len(open_))[:-_BATCH])
+            return Verdict(margin=-math.inf, parts=proved)
+        index = torch.arange(len(open_))
+        parts = _split(system, targets, open_.select(index[-_BATCH:]), region)
+        open_ = open_.select(index[:-_BATCH])
     return Verdict(margin=margin, parts=proved)
 
 
 def _split(system: AffineSystem, targets: Tensor, parts: Parts, region: InputRegion) -> Parts:
     """Return two parts for each, split where that promises most."""
-    if not len(parts):
-        return parts
-    single, rough = system.single, parts.intervals.to(torch.float32)
-    goals = targets[parts.target].float()
-    lines = propose_lines(single, system.output, rough)
-    with torch.no_grad():
-        tau = back_substitute(single, system.output, goals, lines, parts.proposal.within(lines))
-        lam = multipliers_of(single, system.output, goals, tau)
-        blocks = system.blocks(system.output)
-        scores = torch.cat(
-            [_score(single, j, single.pull(j, lam), rough, lines[j]) for j in blocks], dim=1
-        )
-        best = scores.topk(min(_CANDIDATES, scores.shape[1]), dim=1).indices
-        halves = [_halve(system, parts, choice) for choice in best.T]
-        gains = []
-        for half in halves if len(halves) > 1 else []:
-            small = half.intervals.to(torch.float32)
-            lines = propose_lines(single, system.output, small)
-            goals = targets[half.target].float()
-            tau = back_substitute(single, system.output, goals, lines, half.proposal.within(lines))
-            around = region.select(torch.zeros_like(half.target)).to(torch.float32)
-            value = dual_value(single, system.output, goals, tau, small, around)
-            low, high = value.clamp_max(0.0).view(2, -1).sort(dim=0).values
-            gains.append(low + _SECOND * high)
-        if not gains:
-            return halves[0]
-        choice = torch.stack(gains).argmax(0)
-    count = torch.arange(len(parts))
-    chosen = [
-        half.select(torch.cat([count[choice == i], count[choice == i] + len(parts)]))
-        for i, half in enumerate(halves)
-    ]
-    result = chosen[0]
-    for more in chosen[1:]:
-        result = result.append(more)
-    return result
+    scores = torch.cat(list(_rate_units(system, targets, parts).values()), dim=1)
+    best = scores.topk(min(_CANDIDATES, scores.shape[1]), dim=1).indices
+    gains = [_rate_split(system, targets, _halve(system, parts, u), region) for u in best.T]
+    choice = torch.stack(gains, dim=1).argmax(1, keepdim=True)
+    return _halve(system, parts, best.gather(1, choice)[:, 0])
 
 
-def _score(
-    system: AffineSystem, block: int, g: Tensor, intervals: Intervals, lines: Lines
-) -> Tensor:
-    """Return how far each unit's lines lie from its graph where it would be split."""
-    activation, lower, upper = (
-        system.activations[block - 1], intervals.lower[block], intervals.upper[block],
-    )  # fmt: skip
-    at = _choose_split(activation, lower, upper)
-    height = activation(lower) + lines.chord * (at - lower) - activation(at)
-    return g.abs() * height.abs() + _TIE * (upper - lower)
+@torch.no_grad()
+def _rate_units(system: AffineSystem, targets: Tensor, parts: Parts) -> dict[int, Tensor]:
+    """Return by block how far each unit's lines lie from its graph where it would be split."""
+    single, intervals = system.single, parts.intervals.to(torch.float32)
+    goals, level = targets[parts.target].float(), system.output
+    lines = propose_lines(single, level, intervals)
+    tau = back_substitute(single, level, goals, lines, parts.proposal.within(lines))
+    lam = multipliers_of(single, level, goals, tau)
+    scores = {}
+    for j, line in lines.items():
+        activation, lower, upper = (
+            single.activations[j - 1], intervals.lower[j], intervals.upper[j],
+        )  # fmt: skip
+        at = _choose_split(activation, lower, upper)
+        height = activation(lower) + line.chord * (at - lower) - activation(at)
+        scores[j] = single.pull(j, lam).abs() * height.abs() + _TIE * (upper - lower)
+    return scores
+
+
+@torch.no_grad()
+def _rate_split(
+    system: AffineSystem, targets: Tensor, halves: Parts, region: InputRegion
+) -> Float[Tensor, " parts"]:
+    """Return how large the bounds of both halves are, before ascent."""
+    single, intervals = system.single, halves.intervals.to(torch.float32)
+    goals, level = targets[halves.target].float(), system.output
+    lines = propose_lines(single, level, intervals)
+    tau = back_substitute(single, level, goals, lines, halves.proposal.within(lines))
+    around = region.select(torch.zeros_like(halves.target)).to(torch.float32)
+    value = dual_value(single, level, goals, tau, intervals, around)
+    low, high = value.clamp_max(0.0).view(2, -1).sort(dim=0).values
+    return low + _SECOND * high
 
 
 def _choose_split(activation: Activation, lower: Tensor, upper: Tensor) -> Tensor:

@@ -171,9 +171,13 @@ def _refine(
             target = torch.zeros(len(part), system.units(level), dtype=torch.float64)
             target[torch.arange(len(part)), where[1]] = sign
             found = prove_bounds(
-                system, level, target, intervals.select(where[0]), region.select(where[0]),
+                system,
+                level,
+                target,
+                intervals.select(where[0]),
+                region.select(where[0]),
                 steps=steps,
-            ).value  # fmt: skip
-            known = side[where]
-            side[where] = torch.maximum(known, found) if sign > 0 else torch.minimum(known, -found)
+            ).value
+            near = torch.maximum if sign > 0 else torch.minimum
+            side[where] = near(side[where], sign * found)
     return intervals.with_block(level, lower, upper)

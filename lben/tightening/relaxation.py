@@ -19,7 +19,7 @@ Reference:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -31,7 +31,8 @@ from lben.weights.affine_system import AffineSystem, slope_at
 
 _SIGNS = 6
 """Rounds in which the signs of g at an equilibrium are sought."""
-_ALPHA_RATE, _SHIFT_RATE, _DECAY = 0.1, 0.005, 0.3
+_ALPHA_RATE, _SHIFT_RATE = 0.1, 0.005
+_FASTER, _SLOWER, _LEAST, _MOST = 1.2, 0.8, 1e-3, 1e3
 """First steps of slopes, and of h in units of the mean |g|; the last steps, relative to these."""
 
 
@@ -92,17 +93,21 @@ class Proposal:
     Attributes:
         tangents: slopes on the side without a chord, by block.
         shifts: h, by block.
+        pace: of the next ascent, relative to its first steps.
     """
 
     tangents: Mapping[int, Float[Tensor, "batch units"]]
     shifts: Mapping[int, Float[Tensor, "batch units"]]
+    pace: Float[Tensor, " batch"]
 
     @classmethod
     def of(cls, lines: Mapping[int, Lines]) -> Proposal:
         """Return the tangents at the middle, and h = 0."""
+        count = max((len(line.tangent) for line in lines.values()), default=0)
         return cls(
             tangents={j: line.tangent for j, line in lines.items()},
             shifts={j: torch.zeros_like(line.tangent) for j, line in lines.items()},
+            pace=torch.ones(count),
         )
 
     def select(self, index: Tensor) -> Proposal:
@@ -110,6 +115,7 @@ class Proposal:
         return Proposal(
             tangents={j: t[index] for j, t in self.tangents.items()},
             shifts={j: t[index] for j, t in self.shifts.items()},
+            pace=self.pace[index],
         )
 
     def within(self, lines: Mapping[int, Lines]) -> Proposal:
@@ -117,6 +123,7 @@ class Proposal:
         return Proposal(
             tangents={j: t.clamp(lines[j].least, lines[j].most) for j, t in self.tangents.items()},
             shifts=self.shifts,
+            pace=self.pace,
         )
 
 
@@ -219,31 +226,35 @@ def ascend(
     parameters = [*tangents.values(), *scaled.values()]
     rates = [_ALPHA_RATE] * len(tangents) + [_SHIFT_RATE] * len(scaled)
     first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
-    best = start
+    best, pace = start, start.pace
     best_value = torch.full((len(target),), -torch.inf, dtype=target.dtype)
     for step in range(1, steps + 2):
-        now = Proposal(tangents=dict(tangents), shifts={j: scaled[j] * units[j] for j in scaled})
+        now = Proposal(
+            tangents=dict(tangents), shifts={j: scaled[j] * units[j] for j in scaled}, pace=pace
+        )
         tau = back_substitute(system, level, target, lines, now)
         value = dual_value(system, level, target, tau, intervals, region)
         with torch.no_grad():
             better = value > best_value
+            if step > 1:
+                pace = (pace * torch.where(better, _FASTER, _SLOWER)).clamp(_LEAST, _MOST)
             best_value = torch.where(better, value, best_value)
             best = _choose(better, now, best)
         if step > steps or bool((best_value > goal).all()):
             break
         gradients = torch.autograd.grad(value.sum(), parameters)
         with torch.no_grad():
-            decay = _DECAY ** (step / steps)
+            here = pace[:, None]
             for p, rate, gradient, m, q in zip(
                 parameters, rates, gradients, first, second, strict=True
             ):
                 m.mul_(0.9).add_(gradient, alpha=0.1)
                 q.mul_(0.99).addcmul_(gradient, gradient, value=0.01)
                 size = (q / (1 - 0.99**step)).sqrt() + 1e-12
-                p.add_(m / (1 - 0.9**step) / size, alpha=rate * decay)
+                p.add_(here * m / (1 - 0.9**step) / size, alpha=rate)
             for j, t in tangents.items():
                 t.clamp_(lines[j].least, lines[j].most)
-    return best, best_value
+    return replace(best, pace=pace), best_value
 
 
 def _choose(better: Tensor, now: Proposal, best: Proposal) -> Proposal:
@@ -253,4 +264,5 @@ def _choose(better: Tensor, now: Proposal, best: Proposal) -> Proposal:
             j: torch.where(where, t.detach(), best.tangents[j]) for j, t in now.tangents.items()
         },
         shifts={j: torch.where(where, t.detach(), best.shifts[j]) for j, t in now.shifts.items()},
+        pace=now.pace,
     )

@@ -20,7 +20,13 @@ def problem(name: str, radius: float):
     region = InputRegion.around(torch.rand(1, system.inputs), radius, "l2", (0.0, 1.0))
     target = torch.zeros(1, system.units(system.output)).double()
     target[0, :2] = torch.tensor([1.0, -1.0])
-    return system, region, prove_ranges(system, region), target
+    return system, region, prove_ranges(system, region, steps=10), target
+
+
+def smallest(system, region, target) -> torch.Tensor:
+    """Return the least output that is known."""
+    reached = (system.evaluate(sample(region, 20000))[-1] @ target[0]).min()
+    return torch.minimum(reached, find_smallest(system, target, region)[0])
 
 
 def shifted(system, target, amount):
@@ -34,10 +40,10 @@ def shifted(system, target, amount):
     return system
 
 
-@pytest.mark.parametrize("name", ["chain", "residual", "sparse", "tanh", "bump"])
+@pytest.mark.parametrize("name", KINDS)
 def test_what_ascent_cannot_prove_is_proved_in_parts(name):
     system, region, ranges, target = problem(name, 0.4)
-    least = find_smallest(system, target, region)[0]
+    least = smallest(system, region, target)
     bound = prove_bounds(system, system.output, target, ranges, region, steps=60).value[0]
     assert bound < least
     shifted(system, target, float(bound + 0.7 * (least - bound)))
@@ -52,7 +58,7 @@ def test_what_ascent_cannot_prove_is_proved_in_parts(name):
 @pytest.mark.parametrize("name", KINDS)
 def test_what_is_false_is_never_proved(name):
     system, region, ranges, target = problem(name, 0.4)
-    least = find_smallest(system, target, region)[0]
+    least = smallest(system, region, target)
     shifted(system, target, float(least + 1e-6))
     assert prove_positive(system, target, ranges, region, seconds=1.0).margin == -torch.inf
 

@@ -78,6 +78,10 @@ _RANGE = 1000
 """Units lie within 2^±1000."""
 _TRIES = 18
 """How often a storage, or a bound that is not given, is enlarged eightfold."""
+_SPREAD = 20
+"""The largest exponent by which units of the states of a block count as different."""
+_LEAST = 2.0**-400
+"""λ, near enough to 0, of states that no output depends on."""
 _UNSEEN = -(2**40)
 """The exponent of zero."""
 
@@ -152,6 +156,17 @@ class Storage:
         own = slice(start, start + len(self.units[k]))
         return self.form.mid[own, own]
 
+    def dominate(self, k: int) -> Array:
+        """Return λ of a block, near the least Λ ⪰ N that is the same for all of its states.
+
+        Units of states that differ by more than 2^20 count as 2^20. In the units of the storage.
+        """
+        units = self.units[k]
+        same = np.ldexp(1.0, (units - int(np.median(units))).clip(-_SPREAD, _SPREAD))
+        scaled = self.restrict(k) / np.multiply.outer(same, same)
+        norm = float(np.linalg.norm(scaled, 2)) if np.isfinite(scaled).all() else math.nan
+        return same**2 * (norm if norm > 0 else _LEAST)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Step:
@@ -163,7 +178,7 @@ class Step:
         corner: c × c.
         side: c × n; n = 0 for a block whose states are multiples of its pre-activations.
         pivot: n × n.
-        fresh: which of the c numbers have units that may be chosen anew.
+        free: which of the c numbers have units that no multiplier has chosen.
     """
 
     index: int
@@ -172,7 +187,7 @@ class Step:
     corner: Enclosure
     side: Enclosure
     pivot: Enclosure
-    fresh: NDArray[np.bool_]
+    free: NDArray[np.bool_]
 
     @property
     def size(self) -> int:
@@ -193,10 +208,10 @@ class Step:
     def change_units(self, shifts: Exponents) -> Step:
         """Return the same inequality with the frontier in units 2^shifts times as large."""
         powers = np.ldexp(1.0, shifts)
-        ends = np.cumsum([len(self.units[j]) for j in self.blocks])[:-1]
-        moved = dict(zip(self.blocks, np.split(shifts, ends), strict=True))
+        ends = np.cumsum([len(self.units[j]) for j in self.blocks])
+        moved = zip(self.blocks, np.split(shifts, ends)[:-1], strict=True)
         return replace(
-            self, units={j: self.units[j] + moved[j] for j in self.blocks},
+            self, units={j: self.units[j] + shift for j, shift in moved},
             corner=self.corner.scale(powers, powers),
             side=self.side.scale(powers, np.ones(self.side.mid.shape[1])),
         )  # fmt: skip
@@ -318,13 +333,12 @@ def take_step(
             part = own.affine.enclosure(j)
         else:
             part = Enclosure(np.zeros((own.affine.units, network.widths[j])))
-        chosen = _choose_units(part.mid, after.units[k], j, known)
-        units[j] = after.units[j] if j in kept else chosen
+        fresh = _choose_units(part.mid, after.units[k], j, known)
+        units[j] = after.units[j] if j in kept else fresh
         parts.append(_to_units(part, after.units[k], units[j]))
     V = _join(parts, own.affine.units)
-    fresh = np.concatenate(
-        [np.zeros(0, bool), *(np.full(network.widths[j], j not in (*kept, *known)) for j in blocks)]
-    )
+    chosen = [np.full(len(units[j]), j in known) for j in blocks]
+    free = ~np.concatenate([np.zeros(0, np.bool_), *chosen])
     low, high = own.activation.low, own.activation.high
     c, (N, N_side, N_own) = V.mid.shape[1], _embed(after, blocks, k, network)
     if Lambda is None:
@@ -333,7 +347,7 @@ def take_step(
         corner = -(N + mixed + mixed.T + T.T @ (N_own @ T))
         nothing = Enclosure(np.zeros((c, 0)))
         return Step(
-            index=k, blocks=blocks, units=units, corner=corner, side=nothing, fresh=fresh,
+            index=k, blocks=blocks, units=units, corner=corner, side=nothing, free=free,
             pivot=Enclosure(np.zeros((0, 0))),
         )  # fmt: skip
     weights = Enclosure(Lambda[:, None])
@@ -348,7 +362,13 @@ def take_step(
         corner = corner + V.T @ (_number(low) * _number(high) * _number(2.0) * weights * V)
     side = -((_number(low) + _number(high)) * weights * V).T - N_side
     return Step(
-        index=k, blocks=blocks, units=units, corner=corner, side=side, pivot=pivot, fresh=fresh
+        index=k,
+        blocks=blocks,
+        units=units,
+        corner=corner,
+        side=side,
+        pivot=pivot,
+        free=free,
     )
 
 
@@ -363,7 +383,7 @@ def renew_units(step: Step, least: Array) -> tuple[Step, Array]:
     """Return a step and its least storage in units in which the storage is near 1.
 
     Args:
-        step: whose fresh units may be chosen.
+        step: whose free units are chosen anew.
         least: c × c, as it proposes.
     """
     diagonal = np.diag(least)
@@ -371,19 +391,21 @@ def renew_units(step: Step, least: Array) -> tuple[Step, Array]:
     exponents = np.where(seen, _exponents(np.where(seen, diagonal, 1.0)), _UNSEEN)
     inputs = len(step.units.get(0, ()))  # they share one unit, and come first
     exponents[:inputs] = np.max(exponents[:inputs], initial=_UNSEEN)
-    shifts = np.where(step.fresh & (exponents > _UNSEEN), -(exponents // 2), 0)
+    shifts = np.where(step.free & (exponents > _UNSEEN), -(exponents // 2), 0)
     powers = np.ldexp(1.0, shifts)
     return step.change_units(shifts), least * np.multiply.outer(powers, powers)
 
 
 def prove_network(
-    network: Network, claim: NetworkClaim, rows: Array | None = None
+    network: Network, claim: NetworkClaim | None = None, rows: Array | None = None
 ) -> LipschitzCertificate:
     """Prove the bound of a network by storages, or raise; see the theorem of this file.
 
     Args:
         network: whose numbers are float64.
-        claim: γ and multipliers; with γ None the least bound that they prove.
+        claim: γ and multipliers; with γ None the least bound that they prove. When omitted, the
+            least bound of multipliers that always exist: Λ_k = ‖N‖₂I for the storage N of block k.
+            It is near or below the product of the layers' norms; `lben.tightening` proposes better.
         rows: F, m × q: the bound is of x ↦ Fy, such as one output or a difference of two. All
             outputs when omitted.
 
@@ -408,8 +430,8 @@ def prove_network(
         >>> prove_network(network, claim).bound  # the multipliers do not see that 1 is enough
         2.01
     """
-    gamma, rows = check_gamma(claim.gamma), _check_rows(network, rows)
-    multipliers = _check_multipliers(network, claim)
+    gamma = None if claim is None else check_gamma(claim.gamma)
+    rows, multipliers = _check_rows(network, rows), _check_multipliers(network, claim)
     with np.errstate(all="ignore"):  # what leaves the range is found not to be finite
         bound, margin = _prove_blocks(network, multipliers, gamma, rows)
     return LipschitzCertificate(
@@ -426,17 +448,24 @@ def fingerprint_rows(network: Network, rows: Array | None) -> str:
 
 
 def _prove_blocks(
-    network: Network, multipliers: list[_Multiplier | None], gamma: float | None, rows: Array | None
+    network: Network,
+    multipliers: Mapping[int, _Multiplier],
+    gamma: float | None,
+    rows: Array | None,
 ) -> tuple[float, float | None]:
     """Return the bound, and the least margin of all blocks."""
     unit = choose_output_unit(network, rows)
-    known = {k: m.choose_units(unit) for k, m in enumerate(multipliers, 1) if m is not None}
+    known = {k: m.choose_units(unit) for k, m in multipliers.items()}
     storage, least = Storage.of_output(network, rows, unit, known), math.inf
     for k in range(len(network.blocks), 0, -1):
         if k not in storage.blocks:
             continue  # no output depends on the block
-        m = multipliers[k - 1]
-        Lambda = None if m is None else m.scale(known[k], unit)
+        if is_linear(network, k):
+            Lambda = None
+        elif k in multipliers:
+            Lambda = multipliers[k].scale(known[k], unit)
+        else:
+            Lambda = storage.dominate(k)
         step = take_step(network, k, storage, Lambda, known)
         if step.blocks in ((), (0,)):
             bound, margin = _prove_first(step, gamma, unit)
@@ -527,7 +556,16 @@ class _Multiplier:
         return np.asarray(scaled)
 
 
-def _check_multipliers(network: Network, claim: NetworkClaim) -> list[_Multiplier | None]:
+def is_linear(network: Network, k: int) -> bool:
+    """Say whether all slopes of block k are the same, so that it needs no multiplier."""
+    activation = network.blocks[k - 1].activation
+    return activation.low == activation.high
+
+
+def _check_multipliers(network: Network, claim: NetworkClaim | None) -> dict[int, _Multiplier]:
+    """Return the multipliers of a claim by block; none without a claim."""
+    if claim is None:
+        return {}
     count = len(network.blocks)
     exponents = (0,) * count if claim.exponents is None else tuple(claim.exponents)
     if not len(claim.multipliers) == len(exponents) == count:
@@ -535,18 +573,17 @@ def _check_multipliers(network: Network, claim: NetworkClaim) -> list[_Multiplie
             f"the network has {count} blocks, and the claim has multipliers for "
             f"{len(claim.multipliers)} and exponents for {len(exponents)} of them"
         )
-    found: list[_Multiplier | None] = []
+    found = {}
     for k, own in enumerate(network.blocks, 1):
-        free = own.activation.low == own.activation.high
-        name = f"multipliers of block {k}"
-        values = numbers_of(name, claim.multipliers[k - 1], 0 if free else own.affine.units)
+        size, name = 0 if is_linear(network, k) else own.affine.units, f"multipliers of block {k}"
+        values = numbers_of(name, claim.multipliers[k - 1], size)
         if not ((values >= TINY) & (values < math.inf)).all():
             raise CertificateError(
                 f"the {name} must be positive: finite numbers from {TINY:.3g}, the least is "
                 f"{values.min():.3g}"
             )
-        exponent = int(exponents[k - 1])
-        found.append(None if free else _Multiplier(values=values, exponent=exponent))
+        if not is_linear(network, k):
+            found[k] = _Multiplier(values=values, exponent=int(exponents[k - 1]))
     return found
 
 

@@ -26,6 +26,7 @@ Reference:
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -35,6 +36,7 @@ from lben.certificates.network import (
     Step,
     Storage,
     choose_output_unit,
+    is_linear,
     renew_units,
     take_step,
 )
@@ -46,10 +48,9 @@ _STEPS = (0, 2)
 """How many steps the proposals take that are compared; see Note [Steps]."""
 _DISTANCE = 0.02
 """Steps keep (2 − this)Λ ≻ N, so that rounding does not matter."""
-_RANGE = 20
-"""The largest exponent by which the first Λ of two units of a block differ."""
-_LEAST = 2.0**-400
-"""λ, near enough to 0, of states that no output depends on."""
+_SLACK = 2.0**-35
+"""What storages are enlarged by for each state, relative to Λ: more than by the proof. The least
+storages of a deep network may be very sensitive to it, so multipliers are chosen with it."""
 _SHARE = 0.2
 """Of the identity in the covariance after a block, relative to its largest eigenvalue."""
 
@@ -94,7 +95,7 @@ def _sweep(
     """Return log₂ of the computed bound, and the claim."""
     unit = choose_output_unit(network, rows)
     storage, gain = Storage.of_output(network, rows, unit, {}), -math.inf
-    free = [block.activation.low == block.activation.high for block in network.blocks]
+    free = [is_linear(network, k) for k in range(1, len(network.blocks) + 1)]
     multipliers = [
         np.ones(0 if empty else width)
         for empty, width in zip(free, network.widths[1:], strict=True)
@@ -106,9 +107,10 @@ def _sweep(
         units, Lambda = storage.units[k], None
         if not free[k - 1]:
             S = _to_units(covariances[k - 1], units)
-            powers = np.ldexp(1.0, (units - int(np.median(units))).clip(-_RANGE, _RANGE))
-            Lambda = choose_multiplier(storage.restrict(k), S, powers**2, steps)
+            Lambda = improve_multiplier(storage.dominate(k), storage.restrict(k), S, steps)
             multipliers[k - 1], exponents[k - 1] = _leave_units(Lambda, units, unit)
+        size = np.diag(storage.restrict(k)) if Lambda is None else Lambda
+        storage = _enlarge(storage, k, _SLACK * len(storage.form.mid) * size)
         step = take_step(network, k, storage, Lambda, {})
         if step.blocks in ((), (0,)):
             own = int(step.units[0][0]) if len(step.units.get(0, ())) else 0
@@ -121,13 +123,13 @@ def _sweep(
     return gain, claim
 
 
-def choose_multiplier(N: Array, S: Array, start: Array, steps: int) -> Array:
-    """Return a diagonal Λ with 2Λ ≻ N; see Note [Steps].
+def improve_multiplier(Lambda: Array, N: Array, S: Array, steps: int) -> Array:
+    """Return a diagonal Λ with 2Λ ≻ N and a smaller mean of the next storage; see Note [Steps].
 
     Args:
+        Lambda: n positive numbers with Λ ⪰ N.
         N: n × n, the storage of the states.
         S: n × n, the covariance of the pre-activations.
-        start: n positive numbers; the first Λ is the least multiple of them with Λ ⪰ N.
         steps: how many.
 
     Returns:
@@ -135,13 +137,10 @@ def choose_multiplier(N: Array, S: Array, start: Array, steps: int) -> Array:
 
     Example:
         >>> import numpy as np
-        >>> from lben.tightening.recursion import choose_multiplier
-        >>> choose_multiplier(np.diag([4.0, 1.0]), np.eye(2), np.ones(2), 0)
-        array([4., 4.])
+        >>> from lben.tightening.recursion import improve_multiplier
+        >>> improve_multiplier(np.full(2, 4.0), np.diag([4.0, 1.0]), np.eye(2), 9).round(1)
+        array([4., 1.])
     """
-    scaled = N / np.sqrt(np.multiply.outer(start, start))
-    norm = float(np.linalg.norm(scaled, 2)) if np.isfinite(scaled).all() else math.nan
-    Lambda = start * (norm if norm > 0 else _LEAST)
     value, R = _measure(Lambda, N, S)
     for _ in range(steps):
         RS = R @ S
@@ -154,6 +153,14 @@ def choose_multiplier(N: Array, S: Array, start: Array, steps: int) -> Array:
                 Lambda, value, R = proposal, smaller, response
                 break
     return Lambda
+
+
+def _enlarge(storage: Storage, k: int, amounts: Array) -> Storage:
+    """Return a storage with larger squares of the states of one block."""
+    before = sum(len(storage.units[j]) for j in storage.blocks if j < k)
+    diagonal = np.zeros(len(storage.form.mid))
+    diagonal[before : before + len(amounts)] = amounts
+    return replace(storage, form=storage.form + Enclosure(np.diag(diagonal)))
 
 
 def _measure(Lambda: Array, N: Array, S: Array) -> tuple[float, Array]:

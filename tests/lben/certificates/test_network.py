@@ -122,6 +122,31 @@ def test_outputs_without_units():
         prove_network(affine, replace(claim, gamma=4.999999))
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_without_a_claim_there_is_a_bound_too(name):
+    network = NETWORKS[name]
+    bound = prove_network(network).bound
+    assert prove_network(network, propose_network_claim(network)).bound <= bound * (1 + 1e-6)
+
+
+def test_without_a_claim_the_bound_of_a_chain_is_below_the_product_of_norms():
+    for depth in (1, 3, 64):
+        network = chain(depth, units=6)
+        norms = [np.linalg.norm(b.affine.matrices[k], 2) for k, b in enumerate(network.blocks)]
+        norms.append(np.linalg.norm(network.output.matrices[depth], 2))
+        assert prove_network(network).bound <= np.prod(norms) * (1 + 1e-9)
+
+
+def test_a_constant_has_every_bound():
+    nothing = AffineMap.of({}, np.ones(3))
+    block = Block(affine=nothing, activation=RELU)
+    output = AffineMap.of({1: np.eye(3)}, np.zeros(3))
+    for blocks, last in (((block,), output), ((), nothing), ((block,), nothing)):
+        network = Network(input_shape=(2,), blocks=blocks, output=last)
+        assert 0 < prove_network(network).bound < 1e-200
+        assert 0 < prove_network(network, propose_network_claim(network)).bound < 1e-200
+
+
 def test_outputs_that_depend_on_nothing():
     zero = build([({0: 1}, RELU), ({1: 1}, RELU)], (2,), 3)
     zero = replace(zero, output=AffineMap.of({2: np.zeros((3, 4))}, np.zeros(3)))

@@ -55,7 +55,11 @@ import scipy.linalg
 import torch
 from numpy.typing import NDArray
 
-from lben.certificates.certificate import CertificateError, LipschitzCertificate
+from lben.certificates.certificate import (
+    CertificateError,
+    LipschitzCertificate,
+    PairCertificate,
+)
 from lben.certificates.proof import numbers_of
 from lben.rigorous import (
     TINY,
@@ -82,6 +86,8 @@ _SPREAD = 20
 """The largest exponent by which units of the states of a block count as different."""
 _LEAST = 2.0**-400
 """λ, near enough to 0, of states that no output depends on."""
+_UNREAD = 200
+"""The unit of states that no number reads: so what is added to their storage is small."""
 _UNSEEN = -(2**40)
 """The exponent of zero."""
 
@@ -440,6 +446,40 @@ def prove_network(
     )  # fmt: skip
 
 
+def prove_network_pairs(
+    network: Network, claims: Mapping[tuple[int, int], NetworkClaim]
+) -> PairCertificate:
+    """Prove a bound of yᵢ − yⱼ for every pair of outputs of a network, or raise.
+
+    Args:
+        network: whose numbers are float64.
+        claims: for every pair of outputs i < j, as `prove_network` takes them.
+
+    Returns:
+        The l2 bounds of all pairs.
+
+    Raises:
+        ValueError: if a pair has no claim, and as `prove_network` does.
+        CertificateError: if a bound is not proved.
+    """
+    q = network.out_features
+    bounds, margins = [[1.0] * q for _ in range(q)], []
+    for i in range(q):
+        for j in range(i + 1, q):
+            if (i, j) not in claims:
+                raise ValueError(f"no bound is claimed for the outputs {i} and {j}")
+            row = np.zeros((1, q))
+            row[0, i], row[0, j] = 1.0, -1.0
+            found = prove_network(network, claims[i, j], row)
+            bounds[i][j] = bounds[j][i] = found.bound
+            margins.append(found.margin)
+    known = [margin for margin in margins if margin is not None]
+    return PairCertificate(
+        bounds=tuple(map(tuple, bounds)), norm="l2", margin=min(known, default=None),
+        fingerprint=network.fingerprint, dtype="float64", method=METHOD,
+    )  # fmt: skip
+
+
 def fingerprint_rows(network: Network, rows: Array | None) -> str:
     """Return the fingerprint of x ↦ Fy: the network's own where F is omitted."""
     if rows is None:
@@ -615,7 +655,7 @@ def _choose_units(
     sizes = np.max(np.where(matrix != 0, sizes, _UNSEEN), axis=0, initial=_UNSEEN)
     if j == 0:
         sizes[:] = np.max(sizes, initial=_UNSEEN)
-    units = np.where(sizes == _UNSEEN, 0, -sizes).clip(-_RANGE, _RANGE)
+    units = np.where(sizes == _UNSEEN, _UNREAD, -sizes).clip(-_RANGE, _RANGE)
     return np.asarray(units, dtype=np.int64)
 
 

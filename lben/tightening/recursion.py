@@ -49,8 +49,9 @@ _STEPS = (0, 2)
 _DISTANCE = 0.02
 """Steps keep (2 − this)Λ ≻ N, so that rounding does not matter."""
 _SLACK = 2.0**-35
-"""What storages are enlarged by for each state, relative to Λ: more than by the proof. The least
-storages of a deep network may be very sensitive to it, so multipliers are chosen with it."""
+"""What storages are enlarged by for each state, relative to Λ or to the unit: more than by the
+proof. The least storages of a deep network may be very sensitive to it; so multipliers are chosen
+for the larger ones."""
 _SHARE = 0.2
 """Of the identity in the covariance after a block, relative to its largest eigenvalue."""
 
@@ -109,7 +110,7 @@ def _sweep(
             S = _to_units(covariances[k - 1], units)
             Lambda = improve_multiplier(storage.dominate(k), storage.restrict(k), S, steps)
             multipliers[k - 1], exponents[k - 1] = _leave_units(Lambda, units, unit)
-        size = np.diag(storage.restrict(k)) if Lambda is None else Lambda
+        size = np.ones(len(units)) if Lambda is None else Lambda
         storage = _enlarge(storage, k, _SLACK * len(storage.form.mid) * size)
         step = take_step(network, k, storage, Lambda, {})
         if step.blocks in ((), (0,)):

@@ -6,10 +6,16 @@ import numpy as np
 import pytest
 
 import lben.certificates.network as module
-from lben.certificates import CertificateError, LipschitzCertificate
+from lben.certificates import (
+    CertificateError,
+    IntervalClaim,
+    LipschitzCertificate,
+    PairCertificate,
+    certify,
+)
 from lben.certificates.network import NetworkClaim, prove_network
 from lben.tightening.recursion import propose_network_claim
-from lben.weights.activation import RELU
+from lben.weights.activation import IDENTITY, RELU
 from lben.weights.network import AffineMap, Block, Network
 
 from .networks import BENT, NETWORKS, build, chain, is_positive, quadratic_form
@@ -147,6 +153,20 @@ def test_a_constant_has_every_bound():
         assert 0 < prove_network(network, propose_network_claim(network)).bound < 1e-200
 
 
+def test_a_block_that_is_read_with_zeros_costs_nothing():
+    network = build(
+        [({0: 1}, RELU), ({1: 1}, IDENTITY), ({1: 1, 2: 1}, IDENTITY), ({1: 1, 3: 1}, RELU)],
+        (4,), 3, scales={1: 2.0**40, 2: 2.0**-40},
+    )  # fmt: skip
+    affine = network.blocks[3].affine
+    matrices = {1: affine.matrices[1], 3: np.zeros((4, 4))}
+    last = replace(network.blocks[3], affine=AffineMap.of(matrices, affine.bias))
+    without = replace(last, affine=AffineMap.of({1: matrices[1]}, affine.bias))
+    bounds = [prove_network(replace(network, blocks=(*network.blocks[:3], block))).bound
+              for block in (last, without)]  # fmt: skip
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-9)
+
+
 def test_outputs_that_depend_on_nothing():
     zero = build([({0: 1}, RELU), ({1: 1}, RELU)], (2,), 3)
     zero = replace(zero, output=AffineMap.of({2: np.zeros((3, 4))}, np.zeros(3)))
@@ -250,3 +270,28 @@ def test_negative_slopes_cost_more():
     plain, bent = chain(3), chain(3, BENT)
     bounds = [prove_network(n, propose_network_claim(n)).bound for n in (plain, bent)]
     assert bounds[0] < bounds[1]
+
+
+def test_certify_proves_networks_and_pairs_of_their_outputs():
+    network = NETWORKS["residual"]
+    claim = propose_network_claim(network)
+    assert certify(network) == prove_network(network)
+    whole = certify(network, claim)
+    assert whole == prove_network(network, claim)
+    rows = {(0, 1): [[1.0, -1, 0]], (0, 2): [[1.0, 0, -1]], (1, 2): [[0.0, 1, -1]]}
+    claims = {pair: propose_network_claim(network, np.array(F)) for pair, F in rows.items()}
+    pairs = certify(network, claims)
+    for (i, j), F in rows.items():
+        assert pairs[i][j] == pairs[j][i] == prove_network(network, claims[i, j], np.array(F)).bound
+    assert pairs.fingerprint == network.fingerprint
+    assert PairCertificate.from_json(pairs.to_json()) == pairs
+
+
+def test_certify_refuses_what_no_network_claims():
+    network = NETWORKS["chain"]
+    with pytest.raises(ValueError, match="omit image"):
+        certify(network, image=(8, 8))
+    with pytest.raises(ValueError, match="outputs 0 and 1"):
+        certify(network, {})
+    with pytest.raises(TypeError, match="NetworkClaim"):
+        certify(network, IntervalClaim())

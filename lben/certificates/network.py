@@ -509,7 +509,8 @@ def _prove_blocks(
         step = take_step(network, k, storage, Lambda, known)
         if step.blocks in ((), (0,)):
             bound, margin = _prove_first(step, gamma, unit)
-            return bound, min(margin, least)
+            least = min(margin, least)
+            return bound, least if least < math.inf else None  # infinite: there were no rows
         assert isinstance(step, Step)  # a wide one is the first
         storage, margin = _prove_storage(step)
         least = min(least, margin)

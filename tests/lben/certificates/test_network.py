@@ -145,12 +145,16 @@ def test_without_a_claim_the_bound_of_a_chain_is_below_the_product_of_norms():
 
 def test_a_constant_has_every_bound():
     nothing = AffineMap.of({}, np.ones(3))
-    block = Block(affine=nothing, activation=RELU)
+    block, linear = (Block(affine=nothing, activation=sigma) for sigma in (RELU, IDENTITY))
     output = AffineMap.of({1: np.eye(3)}, np.zeros(3))
-    for blocks, last in (((block,), output), ((), nothing), ((block,), nothing)):
+    for blocks, last in (
+        ((block,), output), ((linear,), output), ((), nothing), ((block,), nothing)
+    ):  # fmt: skip
         network = Network(input_shape=(2,), blocks=blocks, output=last)
-        assert 0 < prove_network(network).bound < 1e-200
-        assert 0 < prove_network(network, propose_network_claim(network)).bound < 1e-200
+        for claim in (None, propose_network_claim(network)):
+            certificate = prove_network(network, claim)
+            assert 0 < certificate.bound < 1e-200
+            certificate.check_values()
 
 
 def test_a_block_that_is_read_with_zeros_costs_nothing():

@@ -46,7 +46,8 @@ Reference:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -80,8 +81,8 @@ METHOD = "storages of the layers, one Cholesky for each block, verified a poster
 """How the bound of a network is proved."""
 _RANGE = 1000
 """Units lie within 2^±1000."""
-_TRIES = 18
-"""How often a storage, or a bound that is not given, is enlarged eightfold."""
+_TRIES = 27
+"""How often a storage, or a bound that is not given, is enlarged fourfold."""
 _SPREAD = 20
 """The largest exponent by which units of the states of a block count as different."""
 _LEAST = 2.0**-400
@@ -121,6 +122,29 @@ class NetworkClaim:
     gamma: float | None
     multipliers: tuple[Array, ...]
     exponents: tuple[int, ...] | None = None
+
+    @classmethod
+    def from_logarithms(cls, gamma: float | None, logarithms: Sequence[Array]) -> NetworkClaim:
+        """Return the claim with multipliers λ = exp of the numbers given, which may be of any size.
+
+        Args:
+            gamma: γ or None.
+            logarithms: log λ of each block, finite. Within a block a λ that is smaller than the
+                largest by more than 2^1000 counts as that.
+
+        Example:
+            >>> import numpy as np
+            >>> claim = NetworkClaim.from_logarithms(None, [np.array([2000.0, 2000.0])])
+            >>> claim.exponents, claim.multipliers[0].round(3).tolist()
+            ((2886,), [0.655, 0.655])
+        """
+        in_twos = [np.asarray(own, dtype=np.float64) / math.log(2.0) for own in logarithms]
+        exponents = [math.ceil(np.max(own)) if own.size else 0 for own in in_twos]
+        values = [
+            np.exp2(np.maximum(own - exponent, -_RANGE))
+            for own, exponent in zip(in_twos, exponents, strict=True)
+        ]
+        return cls(gamma=gamma, multipliers=tuple(values), exponents=tuple(exponents))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -385,6 +409,11 @@ def choose_output_unit(network: Network, rows: Array | None) -> int:
     return math.frexp(largest)[1] if TINY <= largest < math.inf else 0
 
 
+def get_input_unit(step: Step | WideStep) -> int:
+    """Return the exponent of the unit of the inputs; 0 if the frontier does not have them."""
+    return int(step.units[0][0]) if len(step.units.get(0, ())) else 0
+
+
 def renew_units(step: Step, least: Array) -> tuple[Step, Array]:
     """Return a step and its least storage in units in which the storage is near 1.
 
@@ -526,7 +555,7 @@ def _prove_storage(step: Step) -> tuple[Storage, float]:
         margin = step.margin(form)
         if margin > 0:
             return Storage(blocks=step.blocks, units=step.units, form=form), margin
-        size *= 8
+        size *= 4
     raise CertificateError(
         f"no storage before block {step.index} could be proved: the last one tried has the margin "
         f"{margin:.3e}. Causes: multipliers at the edge of what is possible, or numbers that leave "
@@ -536,14 +565,13 @@ def _prove_storage(step: Step) -> tuple[Storage, float]:
 
 def _prove_first(step: Step | WideStep, gamma: float | None, unit: int) -> tuple[float, float]:
     """Return γ, given or found, and the margin of the inequality of the first block."""
-    own = int(step.units[0][0]) if len(step.units.get(0, ())) else 0
-    computed = _scale_up(step.compute_gain(), unit - own)
+    inputs = step.units.get(0, np.zeros(0, np.int64))
+    computed = _scale_up(step.compute_gain(), unit - get_input_unit(step))
     least = max(computed, math.ldexp(1.0, -_RANGE))
     share = 16 * UNIT * step.size
-    for bound in [gamma] if gamma else [least * (1 + share * 8**i) for i in range(_TRIES)]:
+    for bound in [gamma] if gamma else [least * (1 + share * 4**i) for i in range(_TRIES)]:
         exponent = math.frexp(bound)[1] - 1
-        shift = unit - exponent - own
-        scaled = step.change_units(np.full(len(step.units.get(0, ())), shift))
+        scaled = step.change_units(unit - exponent - inputs)
         margin = scaled.prove_gain(math.ldexp(bound, -exponent))
         if margin > 0 and TINY <= bound < math.inf:
             return bound, margin
@@ -624,7 +652,7 @@ def _check_multipliers(network: Network, claim: NetworkClaim | None) -> dict[int
                 f"{values.min():.3g}"
             )
         if not is_linear(network, k):
-            found[k] = _Multiplier(values=values, exponent=int(exponents[k - 1]))
+            found[k] = _Multiplier(values=values, exponent=operator.index(exponents[k - 1]))
     return found
 
 

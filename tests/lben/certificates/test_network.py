@@ -261,8 +261,11 @@ def test_weights_that_are_not_finite_are_refused():
     bad[0, 0] = np.nan
     block = replace(network.blocks[0], affine=AffineMap.of({0: bad}, np.zeros(4)))
     broken = replace(network, blocks=(block, network.blocks[1]))
+    for claim in (None, propose_network_claim(network)):
+        with pytest.raises(CertificateError):
+            prove_network(broken, claim)
     with pytest.raises(CertificateError):
-        prove_network(broken, propose_network_claim(network))
+        prove_network(broken, propose_network_claim(broken))
 
 
 def test_a_certificate_is_a_record():

@@ -60,6 +60,8 @@ from lben.radii.margin import certified_radius
 from lben.tightening import (
     tighten_diagonal,
     tighten_linf,
+    tighten_network,
+    tighten_network_pairs,
     tighten_pairs,
     tighten_pooled,
     tighten_scaled,
@@ -129,6 +131,8 @@ __all__ = [
     "stack",
     "tighten_diagonal",
     "tighten_linf",
+    "tighten_network",
+    "tighten_network_pairs",
     "tighten_pairs",
     "tighten_pooled",
     "tighten_scaled",

@@ -27,7 +27,8 @@ def read_glipsdp(
 
     `i.weight` is a matrix, or the 3 × 3 kernel of a convolution with padding 1. ReLU stands between
     any two layers. The published figures of the digits are for the standardised input. Those of the
-    convolutional ones are for channels_last, the order in which the published script flattened.
+    convolutional ones are for channels_last: the order in which the published script flattened,
+    column after column of the image, and the channels of each pixel next to each other.
     """
     if flatten_order not in ("channels_first", "channels_last"):
         raise ValueError(
@@ -44,7 +45,7 @@ def read_glipsdp(
         else:
             weight = tensors.take(name, None, inputs)
             if flatten_order == "channels_last":
-                weight = weight.unflatten(1, (height, width, channels)).movedim(3, 1).flatten(1)
+                weight = weight.unflatten(1, (width, height, channels)).transpose(1, 3).flatten(1)
             matrix, channels, height, width = weight.numpy(), len(weight), 1, 1
         bias = np.zeros(channels)
         if (name := f"{len(maps)}.bias") in tensors:

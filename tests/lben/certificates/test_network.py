@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import lben.certificates.network as module
 from lben.certificates import (
@@ -14,6 +15,7 @@ from lben.certificates import (
     certify,
 )
 from lben.certificates.network import NetworkClaim, prove_network
+from lben.tightening import tighten_diagonal
 from lben.tightening.recursion import propose_network_claim
 from lben.weights.activation import IDENTITY, RELU
 from lben.weights.network import AffineMap, Block, Network
@@ -44,6 +46,38 @@ def test_no_quotient_exceeds_the_bound(name):
         change = network.evaluate(x + step) - network.evaluate(x)
         best = max(best, np.max(np.linalg.norm(change, axis=1) / np.linalg.norm(step, axis=1)))
     assert 0 < best <= certificate.bound * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_derivative_exceeds_the_bound(name):
+    """The steepest step at a point, by the Jacobian there."""
+    network, best = NETWORKS[name], 0.0
+    bound = prove_network(network, propose_network_claim(network)).bound
+    numbers = np.random.default_rng(1)
+    for x in 10 * numbers.standard_normal((100, network.widths[0])):
+        steps = x + 1e-3 * np.eye(len(x))
+        jacobian = (network.evaluate(steps) - network.evaluate(x[None])).T / 1e-3
+        direction = np.linalg.svd(jacobian)[2][0]
+        ends = network.evaluate(np.stack([x, x + 1e-3 * direction]))
+        best = max(best, float(np.linalg.norm(ends[1] - ends[0])) / 1e-3)
+    assert 0.2 * bound < best <= bound * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", ["one block", "chain", "wide input", "residual"])
+def test_what_the_whole_matrix_proves_is_proved_block_after_block(name):
+    network = NETWORKS[name]
+    start = propose_network_claim(network)
+    bound = prove_network(network, start).bound
+    scales = np.concatenate(list(map(np.ldexp, start.multipliers, start.exponents)))
+    weights = replace(network.dense(), Lambda=torch.from_numpy(scales / bound))
+    best = tighten_diagonal(weights)
+    assert certify(weights, best).bound == best.gamma <= bound
+    values = np.split(best.gamma * best.Lambda.numpy(), np.cumsum(network.widths[1:-1]))
+    claim = NetworkClaim(gamma=best.gamma, multipliers=tuple(values))
+    assert prove_network(network, claim).bound == best.gamma
+    assert prove_network(network, replace(claim, gamma=None)).bound <= best.gamma
+    with pytest.raises(CertificateError):  # below the optimum
+        prove_network(network, replace(claim, gamma=best.gamma * (1 - 1e-4)))
 
 
 @pytest.mark.parametrize("name", ["chain", "wide input", "residual", "inputs everywhere"])

@@ -262,6 +262,16 @@ def test_exact_arithmetic_catches_a_planted_fault(fault, monkeypatch):
     assert not is_positive(quadratic_form(network, wrong))
 
 
+@pytest.mark.parametrize("name", ["chain", "residual", "linear blocks", "wide input"])
+def test_badly_computed_storages_cost_tightness_and_not_truth(name, monkeypatch):
+    network = NETWORKS[name]
+    claim = propose_network_claim(network)
+    solve = module._solve
+    monkeypatch.setattr(module, "_solve", lambda *arguments: 1.01 * solve(*arguments))
+    bound = prove_network(network, claim).bound
+    assert is_positive(quadratic_form(network, replace(claim, gamma=bound)))
+
+
 def test_a_forgotten_radius_is_caught(monkeypatch):
     network, largest = _one_rounded_unit()
     monkeypatch.setattr(AffineMap, "relative_radius", 0.0)

@@ -116,6 +116,19 @@ def test_multipliers_scale_with_the_outputs(exponent):
     assert found.bound == np.ldexp(bound, exponent)
 
 
+@pytest.mark.parametrize("flush", [False, True])
+def test_denormal_weights_cost_tightness_and_not_truth(flush):
+    network = chain(4, scales={2: 2.0**-1018})
+    assert (np.abs(network.blocks[1].affine.matrices[1]) < 2.0**-1022).any()
+    claim = propose_network_claim(network)
+    torch.set_flush_denormal(flush)
+    try:
+        bound = prove_network(network, claim).bound
+    finally:
+        torch.set_flush_denormal(False)
+    assert is_positive(quadratic_form(network, replace(claim, gamma=bound)))
+
+
 @pytest.mark.parametrize("gain", [1e-3, 1.0, 1e3])
 def test_deep_networks_of_any_gain(gain):
     network = chain(64, scales={k: gain**k for k in range(1, 65)}, inputs=4)

@@ -574,7 +574,8 @@ def _prove_blocks(
             least = min(margin, least)
             return bound, least if least < math.inf else None  # infinite: there were no rows
         assert isinstance(step, Step)  # a wide one is the first
-        step, _ = renew_units(step, step.propose_least())
+        if step.free.any():
+            step, _ = renew_units(step, step.propose_least())
         form, margin = step.prove_storage()
         storage = Storage(blocks=step.blocks, units=step.units, form=form)
         least = min(least, margin)
@@ -587,7 +588,7 @@ def _prove_first(step: Step | WideStep, gamma: float | None, unit: int) -> tuple
     computed = _scale_up(step.compute_gain(), unit - get_input_unit(step))
     least = max(computed, math.ldexp(1.0, -_RANGE))
     share = 4 * UNIT * (len(step.pivot.mid) + len(inputs))
-    bounds = [gamma] if gamma else [least * (1 + share * 4**i) for i in range(_TRIES)]
+    bounds = [gamma] if gamma is not None else [least * (1 + share * 4**i) for i in range(_TRIES)]
     exponent = math.frexp(bounds[0])[1] - 1
     scaled = step.change_units(unit - exponent - inputs)
     for bound in bounds:

@@ -14,6 +14,7 @@ from lben.certificates import (
     certify,
     compose,
 )
+from lben.interop import ConversionError, ConvertedNetwork, from_onnx, from_torch
 from lben.layers import (
     AOLConv2d,
     AOLLinear,
@@ -43,7 +44,6 @@ from lben.layers import (
     SpectralConv2d,
     SpectralLinear,
     feedback,
-    from_weights,
 )
 from lben.models import (
     ConvolutionalEquilibriumArchitecture,
@@ -80,6 +80,8 @@ __all__ = [
     "ChainCertificate",
     "ChannelPadding",
     "Claim",
+    "ConversionError",
+    "ConvertedNetwork",
     "ConvolutionalEquilibriumArchitecture",
     "ConvolutionalEquilibriumClassifier",
     "ConvolutionalEquilibriumClassifierConfig",
@@ -122,7 +124,8 @@ __all__ = [
     "certify",
     "compose",
     "feedback",
-    "from_weights",
+    "from_onnx",
+    "from_torch",
     "stack",
     "tighten_diagonal",
     "tighten_linf",

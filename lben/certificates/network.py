@@ -108,6 +108,9 @@ class NetworkClaim:
             whose slopes are all the same. The λ of the theorem are Λ_k · 2^{exponents_k}.
         exponents: whole numbers, one for each block; zeros when omitted. Deep networks need them,
             because λ may leave the range of float64.
+        gap: how far γ may be above the least bound that any multipliers show, relative to γ; None
+            where it is not known. It is the estimate of whoever proposes the claim.
+        steps: Newton steps that the proposal took, for reports; None where there were none.
 
     Example:
         >>> import numpy as np
@@ -127,6 +130,8 @@ class NetworkClaim:
     gamma: float | None
     multipliers: tuple[Array, ...]
     exponents: tuple[int, ...] | None = None
+    gap: float | None = None
+    steps: int | None = None
 
     @classmethod
     def from_logarithms(cls, gamma: float | None, logarithms: Sequence[Array]) -> NetworkClaim:

@@ -18,7 +18,7 @@ from lben.certificates.network import NetworkClaim, prove_network
 from lben.tightening import tighten_diagonal
 from lben.tightening.recursion import propose_network_claim
 from lben.weights.activation import IDENTITY, RELU
-from lben.weights.network import AffineMap, Block, Network
+from lben.weights.network import AffineMap, Block, Network, to_dense
 
 from .networks import BENT, NETWORKS, build, chain, is_positive, quadratic_form
 
@@ -161,6 +161,38 @@ def test_numbers_that_are_not_exact_are_enclosed():
     assert prove_network(network, claim).bound >= largest > 1.003
     with pytest.raises(CertificateError):
         prove_network(network, replace(claim, gamma=largest * (1 - 1e-9)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["chain", "wide input", "wide input, slopes above 0", "wide input, slopes below 0", "residual",
+     "concatenation", "inputs everywhere", "linear blocks", "linear first"],
+)  # fmt: skip
+def test_the_bound_holds_for_all_numbers_that_rounding_leaves_open(name):
+    network = NETWORKS[name]
+    numbers = np.random.default_rng(0)
+
+    def blur(affine):
+        return replace(affine, exact=False, operations=2**36)
+
+    def move(affine):
+        radius = blur(affine).relative_radius * (1 - 1e-3)  # inside of it after rounding
+        assert radius > 1e-5
+        matrices = {
+            j: to_dense(W) + radius * numbers.choice([-1, 1], W.shape) * to_dense(affine.sizes[j])
+            for j, W in affine.matrices.items()
+        }
+        return AffineMap.of(matrices, affine.bias)
+
+    def change(rule):
+        blocks = tuple(replace(block, affine=rule(block.affine)) for block in network.blocks)
+        return replace(network, blocks=blocks, output=rule(network.output))
+
+    claim = propose_network_claim(network)
+    bound = prove_network(change(blur), claim).bound
+    assert bound > prove_network(network, claim).bound * (1 + 1e-5)
+    for _ in range(5):
+        assert is_positive(quadratic_form(change(move), replace(claim, gamma=bound)))
 
 
 def test_outputs_without_units():

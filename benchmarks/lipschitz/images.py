@@ -33,9 +33,6 @@ RADII: dict[InputNorm, tuple[float, ...]] = {
     "l2": (0.1, 0.2, 0.3, 0.4, 0.5),
     "linf": (1 / 255, 2 / 255, 4 / 255, 8 / 255),
 }
-    "l2": (0.1, 0.2, 0.3, 0.4, 0.5),
-    "linf": (1 / 255, 2 / 255, 4 / 255, 8 / 255),
-}
 _QUICK: dict[InputNorm, tuple[float, ...]] = {"l2": (0.1, 0.4), "linf": (4 / 255,)}
 MODELS: dict[str, Callable[[], nn.Sequential]] = {
     "784-128-128-10": build_dense,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import nn
 
 from lben.interop.maps import ConversionError
@@ -39,7 +40,7 @@ class Comparison:
 
 
 def compare_outputs(
-    model: nn.Module | Callable[[Array], Array],
+    model: nn.Module | Callable[[Array], ArrayLike],
     network: Network,
     inputs: Array | None = None,
     *,

@@ -125,7 +125,7 @@ def _load(source: Any) -> onnx.ModelProto:
     return model
 
 
-def _evaluator(model: onnx.ModelProto, dtype: np.dtype[Any]) -> Callable[[Array], Array]:
+def _evaluator(model: onnx.ModelProto, dtype: np.dtype[Any]) -> Callable[[Array], Any]:
     """Return the model as a function of a batch, in a dtype."""
     import onnx
     from onnx import numpy_helper
@@ -150,7 +150,7 @@ def _evaluator(model: onnx.ModelProto, dtype: np.dtype[Any]) -> Callable[[Array]
                 attribute.i = onnx.TensorProto.DOUBLE if same else attribute.i
     session = ReferenceEvaluator(wide)
 
-    def evaluate(name: str, part: Array) -> Array:
+    def evaluate(name: str, part: Array) -> Any:
         found: Any = session.run(None, {name: part.astype(dtype)})
         return np.asarray(found[0])
 
@@ -158,7 +158,7 @@ def _evaluator(model: onnx.ModelProto, dtype: np.dtype[Any]) -> Callable[[Array]
     fixed = value.type.tensor_type.shape.dim[0].dim_value
     steps = fixed if fixed > 0 else None
 
-    def run(x: Array) -> Array:
+    def run(x: Array) -> Any:
         parts = [x] if steps is None else np.split(x, range(steps, len(x), steps))
         whole = [p if steps in (None, len(p)) else np.repeat(p, steps, 0)[:steps] for p in parts]
         with np.errstate(all="ignore"):

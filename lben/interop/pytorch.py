@@ -450,7 +450,7 @@ def _matmul(x: Any, y: Any) -> Expression:
     return y.select(np.swapaxes(y.places, -1, -2))
 
 
-def _many(value: Any, rank: int) -> tuple[int, ...]:
+def _many(value: Any, rank: int) -> tuple[Any, ...]:
     """Return one number per axis."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * rank if len(values) == 1 else values

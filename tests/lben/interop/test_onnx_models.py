@@ -107,7 +107,9 @@ def test_a_network_computes_what_its_operator_computes(name, shape, constants, o
         onnx.reference.ReferenceEvaluator(model).run(None, {"x": part})[0].reshape(1, -1)
         for part in np.split(x, 2)
     ])  # fmt: skip
-    np.testing.assert_allclose(network.evaluate(x), expected, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(
+        network.evaluate(x.astype(np.float64)), expected, atol=1e-4, rtol=1e-4
+    )
 
 
 def residual(opset=21):

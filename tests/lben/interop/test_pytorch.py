@@ -211,7 +211,7 @@ def test_a_network_computes_what_its_module_computes(model, shape, dtype):
     x = torch.randn(4, *shape, dtype=dtype)
     with torch.no_grad():
         y = model(x).flatten(1).double().numpy()
-    np.testing.assert_allclose(network.evaluate(x.numpy()), y, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(network.evaluate(x.double().numpy()), y, rtol=1e-4, atol=1e-4)
     assert compare_outputs(model, network, widen=False).share <= 1
     model.float()
 

@@ -397,7 +397,7 @@ def _add(x: Any, y: Any, alpha: float = 1) -> Expression:
         if len(x.shape) != len(y.shape):
             raise ConversionError(f"tensors of shapes {x.shape} and {y.shape} are added")
         return operations.add(x, y if alpha == 1 else operations.multiply(y, np.array(alpha)))
-    return operations.add(x, x.constant(np.asarray(broadcast_constant(x, y)) * alpha))
+    return operations.add(x, x.constant(np.asarray(broadcast_constant(x, y) * alpha)))
 
 
 def _subtract(x: Any, y: Any, alpha: float = 1) -> Expression:

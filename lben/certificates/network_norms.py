@@ -17,6 +17,7 @@ import scipy.sparse
 from lben.certificates.certificate import CertificateError, LipschitzCertificate
 from lben.rigorous import (
     TINY,
+    Array,
     Enclosure,
     gamma_k,
     norm_bound,
@@ -28,6 +29,8 @@ from lben.weights.network import AffineMap, Matrix, Network, is_sparse, to_dense
 
 _DENSE = 2048
 """Rows or columns up to which eigenvalues of the Gram matrix are computed."""
+_PRODUCTS = 1e9
+"""Products up to which a Gram matrix is computed at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,21 +169,33 @@ def _gram_bound(A: scipy.sparse.csr_array) -> float:
     """Return √max_i (Hv)_i / v_i, where H has the absolute values of AᵀA and v is positive.
 
     ‖A‖₂² is the spectral radius of AᵀA, hence at most that of H, which every v > 0 bounds (Collatz
-    and Wielandt: Horn and Johnson, "Matrix analysis", Theorem 8.1.26).
+    and Wielandt: Horn and Johnson, "Matrix analysis", Theorem 8.1.26). Where AᵀA is expensive,
+    H = |A|ᵀ|A| takes its place.
     """
     if A.shape[0] < A.shape[1]:
         A = scipy.sparse.csr_array(A.T)
     unit = power_of_two(float(np.max(np.abs(A.data), initial=0.0)))
     A = A / unit
-    gram, size = A.T @ A, abs(A).T @ abs(A)
-    terms = int(np.bincount(A.indices, minlength=1).max())
-    H = scipy.sparse.csr_array(abs(gram) + size * (2 * gamma_k(terms + 2)))
-    v = np.ones(H.shape[1])
+    size = abs(A)
+    rows = np.diff(A.indptr).astype(np.float64)
+    terms = int(np.bincount(A.indices, minlength=1).max()) + int(rows.max(initial=0.0))
+    count = A.shape[1]
+    if np.sum(rows**2) <= _PRODUCTS:
+        H = abs(A.T @ A) + (size.T @ size) * (2 * gamma_k(terms + 2))
+        count = int(np.diff(scipy.sparse.csr_array(H).indptr).max(initial=0))
+
+        def apply(v: Array) -> Array:
+            return np.asarray(H @ v)
+    else:
+
+        def apply(v: Array) -> Array:
+            return np.asarray(size.T @ (size @ v))
+
+    v = np.ones(A.shape[1])
     for _ in range(30):
-        v = np.maximum(H @ v, 1e-300)
+        v = np.maximum(apply(v), 1e-300)
         v = np.maximum(v / v.max(), 1e-6)
-    count = int(np.diff(H.indptr).max(initial=0))
-    # What underflows in a sum of AᵀA, for each of the entries of a row of H.
-    lost = 8.0 * TINY * (terms + 2) * (H.shape[1] + 2) * 1e6
-    ratio = (H @ v) / v * (1 + 2 * gamma_k(count + 4)) + lost
+    # What underflows in the sums, divided by the smallest entry of v.
+    lost = 16.0 * TINY * (terms + 2) * (A.shape[1] + 2) * 1e6
+    ratio = apply(v) / v * (1 + 2 * gamma_k(count + terms + 6)) + lost
     return times_up(unit, up(math.sqrt(float(np.max(ratio, initial=0.0))), 2))

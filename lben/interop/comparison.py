@@ -58,7 +58,8 @@ def compare_outputs(
         widen: whether a module is evaluated with its parameters converted to float64, where
             rounding hides least. A module that computes its weights from other parameters has other
             weights then: it is evaluated in its own dtype.
-        unit_error: what the activations of another runtime may be off by, in every unit.
+        unit_error: what the model's activations may be off by besides, in every unit: torch's
+            Softplus jumps by 2e-9 at its threshold.
 
     Returns:
         The largest difference.

@@ -27,11 +27,16 @@ class Builder:
 
     Args:
         input_shape: of one sample.
+
+    Attributes:
+        blocks: in their order.
+        unit_error: how far activations of the source are from those of the blocks, in every unit.
     """
 
     def __init__(self, input_shape: Shape) -> None:
         self.input_shape = input_shape
         self.blocks: list[Block] = []
+        self.unit_error = 0.0
 
     def input(self) -> Expression:
         """Return the input."""

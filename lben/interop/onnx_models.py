@@ -630,7 +630,7 @@ _OPERATORS: Mapping[str, Callable[..., Expression]] = {
     "Relu": _activations(activation.RELU),
     "Selu": _selu,
     "Sigmoid": _activations(activation.SIGMOID),
-    "Softplus": lambda x: x.activate(activation.make_softplus(1.0, 60.0)),
+    "Softplus": lambda x: x.activate(activation.make_softplus()),
     "Softsign": _activations(activation.SOFTSIGN),
     "Sub": _subtract,
     "Sum": _sum,

@@ -85,7 +85,8 @@ def from_torch(model: nn.Module, example_shape: Sequence[int], *, check: bool = 
     trace = _Trace(model, shape)
     network = trace.run()
     if check:
-        compare_outputs(model, network, widen=not trace.derived)
+        off = trace.builder.unit_error
+        compare_outputs(model, network, widen=not trace.derived, unit_error=off)
     return network
 
 
@@ -651,6 +652,17 @@ def _prelu(x: Expression, weight: Any) -> Expression:
     return operations.apply_prelu(x, slopes.reshape(-1, *[1] * (len(x.shape) - 1)))
 
 
+def _softplus(x: Expression, beta: float = 1.0, threshold: float = 20.0) -> Expression:
+    jump = math.log1p(math.exp(-threshold)) / beta
+    if jump > 1e-6:
+        raise ConversionError(
+            f"above its threshold of {threshold} it jumps by {jump:.1e}, and has no bounded slope: "
+            "take the default of 20"
+        )
+    x.builder.unit_error = max(x.builder.unit_error, 2 * jump)
+    return x.activate(activation.make_softplus(beta))
+
+
 def _gelu(x: Expression, approximate: str = "none") -> Expression:
     return x.activate(activation.GELU_TANH if approximate == "tanh" else activation.GELU)
 
@@ -709,9 +721,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "selu": _activations(activation.SELU),
     "sigmoid": _activations(activation.SIGMOID),
     "silu": _activations(activation.SILU),
-    "softplus": lambda x, beta=1.0, threshold=20.0: x.activate(
-        activation.make_softplus(beta, threshold)
-    ),
+    "softplus": _softplus,
     "softshrink": lambda x, lambd=0.5: x.activate(activation.make_softshrink(lambd)),
     "softsign": _activations(activation.SOFTSIGN),
     "sub": _subtract,

@@ -27,10 +27,9 @@ from lben.rigorous import (
 from lben.weights.growth import add_up, times_up
 from lben.weights.network import AffineMap, Matrix, Network, is_sparse, to_dense
 
-_DENSE = 2048
-"""Rows or columns up to which eigenvalues of the Gram matrix are computed."""
-_PRODUCTS = 1e9
-"""Products up to which a Gram matrix is computed at all."""
+PRODUCTS = 3e9
+"""Multiplications up to which AᵀA is computed for a sparse A, and a tenth of those for a matrix that
+is written out: about half a minute."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ class NetworkNorms:
     bound: float
 
 
-def network_norms(network: Network) -> NetworkNorms:
+def network_norms(network: Network, products: float = PRODUCTS) -> NetworkNorms:
     """Bound the norms of all maps of a network.
 
     A change of z_j changes z_k by at most ‖W_kj‖ times the steepest slope of σ_k. So the gain of
@@ -58,12 +57,13 @@ def network_norms(network: Network) -> NetworkNorms:
 
     Args:
         network: with numbers that may be rounded products.
+        products: see `map_norm_bound`.
 
     Returns:
         The bounds; infinite where nothing is proved.
     """
     affine = [*(block.affine for block in network.blocks), network.output]
-    maps = [{j: map_norm_bound(a, j) for j in a.matrices} for a in affine]
+    maps = [{j: map_norm_bound(a, j, products) for j in a.matrices} for a in affine]
     sizes = [{j: _schur_bound(size) for j, size in a.sizes.items()} for a in affine]
     gains = [1.0]
     for k, found in enumerate(maps):
@@ -123,26 +123,29 @@ def prove_product(network: Network) -> LipschitzCertificate:
     )  # fmt: skip
 
 
-def map_norm_bound(affine: AffineMap, block: int) -> float:
+def map_norm_bound(affine: AffineMap, block: int, products: float = PRODUCTS) -> float:
     """Return an upper bound of ‖W_j‖₂ for the exact numbers of an affine map.
 
     Args:
         affine: the map.
         block: j.
+        products: multiplications up to which AᵀA is computed; the bound of an A that needs more is
+            that of |A|.
     """
     matrix = affine.matrices[block]
     off = times_up(affine.relative_radius, _schur_bound(affine.sizes[block]))
-    return add_up(_spectral_bound(matrix), off)
+    return add_up(_spectral_bound(matrix, products), off)
 
 
-def _spectral_bound(matrix: Matrix) -> float:
+def _spectral_bound(matrix: Matrix, products: float) -> float:
     """Return an upper bound of ‖A‖₂ for the numbers as they are stored."""
     simple = _schur_bound(matrix)
     if not matrix.shape[0] or not matrix.shape[1] or _is_isometric(matrix):
         return simple
-    if min(matrix.shape) <= _DENSE:
+    rows, columns = sorted(matrix.shape)
+    if rows**2 * columns <= 10 * products:
         return min(simple, norm_bound(Enclosure(to_dense(matrix))))
-    return min(simple, _gram_bound(scipy.sparse.csr_array(matrix)))
+    return min(simple, _gram_bound(scipy.sparse.csr_array(matrix), products))
 
 
 def _is_isometric(matrix: Matrix) -> bool:
@@ -165,7 +168,7 @@ def _schur_bound(matrix: Matrix) -> float:
     return up(math.sqrt(times_up(add_up(rows * grow, lost), add_up(columns * grow, lost))), 2)
 
 
-def _gram_bound(A: scipy.sparse.csr_array) -> float:
+def _gram_bound(A: scipy.sparse.csr_array, products: float) -> float:
     """Return √max_i (Hv)_i / v_i, where H has the absolute values of AᵀA and v is positive.
 
     ‖A‖₂² is the spectral radius of AᵀA, hence at most that of H, which every v > 0 bounds (Collatz
@@ -176,20 +179,18 @@ def _gram_bound(A: scipy.sparse.csr_array) -> float:
         A = scipy.sparse.csr_array(A.T)
     unit = power_of_two(float(np.max(np.abs(A.data), initial=0.0)))
     A = A / unit
-    size = abs(A)
+    size, gram = abs(A), None
     rows = np.diff(A.indptr).astype(np.float64)
     terms = int(np.bincount(A.indices, minlength=1).max()) + int(rows.max(initial=0.0))
     count = A.shape[1]
-    if np.sum(rows**2) <= _PRODUCTS:
-        H = abs(A.T @ A) + (size.T @ size) * (2 * gamma_k(terms + 2))
-        count = int(np.diff(scipy.sparse.csr_array(H).indptr).max(initial=0))
+    if np.sum(rows**2) <= products:
+        gram = abs(scipy.sparse.csr_array(A.T @ A))
+        count = int(np.diff(gram.indptr).max(initial=0))
 
-        def apply(v: Array) -> Array:
-            return np.asarray(H @ v)
-    else:
-
-        def apply(v: Array) -> Array:
-            return np.asarray(size.T @ (size @ v))
+    def apply(v: Array) -> Array:
+        """Return Hv, where H has the rounding of AᵀA added."""
+        whole = size.T @ (size @ v)
+        return np.asarray(whole if gram is None else gram @ v + 2 * gamma_k(terms + 2) * whole)
 
     v = np.ones(A.shape[1])
     for _ in range(30):

@@ -55,7 +55,7 @@ class RoundingModel:
     @cached_property
     def norms(self) -> NetworkNorms:
         """Norms of its maps."""
-        return network_norms(self.network)
+        return network_norms(self.network, products=1e8)  # a second each
 
     def evaluate(
         self, x: Array, dtype: torch.dtype = torch.float64, unit_error: float = 0.0

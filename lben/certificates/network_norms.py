@@ -28,8 +28,8 @@ from lben.weights.growth import add_up, times_up
 from lben.weights.network import AffineMap, Matrix, Network, is_sparse, to_dense
 
 PRODUCTS = 3e9
-"""Multiplications up to which AᵀA is computed for a sparse A, and a tenth of those for a matrix that
-is written out: about half a minute."""
+"""Multiplications up to which AᵀA is computed for a sparse A, a tenth of those where A is written
+out: about half a minute."""
 
 
 @dataclass(frozen=True, kw_only=True)

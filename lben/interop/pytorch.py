@@ -355,7 +355,7 @@ def _rearrange(
             first = next(_find((*args, *kwargs.values()))).expression
             parts.append(first.constant(within_a_sample(trace.read(value))))
         else:
-            return value
+            return value.cpu()
         tags.append(torch.empty(0))
         return tags[-1]
 

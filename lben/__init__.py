@@ -44,7 +44,6 @@ from lben.layers import (
     SpectralConv2d,
     SpectralLinear,
     feedback,
-    from_weights,
 )
 from lben.models import (
     ConvolutionalEquilibriumArchitecture,
@@ -127,7 +126,6 @@ __all__ = [
     "feedback",
     "from_onnx",
     "from_torch",
-    "from_weights",
     "stack",
     "tighten_diagonal",
     "tighten_linf",

@@ -1,8 +1,9 @@
-"""Which networks come from elsewhere? Those of torch.nn and of ONNX, as blocks of units.
+"""Which networks come from elsewhere? Those of torch.nn and of ONNX, and public checkpoints.
 
 Symbols: docs/glossary.md.
 """
 
+from lben.interop.checkpoints import load_checkpoint
 from lben.interop.comparison import Comparison, compare_outputs
 from lben.interop.converted import ConvertedNetwork
 from lben.interop.maps import ConversionError
@@ -16,4 +17,5 @@ __all__ = [
     "compare_outputs",
     "from_onnx",
     "from_torch",
+    "load_checkpoint",
 ]

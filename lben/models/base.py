@@ -7,6 +7,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal, Protocol, Self, get_args, runtime_checkable
 
 import torch
@@ -309,7 +310,7 @@ class Classifier(nn.Module, ABC):
     @property
     def dtype(self) -> torch.dtype:
         """The precision that the model runs in."""
-        return next(self.parameters()).dtype
+        return next(chain(self.parameters(), self.buffers())).dtype
 
     @property
     def tol(self) -> float | None:

@@ -14,13 +14,19 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse
 
-from lben.certificates.certificate import CertificateError, LipschitzCertificate
+from lben.certificates.certificate import (
+    CertificateError,
+    LipschitzCertificate,
+    PairCertificate,
+)
 from lben.rigorous import (
     TINY,
+    UNIT,
     Array,
     Enclosure,
     gamma_k,
     norm_bound,
+    norms_up,
     power_of_two,
     up,
 )
@@ -120,6 +126,35 @@ def prove_product(network: Network) -> LipschitzCertificate:
     return LipschitzCertificate(
         bound=max(bound, TINY), margin=None, fingerprint=network.fingerprint, dtype="float64",
         method="product of the norms of all maps, rounded upwards",
+    )  # fmt: skip
+
+
+def prove_product_pairs(network: Network) -> PairCertificate:
+    """Return bounds of yᵢ − yⱼ for every pair of outputs: Σ_k ‖C_k,i − C_k,j‖₂ · the gain of z_k.
+
+    Args:
+        network: any.
+
+    Returns:
+        The l2 bounds of all pairs.
+
+    Raises:
+        CertificateError: if a bound is not finite.
+    """
+    q, gains = network.out_features, network_norms(network).gains
+    bounds = np.zeros((q, q))
+    for j in network.output.matrices:
+        C = network.output.enclosure(j)
+        for i in range(q):
+            gap = (C - Enclosure(C.mid[i : i + 1], C.radius[i : i + 1])).magnitude
+            bounds[i] = (bounds[i] + norms_up(gap, 1) * gains[j]) * (1 + 4 * UNIT) + 4 * TINY
+    np.fill_diagonal(bounds, 1.0)
+    if not np.isfinite(bounds).all():
+        raise CertificateError("the product of the norms of the network's maps is not finite")
+    return PairCertificate(
+        bounds=tuple(tuple(map(float, row)) for row in bounds), norm="l2", margin=None,
+        fingerprint=network.fingerprint, dtype="float64",
+        method="differences of rows times the norms of all maps before, rounded upwards",
     )  # fmt: skip
 
 

@@ -78,4 +78,11 @@ def test_no_quotient_exceeds_the_bound_and_gains():
         network.evaluate(x + 1e-3 * d) - network.evaluate(x), axis=1
     ) / np.linalg.norm(1e-3 * d, axis=1)
     assert 0 < quotients.max() <= found.bound == product_bound(network)
+    pairs = norms.prove_product_pairs(network).tensor().numpy()
+    moved = network.evaluate(x + 1e-3 * d) - network.evaluate(x)
+    apart = np.abs(moved[:, :, None] - moved[:, None]) / np.linalg.norm(1e-3 * d, axis=1).reshape(
+        -1, 1, 1
+    )
+    assert (apart <= pairs).all()
+    assert pairs.max() <= np.sqrt(2) * found.bound * (1 + 1e-9)
     assert len(found.gains) == len(network.blocks) + 1

@@ -125,7 +125,8 @@ def _evaluate(model: nn.Module, x: Array, widen: bool) -> tuple[Array, torch.dty
     dtypes = {t.dtype for t in floating.values()} or {like.dtype}
     coarse = torch.float32 if torch.float32 in dtypes else torch.float64
     dtype = torch.float64 if widen else coarse
-    inputs = torch.from_numpy(x).to(like.device, dtype if widen else like.dtype)
+    # A copy: a module may write to its input.
+    inputs = torch.tensor(x, device=like.device, dtype=dtype if widen else like.dtype)
     with torch.no_grad(), use_full_precision(like):
         if widen:
             wide = {k: t.double() for k, t in floating.items()}

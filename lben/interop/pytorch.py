@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from lben.interop import operations
 from lben.interop.comparison import compare_outputs
@@ -91,15 +92,20 @@ def from_torch(model: nn.Module, example_shape: Sequence[int], *, check: bool = 
 
 
 def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(shape)
+    sizes = tuple(shape) if isinstance(shape, Sequence) else (None,)
     if not all(isinstance(size, int) and not isinstance(size, bool) for size in sizes):
-        raise TypeError(f"example_shape must be integers, got {shape!r}")
+        raise TypeError(
+            f"example_shape must be a sequence of integers, such as (784,), got {shape!r}"
+        )
     if not sizes or min(sizes) < 1:
         raise ConversionError(f"example_shape must have positive sizes, got {sizes}")
     return sizes
 
 
-_CHANGES_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.RReLU)
+_CHANGES_IN_TRAINING = (
+    nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.RReLU,
+    parametrizations._SpectralNorm,
+)  # fmt: skip
 
 
 def _check_model(model: nn.Module) -> None:
@@ -300,9 +306,12 @@ def _call(
     if name.startswith("__") and plain in _NEEDS:  # float(x), and not x.float()
         raise ConversionError(_NEEDS[plain])
     plain = _SYNONYMS.get(plain, plain)
+    if kwargs.pop("return_indices", False) or plain.endswith("_with_indices"):
+        raise ConversionError("it returns places besides: return_indices must be False")
     if kwargs.get("out") is not None:
         raise ConversionError("it writes to out: return the result instead")
-    if plain in _REARRANGEMENTS:
+    nearest = plain == "interpolate" and kwargs.get("mode") in ("nearest", "nearest-exact")
+    if plain in _REARRANGEMENTS or nearest:
         result = _rearrange(trace, func, args, kwargs, joins=plain in _JOINS)
     elif plain in _FILLED:
         return _replace_all(func, args, kwargs, trace)
@@ -317,8 +326,9 @@ def _call(
         raise ConversionError(_NEEDS.get(plain, _UNKNOWN))
     if isinstance(result, Expression):
         if in_place:
-            args[0].expression = result
-            return args[0]
+            changed = next(_find((*args, *kwargs.values())))
+            changed.expression = result
+            return changed
         return trace.wrap(result)
     return result
 
@@ -540,7 +550,7 @@ def _adaptive_average(rank: int) -> Callable[..., Expression]:
 
 
 def _adaptive_max(rank: int) -> Callable[..., Expression]:
-    def pool(x: Expression, output_size: Any, return_indices: bool = False) -> Expression:
+    def pool(x: Expression, output_size: Any) -> Expression:
         return operations.take_largest(x, _adaptive_axes(x, rank, output_size))
 
     return pool
@@ -549,7 +559,7 @@ def _adaptive_max(rank: int) -> Callable[..., Expression]:
 def _max_pool(rank: int) -> Callable[..., Expression]:
     def pool(
         x: Expression, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
-        ceil_mode: bool = False, return_indices: bool = False,
+        ceil_mode: bool = False,
     ) -> Expression:  # fmt: skip
         sizes, kernel = _image_axes(x, rank), _many(kernel_size, rank)
         strides = _many(kernel_size if stride is None or stride == () else stride, rank)
@@ -751,7 +761,6 @@ _SYNONYMS = {
         ("dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
          "feature_dropout"), "dropout",
     ),
-    **{f"max_pool{rank}d_with_indices": f"max_pool{rank}d" for rank in (1, 2, 3)},
 }  # fmt: skip
 _IN_PLACE = ("__iadd__", "__isub__", "__imul__", "__itruediv__")
 _JOINS = frozenset({"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"})
@@ -801,7 +810,7 @@ _NEEDS: dict[str, str] = {
     ),
     **dict.fromkeys(("softmax", "log_softmax", "logsumexp", "softmin"), _EXPONENTS),
     **dict.fromkeys(
-        ("scaled_dot_product_attention", "multi_head_attention_forward", "bmm", "einsum"),
+        ("scaled_dot_product_attention", "multi_head_attention_forward", "bmm"),
         "attention multiplies functions of its input, and has no global Lipschitz bound",
     ),
     **dict.fromkeys(

@@ -312,6 +312,8 @@ def _call(
         raise ConversionError("it writes to out: return the result instead")
     nearest = plain == "interpolate" and kwargs.get("mode") in ("nearest", "nearest-exact")
     if plain in _REARRANGEMENTS or nearest:
+        if in_place:
+            raise ConversionError("it changes a shape in place: use the form without underscore")
         result = _rearrange(trace, func, args, kwargs, joins=plain in _JOINS)
     elif plain in _FILLED:
         return _replace_all(func, args, kwargs, trace)
@@ -401,9 +403,9 @@ def _axes(x: Expression, dim: Any) -> tuple[int, ...]:
 
 def _add(x: Any, y: Any, alpha: float = 1) -> Expression:
     if not isinstance(x, Expression):
-        x, y, alpha = y, np.asarray(x), 1 / alpha if alpha != 1 else 1
         if alpha != 1:
             raise ConversionError("alpha scales a tensor that depends on the input: scale it first")
+        x, y = y, np.asarray(x)
     if isinstance(y, Expression):
         if len(x.shape) != len(y.shape):
             raise ConversionError(f"tensors of shapes {x.shape} and {y.shape} are added")

@@ -284,6 +284,12 @@ def test_blocks_that_nothing_reads_are_left_out():
     assert [block.activation.name for block in network.blocks] == ["Tanh", "SiLU", "Hardswish"]
 
 
+class ReshapesInPlace(nn.Module):
+    def forward(self, x):
+        x.unsqueeze_(1)
+        return x
+
+
 class Multiplied(nn.Module):
     def forward(self, x):
         return x * torch.sigmoid(2 * x)
@@ -358,6 +364,7 @@ REFUSED = [
     (named(EquilibriumLinear(6, 4, 2)), VECTORS, r"EquilibriumLinear \(1\.0\) solves"),
     (named(Branching()), VECTORS, r"Branching \(1\.0\).*depends on the numbers"),
     (named(Reader()), VECTORS, r"item, in Reader \(1\.0\).*control flow"),
+    (ReshapesInPlace(), VECTORS, "unsqueeze_, in Reshapes.*changes a shape in place"),
     (Multiplied(), VECTORS, "mul, in Multiplied.*no function of one number"),
     (Attention(), (2, 3), "matmul, in Attention, cannot.*both factors depend"),
     (MixesSamples(), VECTORS, "mixes samples of a batch"),

@@ -253,7 +253,7 @@ class _Graph:
         name = node.op_type
         if node.domain not in ("", "ai.onnx"):
             raise ConversionError(f"operators of the domain {node.domain} are not known")
-        arguments = [self.values[value] for value in node.input]
+        arguments = [self._read(value) for value in node.input]
         options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         depends = [value for value in arguments if isinstance(value, Expression)]
         if name == "Shape" and depends:
@@ -266,9 +266,12 @@ class _Graph:
             return self._rearrange(node, arguments)
         if name not in _OPERATORS:
             raise ConversionError(_NEEDS.get(name, _UNKNOWN))
-        if len([value for value in node.output if value]) > 1:
-            raise ConversionError("only its first output is known")
         return [_OPERATORS[name](*arguments, **options)]
+
+    def _read(self, name: str) -> Any:
+        if name not in self.values:
+            raise ConversionError(f"it reads {name}, a second output of an operator")
+        return self.values[name]
 
     def _fold(self, node: onnx.NodeProto, arguments: Sequence[Any]) -> Sequence[Any]:
         """Return the outputs of a node of constants."""

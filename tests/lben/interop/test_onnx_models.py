@@ -174,6 +174,11 @@ def test_older_operators_have_their_limits_as_attributes():
     assert from_onnx(model).blocks[0].activation.name == "Hardtanh(-1.0, 2.0)"
 
 
+def test_second_outputs_that_nothing_reads_do_no_harm():
+    model = make([("Dropout", "x", "d mask", {}), ("Relu", "d", "y", {})], VECTORS)
+    assert from_onnx(model).units == 6
+
+
 def test_open_sizes_are_asked_for():
     model = make([("Relu", "x", "y", {})], (3, "h", "w"))
     with pytest.raises(ConversionError, match="leaves sizes of its input open"):
@@ -206,7 +211,8 @@ REFUSED = [
     ([("Identity", "W", "y", {})], VECTORS, {"W": random(6, 2)}, "does not depend on its input"),
     ([("Dropout", "x r t", "y", {})], VECTORS, {"r": np.float32(0.5), "t": np.array(True)},
      "drops numbers at random"),
-    ([("MaxPool", "x", "y z", {"kernel_shape": [2, 2]})], IMAGES, {}, "only its first output"),
+    ([("MaxPool", "x", "w z", {"kernel_shape": [2, 2]}), ("Cast", "z", "y", {"to": 1})], IMAGES, {},
+     "Cast, node n1.*reads z, a second output"),
     ([("Relu", "x", "y", {})], (), {}, "batch as its first dimension"),
 ]  # fmt: skip
 

@@ -61,7 +61,7 @@ def test_normalised_and_averaged_numbers_lie_within_their_radius():
     found = affine.enclosure(0)
     for k in range(2):
         W, b, mu, v, w, c = (
-            Decimal(float(t.ravel()[k]))
+            Decimal(float(t.detach().ravel()[k]))
             for t in (model[0].weight, model[0].bias, norm.running_mean, norm.running_var,
                       norm.weight, norm.bias)
         )  # fmt: skip

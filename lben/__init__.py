@@ -14,6 +14,7 @@ from lben.certificates import (
     certify,
     compose,
 )
+from lben.interop import ConversionError, ConvertedNetwork, from_onnx, from_torch
 from lben.layers import (
     AOLConv2d,
     AOLLinear,
@@ -79,6 +80,8 @@ __all__ = [
     "ChainCertificate",
     "ChannelPadding",
     "Claim",
+    "ConversionError",
+    "ConvertedNetwork",
     "ConvolutionalEquilibriumArchitecture",
     "ConvolutionalEquilibriumClassifier",
     "ConvolutionalEquilibriumClassifierConfig",
@@ -121,6 +124,8 @@ __all__ = [
     "certify",
     "compose",
     "feedback",
+    "from_onnx",
+    "from_torch",
     "stack",
     "tighten_diagonal",
     "tighten_linf",

@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lben.interop import load_checkpoint
-from lben.interop.checkpoints.networks import convolution_matrix
 
 
 def digits(name):
@@ -92,14 +91,6 @@ def test_chains_of_square_matrices_are_read(tmp_path, depth, width):
     np.testing.assert_allclose(network.evaluate(x.numpy()), y.numpy(), rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="has no input_mean"):
         load_checkpoint(state, standardised=False)
-
-
-@pytest.mark.parametrize("image", [(1, 1), (2, 5), (4, 4)])
-def test_the_matrix_of_a_convolution_is_that_of_torch(image):
-    kernel, x = torch.randn(3, 2, 3, 3).double(), torch.randn(5, 2, *image).double()
-    matrix = convolution_matrix(kernel, image)
-    expected = nn.functional.conv2d(x, kernel, padding=1).flatten(1)
-    np.testing.assert_allclose(x.flatten(1).numpy() @ matrix.T, expected.numpy(), atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["fnn3", "cnn3"])

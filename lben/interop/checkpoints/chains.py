@@ -165,10 +165,9 @@ def read_sll(tensors: Tensors, *, task: ImageTask | None = None) -> FeedforwardC
         raise ValueError("a checkpoint of SLL has convolutions (kernel, bias, q), got none")
     inner, channels, *_ = shape = _kernel_shape(tensors, f"{convolutions[0]}.kernel", 3)
     head = f"{indices[-1]}.weight"
-    features = tensors.shape(head)[-1]
-    units = tensors.shape(f"{dense[0]}.q")[0] if dense else features
+    classes, features = tensors.shape(head, 2)
+    units = tensors.shape(f"{dense[0]}.q", 1)[0] if dense else features
     side = 4 * math.isqrt(features // channels)
-    classes = tensors.shape(head)[0]
     task = task_for(task, 3 * side * side, classes, *SLL_TASKS)
     config = FeedforwardClassifierConfig(
         block="sll", stem=1, channels=(channels,), depths=(len(convolutions),), kernel_size=3,
@@ -199,14 +198,14 @@ def read_compared(tensors: Tensors, *, task: ImageTask | None = None) -> ChainCl
     pixels moved into channels; a 1 × 1 layer; the first outputs as logits.
     """
     first = "FirstConv."
-    name = first + ("kernel" if first + "kernel" in tensors else "parametrizations.weight.original")
+    name = first + ("kernel" if first + "q" in tensors else "parametrizations.weight.original")
     if name not in tensors:
         raise ValueError(
             "of the layers of 1LipschitzLayersCompared, AOLConv2d and SLLConv2d are read. The "
             "multipliers of CPL come from a power iteration, and BCOP, Cayley, LOT, SOC, ECO and "
             "sandwich are orthogonal maps of other kinds: trace the network with its own project"
         )
-    width = tensors.shape(name)[0]
+    width = tensors.shape(name, 4)[0]
     layers: list[nn.Module] = [ChannelPadding(width), _compared(tensors, first, width, 1), MaxMin()]
     blocks = 0
     while f"Block{blocks + 1}.0.bias" in tensors:
@@ -265,10 +264,13 @@ def read_lbdn(
     scale[hidden[-1]] *= root if rows_only else 1.0
     layers: list[nn.Module] = []
     if kernels:
-        classes = tensors.shape(f"{last}.weight")[0]
+        classes = tensors.shape(f"{last}.weight", 2)[0]
         task = LBDN_TASKS.get(classes) if task is None else task
         layers = _convolutions(tensors, {i: scale[i] for i in kernels}, task)
-    weights = [_sandwich(tensors, f"{i}.", scale[i]) for i in dense]
+    weights: list[DenseWeights] = []
+    for i in dense:
+        inputs = weights[-1].out_features if weights else None
+        weights.append(_sandwich(tensors, f"{i}.", scale[i], inputs))
     features = weights[-1].out_features
     head = None
     if rows_only:
@@ -283,10 +285,16 @@ def read_lbdn(
     if task is None:
         return LipschitzSequential(*layers, *([] if head is None else [head]))
     outputs = weights[-1].out_features if head is None else head.out_features
-    if not kernels:
-        task_for(task, weights[0].in_features, outputs)
-    elif task.classes != outputs:
-        raise ValueError(f"the checkpoint has {outputs} outputs, the task {task.classes} classes")
+    if kernels:
+        flat = LipschitzSequential(*layers[: len(layers) - len(weights)])
+        found = flat(torch.zeros(1, *task.shape, dtype=torch.float64)).shape[1]
+        if found != weights[0].in_features:
+            raise ValueError(
+                f"the convolutions have {found} outputs for images of shape {task.shape}, and "
+                f"{dense[0]}.weight has {weights[0].in_features} inputs: give the images of the "
+                "checkpoint, task=ImageTask(…)"
+            )
+    task_for(task, math.prod(task.shape) if kernels else weights[0].in_features, outputs)
     return ChainClassifier(task, layers, head, gamma).double()
 
 
@@ -402,7 +410,9 @@ def _compared(tensors: Tensors, prefix: str, width: int, size: int | None) -> Fe
 
 
 def _same(kernel: Tensor, *, circular: bool) -> Convolution:
-    size = kernel.shape[-1]
+    height, size = kernel.shape[-2:]
+    if height != size or size % 2 == 0:
+        raise ValueError(f"kernels must be square and odd, got {height} × {size}")
     return Convolution(kernel_size=size, padding=size // 2, circular=circular, stride=1)
 
 
@@ -412,9 +422,9 @@ def _rule(layer: FeedforwardLayer) -> Gershgorin:
     return rule
 
 
-def _sandwich(tensors: Tensors, prefix: str, scale: float) -> DenseWeights:
+def _sandwich(tensors: Tensors, prefix: str, scale: float, inputs: int | None) -> DenseWeights:
     """Return the weights of a sandwich layer whose input is multiplied by `scale`."""
-    A, B = _orthonormal(tensors, prefix)
+    A, B = _orthonormal(tensors, prefix, inputs)
     psi, b = tensors.take(prefix + "psi", len(A)), tensors.take(prefix + "bias", len(A))
     Psi = psi.exp()
     return DenseWeights(
@@ -436,7 +446,7 @@ def _read_out(tensors: Tensors, prefix: str, w: DenseWeights, scale: float) -> D
 
 def _orthonormal(tensors: Tensors, prefix: str, inputs: int | None = None) -> tuple[Tensor, Tensor]:
     """Return A, q × q, and B, q × p, with AAᵀ + BBᵀ = I."""
-    q = tensors.shape(prefix + "weight")[0]
+    q = tensors.shape(prefix + "weight", 2)[0]
     V = tensors.take(prefix + "weight", q, None if inputs is None else q + inputs)
     V = tensors.take(prefix + "alpha") * V / V.norm()
     if V.shape[1] <= q:

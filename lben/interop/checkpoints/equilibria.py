@@ -226,7 +226,7 @@ def _multiplier(tensors: Tensors, n: int) -> Tensor:
     name = MODULE + "psi"
     shape = tensors.shape(name)
     psi = tensors.take(name, *shape)
-    if psi.numel() == 1:
+    if shape == (1, 1, 1, 1):
         return psi.new_ones(n)
     if len(shape) == 4 and shape[0] == 1:
         psi = psi[0]

@@ -46,7 +46,8 @@ def read_glipsdp(
 
     `i.weight` is a matrix, or the 3 × 3 kernel of a convolution with padding 1. ReLU stands between
     any two layers. The published figures of the digits are for the standardised input. Those of the
-    convolutional ones are for channels_last, the order in which the published script flattened.
+    convolutional ones are for channels_last, the order in which the published script flattened:
+    column after column, and the channels of each pixel next to each other.
     """
     if flatten_order not in ("channels_first", "channels_last"):
         raise ValueError(
@@ -64,7 +65,8 @@ def read_glipsdp(
         else:
             weight = tensors.take(name, None, channels * height * width)
             if flatten_order == "channels_last":
-                weight = weight.unflatten(1, (height, width, channels)).movedim(3, 1).flatten(1)
+                columns = weight.unflatten(1, (width, height, channels))
+                weight = columns.permute(0, 3, 2, 1).flatten(1)
             layers += [nn.Flatten()]
             layer, height, width = nn.Linear(weight.shape[1], len(weight), bias=False), 1, 1
         channels = len(weight)

@@ -34,7 +34,7 @@ def evaluate(layers, x, order):
         x = x.reshape(-1, 1, 4, 4)
     for i, layer in enumerate(layers):
         if isinstance(layer, nn.Linear) and x.ndim == 4:
-            x = (x if order == "channels_first" else x.movedim(1, 3)).flatten(1)
+            x = (x if order == "channels_first" else x.permute(0, 3, 2, 1)).flatten(1)
         x = layer.double()(torch.relu(x) if i else x)
     return x.detach().numpy()
 

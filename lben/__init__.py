@@ -14,7 +14,7 @@ from lben.certificates import (
     certify,
     compose,
 )
-from lben.interop import ConversionError, ConvertedNetwork, from_onnx, from_torch
+from lben.interop import ConversionError, ConvertedNetwork, from_onnx, from_torch, load_checkpoint
 from lben.layers import (
     AOLConv2d,
     AOLLinear,
@@ -128,6 +128,7 @@ __all__ = [
     "feedback",
     "from_onnx",
     "from_torch",
+    "load_checkpoint",
     "stack",
     "tighten_diagonal",
     "tighten_linf",

@@ -12,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lben.certificates import LipschitzCertificate
-from lben.certificates.network_norms import prove_product
 from lben.interop.rounding import Rounded, RoundingModel
 from lben.layers.bounded import ErrorIn
 from lben.layers.graphs import check_kind
 from lben.layers.hooks import refuse_hooks
 from lben.radii.error_bounds import Affine, Certified
+from lben.tightening.routes import prove_by_size
 from lben.weights.growth import norms_up
 from lben.weights.network import Matrix, Network, is_sparse
 
@@ -32,7 +32,8 @@ class ConvertedNetwork(nn.Module):
 
     Args:
         network: of `from_torch` or `from_onnx`.
-        prove: what proves its bound; the product of the norms of its maps unless given.
+        prove: what proves its bound; the tightest route that the size of the network allows
+            (lben/tightening/routes.py) unless given.
 
     Example:
         >>> import torch
@@ -52,11 +53,12 @@ class ConvertedNetwork(nn.Module):
     """
 
     def __init__(
-        self, network: Network, prove: Callable[[Network], LipschitzCertificate] = prove_product
+        self, network: Network, prove: Callable[[Network], LipschitzCertificate] = prove_by_size
     ) -> None:
         super().__init__()
         self.fingerprint = network.fingerprint
         self._network, self._prove = network, prove
+        self._certificate: LipschitzCertificate | None = None
         self._rounding = RoundingModel(network)
         self._placed: dict[torch.device, list[_Map]] = {}
 
@@ -109,7 +111,7 @@ class ConvertedNetwork(nn.Module):
         return self._placed[device]
 
     def certificate(self, image: tuple[int, ...] | None = None) -> LipschitzCertificate:
-        """Prove a Lipschitz bound of the exact network.
+        """Prove a Lipschitz bound of the exact network, once: the network does not change.
 
         Args:
             image: the shape of one sample, or None; only that of the network.
@@ -121,7 +123,9 @@ class ConvertedNetwork(nn.Module):
         shape = self.sample_shape
         if image is not None and tuple(image) not in (shape, shape[1:]):
             raise ValueError(f"the network is for samples of shape {shape}, got {tuple(image)}")
-        return self._prove(self._network)
+        if self._certificate is None:
+            self._certificate = self._prove(self._network)
+        return self._certificate
 
     @torch.no_grad()
     def forward_with_error(

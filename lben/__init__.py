@@ -56,7 +56,7 @@ from lben.models import (
     FeedforwardClassifier,
     FeedforwardClassifierConfig,
 )
-from lben.radii.margin import certified_radius
+from lben.radii.margin import margin_radius
 from lben.tightening import (
     tighten_diagonal,
     tighten_linf,
@@ -120,12 +120,12 @@ __all__ = [
     "SpectralConv2d",
     "SpectralLinear",
     "Weights",
-    "certified_radius",
     "certify",
     "compose",
     "feedback",
     "from_onnx",
     "from_torch",
+    "margin_radius",
     "stack",
     "tighten_diagonal",
     "tighten_linf",

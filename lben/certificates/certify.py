@@ -19,7 +19,7 @@ from lben.certificates.claims import Claim, IntervalClaim, LinfClaim
 from lben.certificates.convolutional import prove_convolutional, prove_pooled
 from lben.certificates.dense import prove_dense
 from lben.certificates.linf import prove_by_intervals, prove_linf
-from lben.certificates.network import NetworkClaim, prove_network
+from lben.certificates.network import NetworkClaim, prove_network, prove_network_pairs
 from lben.certificates.pairs import prove_pairs
 from lben.weights import ConvolutionalWeights, DenseWeights, PooledWeights, Weights
 from lben.weights.network import Network
@@ -27,7 +27,9 @@ from lben.weights.sizes import image_size
 
 PairClaims = Mapping[tuple[int, int], Claim] | Mapping[tuple[int, int], LinfClaim]
 """A claim for every pair of outputs i < j."""
-AnyClaim = Claim | PairClaims | IntervalClaim | NetworkClaim
+NetworkPairClaims = Mapping[tuple[int, int], NetworkClaim]
+"""The same for networks."""
+AnyClaim = Claim | PairClaims | IntervalClaim | NetworkClaim | NetworkPairClaims
 """What `certify` may be asked to prove."""
 
 
@@ -55,6 +57,8 @@ def certify(thing: Weights, claim: PairClaims | IntervalClaim) -> PairCertificat
 @overload
 def certify(thing: Network, claim: NetworkClaim | None = None) -> LipschitzCertificate: ...
 @overload
+def certify(thing: Network, claim: NetworkPairClaims) -> PairCertificate: ...
+@overload
 def certify(
     thing: Certifiable, *, image: tuple[int, ...] | None = None
 ) -> LipschitzCertificate: ...
@@ -79,7 +83,8 @@ def certify(
             None it says that the equilibrium exists and is unique (2Λ − ΛW − WᵀΛ ≻ 0), and the
             bound is infinite. A mapping has one `Claim`, or one `LinfClaim`, for every pair of
             outputs. An `IntervalClaim` asks for bounds of all pairs by intervals. For a network, a
-            `NetworkClaim`; the multipliers that `prove_network` names when omitted.
+            `NetworkClaim`, or a mapping with one for every pair; the multipliers that
+            `prove_network` names when omitted.
         image: height and width of images; for a module, the shape of one sample serves too. It may
             be omitted for weights that have an image size and for modules built for one size.
 
@@ -128,14 +133,16 @@ def certify(
 
 def _certify_network(
     network: Network, claim: object, image: tuple[int, ...] | None
-) -> LipschitzCertificate:
+) -> LipschitzCertificate | PairCertificate:
     if image is not None:
         raise ValueError(f"a network is built for inputs of {network.input_shape}: omit image")
     if claim is None or isinstance(claim, NetworkClaim):
         return prove_network(network, claim)
+    if isinstance(claim, Mapping) and all(isinstance(c, NetworkClaim) for c in claim.values()):
+        return prove_network_pairs(network, claim)
     raise TypeError(
-        f"a network is proved with a NetworkClaim, got {type(claim).__name__}: propose one by "
-        "lben.tightening.network.tighten_network"
+        f"a network is proved with a NetworkClaim, or with one for every pair of outputs, got "
+        f"{type(claim).__name__}: propose one by lben.tightening.recursion.propose_network_claim"
     )
 
 

@@ -46,7 +46,8 @@ Reference:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -55,7 +56,11 @@ import scipy.linalg
 import torch
 from numpy.typing import NDArray
 
-from lben.certificates.certificate import CertificateError, LipschitzCertificate
+from lben.certificates.certificate import (
+    CertificateError,
+    LipschitzCertificate,
+    PairCertificate,
+)
 from lben.certificates.proof import numbers_of
 from lben.rigorous import (
     TINY,
@@ -76,12 +81,14 @@ METHOD = "storages of the layers, one Cholesky for each block, verified a poster
 """How the bound of a network is proved."""
 _RANGE = 1000
 """Units lie within 2^±1000."""
-_TRIES = 18
-"""How often a storage, or a bound that is not given, is enlarged eightfold."""
+_TRIES = 27
+"""How often a storage, or a bound that is not given, is enlarged fourfold."""
 _SPREAD = 20
 """The largest exponent by which units of the states of a block count as different."""
 _LEAST = 2.0**-400
 """λ, near enough to 0, of states that no output depends on."""
+_UNREAD = 200
+"""The unit of states that no number reads: so what is added to their storage is small."""
 _UNSEEN = -(2**40)
 """The exponent of zero."""
 
@@ -98,6 +105,7 @@ class NetworkClaim:
             because λ may leave the range of float64.
         gap: how far γ may be above the least bound that any multipliers show, relative to γ; None
             where it is not known. It is the estimate of whoever proposes the claim.
+        steps: Newton steps that the proposal took, for reports; None where there were none.
 
     Example:
         >>> import numpy as np
@@ -118,6 +126,30 @@ class NetworkClaim:
     multipliers: tuple[Array, ...]
     exponents: tuple[int, ...] | None = None
     gap: float | None = None
+    steps: int | None = None
+
+    @classmethod
+    def from_logarithms(cls, gamma: float | None, logarithms: Sequence[Array]) -> NetworkClaim:
+        """Return the claim with multipliers λ = exp of the numbers given, which may be of any size.
+
+        Args:
+            gamma: γ or None.
+            logarithms: log λ of each block, finite. Within a block a λ that is smaller than the
+                largest by more than 2^1000 counts as that.
+
+        Example:
+            >>> import numpy as np
+            >>> claim = NetworkClaim.from_logarithms(None, [np.array([2000.0, 2000.0])])
+            >>> claim.exponents, claim.multipliers[0].round(3).tolist()
+            ((2886,), [0.655, 0.655])
+        """
+        in_twos = [np.asarray(own, dtype=np.float64) / math.log(2.0) for own in logarithms]
+        exponents = [math.ceil(np.max(own)) if own.size else 0 for own in in_twos]
+        values = [
+            np.exp2(np.maximum(own - exponent, -_RANGE))
+            for own, exponent in zip(in_twos, exponents, strict=True)
+        ]
+        return cls(gamma=gamma, multipliers=tuple(values), exponents=tuple(exponents))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -382,6 +414,11 @@ def choose_output_unit(network: Network, rows: Array | None) -> int:
     return math.frexp(largest)[1] if TINY <= largest < math.inf else 0
 
 
+def get_input_unit(step: Step | WideStep) -> int:
+    """Return the exponent of the unit of the inputs; 0 if the frontier does not have them."""
+    return int(step.units[0][0]) if len(step.units.get(0, ())) else 0
+
+
 def renew_units(step: Step, least: Array) -> tuple[Step, Array]:
     """Return a step and its least storage in units in which the storage is near 1.
 
@@ -443,6 +480,40 @@ def prove_network(
     )  # fmt: skip
 
 
+def prove_network_pairs(
+    network: Network, claims: Mapping[tuple[int, int], NetworkClaim]
+) -> PairCertificate:
+    """Prove a bound of yᵢ − yⱼ for every pair of outputs of a network, or raise.
+
+    Args:
+        network: whose numbers are float64.
+        claims: for every pair of outputs i < j, as `prove_network` takes them.
+
+    Returns:
+        The l2 bounds of all pairs.
+
+    Raises:
+        ValueError: if a pair has no claim, and as `prove_network` does.
+        CertificateError: if a bound is not proved.
+    """
+    q = network.out_features
+    bounds, margins = [[1.0] * q for _ in range(q)], []
+    for i in range(q):
+        for j in range(i + 1, q):
+            if (i, j) not in claims:
+                raise ValueError(f"no bound is claimed for the outputs {i} and {j}")
+            row = np.zeros((1, q))
+            row[0, i], row[0, j] = 1.0, -1.0
+            found = prove_network(network, claims[i, j], row)
+            bounds[i][j] = bounds[j][i] = found.bound
+            margins.append(found.margin)
+    known = [margin for margin in margins if margin is not None]
+    return PairCertificate(
+        bounds=tuple(map(tuple, bounds)), norm="l2", margin=min(known, default=None),
+        fingerprint=network.fingerprint, dtype="float64", method=METHOD,
+    )  # fmt: skip
+
+
 def fingerprint_rows(network: Network, rows: Array | None) -> str:
     """Return the fingerprint of x ↦ Fy: the network's own where F is omitted."""
     if rows is None:
@@ -472,7 +543,8 @@ def _prove_blocks(
         step = take_step(network, k, storage, Lambda, known)
         if step.blocks in ((), (0,)):
             bound, margin = _prove_first(step, gamma, unit)
-            return bound, min(margin, least)
+            least = min(margin, least)
+            return bound, least if least < math.inf else None  # infinite: there were no rows
         assert isinstance(step, Step)  # a wide one is the first
         storage, margin = _prove_storage(step)
         least = min(least, margin)
@@ -488,7 +560,7 @@ def _prove_storage(step: Step) -> tuple[Storage, float]:
         margin = step.margin(form)
         if margin > 0:
             return Storage(blocks=step.blocks, units=step.units, form=form), margin
-        size *= 8
+        size *= 4
     raise CertificateError(
         f"no storage before block {step.index} could be proved: the last one tried has the margin "
         f"{margin:.3e}. Causes: multipliers at the edge of what is possible, or numbers that leave "
@@ -498,14 +570,13 @@ def _prove_storage(step: Step) -> tuple[Storage, float]:
 
 def _prove_first(step: Step | WideStep, gamma: float | None, unit: int) -> tuple[float, float]:
     """Return γ, given or found, and the margin of the inequality of the first block."""
-    own = int(step.units[0][0]) if len(step.units.get(0, ())) else 0
-    computed = _scale_up(step.compute_gain(), unit - own)
+    inputs = step.units.get(0, np.zeros(0, np.int64))
+    computed = _scale_up(step.compute_gain(), unit - get_input_unit(step))
     least = max(computed, math.ldexp(1.0, -_RANGE))
     share = 16 * UNIT * step.size
-    for bound in [gamma] if gamma else [least * (1 + share * 8**i) for i in range(_TRIES)]:
+    for bound in [gamma] if gamma else [least * (1 + share * 4**i) for i in range(_TRIES)]:
         exponent = math.frexp(bound)[1] - 1
-        shift = unit - exponent - own
-        scaled = step.change_units(np.full(len(step.units.get(0, ())), shift))
+        scaled = step.change_units(unit - exponent - inputs)
         margin = scaled.prove_gain(math.ldexp(bound, -exponent))
         if margin > 0 and TINY <= bound < math.inf:
             return bound, margin
@@ -586,7 +657,7 @@ def _check_multipliers(network: Network, claim: NetworkClaim | None) -> dict[int
                 f"{values.min():.3g}"
             )
         if not is_linear(network, k):
-            found[k] = _Multiplier(values=values, exponent=int(exponents[k - 1]))
+            found[k] = _Multiplier(values=values, exponent=operator.index(exponents[k - 1]))
     return found
 
 
@@ -618,7 +689,7 @@ def _choose_units(
     sizes = np.max(np.where(matrix != 0, sizes, _UNSEEN), axis=0, initial=_UNSEEN)
     if j == 0:
         sizes[:] = np.max(sizes, initial=_UNSEEN)
-    units = np.where(sizes == _UNSEEN, 0, -sizes).clip(-_RANGE, _RANGE)
+    units = np.where(sizes == _UNSEEN, _UNREAD, -sizes).clip(-_RANGE, _RANGE)
     return np.asarray(units, dtype=np.int64)
 
 

@@ -39,8 +39,8 @@ _GROWTH = 1.02
 """c of Note [Start]."""
 _MULTIPLIER_SHARE = 1e-3
 """Of the accuracy: a price of λ, which keeps those finite that nothing moves."""
-_IRRELEVANT = -900
-"""Exponent of λ for blocks on which no output depends: the smaller, the less they add to γ."""
+_IRRELEVANT = -600.0
+"""log λ for blocks on which no output depends: the smaller, the less they add to γ."""
 _FIRST_TAU = 1.05
 """τ of the start, in the units of the program."""
 
@@ -88,7 +88,7 @@ def tighten_network(
     """
     reduced = _Reduced.of(network, rows)
     if not reduced.network.blocks:
-        return reduced.restore(network, [], gap=0.0)
+        return reduced.restore(network, [], gap=0.0, steps=0)
     start = _Start.of(reduced.network)
     n = reduced.network.units
     program = replace(
@@ -107,7 +107,7 @@ def tighten_network(
         )
     parts = np.split(found.y[0, 1:].numpy(), np.cumsum(reduced.network.widths[1:-1]))
     logs = [own + np.log(part) for own, part in zip(start.log_multipliers, parts, strict=True)]
-    return reduced.restore(network, logs, gap=0.5 * float(found.gap[0]))
+    return reduced.restore(network, logs, gap=0.5 * float(found.gap[0]), steps=found.steps)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -171,18 +171,13 @@ class _Reduced:
             kept=tuple(kept), scales=tuple(scales[i] for i in used), scale=scale,
         )  # fmt: skip
 
-    def restore(self, network: Network, logs: list[Array], gap: float) -> NetworkClaim:
+    def restore(self, network: Network, logs: list[Array], gap: float, steps: int) -> NetworkClaim:
         """Return a claim of the network that was given, in its own units."""
-        multipliers = [np.ones(0 if is_linear(network, k) else width)
-                       for k, width in enumerate(network.widths[1:], start=1)]  # fmt: skip
-        exponents = [_IRRELEVANT] * len(multipliers)
+        found = [np.full(0 if is_linear(network, k) else width, _IRRELEVANT)
+                 for k, width in enumerate(network.widths[1:], start=1)]  # fmt: skip
         for k, scale, own in zip(self.kept[1:], self.scales[1:], logs, strict=True):
-            log2 = (own + 2 * (self.scale - scale)) / math.log(2)
-            exponents[k - 1] = round(float(np.median(log2)))
-            multipliers[k - 1] = np.exp2(log2 - exponents[k - 1])
-        return NetworkClaim(
-            gamma=None, multipliers=tuple(multipliers), exponents=tuple(exponents), gap=gap
-        )
+            found[k - 1] = own + 2 * (self.scale - scale)
+        return replace(NetworkClaim.from_logarithms(None, found), gap=gap, steps=steps)
 
 
 _Sum: TypeAlias = dict[int, Array | None]

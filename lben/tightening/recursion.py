@@ -36,6 +36,7 @@ from lben.certificates.network import (
     Step,
     Storage,
     choose_output_unit,
+    get_input_unit,
     is_linear,
     renew_units,
     take_step,
@@ -49,8 +50,9 @@ _STEPS = (0, 2)
 _DISTANCE = 0.02
 """Steps keep (2 − this)Λ ≻ N, so that rounding does not matter."""
 _SLACK = 2.0**-35
-"""What storages are enlarged by for each state, relative to Λ: more than by the proof. The least
-storages of a deep network may be very sensitive to it, so multipliers are chosen with it."""
+"""What storages are enlarged by for each state, relative to Λ or to the unit: more than by the
+proof. The least storages of a deep network may be very sensitive to it; so multipliers are chosen
+for the larger ones."""
 _SHARE = 0.2
 """Of the identity in the covariance after a block, relative to its largest eigenvalue."""
 
@@ -96,11 +98,10 @@ def _sweep(
     unit = choose_output_unit(network, rows)
     storage, gain = Storage.of_output(network, rows, unit, {}), -math.inf
     free = [is_linear(network, k) for k in range(1, len(network.blocks) + 1)]
-    multipliers = [
-        np.ones(0 if empty else width)
+    logarithms = [
+        np.zeros(0 if empty else width)
         for empty, width in zip(free, network.widths[1:], strict=True)
     ]
-    exponents = [0] * len(free)
     for k in range(len(free), 0, -1):
         if k not in storage.blocks:
             continue  # no output depends on the block
@@ -108,19 +109,17 @@ def _sweep(
         if not free[k - 1]:
             S = _to_units(covariances[k - 1], units)
             Lambda = improve_multiplier(storage.dominate(k), storage.restrict(k), S, steps)
-            multipliers[k - 1], exponents[k - 1] = _leave_units(Lambda, units, unit)
-        size = np.diag(storage.restrict(k)) if Lambda is None else Lambda
+            logarithms[k - 1] = np.log(Lambda) + 2 * math.log(2.0) * (unit - units)
+        size = np.ones(len(units)) if Lambda is None else Lambda
         storage = _enlarge(storage, k, _SLACK * len(storage.form.mid) * size)
         step = take_step(network, k, storage, Lambda, {})
         if step.blocks in ((), (0,)):
-            own = int(step.units[0][0]) if len(step.units.get(0, ())) else 0
-            gain = math.log2(max(step.compute_gain(), TINY)) + unit - own
+            gain = math.log2(max(step.compute_gain(), TINY)) + unit - get_input_unit(step)
             break
         assert isinstance(step, Step)
         step, least = renew_units(step, step.propose_least())
         storage = Storage(blocks=step.blocks, units=step.units, form=Enclosure(least))
-    claim = NetworkClaim(gamma=None, multipliers=tuple(multipliers), exponents=tuple(exponents))
-    return gain, claim
+    return gain, NetworkClaim.from_logarithms(None, logarithms)
 
 
 def improve_multiplier(Lambda: Array, N: Array, S: Array, steps: int) -> Array:
@@ -207,10 +206,3 @@ def _to_units(S: Array, units: Exponents) -> Array:
     """Return a covariance in units of the states, up to a common factor."""
     powers = np.ldexp(1.0, (int(np.median(units)) - units).clip(-500, 500))
     return S * np.multiply.outer(powers, powers)
-
-
-def _leave_units(Lambda: Array, units: Exponents, unit: int) -> tuple[Array, int]:
-    """Return λ without units, as numbers and an exponent."""
-    shifts = 2 * (unit - units)
-    exponent = int(np.max(shifts, initial=-(2**20)))
-    return np.maximum(np.ldexp(Lambda, (shifts - exponent).clip(-1000, 0)), TINY), exponent

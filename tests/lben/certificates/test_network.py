@@ -6,10 +6,16 @@ import numpy as np
 import pytest
 
 import lben.certificates.network as module
-from lben.certificates import CertificateError, LipschitzCertificate
+from lben.certificates import (
+    CertificateError,
+    IntervalClaim,
+    LipschitzCertificate,
+    PairCertificate,
+    certify,
+)
 from lben.certificates.network import NetworkClaim, prove_network
 from lben.tightening.recursion import propose_network_claim
-from lben.weights.activation import RELU
+from lben.weights.activation import IDENTITY, RELU
 from lben.weights.network import AffineMap, Block, Network
 
 from .networks import BENT, NETWORKS, build, chain, is_positive, quadratic_form
@@ -139,12 +145,30 @@ def test_without_a_claim_the_bound_of_a_chain_is_below_the_product_of_norms():
 
 def test_a_constant_has_every_bound():
     nothing = AffineMap.of({}, np.ones(3))
-    block = Block(affine=nothing, activation=RELU)
+    block, linear = (Block(affine=nothing, activation=sigma) for sigma in (RELU, IDENTITY))
     output = AffineMap.of({1: np.eye(3)}, np.zeros(3))
-    for blocks, last in (((block,), output), ((), nothing), ((block,), nothing)):
+    for blocks, last in (
+        ((block,), output), ((linear,), output), ((), nothing), ((block,), nothing)
+    ):  # fmt: skip
         network = Network(input_shape=(2,), blocks=blocks, output=last)
-        assert 0 < prove_network(network).bound < 1e-200
-        assert 0 < prove_network(network, propose_network_claim(network)).bound < 1e-200
+        for claim in (None, propose_network_claim(network)):
+            certificate = prove_network(network, claim)
+            assert 0 < certificate.bound < 1e-200
+            certificate.check_values()
+
+
+def test_a_block_that_is_read_with_zeros_costs_nothing():
+    network = build(
+        [({0: 1}, RELU), ({1: 1}, IDENTITY), ({1: 1, 2: 1}, IDENTITY), ({1: 1, 3: 1}, RELU)],
+        (4,), 3, scales={1: 2.0**40, 2: 2.0**-40},
+    )  # fmt: skip
+    affine = network.blocks[3].affine
+    matrices = {1: affine.matrices[1], 3: np.zeros((4, 4))}
+    last = replace(network.blocks[3], affine=AffineMap.of(matrices, affine.bias))
+    without = replace(last, affine=AffineMap.of({1: matrices[1]}, affine.bias))
+    bounds = [prove_network(replace(network, blocks=(*network.blocks[:3], block))).bound
+              for block in (last, without)]  # fmt: skip
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-9)
 
 
 def test_outputs_that_depend_on_nothing():
@@ -237,8 +261,11 @@ def test_weights_that_are_not_finite_are_refused():
     bad[0, 0] = np.nan
     block = replace(network.blocks[0], affine=AffineMap.of({0: bad}, np.zeros(4)))
     broken = replace(network, blocks=(block, network.blocks[1]))
+    for claim in (None, propose_network_claim(network)):
+        with pytest.raises(CertificateError):
+            prove_network(broken, claim)
     with pytest.raises(CertificateError):
-        prove_network(broken, propose_network_claim(network))
+        prove_network(broken, propose_network_claim(broken))
 
 
 def test_a_certificate_is_a_record():
@@ -250,3 +277,28 @@ def test_negative_slopes_cost_more():
     plain, bent = chain(3), chain(3, BENT)
     bounds = [prove_network(n, propose_network_claim(n)).bound for n in (plain, bent)]
     assert bounds[0] < bounds[1]
+
+
+def test_certify_proves_networks_and_pairs_of_their_outputs():
+    network = NETWORKS["residual"]
+    claim = propose_network_claim(network)
+    assert certify(network) == prove_network(network)
+    whole = certify(network, claim)
+    assert whole == prove_network(network, claim)
+    rows = {(0, 1): [[1.0, -1, 0]], (0, 2): [[1.0, 0, -1]], (1, 2): [[0.0, 1, -1]]}
+    claims = {pair: propose_network_claim(network, np.array(F)) for pair, F in rows.items()}
+    pairs = certify(network, claims)
+    for (i, j), F in rows.items():
+        assert pairs[i][j] == pairs[j][i] == prove_network(network, claims[i, j], np.array(F)).bound
+    assert pairs.fingerprint == network.fingerprint
+    assert PairCertificate.from_json(pairs.to_json()) == pairs
+
+
+def test_certify_refuses_what_no_network_claims():
+    network = NETWORKS["chain"]
+    with pytest.raises(ValueError, match="omit image"):
+        certify(network, image=(8, 8))
+    with pytest.raises(ValueError, match="outputs 0 and 1"):
+        certify(network, {})
+    with pytest.raises(TypeError, match="NetworkClaim"):
+        certify(network, IntervalClaim())

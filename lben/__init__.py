@@ -14,7 +14,7 @@ from lben.certificates import (
     certify,
     compose,
 )
-from lben.interop import ConversionError, ConvertedNetwork, from_onnx, from_torch
+from lben.interop import ConversionError, ConvertedNetwork, certified_radius, from_onnx, from_torch
 from lben.layers import (
     AOLConv2d,
     AOLLinear,
@@ -120,6 +120,7 @@ __all__ = [
     "SpectralConv2d",
     "SpectralLinear",
     "Weights",
+    "certified_radius",
     "certify",
     "compose",
     "feedback",

@@ -323,9 +323,7 @@ def test_networks_are_certified_with_a_claim_and_without():
     assert alone == prove_network(network)
     claim = tighten_network(network)
     assert certify(network, claim).bound <= alone.bound * (1 + 1e-6)
-    with pytest.raises(
-        TypeError, match="a network is proved with a NetworkClaim, got IntervalClaim"
-    ):
+    with pytest.raises(TypeError, match=r"proved with a NetworkClaim, or .* got IntervalClaim"):
         certify(network, IntervalClaim())
     with pytest.raises(ValueError, match=r"built for inputs of \(3,\): omit image"):
         certify(network, image=(3, 3))

@@ -24,7 +24,7 @@ from lben import EquilibriumLinear, LipschitzSequential, feedback
 from lben.data import Dataset, pixels
 from lben.layers import EquilibriumLayer, FeedforwardLayer, Flatten
 from lben.models import FeedforwardClassifier, FeedforwardClassifierConfig
-from lben.radii.margin import certified_radius
+from lben.radii.margin import margin_radius
 from lben.training.augmentation import Augmentation
 from lben.training.losses import CrossEntropy
 from lben.training.optimization import PiecewiseLinear
@@ -125,7 +125,7 @@ def _certify(
         labels = data.test_labels[part]
         images = pixels(data.test_images[part], torch.float64)
         result = exact.forward_with_error(images, certificate)
-        radius = certified_radius(
+        radius = margin_radius(
             result.value, labels, certificate.radius_bound(), logit_error=result.error
         )
         radii.append(torch.where(result.value.argmax(1) == labels, radius, -1.0))

@@ -14,7 +14,14 @@ from lben.certificates import (
     certify,
     compose,
 )
-from lben.interop import ConversionError, ConvertedNetwork, from_onnx, from_torch, load_checkpoint
+from lben.interop import (
+    ConversionError,
+    ConvertedNetwork,
+    certified_radius,
+    from_onnx,
+    from_torch,
+    load_checkpoint,
+)
 from lben.layers import (
     AOLConv2d,
     AOLLinear,
@@ -56,7 +63,7 @@ from lben.models import (
     FeedforwardClassifier,
     FeedforwardClassifierConfig,
 )
-from lben.radii.margin import certified_radius
+from lben.radii.margin import margin_radius
 from lben.tightening import (
     tighten_diagonal,
     tighten_linf,
@@ -129,6 +136,7 @@ __all__ = [
     "from_onnx",
     "from_torch",
     "load_checkpoint",
+    "margin_radius",
     "stack",
     "tighten_diagonal",
     "tighten_linf",

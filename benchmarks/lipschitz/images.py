@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from benchmarks.common import mnist_of
 from benchmarks.lipschitz.peers import certify_by_eclipse, measure_margins
 from benchmarks.lipschitz.training import SHAPE, accuracy, build_convolutional, build_dense, train
-from lben import ConvertedNetwork, certify, from_torch, tighten_network_pairs
+from lben import ConvertedNetwork, certify, from_torch, margin_radius, tighten_network_pairs
 from lben.certificates.relaxation import InputNorm
 from lben.data import pixels
 from lben.evaluation.attacks import pgd_l2, pgd_linf
-from lben.radii.margin import certified_radius
 from lben.radii.relaxation import certify_balls
 from lben.weights.affine_system import AffineSystem
 from lben.weights.network import Network
@@ -80,7 +79,7 @@ def _bound_globally(network: Network, x: Tensor, labels: Tensor) -> dict[str, An
     seconds = time.perf_counter() - start
     layer = ConvertedNetwork(network)
     found = layer.forward_with_error(x.double(), layer.certificate())
-    radii = certified_radius(found.value, labels, pairs, logit_error=found.error)
+    radii = margin_radius(found.value, labels, pairs, logit_error=found.error)
     return {"seconds_of_pairs": seconds, "radii": radii}
 
 

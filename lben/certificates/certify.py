@@ -118,9 +118,9 @@ def certify(
         return _certify_weights(thing, claim, None if image is None else image_size(image))
     if not hasattr(thing, "certificate"):
         raise TypeError(
-            f"certify takes weights, layers, chains and classifiers, got {type(thing).__name__}: "
-            "give it a method certificate(image=None) that returns a Certificate, or write its "
-            "weights as DenseWeights"
+            "certify takes weights, networks, layers, chains and classifiers, got "
+            f"{type(thing).__name__}: give it a method certificate(image=None) that returns a "
+            "Certificate, write its weights as DenseWeights, or take from_torch"
         )
     if claim is not None:
         raise TypeError(
@@ -141,7 +141,7 @@ def _certify_network(
         return prove_network_pairs(network, claim)
     raise TypeError(
         f"a network is proved with a NetworkClaim, or with one for every pair of outputs, got "
-        f"{type(claim).__name__}: propose one by lben.tightening.recursion.propose_network_claim"
+        f"{type(claim).__name__}: propose one by lben.tightening.network.tighten_network"
     )
 
 

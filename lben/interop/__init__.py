@@ -9,11 +9,14 @@ from lben.interop.converted import ConvertedNetwork
 from lben.interop.maps import ConversionError
 from lben.interop.onnx_models import from_onnx
 from lben.interop.pytorch import from_torch
+from lben.interop.radius import RadiusCertifier, certified_radius
 
 __all__ = [
     "Comparison",
     "ConversionError",
     "ConvertedNetwork",
+    "RadiusCertifier",
+    "certified_radius",
     "compare_outputs",
     "from_onnx",
     "from_torch",

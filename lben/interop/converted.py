@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from lben.certificates import LipschitzCertificate, PairCertificate, certify
 from lben.certificates.network import NetworkClaim
-from lben.certificates.network_norms import prove_product, prove_product_pairs
+from lben.certificates.network_norms import prove_product_pairs
 from lben.interop.rounding import Rounded, RoundingModel
 from lben.layers.bounded import ErrorIn
 from lben.layers.graphs import check_kind
 from lben.layers.hooks import refuse_hooks
 from lben.radii.error_bounds import Affine, Certified
+from lben.tightening.routes import prove_by_size
 from lben.weights.growth import norms_up
 from lben.weights.network import Matrix, Network, is_sparse
 
@@ -33,9 +34,9 @@ class ConvertedNetwork(nn.Module):
 
     Args:
         network: of `from_torch` or `from_onnx`.
-        claim: of its bound, as `certify` takes it; the product of the norms of its maps is proved
-            when omitted.
-        pairs: a claim for every pair of outputs; the same products are proved when omitted.
+        claim: of its bound, as `certify` takes it; when omitted, the tightest route that the size of
+            the network allows finds one, once (lben/tightening/routes.py).
+        pairs: a claim for every pair of outputs; products of norms are proved when omitted.
 
     Example:
         >>> import torch
@@ -63,6 +64,7 @@ class ConvertedNetwork(nn.Module):
         super().__init__()
         self.fingerprint = network.fingerprint
         self._network, self._claim, self._pairs = network, claim, pairs
+        self._certificate: LipschitzCertificate | None = None
         self._rounding = RoundingModel(network)
         self._placed: dict[torch.device, list[_Map]] = {}
 
@@ -115,7 +117,7 @@ class ConvertedNetwork(nn.Module):
         return self._placed[device]
 
     def certificate(self, image: tuple[int, ...] | None = None) -> LipschitzCertificate:
-        """Prove a Lipschitz bound of the exact network.
+        """Prove a Lipschitz bound of the exact network, once: the network does not change.
 
         Args:
             image: the shape of one sample, or None; only that of the network.
@@ -127,9 +129,13 @@ class ConvertedNetwork(nn.Module):
         shape = self.sample_shape
         if image is not None and tuple(image) not in (shape, shape[1:]):
             raise ValueError(f"the network is for samples of shape {shape}, got {tuple(image)}")
-        if self._claim is None:
-            return prove_product(self._network)
-        return certify(self._network, self._claim)
+        if self._certificate is None:
+            self._certificate = (
+                prove_by_size(self._network)
+                if self._claim is None
+                else certify(self._network, self._claim)
+            )
+        return self._certificate
 
     def pair_certificate(self) -> PairCertificate:
         """Prove bounds of yᵢ − yⱼ for every pair of outputs of the exact network.

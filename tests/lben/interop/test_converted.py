@@ -18,6 +18,7 @@ from lben import (
     certify,
 )
 from lben.certificates import product_bound
+from lben.certificates.network_norms import prove_product
 from lben.interop import from_torch
 from lben.layers import BoundedModule
 from lben.tightening.recursion import propose_network_claim
@@ -102,9 +103,24 @@ def test_it_takes_part_in_chains():
     layer = ConvertedNetwork(network)
     chain = LipschitzSequential(Normalize((0.5,), (0.25,)), layer, SLLLinear(3, 4))
     certificate = chain.certificate(SHAPE)
-    assert certificate.bound == pytest.approx(4 * product_bound(network), rel=1e-4)
+    own = layer.certificate().bound
+    assert certificate.bound == pytest.approx(4 * own, rel=1e-4)
+    assert own < product_bound(network)
     found = chain.forward_with_error(torch.rand(2, *SHAPE), certificate)
     assert bool((found.error < 1e-3).all())
+
+
+def test_its_bound_is_proved_once_by_what_it_is_given():
+    network, asked = from_torch(rectified(), SHAPE), []
+
+    def prove(given):
+        asked.append(given)
+        return prove_product(given)
+
+    layer = ConvertedNetwork(network, prove)
+    assert layer.certificate() is layer.certificate(SHAPE)
+    assert asked == [network]
+    assert layer.certificate().bound == product_bound(network)
 
 
 def test_certificates_of_other_networks_and_shapes_are_refused():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lben import certified_radius
+from lben import margin_radius
 from lben.evaluation.attacks import across_the_boundary, apgd_l2, auto_attack, pgd_l2, pgd_linf
 from tests.lben.evaluation.attacks.models import CONFIG, Linear
 
@@ -149,7 +149,7 @@ def test_labels_are_integers_of_any_type(dtype):
     found = [attack(model, x, y.to(dtype), 0.3, restarts=1)[0] for attack in (pgd_l2, apgd_l2)]
     assert all(map(torch.equal, expected, found))
     logits = model(x).detach()
-    assert torch.equal(certified_radius(logits, y, 1.0), certified_radius(logits, y.to(dtype), 1.0))
+    assert torch.equal(margin_radius(logits, y, 1.0), margin_radius(logits, y.to(dtype), 1.0))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_labels_that_are_no_classes_are_refused(labels, message):
     for call in (
         lambda: pgd_l2(model, x, labels, 0.1),
         lambda: apgd_l2(model, x, labels, 0.1),
-        lambda: certified_radius(model(x), labels, 1.0),
+        lambda: margin_radius(model(x), labels, 1.0),
     ):
         with pytest.raises(ValueError, match=message):
             call()

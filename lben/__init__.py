@@ -14,7 +14,7 @@ from lben.certificates import (
     certify,
     compose,
 )
-from lben.interop import ConversionError, ConvertedNetwork, from_onnx, from_torch
+from lben.interop import ConversionError, ConvertedNetwork, from_onnx, from_torch, load_checkpoint
 from lben.layers import (
     AOLConv2d,
     AOLLinear,
@@ -60,6 +60,8 @@ from lben.radii.margin import certified_radius
 from lben.tightening import (
     tighten_diagonal,
     tighten_linf,
+    tighten_network,
+    tighten_network_pairs,
     tighten_pairs,
     tighten_pooled,
     tighten_scaled,
@@ -126,9 +128,12 @@ __all__ = [
     "feedback",
     "from_onnx",
     "from_torch",
+    "load_checkpoint",
     "stack",
     "tighten_diagonal",
     "tighten_linf",
+    "tighten_network",
+    "tighten_network_pairs",
     "tighten_pairs",
     "tighten_pooled",
     "tighten_scaled",

@@ -17,7 +17,7 @@ from lben.interop import maps
 from lben.interop.maps import ConversionError, Indices
 from lben.rigorous import Array
 from lben.weights.activation import RELU, Activation
-from lben.weights.network import AffineMap, Block, Network
+from lben.weights.network import AffineMap, Block, Network, is_sparse
 
 Shape = tuple[int, ...]
 
@@ -57,6 +57,9 @@ class Builder:
         numbers = {0: 0, **{k: place for place, k in enumerate(kept, start=1)}}
 
         def renumber(affine: AffineMap) -> AffineMap:
+            for matrix in (*affine.matrices.values(), *affine.sizes.values()):
+                if is_sparse(matrix):
+                    matrix.sort_indices()  # one order of entries, hence one fingerprint
             return replace(
                 affine, matrices={numbers[j]: m for j, m in affine.matrices.items()},
                 sizes={numbers[j]: m for j, m in affine.sizes.items()},

@@ -215,7 +215,8 @@ def _keeps_numbers(A: Matrix, W: Matrix) -> bool:
     if not (is_sparse(A) and is_sparse(W) and _moves_numbers(W, by_row=True)):
         return False
     # Row k of W sends column k of A to one place: no two entries of a row of A may meet there.
-    ones = scipy.sparse.csr_array((np.ones(len(A.data)), A.indices, A.indptr), shape=A.shape)
+    ones = A.copy()  # places are not shared: SciPy sorts them where they lie
+    ones.data[:] = 1
     meet = ones @ scipy.sparse.csr_array(abs(W) > 0, dtype=np.float64)
     return bool(meet.data.max(initial=0.0) <= 1)
 

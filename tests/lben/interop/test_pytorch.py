@@ -272,6 +272,20 @@ def test_numbers_of_several_modules_lie_within_their_radius():
             assert abs(value - Fraction(found.mid[i, j])) <= Fraction(found.radius[i, j])
 
 
+def test_sparse_maps_have_one_order_of_entries():
+    model = sequential(nn.Conv2d(3, 4, 3), nn.AvgPool2d(2), nn.ReLU(), nn.MaxPool2d(2)).eval()
+    network = from_torch(model, (3, 9, 9))
+    fingerprint = network.fingerprint
+    for affine in (*(block.affine for block in network.blocks), network.output):
+        for j, matrix in affine.matrices.items():
+            assert matrix.has_sorted_indices
+            assert affine.sizes[j].has_sorted_indices
+            assert not np.shares_memory(matrix.indices, affine.sizes[j].indices) or (
+                matrix is affine.sizes[j]
+            )
+    assert from_torch(model, (3, 9, 9)).fingerprint == fingerprint
+
+
 def test_maxima_are_exact_units():
     network = from_torch(nn.MaxPool2d(2).eval(), (1, 4, 4))
     assert network.units == 12  # three for each of four outputs

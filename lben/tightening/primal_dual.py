@@ -548,14 +548,16 @@ def _advance(program: Program, chain: _Chain, state: _State) -> Tensor:
     share = 0.9 + 0.09 * primal.minimum(dual)
     primal, dual = (share * primal).clamp_max(1.0), (share * dual).clamp_max(1.0)
     bad = failed | ~d.y.isfinite().all(1) | ((primal < 1e-6) & (dual < 1e-6))
-    good = (~bad).nonzero()[:, 0]
-    if len(good):
-        d = d.select(good)
-        primal, dual = primal[good], dual[good]
-        X, s, y = state.X[good], state.s[good], state.y[good]
-        state.X[good] = chain.complete(chain.read(X).add(primal, d.X), X)
-        state.s[good] = s + primal[:, None] * d.s
-        state.y[good] = y + dual[:, None] * d.y
+    if not bool(bad.any()):
+        state.X = chain.complete(own_X.add(primal, d.X), X)
+        state.s = s + primal[:, None] * d.s
+        state.y = state.y + dual[:, None] * d.y
+    elif len(good := (~bad).nonzero()[:, 0]):
+        d, primal, dual = d.select(good), primal[good], dual[good]
+        moved = own_X.map(lambda t: t[good]).add(primal, d.X)
+        state.X[good] = chain.complete(moved, X[good])
+        state.s[good] = s[good] + primal[:, None] * d.s
+        state.y[good] = state.y[good] + dual[:, None] * d.y
     state.S = chain.read(program.assemble(state.y) + program.constant)
     return bad
 

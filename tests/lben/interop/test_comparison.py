@@ -7,118 +7,27 @@ import pytest
 import torch
 from torch import nn
 
-from lben.interop import ConversionError, compare_outputs, from_torch, operations, pytorch
+from benchmarks.lipschitz.faults import FAULTS, SHAPE, build_model, planted
+from lben.interop import ConversionError, compare_outputs, from_torch
 from lben.interop.rounding import RoundingModel
 from lben.weights.network import Network
 
 
-class Model(nn.Module):
-    """All that the faults below break."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2)
-        self.norm = nn.BatchNorm2d(4)
-        self.inner = nn.Conv2d(4, 4, 3, padding=1)
-        self.last = nn.Linear(36, 3)
-        self.prelu = nn.PReLU(4)
-
-    def forward(self, x):
-        x = nn.functional.leaky_relu(self.norm(self.conv(x)), 0.1)
-        x = x + torch.tanh(self.inner(x))
-        x = self.prelu(nn.functional.avg_pool2d(x, 2, 1, 0))
-        return self.last(nn.functional.max_pool2d(x, 2, 1, 1).flatten(1)[:, :36])
-
-
 @pytest.fixture
 def model():
-    made = Model()
-    with torch.no_grad():
-        made.prelu.weight.uniform_(-0.5, 0.5)
-    made.norm.running_mean.uniform_(-1, 1)
-    made.norm.running_var.uniform_(0.5, 2)
-    return made.eval()
-
-
-def wrap(change):
-    """Return a fault: a function with its arguments changed."""
-    return lambda function: lambda x, *args, **options: function(x, *change(*args), **options)
-
-
-def pad_on_one_side(function):
-    def slide(size, kernel, padding=(0, 0), **options):
-        padding = (0, sum(padding)) if kernel == 3 else padding
-        return function(size, kernel, padding=padding, **options)
-
-    return slide
-
-
-def move_the_last_window(function):
-    def slide(size, kernel, **options):
-        places = function(size, kernel, **options)
-        if options.get("stride") == 2:
-            places[-1] = places[-2]
-        return places
-
-    return slide
-
-
-def flatten_channels_last(function):
-    def read(places, total, batch):
-        found = function(places, total, batch)
-        return found.reshape(4, -1).T.ravel() if found.ndim == 1 and found.size == 100 else found
-
-    return read
-
-
-CONVOLUTION, LINEAR = (operations, "convolve"), (operations, "apply_linear")
-FAULTS = {
-    "transposed kernel": (
-        CONVOLUTION, wrap(lambda w, b, axes, g: (np.swapaxes(w, 2, 3), b, axes, g)),
-    ),
-    "flipped kernel": (CONVOLUTION, wrap(lambda w, b, axes, g: (w[:, :, ::-1, ::-1], b, axes, g))),
-    "dropped bias": (LINEAR, wrap(lambda w, b: (w, None))),
-    "wrong padding": ((pytorch, "slide"), pad_on_one_side),
-    "normalised twice": (
-        (operations, "normalize"), lambda f: lambda x, *a: f(f(x, *a), *a),
-    ),
-    "wrong sector": (
-        (pytorch.activation, "make_leaky_relu"), lambda f: lambda slope: f(-slope),
-    ),
-    "wrong slope": (
-        (pytorch.activation, "make_leaky_relu"), lambda f: lambda slope: f(slope + 1e-6),
-    ),
-    "wrong flatten order": ((pytorch, "read_places"), flatten_channels_last),
-    "wrong stride": ((pytorch, "slide"), move_the_last_window),
-    "dropped residual": ((operations, "add"), lambda f: lambda x, y: y),
-    "wrong groups": (
-        CONVOLUTION,
-        wrap(lambda w, b, axes, g: (w if g == 1 else w[[1, 0, 2, 3]], b, axes, g)),
-    ),
-    "wrong eps": (
-        (operations, "normalize"), wrap(lambda m, v, w, b, eps: (m, v, w, b, 10 * eps)),
-    ),
-    "mean of a window of another size": (
-        (operations, "average"), wrap(lambda axes, divisors: (axes, divisors + 1)),
-    ),
-    "slopes of other channels": (
-        (operations, "apply_prelu"), wrap(lambda slopes: (slopes[::-1],)),
-    ),
-}  # fmt: skip
+    return build_model()
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_every_planted_fault_is_caught(fault, model, monkeypatch):
-    (place, name), plant = FAULTS[fault]
-    assert isinstance(from_torch(model, (2, 9, 9)), Network)
-    monkeypatch.setattr(place, name, plant(getattr(place, name)))
-    with pytest.raises(ConversionError, match="computes something else"):
-        from_torch(model, (2, 9, 9))
+def test_every_planted_fault_is_caught(fault, model):
+    assert isinstance(from_torch(model, SHAPE), Network)
+    with planted(fault), pytest.raises(ConversionError, match="computes something else"):
+        from_torch(model, SHAPE)
 
 
 @pytest.mark.parametrize("relative", [1e-6, 1e-9])
 def test_a_change_of_one_number_is_found(relative, model):
-    network = from_torch(model, (2, 9, 9))
+    network = from_torch(model, SHAPE)
     matrices = {j: m.copy() for j, m in network.output.matrices.items()}
     last = max(matrices)
     matrices[last][0] *= 1 + relative
@@ -145,7 +54,7 @@ def test_a_fault_is_found_where_the_proved_rounding_is_large():
 
 
 def test_outputs_of_functions_and_of_other_shapes_are_compared(model):
-    network = from_torch(model, (2, 9, 9))
+    network = from_torch(model, SHAPE)
 
     def run(x):
         with torch.no_grad():
@@ -157,6 +66,6 @@ def test_outputs_of_functions_and_of_other_shapes_are_compared(model):
 
 
 def test_outputs_that_are_not_numbers_are_refused(model):
-    network = from_torch(model, (2, 9, 9))
+    network = from_torch(model, SHAPE)
     with pytest.raises(ConversionError, match="differ by inf"):
         compare_outputs(lambda x: np.full((len(x), 3), np.nan, dtype=np.float32), network)

@@ -4,9 +4,9 @@
 
 An SLL network of dense layers is trained on MNIST with the published loss. Then it is trained on
 for as many steps at the same rate, once as it is, and once as the equilibrium network that
-`from_weights` makes of its layers: the same function and bound at the start, with a small penalty
-on feedback that it did not have. Certified accuracy (per-pair margins, solver and rounding error
-subtracted) is compared.
+`EquilibriumLinear.from_weights` makes of its layers: the same function and bound at the start, with
+a small penalty on feedback that it did not have. Certified accuracy (per-pair margins, solver and
+rounding error subtracted) is compared.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import finish, mnist_of, parser
-from lben import LipschitzSequential, feedback, from_weights
+from lben import EquilibriumLinear, LipschitzSequential, feedback
 from lben.data import Dataset, pixels
 from lben.layers import EquilibriumLayer, FeedforwardLayer, Flatten
 from lben.models import FeedforwardClassifier, FeedforwardClassifierConfig
-from lben.radii.margin import certified_radius
+from lben.radii.margin import margin_radius
 from lben.training.augmentation import Augmentation
 from lben.training.losses import CrossEntropy
 from lben.training.optimization import PiecewiseLinear
@@ -58,7 +58,7 @@ def main() -> None:
         for layer in equilibrium.features
         if isinstance(layer, FeedforwardLayer)
     ]
-    core = from_weights(layers, tol=1e-4).float()
+    core = EquilibriumLinear.from_weights(layers, trainable=True, tol=1e-4).float()
     equilibrium.features = LipschitzSequential(Flatten(), core)
     rows["converted"] = _certify(equilibrium, data, arguments)
 
@@ -125,7 +125,7 @@ def _certify(
         labels = data.test_labels[part]
         images = pixels(data.test_images[part], torch.float64)
         result = exact.forward_with_error(images, certificate)
-        radius = certified_radius(
+        radius = margin_radius(
             result.value, labels, certificate.radius_bound(), logit_error=result.error
         )
         radii.append(torch.where(result.value.argmax(1) == labels, radius, -1.0))

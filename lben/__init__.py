@@ -14,6 +14,14 @@ from lben.certificates import (
     certify,
     compose,
 )
+from lben.interop import (
+    ConversionError,
+    ConvertedNetwork,
+    certified_radius,
+    from_onnx,
+    from_torch,
+    load_checkpoint,
+)
 from lben.layers import (
     AOLConv2d,
     AOLLinear,
@@ -43,7 +51,6 @@ from lben.layers import (
     SpectralConv2d,
     SpectralLinear,
     feedback,
-    from_weights,
 )
 from lben.models import (
     ConvolutionalEquilibriumArchitecture,
@@ -56,10 +63,12 @@ from lben.models import (
     FeedforwardClassifier,
     FeedforwardClassifierConfig,
 )
-from lben.radii.margin import certified_radius
+from lben.radii.margin import margin_radius
 from lben.tightening import (
     tighten_diagonal,
     tighten_linf,
+    tighten_network,
+    tighten_network_pairs,
     tighten_pairs,
     tighten_pooled,
     tighten_scaled,
@@ -80,6 +89,8 @@ __all__ = [
     "ChainCertificate",
     "ChannelPadding",
     "Claim",
+    "ConversionError",
+    "ConvertedNetwork",
     "ConvolutionalEquilibriumArchitecture",
     "ConvolutionalEquilibriumClassifier",
     "ConvolutionalEquilibriumClassifierConfig",
@@ -122,10 +133,15 @@ __all__ = [
     "certify",
     "compose",
     "feedback",
-    "from_weights",
+    "from_onnx",
+    "from_torch",
+    "load_checkpoint",
+    "margin_radius",
     "stack",
     "tighten_diagonal",
     "tighten_linf",
+    "tighten_network",
+    "tighten_network_pairs",
     "tighten_pairs",
     "tighten_pooled",
     "tighten_scaled",

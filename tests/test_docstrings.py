@@ -18,6 +18,7 @@ CHECKED = (
     "lben.tightening",
     "lben.layers",
     "lben.models",
+    "lben.interop",
     "lben.data",
     "lben.training",
     "lben.evaluation",

@@ -19,6 +19,7 @@ from lben.certificates.certificate import (
 )
 from lben.certificates.certify import Certifiable, certify
 from lben.certificates.claims import Claim, IntervalClaim, LinfClaim
+from lben.certificates.network_norms import product_bound
 from lben.certificates.sensitivity import sensitivity
 
 __all__ = [
@@ -36,5 +37,6 @@ __all__ = [
     "Sensitivity",
     "certify",
     "compose",
+    "product_bound",
     "sensitivity",
 ]

@@ -257,7 +257,7 @@ class PairCertificate(Certificate, Sequence[tuple[float, ...]]):
     """Proved bounds of yᵢ − yⱼ for every pair of outputs: a q × q table.
 
     It is indexed and iterated like the table: `pairs[0][1]` is the bound of y₀ − y₁.
-    `certified_radius` and `compose` accept it.
+    `margin_radius` and `compose` accept it.
 
     Attributes:
         margin: the smallest margin of all pairs.
@@ -404,7 +404,7 @@ class ChainCertificate(LipschitzCertificate):
         return [certificate for part in inner for certificate in part]
 
     def radius_bound(self) -> float | PairCertificate:
-        """Return the bound that `certified_radius` divides by: of every pair, else of all of y."""
+        """Return the bound that `margin_radius` divides by: of every pair, else of all of y."""
         return self.bound if self.pairs is None else self.pairs
 
     def check_values(self) -> None:

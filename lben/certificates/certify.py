@@ -19,12 +19,18 @@ from lben.certificates.claims import Claim, IntervalClaim, LinfClaim
 from lben.certificates.convolutional import prove_convolutional, prove_pooled
 from lben.certificates.dense import prove_dense
 from lben.certificates.linf import prove_by_intervals, prove_linf
+from lben.certificates.network import NetworkClaim, prove_network, prove_network_pairs
 from lben.certificates.pairs import prove_pairs
 from lben.weights import ConvolutionalWeights, DenseWeights, PooledWeights, Weights
+from lben.weights.network import Network
 from lben.weights.sizes import image_size
 
 PairClaims = Mapping[tuple[int, int], Claim] | Mapping[tuple[int, int], LinfClaim]
 """A claim for every pair of outputs i < j."""
+NetworkPairClaims = Mapping[tuple[int, int], NetworkClaim]
+"""The same for networks."""
+AnyClaim = Claim | PairClaims | IntervalClaim | NetworkClaim | NetworkPairClaims
+"""What `certify` may be asked to prove."""
 
 
 @runtime_checkable
@@ -49,12 +55,16 @@ def certify(
 @overload
 def certify(thing: Weights, claim: PairClaims | IntervalClaim) -> PairCertificate: ...
 @overload
+def certify(thing: Network, claim: NetworkClaim | None = None) -> LipschitzCertificate: ...
+@overload
+def certify(thing: Network, claim: NetworkPairClaims) -> PairCertificate: ...
+@overload
 def certify(
     thing: Certifiable, *, image: tuple[int, ...] | None = None
 ) -> LipschitzCertificate: ...
 def certify(
-    thing: Weights | Certifiable,
-    claim: Claim | PairClaims | IntervalClaim | None = None,
+    thing: Weights | Network | Certifiable,
+    claim: AnyClaim | None = None,
     *,
     image: tuple[int, ...] | None = None,
 ) -> Certificate:
@@ -63,16 +73,18 @@ def certify(
     For weights, this proves M(Λ, γ) ⪰ 0 (`Inequality`) in float64, with every rounding enclosed:
     Revay, Wang and Manchester (2020), Theorems 1 and 2; D as in recurrent equilibrium networks
     (Revay, Wang and Manchester 2023). The certificate also holds m, L and the output gain. They are
-    proved for the weights' own Λ, the metric in which the layer is solved. A module proves its own
-    bound by its method `certificate`.
+    proved for the weights' own Λ, the metric in which the layer is solved. A feed-forward network
+    is proved block after block (lben/certificates/network.py). A module proves its own bound by its
+    method `certificate`.
 
     Args:
-        thing: weights of any kind; or a layer, a chain or a classifier.
-        claim: for weights only; the weights' own γ and Λ when omitted. A `Claim` is about all
-            outputs: with γ None it says that the equilibrium exists and is unique
-            (2Λ − ΛW − WᵀΛ ≻ 0), and the bound is infinite. A mapping has one `Claim`, or one
-            `LinfClaim`, for every pair of outputs. An `IntervalClaim` asks for bounds of all pairs
-            by intervals.
+        thing: weights of any kind, a `Network`; or a layer, a chain or a classifier.
+        claim: for weights; their own γ and Λ when omitted. A `Claim` is about all outputs: with γ
+            None it says that the equilibrium exists and is unique (2Λ − ΛW − WᵀΛ ≻ 0), and the
+            bound is infinite. A mapping has one `Claim`, or one `LinfClaim`, for every pair of
+            outputs. An `IntervalClaim` asks for bounds of all pairs by intervals. For a network, a
+            `NetworkClaim`, or a mapping with one for every pair; the multipliers that
+            `prove_network` names when omitted.
         image: height and width of images; for a module, the shape of one sample serves too. It may
             be omitted for weights that have an image size and for modules built for one size.
 
@@ -100,13 +112,15 @@ def certify(
         >>> round(certify(SLLConv2d(3, 5), image=(8, 8)).bound, 4)
         1.0
     """
+    if isinstance(thing, Network):
+        return _certify_network(thing, claim, image)
     if isinstance(thing, Weights):
         return _certify_weights(thing, claim, None if image is None else image_size(image))
     if not hasattr(thing, "certificate"):
         raise TypeError(
-            f"certify takes weights, layers, chains and classifiers, got {type(thing).__name__}: "
-            "give it a method certificate(image=None) that returns a Certificate, or write its "
-            "weights as DenseWeights"
+            "certify takes weights, networks, layers, chains and classifiers, got "
+            f"{type(thing).__name__}: give it a method certificate(image=None) that returns a "
+            "Certificate, write its weights as DenseWeights, or take from_torch"
         )
     if claim is not None:
         raise TypeError(
@@ -116,9 +130,24 @@ def certify(
     return thing.certificate() if image is None else thing.certificate(image)
 
 
+def _certify_network(
+    network: Network, claim: object, image: tuple[int, ...] | None
+) -> LipschitzCertificate | PairCertificate:
+    if image is not None:
+        raise ValueError(f"a network is built for inputs of {network.input_shape}: omit image")
+    if claim is None or isinstance(claim, NetworkClaim):
+        return prove_network(network, claim)
+    if isinstance(claim, Mapping) and all(isinstance(c, NetworkClaim) for c in claim.values()):
+        return prove_network_pairs(network, claim)
+    raise TypeError(
+        f"a network is proved with a NetworkClaim, or with one for every pair of outputs, got "
+        f"{type(claim).__name__}: propose one by lben.tightening.network.tighten_network"
+    )
+
+
 def _certify_weights(
     weights: Weights,
-    claim: Claim | PairClaims | IntervalClaim | None,
+    claim: AnyClaim | None,
     image: tuple[int, int] | None,
 ) -> Certificate:
     if claim is None or isinstance(claim, Claim):

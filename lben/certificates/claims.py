@@ -22,6 +22,8 @@ class Claim:
     Attributes:
         gamma: γ, or None for well-posedness alone.
         Lambda: the multiplier Λ in M(Λ, γ), n positive numbers.
+        gap: how far γ may be above the least bound that any Λ shows, relative to γ; None where it
+            is not known. It is the estimate of whoever proposes the claim, and is not proved.
 
     Example:
         >>> import torch
@@ -33,6 +35,7 @@ class Claim:
 
     gamma: float | None
     Lambda: Float[Tensor, " n"]
+    gap: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -20,7 +20,7 @@ from lben.parallel import ALONE, Processes
 from lben.progress import Progress, track
 from lben.radii.error_bounds import Affine
 from lben.radii.local import LocalCertifier, OperatingPoints
-from lben.radii.margin import certified_radius, pair_bounds
+from lben.radii.margin import margin_radius, pair_bounds
 from lben.records import from_json, to_plain
 from lben.rigorous import up
 from lben.tightening import tighten_linf
@@ -356,7 +356,7 @@ def _certify_linf(
         start = time.perf_counter()
         pairs = prove()
         seconds = time.perf_counter() - start
-        radius = certified_radius(
+        radius = margin_radius(
             result.value, labels, pairs, logit_error=result.error, elsewhere=elsewhere
         )
         most = float(pairs.fill_diagonal_(0.0).max())

@@ -4,7 +4,7 @@ Symbols: docs/glossary.md.
 """
 
 from lben.layers.bounded import BoundedModule
-from lben.layers.conversion import feedback, from_weights
+from lben.layers.conversion import feedback
 from lben.layers.equilibrium import EquilibriumLayer
 from lben.layers.equilibrium_named import (
     EquilibriumConv2d,
@@ -74,5 +74,4 @@ __all__ = [
     "SpectralConv2d",
     "SpectralLinear",
     "feedback",
-    "from_weights",
 ]

@@ -5,15 +5,23 @@ Symbols: docs/glossary.md.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from functools import reduce
+from typing import Self, Unpack
 
-from lben.layers.equilibrium import EquilibriumLayer
+import torch
+from torch import Tensor
+
+from lben.layers.equilibrium import EquilibriumLayer, SolveOptions
 from lben.parameterizations import (
+    CompleteParameterization,
     ConvolutionalParameterization,
     DirectParameterization,
+    EquilibriumParameterization,
+    FixedWeights,
     PooledParameterization,
 )
-from lben.weights import ConvolutionalWeights, DenseWeights, PooledWeights
+from lben.weights import ConvolutionalWeights, DenseWeights, PooledWeights, Weights, stack
 from lben.weights.sizes import real
 from solvers import Gradient, Method, PeacemanRachford, ProximalActivation
 from solvers.solution import OnFailure
@@ -82,6 +90,83 @@ class EquilibriumLinear(EquilibriumLayer[DenseWeights]):
         )  # fmt: skip
         self.in_features, self.hidden_features = in_features, hidden_features
         self.out_features = out_features
+
+    @classmethod
+    def from_weights(
+        cls,
+        weights: DenseWeights | Sequence[DenseWeights],
+        *,
+        trainable: bool = False,
+        **options: Unpack[SolveOptions],
+    ) -> Self:
+        """Return a layer that holds given weights, of one layer or of several assembled into one.
+
+        A frozen layer has them as buffers, bit by bit, and its certificate proves what they
+        support. Weights without a claim (gamma=None) are certified to be well-posed; a bound of
+        them is `certify(layer.weights(), tighten_diagonal(layer.weights()))`.
+
+        A trainable layer starts at them, up to rounding. `CompleteParameterization` takes them
+        over, so every later value of its free tensors keeps the bound.
+
+        Several layers, feed-forward ones among them, are first assembled into one set of weights in
+        float64, whose bound is the product of theirs. The idea is that of Havens, Araujo, Garg,
+        Khorrami and Hu (2023), "Exploiting connections between Lipschitz structures for certifiably
+        robust deep equilibrium models".
+
+        Args:
+            weights: of one layer, or of several, first to last. They are copied; the layer has
+                their dtype and device.
+            trainable: whether training may change them.
+            options: how the layer is solved, as keyword arguments of `EquilibriumLayer`:
+                activation, method, gradient, tol, max_steps and on_failure. The activation must be
+                that of the layers.
+
+        Returns:
+            The layer; γ is what the weights claim.
+
+        Raises:
+            ValueError: for weights of images, without units, or with NaN or infinite numbers; for
+                layers that do not fit each other; for a trainable layer, if the weights claim no
+                bound or M(Λ, γ) is not positive definite for them.
+
+        Example:
+            >>> import torch
+            >>> from dataclasses import replace
+            >>> from lben import DenseWeights, EquilibriumLinear, certify, tighten_diagonal
+            >>> one = torch.ones(1, 1, dtype=torch.float64)
+            >>> weights = DenseWeights(
+            ...     W=-one, U=one, b=one[0], C=one, D=None, b_y=0 * one[0], Lambda=one[0],
+            ...     gamma=None,
+            ... )  # z = σ(−z + x + 1), y = z
+            >>> layer = EquilibriumLinear.from_weights(weights, tol=1e-9)
+            >>> [round(y, 6) for y in layer(torch.tensor([[1.0], [-3.0]]).double())[:, 0].tolist()]
+            [1.0, 0.0]
+            >>> claim = tighten_diagonal(layer.weights())
+            >>> certify(layer.weights(), claim).bound < 1.001
+            True
+            >>> claimed = replace(weights, gamma=2.0)
+            >>> EquilibriumLinear.from_weights(claimed, trainable=True).certificate().bound
+            2.0
+
+            Two residual layers, as one equilibrium layer that is trained further:
+
+            >>> from lben import SLLLinear
+            >>> parts = [SLLLinear(4, 6, dtype=torch.float64) for _ in range(2)]
+            >>> layer = EquilibriumLinear.from_weights(
+            ...     [part.weights() for part in parts], trainable=True, tol=1e-9
+            ... )
+            >>> x = torch.randn(3, 4, dtype=torch.float64)
+            >>> torch.allclose(layer(x), parts[1](parts[0](x)), atol=1e-5), round(layer.gamma, 4)
+            (True, 1.0)
+        """
+        whole = _assemble(weights)
+        parameterization: EquilibriumParameterization[DenseWeights]
+        parameterization = _complete(whole) if trainable else FixedWeights(whole)
+        layer = cls.__new__(cls)
+        EquilibriumLayer.__init__(layer, parameterization, **options)
+        layer.in_features, layer.hidden_features = whole.in_features, whole.hidden_features
+        layer.out_features = whole.out_features
+        return layer
 
     def extra_repr(self) -> str:
         """Describe the layer in `repr`."""
@@ -164,6 +249,43 @@ class EquilibriumConv2d(EquilibriumLayer[ConvolutionalWeights]):
         self.in_channels, self.hidden_channels = in_channels, hidden_channels
         self.out_channels = hidden_channels if out_channels is None else out_channels
 
+    @classmethod
+    def from_weights(cls, weights: ConvolutionalWeights, **options: Unpack[SolveOptions]) -> Self:
+        """Return a frozen layer that holds given weights of images.
+
+        The tensors are buffers, bit by bit, and the certificate proves what they support.
+
+        Args:
+            weights: copied; with a geometry, which says of which image size they are.
+            options: as `EquilibriumLinear.from_weights`; the method is `PeacemanRachford()` when
+                omitted.
+
+        Returns:
+            The layer; γ is what the weights claim.
+
+        Raises:
+            ValueError: for weights of another kind, of no image size, without units, or with NaN or
+                infinite numbers.
+
+        Example:
+            >>> from lben import EquilibriumConv2d
+            >>> weights = EquilibriumConv2d(1, 2, 2, image=(4, 4)).weights()
+            >>> layer = EquilibriumConv2d.from_weights(weights)
+            >>> layer.weights().fingerprint == weights.fingerprint, layer.certificate().bound
+            (True, 1.0)
+        """
+        if not isinstance(weights, ConvolutionalWeights) or len(weights.b) == 0:
+            raise ValueError(
+                f"EquilibriumConv2d holds ConvolutionalWeights with units, got {_describe(weights)}"
+            )
+        _refuse_non_finite(weights)
+        layer = cls.__new__(cls)
+        EquilibriumLayer.__init__(layer, FixedWeights(weights), **_for_images(options))
+        layer.image, layer.stride = weights.placed.image, weights.placed.stride
+        layer.in_channels, layer.hidden_channels = weights.sample_shape[0], len(weights.b)
+        layer.out_channels = len(weights.C)
+        return layer
+
     def extra_repr(self) -> str:
         """Describe the layer in `repr`."""
         sizes = f"{self.in_channels}, {self.hidden_channels}, {self.out_channels}"
@@ -244,7 +366,91 @@ class PooledEquilibriumConv2d(EquilibriumLayer[PooledWeights]):
         self.hidden_channels = parameterization.layout.scales
         self.out_features = out_features
 
+    @classmethod
+    def from_weights(cls, weights: PooledWeights, **options: Unpack[SolveOptions]) -> Self:
+        """Return a frozen layer that holds given weights of images with a pooled output.
+
+        The tensors are buffers, bit by bit, and the certificate proves what they support.
+
+        Args:
+            weights: copied; their state has a geometry, which says of which image size they are.
+            options: as `EquilibriumConv2d.from_weights`.
+
+        Returns:
+            The layer; γ is what the weights claim.
+
+        Raises:
+            ValueError: for weights of another kind, of no image size, without units, or with NaN or
+                infinite numbers.
+
+        Example:
+            >>> from lben import PooledEquilibriumConv2d
+            >>> weights = PooledEquilibriumConv2d(1, 2, 3, image=(4, 4)).weights()
+            >>> layer = PooledEquilibriumConv2d.from_weights(weights)
+            >>> layer.weights().fingerprint == weights.fingerprint, layer.certificate().bound
+            (True, 1.0)
+        """
+        if not isinstance(weights, PooledWeights) or len(weights.state.b) == 0:
+            raise ValueError(
+                f"PooledEquilibriumConv2d holds PooledWeights with units, got {_describe(weights)}"
+            )
+        _refuse_non_finite(weights)
+        layer = cls.__new__(cls)
+        EquilibriumLayer.__init__(layer, FixedWeights(weights), **_for_images(options))
+        layer.image = weights.state.placed.image
+        layer.in_channels, layer.hidden_channels = weights.sample_shape[0], (len(weights.state.b),)
+        layer.out_features = len(weights.b_y)
+        return layer
+
     def extra_repr(self) -> str:
         """Describe the layer in `repr`."""
         sizes = f"{self.in_channels}, {self.hidden_channels}, {self.out_features}"
         return f"{sizes}, image={self.image}, {super().extra_repr()}"
+
+
+def _assemble(weights: DenseWeights | Sequence[DenseWeights]) -> DenseWeights:
+    """Return the weights of one layer as they are, those of several as one set in float64."""
+    layers = [weights] if isinstance(weights, Weights) else list(weights)
+    for layer in layers:
+        if not isinstance(layer, DenseWeights):
+            raise ValueError(
+                f"EquilibriumLinear holds DenseWeights, got {_describe(layer)}: of images take "
+                "EquilibriumConv2d.from_weights or PooledEquilibriumConv2d.from_weights, or their "
+                "matrices for one image size, weights.dense(...)"
+            )
+        _refuse_non_finite(layer)
+    if not layers:
+        raise ValueError("EquilibriumLinear holds the DenseWeights of at least one layer, got none")
+    whole = (
+        layers[0] if len(layers) == 1 else reduce(stack, [w.apply(Tensor.double) for w in layers])
+    )
+    if whole.hidden_features == 0:
+        raise ValueError("the weights have no hidden units: there is nothing to solve for")
+    return whole
+
+
+def _refuse_non_finite(weights: Weights) -> None:
+    for name, tensor in weights.tensors().items():
+        if wrong := int((~torch.isfinite(tensor)).sum()):
+            raise ValueError(
+                f"{name} has {wrong} entries that are NaN or infinite, of {tensor.numel()}: the "
+                "training that made these weights has diverged, or their file is damaged"
+            )
+
+
+def _describe(weights: object) -> str:
+    empty = isinstance(weights, Weights) and weights.multiplier.numel() == 0
+    return type(weights).__name__ + (" without units" if empty else "")
+
+
+def _for_images(options: SolveOptions) -> SolveOptions:
+    """Return options whose method is that of layers of images when it is omitted."""
+    method = options.get("method")
+    return {**options, "method": PeacemanRachford() if method is None else method}
+
+
+def _complete(weights: DenseWeights) -> CompleteParameterization:
+    """Return the complete parameterization of weights, computed in float64, in their own dtype."""
+    with torch.no_grad():
+        parameterization = CompleteParameterization(weights.apply(Tensor.double))
+    return parameterization.to(weights.W.dtype)

@@ -7,6 +7,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal, Protocol, Self, get_args, runtime_checkable
 
 import torch
@@ -22,7 +23,7 @@ from lben.layers.sequential import chain_certificate, check_bounded, stage_after
 from lben.models.configuration import Images
 from lben.parameterizations import FixedWeights
 from lben.radii.error_bounds import Affine, Certified
-from lben.radii.margin import certified_radius
+from lben.radii.margin import margin_radius
 from solvers.precision import in_autocast
 
 Promise = Literal["running", "exact", "textbook"]
@@ -79,9 +80,9 @@ class CertifiedLogits(Certified):
         """
         bound, logits, error = certificate.radius_bound(), self.value, self.error
         if promise == "textbook":
-            return certified_radius(logits, labels, bound)
+            return margin_radius(logits, labels, bound)
         if promise == "exact":
-            return certified_radius(logits, labels, bound, logit_error=error)
+            return margin_radius(logits, labels, bound, logit_error=error)
         around = self.uniform
         if math.isinf(around.slope) and math.isfinite(certificate.bound):
             warnings.warn(
@@ -91,7 +92,7 @@ class CertifiedLogits(Certified):
                 'take promise="exact"',
                 stacklevel=3,
             )
-        return certified_radius(logits, labels, bound, logit_error=error, elsewhere=around)
+        return margin_radius(logits, labels, bound, logit_error=error, elsewhere=around)
 
 
 @runtime_checkable
@@ -309,7 +310,7 @@ class Classifier(nn.Module, ABC):
     @property
     def dtype(self) -> torch.dtype:
         """The precision that the model runs in."""
-        return next(self.parameters()).dtype
+        return next(chain(self.parameters(), self.buffers())).dtype
 
     @property
     def tol(self) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self, Unpack
 
 import torch
 from jaxtyping import Float
@@ -26,6 +26,7 @@ from lben.layers import (
     InvertibleDownsampling,
     PooledEquilibriumConv2d,
 )
+from lben.layers.equilibrium import SolveOptions
 from lben.layers.sequential import chain_certificate, stage_after
 from lben.models.base import Architecture, Bound, Classifier, Promise
 from lben.models.configuration import Images, ImageTask, check_channels, check_kernel, fields_of
@@ -33,7 +34,7 @@ from lben.radii.error_bounds import Certified
 from lben.radii.local import LocalCertifier, OperatingPoints, network_fingerprint
 from lben.tightening import tighten_diagonal, tighten_pairs, tighten_pooled, tighten_scaled
 from lben.values import check_positive, check_tol, conform
-from lben.weights import check_gamma
+from lben.weights import DenseWeights, PooledWeights, check_gamma
 from solvers import LeakyReLU, ProximalActivation, ReLU, Tanh
 
 ActivationName = Literal["relu", "leaky_relu", "tanh"]
@@ -206,6 +207,15 @@ class SingleLayerClassifier(Classifier):
 
     layer: EquilibriumLayer[Any]
 
+    @classmethod
+    def _hold(cls, layer: EquilibriumLayer[Any], task: ImageTask) -> Self:
+        """Return a classifier with this layer."""
+        model = cls.__new__(cls)
+        Classifier.__init__(model, task.shape, task.mean, task.std)
+        model.config, model.layer = task, layer
+        model.normalize.to(layer.weights().b_y.dtype)
+        return model
+
     @property
     def gamma(self) -> float | None:
         return self.layer.gamma
@@ -250,6 +260,43 @@ class EquilibriumClassifier(SingleLayerClassifier):
             tol=config.tol,
             max_steps=config.max_steps,
         )
+
+    @classmethod
+    def from_weights(
+        cls, weights: DenseWeights, task: ImageTask, **options: Unpack[SolveOptions]
+    ) -> Self:
+        """Return a classifier whose layer holds given weights, frozen.
+
+        Args:
+            weights: of flattened, normalised images to logits.
+            task: shape, classes and normalisation of the images.
+            options: as `EquilibriumLinear.from_weights`.
+
+        Returns:
+            The classifier. Its config is the task, which builds no model: such a classifier is
+            read, and not trained.
+
+        Raises:
+            ValueError: if the weights do not fit the task.
+
+        Example:
+            >>> import torch
+            >>> from lben import EquilibriumClassifier, EquilibriumLinear
+            >>> from lben.models import ImageTask
+            >>> task = ImageTask(shape=(1, 4, 4), classes=3, mean=(0.5,), std=(0.25,))
+            >>> weights = EquilibriumLinear(16, 8, 3, gamma=2.0).weights()
+            >>> model = EquilibriumClassifier.from_weights(weights, task)
+            >>> model(torch.rand(5, 1, 4, 4)).shape, round(model.certificate().bound, 6)
+            (torch.Size([5, 3]), 8.0)
+        """
+        wanted = (math.prod(task.shape), task.classes)
+        if (weights.in_features, weights.out_features) != wanted:
+            raise ValueError(
+                f"images of shape {task.shape} and {task.classes} classes need weights with "
+                f"{wanted[0]} inputs and {wanted[1]} outputs, got {weights.in_features} and "
+                f"{weights.out_features}"
+            )
+        return cls._hold(EquilibriumLinear.from_weights(weights, **options), task)
 
     @property
     def stages(self) -> tuple[nn.Module, ...]:
@@ -323,7 +370,9 @@ class EquilibriumClassifier(SingleLayerClassifier):
 
     @property
     def bounds(self) -> tuple[Bound, ...]:
-        if self.config.feedthrough:
+        with torch.no_grad():
+            feedthrough = self.layer.weights().D is not None
+        if feedthrough:
             return ("promised", "diagonal", "diagonal pairs")
         return ("promised", "scaled", "pairs", "diagonal", "diagonal pairs")
 
@@ -372,6 +421,42 @@ class ConvolutionalEquilibriumClassifier(SingleLayerClassifier):
             tol=config.tol,
             max_steps=config.max_steps,
         )
+
+    @classmethod
+    def from_weights(
+        cls, weights: PooledWeights, task: ImageTask, **options: Unpack[SolveOptions]
+    ) -> Self:
+        """Return a classifier whose layer holds given weights, frozen.
+
+        Args:
+            weights: of normalised images to logits.
+            task: shape, classes and normalisation of the images.
+            options: as `PooledEquilibriumConv2d.from_weights`.
+
+        Returns:
+            The classifier, as `EquilibriumClassifier.from_weights`.
+
+        Raises:
+            ValueError: if the weights do not fit the task.
+
+        Example:
+            >>> import torch
+            >>> from lben import ConvolutionalEquilibriumClassifier, PooledEquilibriumConv2d
+            >>> from lben.models import ImageTask
+            >>> task = ImageTask(shape=(1, 4, 4), classes=3, mean=(0.5,), std=(0.25,))
+            >>> weights = PooledEquilibriumConv2d(1, 2, 3, image=(4, 4)).weights()
+            >>> model = ConvolutionalEquilibriumClassifier.from_weights(weights, task)
+            >>> model(torch.rand(5, 1, 4, 4)).shape
+            torch.Size([5, 3])
+        """
+        if weights.sample_shape != task.shape or len(weights.b_y) != task.classes:
+            raise ValueError(
+                f"images of shape {task.shape} and {task.classes} classes do not fit weights of "
+                f"images of shape {weights.sample_shape} and {len(weights.b_y)} outputs"
+            )
+        model = cls._hold(PooledEquilibriumConv2d.from_weights(weights, **options), task)
+        model.stem = InvertibleDownsampling(1)
+        return model
 
     @property
     def stages(self) -> tuple[nn.Module, ...]:

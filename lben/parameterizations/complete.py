@@ -55,7 +55,8 @@ class CompleteParameterization(EquilibriumParameterization[DenseWeights]):
         if weights.gamma is None:
             raise ValueError(
                 "the weights claim no bound (gamma is None), and this parameterization needs one: "
-                "give them that of tighten_diagonal"
+                "give them that of claim = tighten_diagonal(weights), by "
+                "dataclasses.replace(weights, gamma=claim.gamma, Lambda=claim.Lambda)"
             )
         self.gamma = self._bound = weights.gamma
         w = weights.apply(Tensor.detach).divide(self.gamma)
@@ -75,7 +76,8 @@ class CompleteParameterization(EquilibriumParameterization[DenseWeights]):
         if not smallest > 100 * torch.finfo(S.dtype).eps:
             raise ValueError(
                 "the weights do not satisfy the certificate strictly: smallest "
-                f"eigenvalue in the Λ norm {smallest:.3g}"
+                f"eigenvalue in the Λ norm {smallest:.3g}. Their claim gamma = {self.gamma} is too "
+                "small, or its Λ is another: take γ and Λ of tighten_diagonal(weights)"
             )
         self.epsilon = smallest / 8
         E = torch.linalg.cholesky(S - torch.diag(2 * self.epsilon * w.Lambda), upper=True)

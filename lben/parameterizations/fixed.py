@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from lben.parameterizations.equilibrium import W_, EquilibriumParameterization
 
@@ -11,6 +12,8 @@ class FixedWeights(EquilibriumParameterization[W_]):
     """Weights that are not computed from anything.
 
     Nothing holds by construction here: a certificate of the layer proves what the weights support.
+    The tensors are buffers: they move with a layer and are part of its state, and no optimizer
+    finds them.
 
     Args:
         weights: copied, in their own precision; they are not trained. γ is what they claim.
@@ -30,8 +33,15 @@ class FixedWeights(EquilibriumParameterization[W_]):
         self.gamma = weights.gamma
         self._like = weights.apply(Tensor.detach)
         for name, tensor in weights.tensors().items():
-            self.register_parameter(name, nn.Parameter(tensor.detach().clone(), False))
+            self.register_buffer(name, tensor.detach().clone())
 
     def forward(self) -> W_:
-        """Return the weights."""
-        return self._like.with_tensors(dict(self.named_parameters()))
+        """Return the weights, in memory of their own."""
+        stored = dict(self.named_buffers())
+        first = next(iter(stored.values()))
+
+        def follow(t: Tensor) -> Tensor:
+            return t if t.numel() else torch.empty_like(t, dtype=first.dtype, device=first.device)
+
+        # Tensors without numbers are no part of `tensors()`; they move with the others.
+        return self._like.apply(follow).with_tensors({k: t.clone() for k, t in stored.items()})

@@ -156,7 +156,7 @@ class LocalCertifier:
         weights: exactly as they run.
         activation: σ.
         bound: a proved global Lipschitz bound of the logits or of each pair, in the form that
-            `certified_radius` takes. Pairs that it certifies need no local proof.
+            `margin_radius` takes. Pairs that it certifies need no local proof.
         input_gain: Lipschitz constant of the normalisation, from raw inputs to x.
 
     Raises:

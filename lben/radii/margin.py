@@ -36,7 +36,7 @@ _LEAST = 2.0**-960
 """A smaller radius is returned as 0, so that no returned radius is near underflow."""
 
 
-def certified_radius(
+def margin_radius(
     logits: Float[Tensor, "batch classes"],
     labels: Integer[Tensor, " batch"] | Bool[Tensor, " batch"],
     bound: Bounds,
@@ -72,9 +72,9 @@ def certified_radius(
 
     Example:
         >>> import torch
-        >>> from lben import certified_radius
+        >>> from lben import margin_radius
         >>> logits, labels = torch.tensor([[3.0, 1.0], [1.0, 3.0]]), torch.tensor([0, 0])
-        >>> certified_radius(logits, labels, 1.0).round(decimals=4)  # margin ÷ √2; 0 where wrong
+        >>> margin_radius(logits, labels, 1.0).round(decimals=4)  # margin ÷ √2; 0 where wrong
         tensor([1.4142, 0.0000], dtype=torch.float64)
     """
     labels = check_labels(logits, labels)

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lben.tightening.interior_point import Optimum, Program, minimise
+from lben.tightening.layer_program import LayerOptimum, LayerProgram, minimise_bound
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,7 +107,7 @@ class ConstrainedOptimum:
 
 
 def tighten_with_cutting_planes(
-    program: Program,
+    program: LayerProgram,
     constraints: Constraints,
     multiplier: Float[Tensor, "batch n"],
     target: Float[Tensor, " batch"],
@@ -163,14 +163,14 @@ def tighten_with_cutting_planes(
 
 
 def _solve(
-    program: Program,
+    program: LayerProgram,
     sums: Tensor,
     offsets: Tensor,
     multiplier: Tensor,
     gap: float,
     target: Tensor,
     around: Tensor,
-) -> tuple[Optimum, Float[Tensor, "batch N"]]:
+) -> tuple[LayerOptimum, Float[Tensor, "batch N"]]:
     """Solve programs with some cutting planes, and find the increments at which outputs fall most.
 
     Args:
@@ -187,9 +187,8 @@ def _solve(
         constraints=torch.cat([sums[:, :, :p] @ basis, sums[:, :, p:]], dim=2),
         prices=2 * around[:, None] * offsets,
     )  # fmt: skip
-    found = minimise(small, multiplier, gap=gap, target=around * (2 * target - around))
-    point = torch.cat([found.tau, found.multiplier, found.constraints], dim=1)
-    worst = small.find_worst_direction(point)
+    found = minimise_bound(small, multiplier, gap=gap, target=around * (2 * target - around))
+    worst = small.find_worst_direction(found)
     k = basis.shape[2]
     length = worst[:, :k].norm(dim=1, keepdim=True).clamp_min(torch.finfo(worst.dtype).tiny)
     worst = worst / length

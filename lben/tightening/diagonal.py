@@ -10,6 +10,7 @@ cᵀc ⪯ 2CᵀC, so M(√2Λ, √2γ) of the pair is ⪰ √2 M(Λ, γ) of all 
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from lben.certificates import CertificateError, Claim
 from lben.certificates.proof import read_exactly
 from lben.rigorous import power_of_two, up
-from lben.tightening.interior_point import Program, minimise
+from lben.tightening.layer_program import LayerOptimum, LayerProgram, minimise_bound
 from lben.tightening.scaled import (
     SMALLEST_BOUND,
     ScaledMultiplier,
@@ -183,17 +184,26 @@ def _solve_programs(weights: DenseWeights, C: Tensor, D: Tensor, gap: float) -> 
         return claims
     c = torch.tensor([units[i] for i in index.tolist()], dtype=torch.float64, device="cpu")
     C, D = C[index] / c[:, None, None], D[index] / c[:, None, None] / u
-    gammas, multipliers = _minimise(replace(weights, U=weights.U / u), C, D, gap)
-    for i, unit, gamma, x in zip(index.tolist(), c.tolist(), gammas, multipliers, strict=True):
+    optimum = _minimise(replace(weights, U=weights.U / u), C, D, gap)
+    if not bool(optimum.converged.all()):
+        warnings.warn(
+            f"the semidefinite program ended after {optimum.steps} steps with a relative gap of "
+            f"{float(optimum.gap.max()):.1g} in γ², where {gap:.1g} was asked for: the bound is "
+            "valid once it is proved, and may not be the least",
+            stacklevel=3,
+        )
+    for j, (i, unit) in enumerate(zip(index.tolist(), c.tolist(), strict=True)):
         # y/c is bounded by γ in units of u: by γuc in all, with Λ times c/u.
-        claims[i] = Claim(max(gamma * unit * u, SMALLEST_BOUND), x / gamma * (unit / u))
+        gamma = math.sqrt(float(optimum.tau[j, 0])) * _PROOF_SLACK
+        claims[i] = Claim(
+            max(gamma * unit * u, SMALLEST_BOUND), optimum.multiplier[j] / gamma * (unit / u),
+            gap=0.5 * float(optimum.gap[j]) + _PROOF_SLACK - 1,
+        )  # fmt: skip
     return claims
 
 
-def _minimise(
-    weights: DenseWeights, C: Tensor, D: Tensor, gap: float
-) -> tuple[list[float], Tensor]:
-    """Return γ and γΛ of each program."""
+def _minimise(weights: DenseWeights, C: Tensor, D: Tensor, gap: float) -> LayerOptimum:
+    """Return γ² and γΛ of each program."""
     # One basis for the whole batch: the rows of U and of every D.
     rows = torch.cat([weights.U, D.flatten(0, 1)]) if bool(D.any()) else weights.U
     basis = torch.linalg.qr(rows.T)[0] if rows.shape[1] > rows.shape[0] else None
@@ -202,15 +212,13 @@ def _minimise(
     def repeat(t: Tensor) -> Tensor:
         return t.expand(len(C), *t.shape)
 
-    program = Program(W=repeat(weights.W), U=repeat(U), C=C, D=D)
+    program = LayerProgram(W=repeat(weights.W), U=repeat(U), C=C, D=D)
     # The size of Λ is free: in units of its largest entry.
     multiplier = repeat(weights.Lambda / weights.Lambda.max())
     try:
-        optimum = minimise(program, multiplier, gap=gap)
+        return minimise_bound(program, multiplier, gap=gap)
     except ValueError as error:
         raise CertificateError(str(error)) from error
-    gammas = [math.sqrt(float(tau)) * _PROOF_SLACK for tau in optimum.tau[:, 0]]
-    return gammas, optimum.multiplier
 
 
 def _choose_unit(t: Tensor) -> float:

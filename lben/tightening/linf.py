@@ -15,7 +15,7 @@ from lben.certificates import CertificateError, Claim, LinfClaim
 from lben.certificates.proof import read_exactly
 from lben.rigorous import Array
 from lben.tightening.diagonal import derive_pair_claim, tighten_pairs
-from lben.tightening.interior_point import Program, minimise
+from lben.tightening.layer_program import LayerProgram, minimise_bound
 from lben.tightening.scaled import SMALLEST_BOUND, ScaledMultiplier, get_own_claim, proves_own_claim
 from lben.weights import DenseWeights
 
@@ -190,12 +190,12 @@ class _LinfProgram:
 
 
 def _solve_program(weights: DenseWeights, c: Array, d: Array, gap: float) -> LinfClaim:
-    program = Program(
+    program = LayerProgram(
         W=weights.W[None], U=weights.U[None], C=torch.from_numpy(c)[None, None],
         D=torch.from_numpy(d)[None, None], per_input=True,
     )  # fmt: skip
     try:
-        optimum = minimise(program, weights.Lambda[None], gap=gap)
+        optimum = minimise_bound(program, weights.Lambda[None], gap=gap)
     except ValueError as error:
         raise CertificateError(str(error)) from error
     return LinfClaim(

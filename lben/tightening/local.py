@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lben.tightening.cutting_planes import Constraints, tighten_with_cutting_planes
-from lben.tightening.interior_point import Program, minimise
+from lben.tightening.layer_program import LayerProgram, minimise_bound
 from solvers.operators import batched
 
 WIDTH = 2.0**-12
@@ -63,13 +63,13 @@ class LocalProgram:
         """The multiplier of z̃ from which a program starts: (low + high − 2 low·high)Λ."""
         return self.Lambda * (self.low + self.high - 2 * self.low * self.high)
 
-    def transform(self) -> Program:
+    def transform(self) -> LayerProgram:
         """Return the global program of z̃."""
         identity = torch.eye(len(self.W), dtype=self.W.dtype, device=self.W.device)
         inner, _ = batched.inverse(identity - self._scaled)
         through, drive = inner @ (self.W * self.width[:, None, :]), inner @ self.U
         low = self.low[:, :, None]
-        return Program(
+        return LayerProgram(
             W=through, U=drive, C=self.C @ (low * through + torch.diag_embed(self.width)),
             D=self.D + self.C @ (low * drive),
         )  # fmt: skip
@@ -111,7 +111,7 @@ def tighten_locally(
         0.5
     """
     squares = None if target is None else target.square()
-    optimum = minimise(problem.transform(), problem.start, gap=gap, target=squares)
+    optimum = minimise_bound(problem.transform(), problem.start, gap=gap, target=squares)
     gamma = optimum.tau[:, 0].sqrt()
     if target is not None:
         gamma = torch.where(gamma <= target, target, gamma)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.linalg
@@ -80,9 +80,17 @@ def tighten_scaled(weights: DenseWeights) -> Claim:
 
 
 def choose_least_claim(weights: DenseWeights, claims: list[Claim]) -> Claim:
-    """Return the claim of least γ, or the weights' own claim where it is smaller and holds."""
+    """Return the claim of least γ, or the weights' own claim where it is smaller and holds.
+
+    Its gap is what the claims with a gap tell of the least bound.
+    """
     best = min(claims, key=_bound_or_infinity)
-    return get_own_claim(weights) if proves_own_claim(weights, _bound_or_infinity(best)) else best
+    if proves_own_claim(weights, _bound_or_infinity(best)):
+        best = get_own_claim(weights)
+    least = [c.gamma * (1 - c.gap) for c in claims if c.gamma is not None and c.gap is not None]
+    if best.gamma is None or not least:
+        return best
+    return replace(best, gap=max(0.0, 1 - max(least) / best.gamma))
 
 
 def get_own_claim(weights: DenseWeights) -> Claim:

@@ -12,8 +12,8 @@ from lben import (
     EquilibriumClassifierConfig,
     EquilibriumLinear,
     PooledEquilibriumConv2d,
-    certified_radius,
     certify,
+    margin_radius,
     tighten_diagonal,
     tighten_pairs,
     tighten_scaled,
@@ -116,7 +116,7 @@ def test_every_bound_is_proved_and_they_are_ordered(case, feedthrough):
     if case == "two equal rows":
         assert pairs[0][1] < 1e-150
         y = torch.tensor([[1.0, 0.5, -1.0]], dtype=torch.float64)
-        assert float(certified_radius(y, torch.tensor([0]), pairs)) < math.inf
+        assert float(margin_radius(y, torch.tensor([0]), pairs)) < math.inf
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5, 0.9, 0.999])

@@ -10,8 +10,8 @@ from lben import (
     EquilibriumConv2d,
     EquilibriumLinear,
     PooledEquilibriumConv2d,
-    certified_radius,
     certify,
+    margin_radius,
     tighten_diagonal,
     tighten_pairs,
     tighten_pooled,
@@ -42,7 +42,7 @@ def everything() -> list[float]:
     operating_points = OperatingPoints(
         v=STATES, v_error=0 * STATES, logits=y, logit_error=0 * y[:, 0]
     )
-    radii = certified_radius(y, labels, 2.0, logit_error=0.01)
+    radii = margin_radius(y, labels, 2.0, logit_error=0.01)
     found = [
         certify(w).margin,
         certify(w.to(torch.float32)).m,
@@ -56,7 +56,7 @@ def everything() -> list[float]:
         *certify(w, tighten_linf(w, fix_multiplier=False))[0],
         *certify(w, IntervalClaim())[0],
         *radii.tolist(),
-        *certified_radius(y.float(), labels, pairs, logit_error=0.01).tolist(),
+        *margin_radius(y.float(), labels, pairs, logit_error=0.01).tolist(),
         *local.radius(operating_points, labels, radii, steps=2).tolist(),
         *map(float, local.certifies(operating_points, labels, 0.2, constraints=True).tolist()),
         *(int(text[:12], 16) for text in (w.fingerprint, KERNELS.fingerprint, local.fingerprint)),

@@ -27,7 +27,10 @@ from lben import (
     certify,
     tighten_scaled,
 )
+from lben.certificates.network import prove_network
+from lben.tightening.network import tighten_network
 from solvers import DenseOperator, Inclusion, ReLU, solve
+from tests.lben.certificates.networks import chain
 from tests.lben.certificates.weights import random_weights
 from tests.lben.weights.kinds import KINDS, matrices
 
@@ -312,3 +315,15 @@ def test_proofs_are_chosen_by_what_weights_are():
     w = KINDS["dense"]()
     again = Foreign(**w.tensors(), gamma=w.gamma)
     assert certify(again).bound == w.gamma
+
+
+def test_networks_are_certified_with_a_claim_and_without():
+    network = chain(2)
+    alone = certify(network)
+    assert alone == prove_network(network)
+    claim = tighten_network(network)
+    assert certify(network, claim).bound <= alone.bound * (1 + 1e-6)
+    with pytest.raises(TypeError, match=r"proved with a NetworkClaim, or .* got IntervalClaim"):
+        certify(network, IntervalClaim())
+    with pytest.raises(ValueError, match=r"built for inputs of \(3,\): omit image"):
+        certify(network, image=(3, 3))

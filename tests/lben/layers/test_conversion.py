@@ -12,7 +12,6 @@ from lben import (
     SLLLinear,
     certify,
     feedback,
-    from_weights,
     stack,
 )
 from lben.parameterizations import CompleteParameterization
@@ -49,7 +48,7 @@ def made(name, dtype=torch.float64):
 @pytest.mark.parametrize("name", STACKS)
 def test_outputs_and_bound_are_kept(name, dtype):
     layers = made(name, dtype)
-    layer = from_weights([x.weights() for x in layers], tol=1e-13)
+    layer = EquilibriumLinear.from_weights([x.weights() for x in layers], trainable=True, tol=1e-13)
     x = torch.randn(20, 6, dtype=torch.float64)
     expected = x
     with torch.no_grad():
@@ -72,7 +71,7 @@ def _exact(part, x):
 
 @pytest.mark.parametrize("name", STACKS)
 def test_the_bound_survives_training(name):
-    layer = from_weights([x.weights() for x in made(name)])
+    layer = EquilibriumLinear.from_weights([x.weights() for x in made(name)], trainable=True)
     x, target = (
         torch.randn(32, 6, dtype=torch.float64),
         torch.randn(32, layer.weights().out_features),
@@ -102,7 +101,9 @@ def test_the_stack_is_certified_with_the_product_of_bounds():
     assert certify(whole).bound == 6.0
     x = torch.randn(3, 5, dtype=torch.float64)
     a.tol = b.tol = 1e-13
-    torch.testing.assert_close(from_weights(whole, tol=1e-13)(x), b(a(x)))
+    torch.testing.assert_close(
+        EquilibriumLinear.from_weights(whole, trainable=True, tol=1e-13)(x), b(a(x))
+    )
 
 
 def test_every_free_tensor_moves_the_layer():
@@ -144,7 +145,7 @@ def weights(**changes):
 )
 def test_bad_weights_are_named(given, message):
     with pytest.raises(ValueError, match=message):
-        from_weights(given())
+        EquilibriumLinear.from_weights(given(), trainable=True)
 
 
 def test_unit_bound_is_a_millionth_above_one():

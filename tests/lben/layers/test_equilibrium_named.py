@@ -1,15 +1,23 @@
 """Equilibria of images: gradients, matrices, errors and the bound under attack."""
 
+import copy
+import dataclasses
+import io
 import math
 
 import pytest
 import torch
 
 from lben import (
+    CertificateError,
     EquilibriumConv2d,
+    EquilibriumLinear,
     LipschitzSequential,
     PooledEquilibriumConv2d,
     SLLConv2d,
+    SLLLinear,
+    certify,
+    tighten_diagonal,
 )
 from lben.parameterizations.polyphase import Polyphase, phases
 from solvers import PeacemanRachford, SemismoothNewton
@@ -200,3 +208,130 @@ def test_rounding_is_not_bounded_where_other_sums_may_run():
             layer.forward_with_error(x, proof)
         double = layer.double()
         double.forward_with_error(x.double(), double.certificate())
+
+
+MADE = {
+    "dense": lambda: EquilibriumLinear(5, 6, 3, gamma=2.0, feedthrough=True),
+    "images": lambda: EquilibriumConv2d(2, 3, 2, image=(6, 8), stride=2),
+    "pooled": lambda: PooledEquilibriumConv2d(2, 3, 4, image=(4, 6), pool=2),
+}
+
+
+def holding(name):
+    """A layer, and the one that holds its weights."""
+    layer = MADE[name]()
+    weights = layer.weights().apply(torch.Tensor.detach)
+    return layer, type(layer).from_weights(weights, tol=1e-6)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_frozen_layer_holds_the_weights_bit_by_bit_and_proves_their_bound(name):
+    layer, frozen = holding(name)
+    assert type(frozen) is type(layer)
+    assert frozen.extra_repr().split("gamma")[0] == layer.extra_repr().split("gamma")[0]
+    assert frozen.weights().fingerprint == layer.weights().fingerprint
+    assert frozen.certificate().bound == layer.gamma
+    assert not list(frozen.parameters())
+    frozen.requires_grad_(True)
+    x = torch.randn(2, *layer.sample_shape, requires_grad=True)
+    y = frozen(x)
+    torch.testing.assert_close(y, layer(x), rtol=1e-3, atol=1e-3)
+    y.sum().backward()
+    assert bool(x.grad.any())
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_frozen_layer_is_saved_moved_copied_and_pickled(name):
+    _, frozen = holding(name)
+    _, other = holding(name)
+    before = other.weights()
+    other.load_state_dict(frozen.state_dict())
+    assert other.weights().fingerprint == frozen.weights().fingerprint
+    assert before.fingerprint != frozen.weights().fingerprint  # what was handed out has not changed
+    assert copy.deepcopy(frozen).weights().fingerprint == frozen.weights().fingerprint
+    file = io.BytesIO()
+    torch.save(frozen, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert again.weights().fingerprint == frozen.weights().fingerprint
+    again.double()
+    assert {t.dtype for t in again.weights().tensors().values()} == {torch.float64}
+    assert again.certificate().bound == frozen.gamma
+    x = torch.randn(2, *frozen.sample_shape)
+    torch.testing.assert_close(again(x.double()).float(), frozen(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_claim_of_given_weights_is_not_believed():
+    weights = MADE["dense"]().weights()
+    liar = dataclasses.replace(weights, gamma=1e-3)
+    with pytest.raises(CertificateError, match="could not be proved"):
+        EquilibriumLinear.from_weights(liar).certificate()
+    with pytest.raises(ValueError, match=r"tighten_diagonal|must be below gamma"):
+        EquilibriumLinear.from_weights(liar, trainable=True)
+    with pytest.raises(ValueError, match="tighten_diagonal"):
+        EquilibriumLinear.from_weights(dataclasses.replace(weights, gamma=None), trainable=True)
+
+
+def test_weights_without_a_claim_are_well_posed_and_have_the_bound_of_a_tightening():
+    weights = MADE["dense"]().weights()
+    layer = EquilibriumLinear.from_weights(dataclasses.replace(weights, gamma=None))
+    assert layer.certificate().bound == math.inf
+    bound = certify(layer.weights(), tighten_diagonal(layer.weights())).bound
+    assert bound <= 2.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_trainable_layer_keeps_the_bound_while_it_moves(dtype):
+    layer = MADE["dense"]().to(dtype)
+    trained = EquilibriumLinear.from_weights(layer.weights(), trainable=True, tol=1e-5)
+    x = torch.randn(4, 5, dtype=dtype)
+    torch.testing.assert_close(trained(x), layer(x), rtol=1e-2, atol=1e-2)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=1e-3)
+    for _ in range(5):
+        optimizer.zero_grad()
+        trained(x).square().sum().backward()
+        optimizer.step()
+    assert bool(trained(x).norm() < layer(x).norm())
+    assert trained.weights().W.dtype == dtype
+    assert trained.certificate().bound == 2.0
+
+
+def test_weights_of_another_kind_are_refused():
+    with pytest.raises(ValueError, match="holds DenseWeights"):
+        EquilibriumLinear.from_weights(MADE["images"]().weights())
+    with pytest.raises(ValueError, match="holds ConvolutionalWeights"):
+        EquilibriumConv2d.from_weights(MADE["dense"]().weights())
+    with pytest.raises(ValueError, match="holds PooledWeights"):
+        PooledEquilibriumConv2d.from_weights(MADE["dense"]().weights())
+    with pytest.raises(ValueError, match="at least one layer"):
+        EquilibriumLinear.from_weights([])
+    with pytest.raises(ValueError, match="of no image size"):
+        EquilibriumConv2d.from_weights(SLLConv2d(2, 3).weights())
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_weights_with_nan_are_refused(trainable):
+    weights = MADE["dense"]().weights()
+    broken = weights.U.clone()
+    broken[1, 2], broken[0, 0] = math.nan, math.inf
+    with pytest.raises(ValueError, match="U has 2 entries that are NaN or infinite, of 30"):
+        EquilibriumLinear.from_weights(dataclasses.replace(weights, U=broken), trainable=trainable)
+
+
+@pytest.mark.parametrize("name", ["images", "pooled"])
+def test_weights_of_images_with_nan_are_refused(name):
+    layer = MADE[name]()
+    weights = layer.weights()
+    broken = weights.with_tensors({"b_y": torch.full_like(weights.b_y, math.nan)})
+    with pytest.raises(ValueError, match=r"b_y has \d entries that are NaN"):
+        type(layer).from_weights(broken)
+
+
+def test_several_frozen_layers_are_one():
+    parts = [SLLLinear(4, n, dtype=torch.float64) for n in (3, 5)]
+    layer = EquilibriumLinear.from_weights([part.weights() for part in parts], tol=1e-12)
+    x = torch.randn(6, 4, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), parts[1](parts[0](x)))
+    assert layer.hidden_features == 8
+    assert not list(layer.parameters())
+    assert layer.certificate().bound == layer.gamma

@@ -5,11 +5,16 @@ import pytest
 import torch
 
 from lben import (
+    ConvolutionalEquilibriumClassifier,
     ConvolutionalEquilibriumClassifierConfig,
+    EquilibriumClassifier,
     EquilibriumClassifierConfig,
+    EquilibriumLinear,
     FeedforwardClassifierConfig,
+    PooledEquilibriumConv2d,
 )
 from lben.evaluation.attacks import across_the_boundary
+from lben.models import ImageTask
 from lben.models.equilibrium import activation
 from solvers import LeakyReLU, ReLU, Tanh
 
@@ -200,3 +205,39 @@ def test_a_chain_with_an_equilibrium_core():
     torch.testing.assert_close(result.value, model(x))
     with pytest.raises(ValueError, match="core must be at least 0"):
         dataclasses.replace(config, core=-1)
+
+
+@pytest.mark.parametrize("kind", ["dense", "pooled"])
+def test_a_classifier_of_given_weights_is_that_of_its_layer(kind):
+    task = ImageTask(shape=(1, 4, 4), classes=3, mean=(0.5,), std=(0.25,))
+    if kind == "dense":
+        weights = EquilibriumLinear(16, 8, 3, dtype=torch.float64).weights()
+        model = EquilibriumClassifier.from_weights(weights, task, tol=1e-5)
+    else:
+        weights = PooledEquilibriumConv2d(
+            1, 2, 3, image=(4, 4), pool=2, dtype=torch.float64
+        ).weights()
+        model = ConvolutionalEquilibriumClassifier.from_weights(weights, task, tol=1e-5)
+    x = torch.rand(5, 1, 4, 4, dtype=torch.float64)
+    inner = (x - 0.5) / 0.25
+    torch.testing.assert_close(
+        model(x), model.layer(inner.flatten(1) if kind == "dense" else inner)
+    )
+    assert model.dtype == torch.float64
+    certificate = model.certificate()
+    assert certificate.bound == pytest.approx(4.0)
+    labels = model(x).argmax(1)
+    assert bool((model.certified_radius(x, labels, certificate) > 0).any())
+    assert model.float().certificate().bound == pytest.approx(4.0)
+    assert model(x.float()).dtype == torch.float32
+    again = model.to_exact(1e-8)
+    assert again.layer.weights().fingerprint == model.double().layer.weights().fingerprint
+
+
+def test_a_classifier_of_given_weights_refuses_another_task():
+    task = ImageTask(shape=(1, 4, 4), classes=3, mean=(0.5,), std=(0.25,))
+    with pytest.raises(ValueError, match="16 inputs and 3 outputs, got 9 and 3"):
+        EquilibriumClassifier.from_weights(EquilibriumLinear(9, 8, 3).weights(), task)
+    weights = PooledEquilibriumConv2d(1, 2, 5, image=(4, 4)).weights()
+    with pytest.raises(ValueError, match="do not fit weights"):
+        ConvolutionalEquilibriumClassifier.from_weights(weights, task)

@@ -17,7 +17,7 @@ from lben import (
 from lben.evaluation.attacks import pgd_l2
 from lben.radii.error_bounds import Affine
 from lben.radii.local import LocalCertifier, OperatingPoints
-from lben.radii.margin import certified_radius
+from lben.radii.margin import margin_radius
 from solvers import LeakyReLU, ReLU, Tanh
 
 CONFIG = EquilibriumClassifierConfig(
@@ -43,7 +43,7 @@ def case(request):
     certificate = net.certificate(bound="diagonal")
     local = net.local_certifier(certificate)
     operating_points = net.operating_points(x, certificate, local)
-    start = certified_radius(
+    start = margin_radius(
         operating_points.logits,
         labels,
         certificate.radius_bound(),
@@ -73,7 +73,7 @@ def test_local_certificates_are_not_far_from_attacks():
     certificate = net.certificate(bound="diagonal")
     local = net.local_certifier(certificate)
     operating_points = net.operating_points(x, certificate, local)
-    start = certified_radius(operating_points.logits, labels, certificate.radius_bound())
+    start = margin_radius(operating_points.logits, labels, certificate.radius_bound())
     radius = local.radius(operating_points, labels, start, steps=8)
     broken = [
         bool(pgd_l2(net, x[i : i + 1], labels[i : i + 1], 1.5 * float(r), steps=30)[1])
@@ -89,9 +89,7 @@ def test_lines_enlarge_radii_that_withstand_attacks():
     labels, certificate = net(x).argmax(1), net.certificate(bound="diagonal")
     local = net.local_certifier(certificate)
     operating_points = net.operating_points(x, certificate, local)
-    start = certified_radius(operating_points.logits, labels, certificate.radius_bound()) * (
-        1 - 1e-6
-    )
+    start = margin_radius(operating_points.logits, labels, certificate.radius_bound()) * (1 - 1e-6)
     plain = local.radius(operating_points, labels, start, steps=6)
     radius = local.radius(operating_points, labels, start, steps=6, constraints=True)
     assert float((radius / plain).min()) > 0.98  # the programs stop at a gap
@@ -201,7 +199,7 @@ def test_images_that_stay_in_their_range_have_larger_radii(case):
     labels, certificate = net(x).argmax(1), net.certificate(bound="diagonal")
     anywhere = net.operating_points(x, certificate, local)
     inside = net.operating_points(x, certificate, local, pixels=True)
-    start = certified_radius(anywhere.logits, labels, certificate.radius_bound())
+    start = margin_radius(anywhere.logits, labels, certificate.radius_bound())
     start = start * (1 - 1e-6)
     wide, wider = (local.radius(a, labels, start, steps=5) for a in (anywhere, inside))
     assert float((wider / wide).min()) > 0.98  # the programs stop at a gap

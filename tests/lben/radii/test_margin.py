@@ -12,9 +12,9 @@ import torch
 from lben import (
     CertificateError,
     EquilibriumLinear,
-    certified_radius,
     certify,
     compose,
+    margin_radius,
     tighten_pairs,
 )
 from lben.certificates import IntervalClaim
@@ -55,7 +55,7 @@ def test_radii_among_denormal_numbers(y, bound, error, flush):
     def radius():
         number = bound if isinstance(bound, float) else torch.tensor(bound, dtype=torch.float64)
         logits = torch.tensor([y], dtype=torch.float64)
-        return float(certified_radius(logits, torch.tensor([0]), number, logit_error=error))
+        return float(margin_radius(logits, torch.tensor([0]), number, logit_error=error))
 
     torch.set_flush_denormal(flush)
     try:
@@ -86,7 +86,7 @@ def test_radii_at_every_magnitude(dtype):
             table = np.ldexp(1 + g.random((3, 3)), g.integers(-1070, 1000, (3, 3))).tolist()
             bound = [[max(v, 5e-324) for v in row] for row in table]
         i = int(y.argmax())
-        found = float(certified_radius(y, torch.tensor([i]), bound, logit_error=error))
+        found = float(margin_radius(y, torch.tensor([i]), bound, logit_error=error))
         assert math.isfinite(found)
         positive += found > 0
         assert not above_the_truth(found, y[0].double().tolist(), i, bound, error)
@@ -96,19 +96,19 @@ def test_radii_at_every_magnitude(dtype):
 def test_radii_that_overflow_or_have_no_bound():
     y, label = torch.tensor([[1.7e308, -1.7e308]], dtype=torch.float64), torch.tensor([0])
     largest = torch.finfo(torch.float64).max
-    assert float(certified_radius(y, label, 1e-10)) == largest
-    assert float(certified_radius(y, label, 1e300)) == pytest.approx(3.4e8 / 2**0.5)
-    assert float(certified_radius(y, label, math.inf)) == 0
-    assert float(certified_radius(y, label, 1.0, logit_error=math.inf)) == 0
-    assert float(certified_radius(y, label, math.inf, logit_error=math.inf)) == 0
+    assert float(margin_radius(y, label, 1e-10)) == largest
+    assert float(margin_radius(y, label, 1e300)) == pytest.approx(3.4e8 / 2**0.5)
+    assert float(margin_radius(y, label, math.inf)) == 0
+    assert float(margin_radius(y, label, 1.0, logit_error=math.inf)) == 0
+    assert float(margin_radius(y, label, math.inf, logit_error=math.inf)) == 0
     close = torch.tensor([[1.0, 0.0]])
-    assert float(certified_radius(close, label, 1.0)) == pytest.approx(2**-0.5, rel=1e-12)
+    assert float(margin_radius(close, label, 1.0)) == pytest.approx(2**-0.5, rel=1e-12)
 
 
 def test_an_error_that_is_a_number_keeps_its_digits():
     """In float32 0.01 is less than 0.01."""
     y, label = torch.tensor([[0.01 * 2**0.5, 0.0]], dtype=torch.float64), torch.tensor([0])
-    assert float(certified_radius(y, label, 1e-9, logit_error=0.01)) < 1e-6
+    assert float(margin_radius(y, label, 1e-9, logit_error=0.01)) < 1e-6
 
 
 def layer():
@@ -128,8 +128,8 @@ def test_bounds_of_pairs_come_as_they_are(kind):
         "tensor": torch.tensor(pairs, dtype=torch.float64), "float32 tensor": torch.tensor(pairs),
     }[kind]  # fmt: skip
     y = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = certified_radius(y, y.argmax(1), table)
-    expected = certified_radius(y, y.argmax(1), pairs.tensor())
+    found = margin_radius(y, y.argmax(1), table)
+    expected = margin_radius(y, y.argmax(1), pairs.tensor())
     tolerance = 1e-6 if "float32" in kind else 0.0
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=0.0)
     assert pair_bounds(table, 3).dtype == torch.float64
@@ -169,7 +169,7 @@ def test_bounds_of_pairs_know_their_weights():
 )  # fmt: skip
 def test_bounds_that_are_no_bounds_are_refused(bound):
     with pytest.raises(ValueError, match="bound"):
-        certified_radius(torch.zeros(1, 2), torch.tensor([0]), bound)
+        margin_radius(torch.zeros(1, 2), torch.tensor([0]), bound)
 
 
 @pytest.mark.parametrize(
@@ -180,16 +180,16 @@ def test_labels_of_every_integer_type(dtype):
     y = torch.tensor([[0.0, 3.0, 1.0], [5.0, 2.0, 1.0]])
     labels = torch.tensor([1, 0])
     table = torch.tensor([[1.0, 2.0, 4.0], [2.0, 1.0, 8.0], [4.0, 8.0, 1.0]])
-    expected = certified_radius(y, labels, table)
-    assert torch.equal(certified_radius(y, labels.to(dtype), table), expected)
+    expected = margin_radius(y, labels, table)
+    assert torch.equal(margin_radius(y, labels.to(dtype), table), expected)
     with pytest.raises(ValueError, match="integers"):
-        certified_radius(y, labels.float(), table)
+        margin_radius(y, labels.float(), table)
 
 
 @pytest.mark.parametrize("bound", [2, np.float32(2), np.int64(2), torch.tensor(2.0), Fraction(2)])
 def test_bounds_are_numbers_of_any_kind(bound):
     y, label = torch.tensor([[1.0, 0.0]]), torch.tensor([0])
-    assert torch.equal(certified_radius(y, label, bound), certified_radius(y, label, 2.0))
+    assert torch.equal(margin_radius(y, label, bound), margin_radius(y, label, 2.0))
 
 
 def test_an_integer_that_is_no_float_is_rounded_upwards():
@@ -200,7 +200,7 @@ def test_an_integer_that_is_no_float_is_rounded_upwards():
 def test_radius_is_the_margin_over_root_two_gamma():
     logits = torch.tensor([[3.0, 1.0, 0.0], [1.0, 2.0, 0.0], [1.0, 1.0, 0.0]])
     labels = torch.tensor([0, 0, 1])
-    radius = certified_radius(logits, labels, 2.0)
+    radius = margin_radius(logits, labels, 2.0)
     expected = flint.arb(1) / flint.arb(2).sqrt()
     assert radius[0] == pytest.approx(2 / (2 * math.sqrt(2)))
     assert flint.arb(float(radius[0])) < expected
@@ -210,10 +210,10 @@ def test_radius_is_the_margin_over_root_two_gamma():
 def test_radius_pays_for_the_error_of_the_logits():
     logits, labels = torch.tensor([[3.0, 1.0]]), torch.tensor([0])
     error = torch.tensor([0.5], dtype=torch.float64)
-    radius = certified_radius(logits, labels, 1.0, logit_error=error)
+    radius = margin_radius(logits, labels, 1.0, logit_error=error)
     assert float(radius) == pytest.approx((2 - math.sqrt(2) * 0.5) / math.sqrt(2))
-    assert certified_radius(logits, labels, 1.0, logit_error=10.0).item() == 0
-    assert certified_radius(logits, labels, math.inf).item() == 0
+    assert margin_radius(logits, labels, 1.0, logit_error=10.0).item() == 0
+    assert margin_radius(logits, labels, math.inf).item() == 0
 
 
 @pytest.mark.parametrize(
@@ -227,14 +227,14 @@ def test_radius_pays_for_the_error_of_the_logits():
 )
 def test_bad_labels_are_refused(labels, message):
     with pytest.raises(ValueError, match=message):
-        certified_radius(torch.randn(2, 3), labels, 1.0)
+        margin_radius(torch.randn(2, 3), labels, 1.0)
 
 
 def test_bad_logits_and_bounds_are_refused():
     labels = torch.tensor([0, 1])
     with pytest.raises(ValueError, match="logits contain NaN"):
-        certified_radius(torch.full((2, 3), math.nan), labels, 1.0)
+        margin_radius(torch.full((2, 3), math.nan), labels, 1.0)
     with pytest.raises(ValueError, match="bound must be positive"):
-        certified_radius(torch.randn(2, 3), labels, 0.0)
+        margin_radius(torch.randn(2, 3), labels, 0.0)
     with pytest.raises(ValueError, match="classes ≥ 2"):
-        certified_radius(torch.randn(2, 1), labels, 1.0)
+        margin_radius(torch.randn(2, 1), labels, 1.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lben.tightening.cutting_planes import Constraints, tighten_with_cutting_planes
-from lben.tightening.interior_point import Program
+from lben.tightening.layer_program import LayerProgram
 
 
 def numbers(values):
@@ -16,7 +16,7 @@ def numbers(values):
 def program():
     """y = −σ(x₁) + σ(x₂): it falls by at most √2 within the unit ball."""
     eye = torch.eye(2, dtype=torch.float64)[None]
-    return Program(W=0 * eye, U=eye, C=numbers([[[-1.0, 1.0]]]), D=numbers([[[0.0, 0.0]]]))
+    return LayerProgram(W=0 * eye, U=eye, C=numbers([[[-1.0, 1.0]]]), D=numbers([[[0.0, 0.0]]]))
 
 
 def with_box_slack(fall, rise):

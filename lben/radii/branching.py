@@ -43,8 +43,8 @@ _SHARE = 0.2
 """How much the largest distance of a unit's lines to its graph counts, beside the one attained."""
 _TIE = 1e-9
 """How much the width of an interval counts, where no unit is worth a split."""
-_PARTS = 2**15
-"""No more parts are kept waiting."""
+_NUMBERS = 2**25
+"""Of all intervals that wait; the search ends where they are more."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -129,28 +129,37 @@ def prove_positive(
     whole = intervals.select(torch.zeros_like(every))
     lines = propose_lines(system.single, system.output, whole.to(torch.float32))
     parts = Parts(target=every, intervals=whole, proposal=Proposal.of(lines))
-    margin, proved, open_ = math.inf, 0, parts.select(every[:0])
-    steps = _STEPS
+    waiting: list[Parts] = []
+    margin, proved, steps = math.inf, 0, _STEPS
     while True:
+        around = region.select(torch.zeros_like(parts.target))
         bounds = prove_bounds(
-            system, system.output, targets[parts.target], parts.intervals,
-            region.select(torch.zeros_like(parts.target)), steps=steps, start=parts.proposal,
-            goal=_GOAL,
+            system, system.output, targets[parts.target], parts.intervals, around, steps=steps,
+            start=parts.proposal, goal=_GOAL,
         )  # fmt: skip
-        done = bounds.value > 0
+        done, steps = bounds.value > 0, _MORE_STEPS
         margin = min([margin, *bounds.value[done].tolist()])
         proved += int(done.sum())
-        left = replace(parts, proposal=bounds.proposal).select((~done).nonzero()[:, 0])
-        steps = _MORE_STEPS
-        open_ = open_.append(left)
-        if not len(open_):
-            break
-        if time.monotonic() > end or len(open_) > _PARTS:
+        if not bool(done.all()):
+            left = replace(parts, proposal=bounds.proposal)
+            waiting.append(left.select((~done).nonzero()[:, 0]))
+        if not waiting:
+            return Verdict(margin=margin, parts=proved)
+        numbers = system.terms() * sum(map(len, waiting))
+        if time.monotonic() > end or numbers > _NUMBERS:
             return Verdict(margin=-math.inf, parts=proved)
-        index = torch.arange(len(open_))
-        parts = _split(system, targets, open_.select(index[-_BATCH:]), region)
-        open_ = open_.select(index[:-_BATCH])
-    return Verdict(margin=margin, parts=proved)
+        parts = _split(system, targets, _take(waiting), region)
+
+
+def _take(waiting: list[Parts]) -> Parts:
+    """Take the latest parts, as many as a batch holds if there are so many."""
+    parts = waiting.pop()
+    while waiting and len(parts) < _BATCH:
+        parts = waiting.pop().append(parts)
+    index = torch.arange(len(parts))
+    if len(parts) > _BATCH:
+        waiting.append(parts.select(index[:-_BATCH]))
+    return parts.select(index[-_BATCH:])
 
 
 def _split(system: AffineSystem, targets: Tensor, parts: Parts, region: InputRegion) -> Parts:

@@ -32,8 +32,9 @@ from lben.weights.affine_system import AffineSystem, slope_at
 _SIGNS = 6
 """Rounds in which the signs of g at an equilibrium are sought."""
 _ALPHA_RATE, _SHIFT_RATE = 0.1, 0.005
+"""Steps at pace 1: of slopes, and of h in units of the mean |g|."""
 _FASTER, _SLOWER, _LEAST, _MOST = 1.2, 0.8, 1e-3, 1e3
-"""First steps of slopes, and of h in units of the mean |g|; the last steps, relative to these."""
+"""Factors of the pace after a better and after a worse step, and its range."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

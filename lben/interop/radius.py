@@ -149,6 +149,23 @@ class RadiusCertifier:
         system = AffineSystem.of_network(module.network)
         return cls(module=module, certificate=certificate, route=route, system=system)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that the module runs in; float64 for a converted network."""
+        module = cast(nn.Module, self.module)
+        tensors = chain(module.parameters(), module.buffers())
+        return next((t.dtype for t in tensors if t.is_floating_point()), torch.float64)
+
+    @torch.no_grad()
+    def predict(self, x: Float[Tensor, "batch ..."]) -> Integer[Tensor, " batch"]:
+        """Return the label that the module gives each input.
+
+        Args:
+            x: inputs, float32 or float64.
+        """
+        y: Tensor = cast(nn.Module, self.module)(x.detach().cpu().to(self.dtype))
+        return y.argmax(1)
+
     def prove_globally(
         self, x: Float[Tensor, "batch ..."], labels: Integer[Tensor, " batch"], norm: InputNorm
     ) -> Float[Tensor, " batch"]:
@@ -165,10 +182,8 @@ class RadiusCertifier:
         Raises:
             ValueError: if shapes or labels do not fit.
         """
-        module, proof = cast(nn.Module, self.module), self.certificate
+        proof, dtype = self.certificate, self.dtype
         bound = proof.radius_bound() if isinstance(proof, ChainCertificate) else proof.bound
-        tensors = chain(module.parameters(), module.buffers())
-        dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float64)
         radii = []
         for part in torch.arange(len(x)).split(_BATCH):
             own = x[part].detach().cpu()

@@ -429,6 +429,9 @@ def _certify_model(command: Certify) -> None:
         radii=radii, norm=command.norm, box=command.box, seconds=command.seconds,
         local=command.config.local,
     )  # fmt: skip
+    out = None if command.out is None else Path(command.out)
+    if out is not None:
+        checkpoints.check_folder(out.parent, (out.name,))
     model = read_model(command.run)
     samples = read_samples(
         command.data, command.root, count=command.config.samples, shape=find_shape(model)
@@ -438,9 +441,9 @@ def _certify_model(command: Certify) -> None:
     if not team.first:
         return
     print(robustness_table(report))
-    if command.out is not None:
-        checkpoints.write_json(Path(command.out), report)
-        print(f"\n{command.out}")
+    if out is not None:
+        checkpoints.write_json(out, report)
+        print(f"\n{out}")
 
 
 def _refuse_changed(options: object, names: Sequence[str], why: str) -> None:

@@ -145,7 +145,7 @@ def _read_arrays(path: Path) -> tuple[Tensor, Tensor]:
     if not path.is_file():
         raise DataError(f"there is no file {path}")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
     except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
         raise DataError(

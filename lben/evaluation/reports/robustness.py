@@ -22,13 +22,13 @@ def robustness_table(report: Robustness) -> str:
         ...     environment={},
         ... )
         >>> print(robustness_table(report).splitlines()[-2])
-        around each input          75.00     0.200
+        around each input            75.00     0.200
     """
     config = report.config
     among = (
         "" if config.box is None else f", among inputs in [{config.box[0]:g}, {config.box[1]:g}]"
     )
-    head = "".join(f"{f'r = {r:g}':>10}" for r in report.radii)
+    head = "".join(f"{f'r = {r:.3g}':>12}" for r in report.radii)
     found = report.route or f"bound {report.bound:.6g}, in {report.bound_seconds:.3g} seconds"
     lines = [
         f"{report.model} on {report.data}, first {report.samples} of {report.available} inputs, "
@@ -47,4 +47,4 @@ def robustness_table(report: Robustness) -> str:
 
 
 def _row(name: str, shares: tuple[float, ...], seconds: float) -> str:
-    return f"{name:22}" + "".join(f"{100 * share:10.2f}" for share in shares) + f"{seconds:10.3f}"
+    return f"{name:22}" + "".join(f"{100 * share:12.2f}" for share in shares) + f"{seconds:10.3f}"

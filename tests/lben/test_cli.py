@@ -652,7 +652,7 @@ def test_a_run_is_certified_on_other_data(copied, tmp_path, capsys):
         (["--data", "digits", "--box", "0.5", "1"], "inputs must lie in the box"),
         (["--data", "digits", "--tol", "1e-3"], "--tol is for runs without --data"),
         (["--data", "digits", "--linf-radii", "0.1"], "--linf-radii is for runs without --data"),
-        (["--data", "digits", "--out", "{}/x"], "a part of its path is a file"),
+        (["--data", "digits", "--out", "{}/x"], "model.pt is a file, not a folder; choose another --out"),
         (["--data", "mnist"], "mnist is read from files: give the folder that holds them (--root)"),
         (["--data", "images.csv"], "data must be digits, mnist, cifar10 or an .npz file"),
         (["--data", "{}.npz"], "there is no file"),

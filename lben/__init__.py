@@ -14,7 +14,14 @@ from lben.certificates import (
     certify,
     compose,
 )
-from lben.interop import ConversionError, ConvertedNetwork, certified_radius, from_onnx, from_torch
+from lben.interop import (
+    ConversionError,
+    ConvertedNetwork,
+    certified_radius,
+    from_onnx,
+    from_torch,
+    load_checkpoint,
+)
 from lben.layers import (
     AOLConv2d,
     AOLLinear,
@@ -60,6 +67,8 @@ from lben.radii.margin import margin_radius
 from lben.tightening import (
     tighten_diagonal,
     tighten_linf,
+    tighten_network,
+    tighten_network_pairs,
     tighten_pairs,
     tighten_pooled,
     tighten_scaled,
@@ -126,10 +135,13 @@ __all__ = [
     "feedback",
     "from_onnx",
     "from_torch",
+    "load_checkpoint",
     "margin_radius",
     "stack",
     "tighten_diagonal",
     "tighten_linf",
+    "tighten_network",
+    "tighten_network_pairs",
     "tighten_pairs",
     "tighten_pooled",
     "tighten_scaled",

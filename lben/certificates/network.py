@@ -26,10 +26,12 @@ least N_{k−1} for a given N_k is a Schur complement. So a bound that the n × 
 proved here, at the cost of depth · width³.
 
 Note [Storages]
-N_k for 0 < k < K is a matrix of float64 numbers, a Schur complement evaluated with rounding, plus a
-small multiple of the identity. Nothing about it is believed: both L_k and L_{k+1} are enclosed with
-exactly these numbers, and proved to be positive definite. The multiple is the least for which that
-proof succeeds. It costs γ² about as much as its size, relative, for each block.
+Let L_k be the matrix [N + A, B; Bᵀ, P], where N is the storage before, and P ⪰ pI with p > 0. Let S
+be any matrix near BP⁻¹, and X = B − SP. A congruence with [I, −S; 0, I] turns L_k into
+[N − M, X; Xᵀ, P] with M = SBᵀ + XSᵀ − A. So L_k ⪰ 0 if N ⪰ M + (‖X‖²/p)I. A, B and P are enclosed,
+hence M is. N is then chosen as a matrix of float64 numbers: the midpoint of M, plus a diagonal that
+makes N − M diagonally dominant. It is about as large as the rounding in M. Nothing about N is
+believed: the next block is proved with exactly these numbers.
 
 Note [Units]
 The states of each unit are measured in a power of two near λ^(−½), those of a block without λ in
@@ -68,21 +70,24 @@ from lben.rigorous import (
     Array,
     Enclosure,
     block,
+    down,
     norm_bound,
     smallest_eigenvalue_bound,
     solve,
+    sum_up,
+    up,
 )
 from lben.weights import check_gamma, digest
 from lben.weights.network import Network
 
 Exponents = NDArray[np.int64]
 
-METHOD = "storages of the layers, one Cholesky for each block, verified a posteriori in float64"
+METHOD = "storages block after block, by Schur complements enclosed in float64"
 """How the bound of a network is proved."""
 _RANGE = 1000
 """Units lie within 2^±1000."""
 _TRIES = 27
-"""How often a storage, or a bound that is not given, is enlarged fourfold."""
+"""How often the share by which a bound exceeds the computed one is enlarged fourfold."""
 _SPREAD = 20
 """The largest exponent by which units of the states of a block count as different."""
 _LEAST = 2.0**-400
@@ -224,11 +229,6 @@ class Step:
     pivot: Enclosure
     free: NDArray[np.bool_]
 
-    @property
-    def size(self) -> int:
-        """The number of rows of L_k."""
-        return len(self.corner.mid) + len(self.pivot.mid)
-
     def propose_least(self) -> Array:
         """Return the least storage before the block, rounded: a Schur complement.
 
@@ -237,7 +237,7 @@ class Step:
         """
         least = -self.corner.mid
         if self.pivot.mid.size:
-            least = least + _solve_half(self.pivot.mid, self.side.mid.T, self.index)
+            least = least + self.side.mid @ _solve(self.pivot.mid, self.side.mid.T, self.index)
         return np.asarray(0.5 * (least + least.T))
 
     def change_units(self, shifts: Exponents) -> Step:
@@ -251,12 +251,48 @@ class Step:
             side=self.side.scale(powers, np.ones(self.side.mid.shape[1])),
         )  # fmt: skip
 
-    def margin(self, storage: Enclosure) -> float:
-        """Return a proved lower bound of the smallest eigenvalue of L_k for a storage before."""
-        corner = storage + self.corner
+    @cached_property
+    def reduced(self) -> tuple[Enclosure, float]:
+        """M + (‖X‖²/p)I, and p; see Note [Storages].
+
+        Raises:
+            CertificateError: if the pivot is not proved to be positive definite.
+        """
         if not self.pivot.mid.size:
-            return smallest_eigenvalue_bound(corner)
-        return smallest_eigenvalue_bound(block([[corner, self.side], [self.side.T, self.pivot]]))
+            return -self.corner, math.inf
+        least = smallest_eigenvalue_bound(self.pivot)
+        if not least > 0:
+            raise _refuse_pivot(self.index)
+        factor = Enclosure(_solve(self.pivot.mid, self.side.mid.T, self.index).T)
+        rest = self.side - factor @ self.pivot
+        sizes = rest.magnitude
+        square = up(float(np.max(sum_up(sizes, 0))) * float(np.max(sum_up(sizes, 1), initial=0.0)))
+        identity = Enclosure(np.eye(len(self.corner.mid)))
+        form = factor @ self.side.T + rest @ factor.T - self.corner
+        return form + _number(up(square / least)) * identity, least
+
+    def prove_storage(self) -> tuple[Enclosure, float]:
+        """Return a storage before the block, and a proved lower bound of eigenvalues.
+
+        Raises:
+            CertificateError: if there is none.
+        """
+        form, least = self.reduced
+        mid = np.triu(form.mid) + np.triu(form.mid, 1).T
+        slack = 4 * sum_up((Enclosure(mid) - form).magnitude, 1) + TINY
+        storage = Enclosure(mid + np.diag(slack))
+        rest = storage - form
+        off = rest.magnitude
+        np.fill_diagonal(off, 0.0)
+        outside = (np.diag(rest.radius) + sum_up(off, 1)) * (1 + 8 * UNIT)
+        inside = np.diag(rest.mid) * (1 - 8 * UNIT) - outside
+        margin = down(float(np.min(inside, initial=math.inf)))
+        if not margin > 0:
+            raise CertificateError(
+                f"no storage before block {self.index} could be proved, with margin {margin:.3g}: "
+                "numbers leave the range of float64. Try weights scaled towards 1."
+            )
+        return storage, min(margin, least)
 
     def compute_gain(self) -> float:
         """Compute the least γ with L₁ ⪰ 0, in units of x and y; for information, not proved."""
@@ -264,7 +300,9 @@ class Step:
 
     def prove_gain(self, gamma: float) -> float:
         """Return the margin of L₁ for a bound γ in units of x and y."""
-        return self.margin(_square(gamma) * Enclosure(np.eye(self.corner.mid.shape[0])))
+        form, least = self.reduced
+        identity = Enclosure(np.eye(len(form.mid)))
+        return min(smallest_eigenvalue_bound(_square(gamma) * identity - form), least)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -293,11 +331,6 @@ class WideStep:
     pivot: Enclosure
     slopes: tuple[float, float]
 
-    @property
-    def size(self) -> int:
-        """The number of rows of the Schur complement."""
-        return len(self.pivot.mid)
-
     @cached_property
     def gram(self) -> Enclosure:
         """VVᵀ."""
@@ -315,7 +348,7 @@ class WideStep:
         """Compute the least γ with L₁ ⪰ 0, in units of x and y; for information, not proved."""
         low, high = self.slopes
         G = (low + high) * self.Lambda.mid[:, 0]
-        inner = _solve_half(self.pivot.mid, np.diag(G), self.index)
+        inner = G[:, None] * _solve(self.pivot.mid, np.diag(G), self.index)
         inner = inner - np.diag(2 * low * high * self.Lambda.mid[:, 0])
         if not np.isfinite(self.gram.mid).all():
             return math.inf
@@ -546,26 +579,12 @@ def _prove_blocks(
             least = min(margin, least)
             return bound, least if least < math.inf else None  # infinite: there were no rows
         assert isinstance(step, Step)  # a wide one is the first
-        storage, margin = _prove_storage(step)
+        if step.free.any():
+            step, _ = renew_units(step, step.propose_least())
+        form, margin = step.prove_storage()
+        storage = Storage(blocks=step.blocks, units=step.units, form=form)
         least = min(least, margin)
     return _prove_affine(network, gamma, rows), None
-
-
-def _prove_storage(step: Step) -> tuple[Storage, float]:
-    """Return the storage before a block, and the margin with which it is proved."""
-    step, proposal = renew_units(step, step.propose_least())
-    size = 16 * UNIT * step.size
-    for _ in range(_TRIES):
-        form = Enclosure(proposal + size * np.eye(len(proposal)))
-        margin = step.margin(form)
-        if margin > 0:
-            return Storage(blocks=step.blocks, units=step.units, form=form), margin
-        size *= 4
-    raise CertificateError(
-        f"no storage before block {step.index} could be proved: the last one tried has the margin "
-        f"{margin:.3e}. Causes: multipliers at the edge of what is possible, or numbers that leave "
-        "the range of float64. Try multipliers that are a little larger."
-    )
 
 
 def _prove_first(step: Step | WideStep, gamma: float | None, unit: int) -> tuple[float, float]:
@@ -573,10 +592,11 @@ def _prove_first(step: Step | WideStep, gamma: float | None, unit: int) -> tuple
     inputs = step.units.get(0, np.zeros(0, np.int64))
     computed = _scale_up(step.compute_gain(), unit - get_input_unit(step))
     least = max(computed, math.ldexp(1.0, -_RANGE))
-    share = 16 * UNIT * step.size
-    for bound in [gamma] if gamma else [least * (1 + share * 4**i) for i in range(_TRIES)]:
-        exponent = math.frexp(bound)[1] - 1
-        scaled = step.change_units(unit - exponent - inputs)
+    share = 4 * UNIT * (len(step.pivot.mid) + len(inputs))
+    bounds = [gamma] if gamma is not None else [least * (1 + share * 4**i) for i in range(_TRIES)]
+    exponent = math.frexp(bounds[0])[1] - 1
+    scaled = step.change_units(unit - exponent - inputs)
+    for bound in bounds:
         margin = scaled.prove_gain(math.ldexp(bound, -exponent))
         if margin > 0 and TINY <= bound < math.inf:
             return bound, margin
@@ -717,17 +737,20 @@ def _embed(
     return first, side, own
 
 
-def _solve_half(pivot: Array, B: Array, index: int) -> Array:
-    """Return BᵀP⁻¹B, rounded."""
+def _solve(pivot: Array, B: Array, index: int) -> Array:
+    """Return P⁻¹B, rounded."""
     R, info = scipy.linalg.lapack.dpotrf(pivot, lower=0, clean=1)
     if info != 0 or not np.isfinite(R).all():
-        raise CertificateError(
-            f"the multipliers prove no bound: the matrix 2Λ − N of block {index} is not positive "
-            "definite. Causes: multipliers of another network, multipliers that are too small for "
-            "those of later blocks, or weights that are not finite."
-        )
-    half = scipy.linalg.solve_triangular(R, B, trans="T", check_finite=False)
-    return np.asarray(half.T @ half)
+        raise _refuse_pivot(index)
+    return np.asarray(scipy.linalg.cho_solve((R, False), B, check_finite=False))
+
+
+def _refuse_pivot(index: int) -> CertificateError:
+    return CertificateError(
+        f"the multipliers prove no bound: the matrix 2Λ − N of block {index} is not positive "
+        "definite. Causes: multipliers of another network, multipliers that are too small for "
+        "those of later blocks, or weights that are not finite."
+    )
 
 
 def _root_of_largest(matrix: Array) -> float:

@@ -180,24 +180,28 @@ class InputRegion:
                 w = a.clamp(-s * self.upper, -s * self.lower)
             return torch.where(ball[:, None] & w.isfinite(), w, 0.0)
 
+    @torch.no_grad()
+    def find_minimizer(
+        self, a: Float[Tensor, "batch p"]
+    ) -> tuple[Float[Tensor, "batch p"], Float[Tensor, " batch"]]:
+        """Return a Δ that makes aᵀΔ small, as computed, and the lower bound of `minimum`."""
+        w = self.split(a)
+        ball = torch.where(self.radius.isfinite(), self.radius, 0.0)
+        norm = torch.linalg.vector_norm(w, dim=1)
+        rest = a - w
+        ends = torch.where(rest > 0, self.lower, self.upper)
+        inner = w * (-ball / norm.clamp_min(1e-30))[:, None]
+        return torch.where(rest == 0, inner, ends), (rest * ends).sum(1) - ball * norm
+
     def minimum(self, a: Float[Tensor, "batch p"]) -> Float[Tensor, " batch"]:
         """Return a lower bound of the least aᵀΔ, exact up to rounding for the best split of a.
 
         Let a = w + (a − w). Then aᵀΔ ≥ −radius ‖w‖₂ + Σ min over the box of (a − w)_k Δ_k, for
-        every w. The bound is differentiable in a.
+        every w. The gradient in a is the Δ that attains the bound.
         """
-        with torch.no_grad():
-            w = self.split(a)
-            ball = torch.where(self.radius.isfinite(), self.radius, 0.0)
-            norm = torch.linalg.vector_norm(w, dim=1)
-            rest = a - w
-            ends = torch.where(rest > 0, self.lower, self.upper)
-            bound = (rest * ends).sum(1) - ball * norm
-            # The gradient is the point that attains the bound: free entries move with w.
-            inner = w * (-ball / norm.clamp_min(1e-30))[:, None]
-            point = torch.where(rest == 0, inner, ends)
-            offset = bound - (a * point).sum(1)
-        return (a * point).sum(1) + offset
+        point, bound = self.find_minimizer(a.detach())
+        value = (a * point).sum(1)
+        return value + (bound - value.detach())
 
 
 def _outwards(t: Tensor, sign: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lben.certificates import LipschitzCertificate
+from lben.certificates import LipschitzCertificate, PairCertificate, certify
+from lben.certificates.network import NetworkClaim
+from lben.certificates.network_norms import prove_product_pairs
 from lben.interop.rounding import Rounded, RoundingModel
 from lben.layers.bounded import ErrorIn
 from lben.layers.graphs import check_kind
@@ -32,8 +34,9 @@ class ConvertedNetwork(nn.Module):
 
     Args:
         network: of `from_torch` or `from_onnx`.
-        prove: what proves its bound; the tightest route that the size of the network allows
-            (lben/tightening/routes.py) unless given.
+        claim: of its bound, as `certify` takes it; when omitted, the tightest route that the size of
+            the network allows finds one, once (lben/tightening/routes.py).
+        pairs: a claim for every pair of outputs; products of norms are proved when omitted.
 
     Example:
         >>> import torch
@@ -53,11 +56,14 @@ class ConvertedNetwork(nn.Module):
     """
 
     def __init__(
-        self, network: Network, prove: Callable[[Network], LipschitzCertificate] = prove_by_size
+        self,
+        network: Network,
+        claim: NetworkClaim | None = None,
+        pairs: Mapping[tuple[int, int], NetworkClaim] | None = None,
     ) -> None:
         super().__init__()
         self.fingerprint = network.fingerprint
-        self._network, self._prove = network, prove
+        self._network, self._claim, self._pairs = network, claim, pairs
         self._certificate: LipschitzCertificate | None = None
         self._rounding = RoundingModel(network)
         self._placed: dict[torch.device, list[_Map]] = {}
@@ -124,8 +130,22 @@ class ConvertedNetwork(nn.Module):
         if image is not None and tuple(image) not in (shape, shape[1:]):
             raise ValueError(f"the network is for samples of shape {shape}, got {tuple(image)}")
         if self._certificate is None:
-            self._certificate = self._prove(self._network)
+            self._certificate = (
+                prove_by_size(self._network)
+                if self._claim is None
+                else certify(self._network, self._claim)
+            )
         return self._certificate
+
+    def pair_certificate(self) -> PairCertificate:
+        """Prove bounds of yᵢ − yⱼ for every pair of outputs of the exact network.
+
+        Raises:
+            CertificateError: if the proof fails.
+        """
+        if self._pairs is None:
+            return prove_product_pairs(self._network)
+        return certify(self._network, self._pairs)
 
     @torch.no_grad()
     def forward_with_error(

@@ -27,11 +27,16 @@ class Builder:
 
     Args:
         input_shape: of one sample.
+
+    Attributes:
+        blocks: in their order.
+        unit_error: how far activations of the source are from those of the blocks, in every unit.
     """
 
     def __init__(self, input_shape: Shape) -> None:
         self.input_shape = input_shape
         self.blocks: list[Block] = []
+        self.unit_error = 0.0
 
     def input(self) -> Expression:
         """Return the input."""
@@ -52,6 +57,9 @@ class Builder:
         numbers = {0: 0, **{k: place for place, k in enumerate(kept, start=1)}}
 
         def renumber(affine: AffineMap) -> AffineMap:
+            for matrix in (*affine.matrices.values(), *affine.sizes.values()):
+                if is_sparse(matrix):
+                    matrix.sort_indices()  # one order of entries, hence one fingerprint
             return replace(
                 affine, matrices={numbers[j]: m for j, m in affine.matrices.items()},
                 sizes={numbers[j]: m for j, m in affine.sizes.items()},
@@ -136,14 +144,11 @@ class Expression:
 
     def is_activation_of(self, v: Expression, activation: Activation) -> bool:
         """Say whether this is σ(v), entry by entry."""
-        if self.shape != v.shape or len(self.map.matrices) != 1 or self.map.bias.any():
+        k = maps.find_block(self.map)
+        if not k or self.shape != v.shape:
             return False
-        ((k, matrix),) = self.map.matrices.items()
-        if k == 0 or self.builder.blocks[k - 1].activation != activation:
-            return False
-        identity = scipy.sparse.eye_array(self.size, format="csr")
-        same = is_sparse(matrix) and matrix.shape == identity.shape
-        return same and not (matrix != identity).nnz and self.builder.blocks[k - 1].affine is v.map
+        block = self.builder.blocks[k - 1]
+        return block.activation == activation and block.affine is v.map
 
     def activate(self, activation: Activation) -> Expression:
         """Return σ(this)."""

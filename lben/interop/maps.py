@@ -7,6 +7,7 @@ sum only moves them: see `compose` and `add`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import scipy.sparse
@@ -86,6 +87,12 @@ def compose(outer: AffineMap, inner: AffineMap) -> AffineMap:
         ConversionError: if a product underflows or overflows.
     """
     A, size = outer.matrices[0], outer.sizes[0]
+    block = find_block(inner)
+    if block is not None:
+        return replace(
+            outer, matrices={block: A}, sizes={block: size},
+            operations=outer.operations + inner.operations,
+        )  # fmt: skip
     moves = _moves_numbers(A, by_row=True)
     exact = (
         outer.exact
@@ -167,6 +174,19 @@ def _stack_rows(parts: list[Matrix | None], maps: Sequence[AffineMap]) -> Matrix
     return scipy.sparse.csr_array(scipy.sparse.vstack(rows, format="csr"))
 
 
+def find_block(affine: AffineMap) -> int | None:
+    """Return the block whose numbers a map returns as they are, if it is such a map."""
+    if len(affine.matrices) != 1 or affine.bias.any():
+        return None
+    ((block, matrix),) = affine.matrices.items()
+    units = affine.units
+    if not (is_sparse(matrix) and matrix.shape == (units, units) and matrix.nnz == units):
+        return None
+    places = np.arange(units)
+    same = np.array_equal(matrix.indices, places) and np.array_equal(matrix.indptr[1:], places + 1)
+    return block if same and (matrix.data == 1).all() else None
+
+
 def _multiply(A: Matrix, W: Matrix) -> Matrix:
     product = A @ W
     return scipy.sparse.csr_array(product) if is_sparse(product) else np.ascontiguousarray(product)
@@ -195,7 +215,8 @@ def _keeps_numbers(A: Matrix, W: Matrix) -> bool:
     if not (is_sparse(A) and is_sparse(W) and _moves_numbers(W, by_row=True)):
         return False
     # Row k of W sends column k of A to one place: no two entries of a row of A may meet there.
-    ones = scipy.sparse.csr_array((np.ones(len(A.data)), A.indices, A.indptr), shape=A.shape)
+    ones = A.copy()  # places are not shared: SciPy sorts them where they lie
+    ones.data[:] = 1
     meet = ones @ scipy.sparse.csr_array(abs(W) > 0, dtype=np.float64)
     return bool(meet.data.max(initial=0.0) <= 1)
 

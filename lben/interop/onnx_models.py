@@ -125,7 +125,7 @@ def _load(source: Any) -> onnx.ModelProto:
     return model
 
 
-def _evaluator(model: onnx.ModelProto, dtype: np.dtype[Any]) -> Callable[[Array], Array]:
+def _evaluator(model: onnx.ModelProto, dtype: np.dtype[Any]) -> Callable[[Array], Any]:
     """Return the model as a function of a batch, in a dtype."""
     import onnx
     from onnx import numpy_helper
@@ -150,7 +150,7 @@ def _evaluator(model: onnx.ModelProto, dtype: np.dtype[Any]) -> Callable[[Array]
                 attribute.i = onnx.TensorProto.DOUBLE if same else attribute.i
     session = ReferenceEvaluator(wide)
 
-    def evaluate(name: str, part: Array) -> Array:
+    def evaluate(name: str, part: Array) -> Any:
         found: Any = session.run(None, {name: part.astype(dtype)})
         return np.asarray(found[0])
 
@@ -158,7 +158,7 @@ def _evaluator(model: onnx.ModelProto, dtype: np.dtype[Any]) -> Callable[[Array]
     fixed = value.type.tensor_type.shape.dim[0].dim_value
     steps = fixed if fixed > 0 else None
 
-    def run(x: Array) -> Array:
+    def run(x: Array) -> Any:
         parts = [x] if steps is None else np.split(x, range(steps, len(x), steps))
         whole = [p if steps in (None, len(p)) else np.repeat(p, steps, 0)[:steps] for p in parts]
         with np.errstate(all="ignore"):
@@ -253,7 +253,7 @@ class _Graph:
         name = node.op_type
         if node.domain not in ("", "ai.onnx"):
             raise ConversionError(f"operators of the domain {node.domain} are not known")
-        arguments = [self.values[value] for value in node.input]
+        arguments = [self._read(value) for value in node.input]
         options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         depends = [value for value in arguments if isinstance(value, Expression)]
         if name == "Shape" and depends:
@@ -266,9 +266,12 @@ class _Graph:
             return self._rearrange(node, arguments)
         if name not in _OPERATORS:
             raise ConversionError(_NEEDS.get(name, _UNKNOWN))
-        if len([value for value in node.output if value]) > 1:
-            raise ConversionError("only its first output is known")
         return [_OPERATORS[name](*arguments, **options)]
+
+    def _read(self, name: str) -> Any:
+        if name not in self.values:
+            raise ConversionError(f"it reads {name}, a second output of an operator")
+        return self.values[name]
 
     def _fold(self, node: onnx.NodeProto, arguments: Sequence[Any]) -> Sequence[Any]:
         """Return the outputs of a node of constants."""
@@ -630,7 +633,7 @@ _OPERATORS: Mapping[str, Callable[..., Expression]] = {
     "Relu": _activations(activation.RELU),
     "Selu": _selu,
     "Sigmoid": _activations(activation.SIGMOID),
-    "Softplus": lambda x: x.activate(activation.make_softplus(1.0, 60.0)),
+    "Softplus": lambda x: x.activate(activation.make_softplus()),
     "Softsign": _activations(activation.SOFTSIGN),
     "Sub": _subtract,
     "Sum": _sum,

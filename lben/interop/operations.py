@@ -258,7 +258,9 @@ def divide(x: Expression, divisors: Array) -> Expression:
         raise ConversionError("it divides by zero")
     powers = bool((np.abs(np.frexp(divisors)[0]) == 0.5).all())
     shape = np.broadcast_shapes(x.shape, divisors.shape)
-    return x.broadcast(shape).times(1 / divisors, roundings=0 if powers else 2, exact=powers)
+    return x.broadcast(shape).times(
+        np.asarray(1 / divisors), roundings=0 if powers else 2, exact=powers
+    )
 
 
 def gate(x: Expression, y: Expression) -> Expression:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from lben.interop import operations
 from lben.interop.comparison import compare_outputs
@@ -85,20 +86,26 @@ def from_torch(model: nn.Module, example_shape: Sequence[int], *, check: bool = 
     trace = _Trace(model, shape)
     network = trace.run()
     if check:
-        compare_outputs(model, network, widen=not trace.derived)
+        off = trace.builder.unit_error
+        compare_outputs(model, network, widen=not trace.derived, unit_error=off)
     return network
 
 
 def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(shape)
+    sizes = tuple(shape) if isinstance(shape, Sequence) else (None,)
     if not all(isinstance(size, int) and not isinstance(size, bool) for size in sizes):
-        raise TypeError(f"example_shape must be integers, got {shape!r}")
+        raise TypeError(
+            f"example_shape must be a sequence of integers, such as (784,), got {shape!r}"
+        )
     if not sizes or min(sizes) < 1:
         raise ConversionError(f"example_shape must have positive sizes, got {sizes}")
     return sizes
 
 
-_CHANGES_IN_TRAINING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.RReLU)
+_CHANGES_IN_TRAINING = (
+    nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.RReLU,
+    parametrizations._SpectralNorm,
+)  # fmt: skip
 
 
 def _check_model(model: nn.Module) -> None:
@@ -299,9 +306,14 @@ def _call(
     if name.startswith("__") and plain in _NEEDS:  # float(x), and not x.float()
         raise ConversionError(_NEEDS[plain])
     plain = _SYNONYMS.get(plain, plain)
+    if kwargs.pop("return_indices", False) or plain.endswith("_with_indices"):
+        raise ConversionError("it returns places besides: return_indices must be False")
     if kwargs.get("out") is not None:
         raise ConversionError("it writes to out: return the result instead")
-    if plain in _REARRANGEMENTS:
+    nearest = plain == "interpolate" and kwargs.get("mode") in ("nearest", "nearest-exact")
+    if plain in _REARRANGEMENTS or nearest:
+        if in_place:
+            raise ConversionError("it changes a shape in place: use the form without underscore")
         result = _rearrange(trace, func, args, kwargs, joins=plain in _JOINS)
     elif plain in _FILLED:
         return _replace_all(func, args, kwargs, trace)
@@ -316,8 +328,9 @@ def _call(
         raise ConversionError(_NEEDS.get(plain, _UNKNOWN))
     if isinstance(result, Expression):
         if in_place:
-            args[0].expression = result
-            return args[0]
+            changed = next(_find((*args, *kwargs.values())))
+            changed.expression = result
+            return changed
         return trace.wrap(result)
     return result
 
@@ -354,7 +367,7 @@ def _rearrange(
             first = next(_find((*args, *kwargs.values()))).expression
             parts.append(first.constant(within_a_sample(trace.read(value))))
         else:
-            return value
+            return value.cpu()
         tags.append(torch.empty(0))
         return tags[-1]
 
@@ -390,14 +403,14 @@ def _axes(x: Expression, dim: Any) -> tuple[int, ...]:
 
 def _add(x: Any, y: Any, alpha: float = 1) -> Expression:
     if not isinstance(x, Expression):
-        x, y, alpha = y, np.asarray(x), 1 / alpha if alpha != 1 else 1
         if alpha != 1:
             raise ConversionError("alpha scales a tensor that depends on the input: scale it first")
+        x, y = y, np.asarray(x)
     if isinstance(y, Expression):
         if len(x.shape) != len(y.shape):
             raise ConversionError(f"tensors of shapes {x.shape} and {y.shape} are added")
         return operations.add(x, y if alpha == 1 else operations.multiply(y, np.array(alpha)))
-    return operations.add(x, x.constant(np.asarray(broadcast_constant(x, y)) * alpha))
+    return operations.add(x, x.constant(np.asarray(broadcast_constant(x, y) * alpha)))
 
 
 def _subtract(x: Any, y: Any, alpha: float = 1) -> Expression:
@@ -450,7 +463,7 @@ def _matmul(x: Any, y: Any) -> Expression:
     return y.select(np.swapaxes(y.places, -1, -2))
 
 
-def _many(value: Any, rank: int) -> tuple[int, ...]:
+def _many(value: Any, rank: int) -> tuple[Any, ...]:
     """Return one number per axis."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * rank if len(values) == 1 else values
@@ -539,7 +552,7 @@ def _adaptive_average(rank: int) -> Callable[..., Expression]:
 
 
 def _adaptive_max(rank: int) -> Callable[..., Expression]:
-    def pool(x: Expression, output_size: Any, return_indices: bool = False) -> Expression:
+    def pool(x: Expression, output_size: Any) -> Expression:
         return operations.take_largest(x, _adaptive_axes(x, rank, output_size))
 
     return pool
@@ -548,7 +561,7 @@ def _adaptive_max(rank: int) -> Callable[..., Expression]:
 def _max_pool(rank: int) -> Callable[..., Expression]:
     def pool(
         x: Expression, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
-        ceil_mode: bool = False, return_indices: bool = False,
+        ceil_mode: bool = False,
     ) -> Expression:  # fmt: skip
         sizes, kernel = _image_axes(x, rank), _many(kernel_size, rank)
         strides = _many(kernel_size if stride is None or stride == () else stride, rank)
@@ -651,6 +664,17 @@ def _prelu(x: Expression, weight: Any) -> Expression:
     return operations.apply_prelu(x, slopes.reshape(-1, *[1] * (len(x.shape) - 1)))
 
 
+def _softplus(x: Expression, beta: float = 1.0, threshold: float = 20.0) -> Expression:
+    jump = math.log1p(math.exp(-threshold)) / beta
+    if jump > 1e-6:
+        raise ConversionError(
+            f"above its threshold of {threshold} it jumps by {jump:.1e}, and has no bounded slope: "
+            "take the default of 20"
+        )
+    x.builder.unit_error = max(x.builder.unit_error, 2 * jump)
+    return x.activate(activation.make_softplus(beta))
+
+
 def _gelu(x: Expression, approximate: str = "none") -> Expression:
     return x.activate(activation.GELU_TANH if approximate == "tanh" else activation.GELU)
 
@@ -709,9 +733,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "selu": _activations(activation.SELU),
     "sigmoid": _activations(activation.SIGMOID),
     "silu": _activations(activation.SILU),
-    "softplus": lambda x, beta=1.0, threshold=20.0: x.activate(
-        activation.make_softplus(beta, threshold)
-    ),
+    "softplus": _softplus,
     "softshrink": lambda x, lambd=0.5: x.activate(activation.make_softshrink(lambd)),
     "softsign": _activations(activation.SOFTSIGN),
     "sub": _subtract,
@@ -741,7 +763,6 @@ _SYNONYMS = {
         ("dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
          "feature_dropout"), "dropout",
     ),
-    **{f"max_pool{rank}d_with_indices": f"max_pool{rank}d" for rank in (1, 2, 3)},
 }  # fmt: skip
 _IN_PLACE = ("__iadd__", "__isub__", "__imul__", "__itruediv__")
 _JOINS = frozenset({"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"})
@@ -791,7 +812,7 @@ _NEEDS: dict[str, str] = {
     ),
     **dict.fromkeys(("softmax", "log_softmax", "logsumexp", "softmin"), _EXPONENTS),
     **dict.fromkeys(
-        ("scaled_dot_product_attention", "multi_head_attention_forward", "bmm", "einsum"),
+        ("scaled_dot_product_attention", "multi_head_attention_forward", "bmm"),
         "attention multiplies functions of its input, and has no global Lipschitz bound",
     ),
     **dict.fromkeys(

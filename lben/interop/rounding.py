@@ -35,11 +35,13 @@ class Rounded:
         value: y in float64, batch × q.
         error: of every evaluation that rounds as was asked for, per sample.
         slope: by how much the bound grows per unit of the distance to x.
+        size: ‖s‖₂ of the output, per sample: how large the terms are that y is the sum of.
     """
 
     value: Array
     error: Array
     slope: float
+    size: Array
 
 
 class RoundingModel:
@@ -55,7 +57,7 @@ class RoundingModel:
     @cached_property
     def norms(self) -> NetworkNorms:
         """Norms of its maps."""
-        return network_norms(self.network)
+        return network_norms(self.network, products=1e8)  # a second each
 
     def evaluate(
         self, x: Array, dtype: torch.dtype = torch.float64, unit_error: float = 0.0
@@ -77,7 +79,7 @@ class RoundingModel:
         errors, slopes = [np.zeros(len(x))], [0.0]
         for k, block in enumerate(network.blocks):
             sigma = block.activation
-            error, slope = self._through(k, block.affine, states, errors, slopes, info)
+            error, slope, _ = self._through(k, block.affine, states, errors, slopes, info)
             states.append(sigma(torch.from_numpy(values[k])).numpy())
             steep = max(abs(sigma.low), abs(sigma.high))
             relative = sigma.relative_error * scale
@@ -86,16 +88,16 @@ class RoundingModel:
             grow = (1 + 4 * relative) * _OUTWARDS
             errors.append((steep * error + rounded) * grow)
             slopes.append((steep * slope + relative * norms.gains[k + 1]) * grow)
-        error, slope = self._through(
+        error, slope, size = self._through(
             len(network.blocks), network.output, states, errors, slopes, info
         )
-        return Rounded(y, np.where(np.isnan(error), np.inf, error), slope)
+        return Rounded(y, np.where(np.isnan(error), np.inf, error), slope, size)
 
     def _through(
         self, k: int, affine: AffineMap, states: list[Array], errors: list[Array],
         slopes: list[float], info: torch.finfo,
-    ) -> tuple[Array, float]:  # fmt: skip
-        """Return the bounds of the error of v_k, at x and per unit of the distance to x."""
+    ) -> tuple[Array, float, Array]:  # fmt: skip
+        """Return bounds of the error of v_k at x and per unit of the distance to x, and ‖s_k‖."""
         maps, sizes, gains = self.norms.maps[k], self.norms.sizes[k], self.norms.gains
         unit = gamma_k(max(affine.operations, _count_terms(affine)) + 2) * (info.eps / 2.0**-52)
         unit = unit * 2 + affine.relative_radius if unit < 0.25 else math.inf
@@ -107,8 +109,8 @@ class RoundingModel:
             slope += maps[j] * slopes[j] + unit * sizes[j] * (2 * slopes[j] + gains[j])
             largest = largest + sizes[j] + norms_up(states[j], 1)
         lost = 8 * info.tiny * (affine.operations + 4) * math.sqrt(affine.units) * largest
-        total = error + unit * norms_up(size, 1) + lost
-        return total * _OUTWARDS, slope * _OUTWARDS
+        terms = norms_up(size, 1)
+        return (error + unit * terms + lost) * _OUTWARDS, slope * _OUTWARDS, terms
 
 
 def _count_terms(affine: AffineMap) -> int:

@@ -43,7 +43,7 @@ def slide(
     count = (-(-room // stride) if ceil else room // stride) + 1
     if ceil and (count - 1) * stride >= size + padding[0]:
         count -= 1  # a window that starts in the padding is left out
-    if room < 0 or count < 1:
+    if count < 1:
         raise ConversionError(
             f"a window of {kernel} taps does not fit an axis of {size} with padding {padding}"
         )

@@ -23,15 +23,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lben.certificates.relaxation import InputRegion, Intervals, dual_value, multipliers_of
+from lben.certificates.relaxation import InputRegion, Intervals, dual_value
 from lben.radii.ranges import prove_bounds
-from lben.tightening.relaxation import Proposal, back_substitute, propose_lines
+from lben.tightening.relaxation import Proposal, back_substitute, find_relaxed_states, propose_lines
 from lben.weights.activation import Activation
 from lben.weights.affine_system import AffineSystem
 
 _BATCH = 64
 """Parts that are split at a time."""
-_CANDIDATES = 8
+_CANDIDATES = 4
 """Splits that are tried before one is taken."""
 _STEPS, _MORE_STEPS = 30, 8
 """Of ascent for the whole, and for a part, which starts where the whole ended."""
@@ -39,6 +39,8 @@ _GOAL = 1e-4
 """Ascent ends above it: a proof is a little below a proposal."""
 _SECOND = 0.1
 """How much the better part of a split counts beside the worse one."""
+_SHARE = 0.2
+"""How much the largest distance of a unit's lines to its graph counts, beside the one attained."""
 _TIE = 1e-9
 """How much the width of an interval counts, where no unit is worth a split."""
 _PARTS = 2**15
@@ -153,7 +155,7 @@ def prove_positive(
 
 def _split(system: AffineSystem, targets: Tensor, parts: Parts, region: InputRegion) -> Parts:
     """Return two parts for each, split where that promises most."""
-    scores = torch.cat(list(_rate_units(system, targets, parts).values()), dim=1)
+    scores = _rate_units(system, targets, parts, region)
     best = scores.topk(min(_CANDIDATES, scores.shape[1]), dim=1).indices
     gains = [_rate_split(system, targets, _halve(system, parts, u), region) for u in best.T]
     choice = torch.stack(gains, dim=1).argmax(1, keepdim=True)
@@ -161,22 +163,31 @@ def _split(system: AffineSystem, targets: Tensor, parts: Parts, region: InputReg
 
 
 @torch.no_grad()
-def _rate_units(system: AffineSystem, targets: Tensor, parts: Parts) -> dict[int, Tensor]:
-    """Return by block how far each unit's lines lie from its graph where it would be split."""
+def _rate_units(
+    system: AffineSystem, targets: Tensor, parts: Parts, region: InputRegion
+) -> Float[Tensor, "parts units"]:
+    """Return what each unit contributes to the gap between the relaxation and the network.
+
+    It is |g| times the distance of the unit's state in the relaxation to its graph, plus a share of
+    the largest distance that is possible.
+    """
     single, intervals = system.single, parts.intervals.to(torch.float32)
     goals, level = targets[parts.target].float(), system.output
     lines = propose_lines(single, level, intervals)
-    tau = back_substitute(single, level, goals, lines, parts.proposal.within(lines))
-    lam = multipliers_of(single, level, goals, tau)
-    scores = {}
-    for j, line in lines.items():
+    blocks = find_relaxed_states(
+        single, level, goals, lines, parts.proposal.within(lines), intervals,
+        region.select(torch.zeros_like(parts.target)).to(torch.float32),
+    )  # fmt: skip
+    scores = []
+    for j, block in blocks.items():
         activation, lower, upper = (
             single.activations[j - 1], intervals.lower[j], intervals.upper[j],
         )  # fmt: skip
         at = _choose_split(activation, lower, upper)
-        height = activation(lower) + line.chord * (at - lower) - activation(at)
-        scores[j] = single.pull(j, lam).abs() * height.abs() + _TIE * (upper - lower)
-    return scores
+        most = activation(lower) + lines[j].chord * (at - lower) - activation(at)
+        gap = (block.z - activation(block.v)).abs() + _SHARE * most.abs()
+        scores.append(block.g.abs() * gap + _TIE * (upper - lower))
+    return torch.cat(scores, dim=1)
 
 
 @torch.no_grad()

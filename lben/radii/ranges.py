@@ -86,13 +86,20 @@ def prove_bounds(
     )
 
 
-def prove_ranges(system: AffineSystem, region: InputRegion, *, steps: int = 0) -> Intervals:
+def prove_ranges(
+    system: AffineSystem,
+    region: InputRegion,
+    *,
+    steps: int = 0,
+    known: Intervals | None = None,
+) -> Intervals:
     """Return proved intervals of all pre-activations for all inputs of each set.
 
     Args:
         system: the equations, in float64.
         region: of the inputs.
         steps: of ascent for every unit whose range is worth it, beyond back-substitution.
+        known: proved intervals of every block, to be narrowed.
 
     Returns:
         The intervals of every block.
@@ -121,18 +128,23 @@ def prove_ranges(system: AffineSystem, region: InputRegion, *, steps: int = 0) -
         ([[2.0]], [[2.0]])
     """
     if system.recurrent:
-        values = system.evaluate(region.center)
-        return refine_equilibrium(
-            system, StateBound(system).prove(region, values[0]), region, steps=steps
-        )
+        if known is None:
+            known = StateBound(system).prove(region, system.evaluate(region.center)[0])
+        return _refine_equilibrium(system, known, region, steps=steps)
     intervals = Intervals(lower={}, upper={})
     for level in range(1, system.output):
-        lower, upper = prove_by_intervals(system, level, intervals, region)
-        intervals = _refine(system, level, intervals, region, lower, upper, steps)
+        if known is None:
+            lower, upper = prove_by_intervals(system, level, intervals, region)
+        else:
+            lower, upper = known.lower[level], known.upper[level]
+        if known is None or not set(system.reads(level)) <= {0}:
+            intervals = _refine(system, level, intervals, region, lower, upper, steps)
+        else:  # without units below, nothing can be better
+            intervals = intervals.with_block(level, lower, upper)
     return intervals
 
 
-def refine_equilibrium(
+def _refine_equilibrium(
     system: AffineSystem, intervals: Intervals, region: InputRegion, *, steps: int
 ) -> Intervals:
     """Return narrower intervals of the units of an equilibrium, from proved ones."""

@@ -31,6 +31,8 @@ _BATCH = 16
 """Images that climb the cheap rungs together."""
 _RANGE_STEPS = 10
 """Of ascent for the range of a unit."""
+_RANGE_SHARE = 0.25
+"""Of the time; a step of ascent takes about twice as long as back-substitution."""
 _FIRST, _SMALLEST, _LARGEST = 2.0**-5, 2.0**-30, 2.0**30
 """The radius that is tried first, and those between which one is sought."""
 
@@ -153,10 +155,12 @@ def _climb(
     right = (y.argmax(1) == labels).nonzero()[:, 0]
     if not len(right):
         return proofs
+    begin = time.monotonic()
     region, targets = region.select(right), _differences(labels[right], y.shape[1])
     count, many = targets.shape[:2]
     image, rows = torch.arange(count).repeat_interleave(many), targets.flatten(0, 1)
     several, ranges = region.select(image), prove_ranges(system, region)
+    each = (time.monotonic() - begin) / count
     bounds = prove_bounds(system, system.output, rows, ranges.select(image), several, steps=0)
     values = bounds.value.view(count, many)
     refuted = torch.zeros(count, dtype=torch.bool)
@@ -168,7 +172,10 @@ def _climb(
         verdict = Verdict(margin=min([math.inf, *values[i][done].tolist()]), parts=int(done.sum()))
         if not bool(done.all()) and seconds and not refuted[i]:
             end, here = time.monotonic() + seconds, region.select(torch.tensor([i]))
-            narrow = prove_ranges(system, here, steps=_RANGE_STEPS)
+            narrow = ranges.select(torch.tensor([i]))
+            steps = min(_RANGE_STEPS, int(seconds * _RANGE_SHARE / each))
+            if steps:
+                narrow = prove_ranges(system, here, steps=steps, known=narrow)
             rest = prove_positive(
                 system, targets[i][~done], narrow, here, seconds=end - time.monotonic()
             )

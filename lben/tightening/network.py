@@ -110,6 +110,46 @@ def tighten_network(
     return reduced.restore(network, logs, gap=0.5 * float(found.gap[0]), steps=found.steps)
 
 
+def tighten_network_pairs(
+    network: Network, *, gap: float = 1e-4, max_steps: int = 60
+) -> dict[tuple[int, int], NetworkClaim]:
+    """Propose multipliers for the difference of every two outputs, one program for each.
+
+    Args:
+        network: a feed-forward network with finite numbers.
+        gap: relative accuracy of γ² of each pair.
+        max_steps: bound of the number of Newton steps of each.
+
+    Returns:
+        For every (i, j), i < j, a claim without γ of yᵢ − yⱼ, which `certify` proves.
+
+    Raises:
+        CertificateError: as `tighten_network`.
+
+    Example:
+        >>> import numpy as np
+        >>> from lben import certify
+        >>> from lben.tightening import tighten_network_pairs
+        >>> from lben.weights.activation import RELU
+        >>> from lben.weights.network import AffineMap, Block, Network
+        >>> hidden = Block(affine=AffineMap.of({0: np.eye(2)}, np.zeros(2)), activation=RELU)
+        >>> network = Network(
+        ...     input_shape=(2,), blocks=(hidden,), output=AffineMap.of({1: np.eye(2)}, np.zeros(2))
+        ... )
+        >>> pairs = certify(network, tighten_network_pairs(network))
+        >>> round(pairs[0][1], 3)  # σ(x₁) − σ(x₂)
+        1.414
+    """
+    identity = np.eye(network.out_features)
+    return {
+        (i, j): tighten_network(
+            network, identity[i : i + 1] - identity[j : j + 1], gap=gap, max_steps=max_steps
+        )
+        for i in range(network.out_features)
+        for j in range(i + 1, network.out_features)
+    }
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Reduced:
     """What the program sees of a network: FΔy, by units with several slopes, near 1 in size.

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lben.certificates.relaxation import InputRegion, Intervals, dual_value
+from lben.certificates.relaxation import InputRegion, Intervals, dual_value, multipliers_of
 from lben.weights.activation import Activation
 from lben.weights.affine_system import AffineSystem, slope_at
 
@@ -127,6 +127,21 @@ class Proposal:
         )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RelaxedBlock:
+    """A block of units where a relaxation attains its bound, or nearly so.
+
+    Attributes:
+        g: weights of the units' outputs.
+        v: pre-activations.
+        z: outputs, on the lines of the relaxation.
+    """
+
+    g: Float[Tensor, "batch units"]
+    v: Float[Tensor, "batch units"]
+    z: Float[Tensor, "batch units"]
+
+
 def propose_lines(system: AffineSystem, level: int, intervals: Intervals) -> dict[int, Lines]:
     """Return the lines of all units that a level may depend on."""
     return {
@@ -188,6 +203,57 @@ def _solve_adjoint(
     return solve(torch.where(side, tangent, lines.chord)) - own
 
 
+@torch.no_grad()
+def find_relaxed_states(
+    system: AffineSystem,
+    level: int,
+    target: Float[Tensor, "batch units"],
+    lines: Mapping[int, Lines],
+    proposal: Proposal,
+    intervals: Intervals,
+    region: InputRegion,
+) -> dict[int, RelaxedBlock]:
+    """Return where a relaxation attains its bound, or nearly so.
+
+    The input is the one that makes g_0ᵀx least. Every unit lies on its chord where g asks for the
+    chord, and on its graph elsewhere; at an equilibrium on its tangent.
+
+    Args:
+        system: the equations.
+        level, target: of the bound.
+        lines, proposal: as for `back_substitute`.
+        intervals, region: of the bound.
+
+    Returns:
+        g, v and z by block.
+    """
+    tau = back_substitute(system, level, target, lines, proposal)
+    lam = multipliers_of(system, level, target, tau)
+    move, _ = region.find_minimizer(system.pull(0, lam) / system.std)
+    states = {0: (region.center + move - system.mean) / system.std}
+    blocks = {}
+    for j, line in lines.items():
+        activation, lower, upper = system.activations[j - 1], intervals.lower[j], intervals.upper[j]
+        g = system.pull(j, lam)
+        on_chord = (g >= 0) != line.convex
+        start = activation(lower)
+        if system.recurrent:
+            middle = lower / 2 + upper / 2
+            s = torch.where(on_chord, line.chord, proposal.tangents[j])
+            at = torch.where(on_chord, lower, middle)
+            states[j] = activation(at) - s * at
+            W = system.rows(1, 1)
+            matrix = torch.eye(len(W), dtype=W.dtype) - W * s[:, None, :]
+            v = torch.linalg.solve(matrix, system.push(1, states)[:, :, None])[:, :, 0]
+        else:
+            v = system.push(j, states)
+        v = v.clamp(lower, upper)
+        z = torch.where(on_chord, start + line.chord * (v - lower), activation(v))
+        states[j] = z
+        blocks[j] = RelaxedBlock(g=g, v=v, z=z)
+    return blocks
+
+
 def ascend(
     system: AffineSystem,
     level: int,
@@ -217,8 +283,8 @@ def ascend(
     tangents = {j: t.clone().requires_grad_() for j, t in start.tangents.items()}
     shifts = {j: t.clone() for j, t in start.shifts.items()}
     with torch.no_grad():
-        lam = back_substitute(system, level, target, lines, start)
-        full = {**lam, level: lam[level] + target if level in lam else target}
+        first_tau = back_substitute(system, level, target, lines, start)
+        full = multipliers_of(system, level, target, first_tau)
         units = {
             j: system.pull(j, full).abs().mean(1, keepdim=True).clamp_min(1e-9) for j in shifts
         }

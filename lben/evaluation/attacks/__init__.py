@@ -1,7 +1,13 @@
 """How close can an adversary come to a claimed bound or radius?"""
 
 from lben.evaluation.attacks.common import freeze
-from lben.evaluation.attacks.projected import across_the_boundary, apgd_l2, auto_attack, pgd_l2
+from lben.evaluation.attacks.projected import (
+    across_the_boundary,
+    apgd_l2,
+    auto_attack,
+    pgd_l2,
+    pgd_linf,
+)
 from lben.evaluation.attacks.quotient import (
     Pairs,
     ascend_quotient,
@@ -19,6 +25,7 @@ __all__ = [
     "corner_pairs",
     "freeze",
     "pgd_l2",
+    "pgd_linf",
     "quotients",
     "random_pairs",
 ]

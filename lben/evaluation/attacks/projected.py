@@ -85,6 +85,56 @@ def pgd_l2(
 
 
 @differentiating
+def pgd_linf(
+    model: nn.Module,
+    x: Images,
+    labels: Labels,
+    radius: float,
+    *,
+    steps: int = 20,
+    restarts: int = 2,
+    generator: torch.Generator | None = None,
+    bounds: Bounds | None = (0.0, 1.0),
+) -> tuple[Images, Bool[Tensor, " batch"]]:
+    """Search the l∞ ball for a misclassified image by projected gradient ascent on the margin.
+
+    Madry et al. (2018): steps of 2.5·radius/steps along the signs of the gradient, the first start
+    at x and the others at random points of the ball. Otherwise as `pgd_l2`.
+
+    Args:
+        model, x, labels, steps, restarts, generator, bounds: as for `pgd_l2`.
+        radius: of the ball, in the l∞ norm of x.
+
+    Returns:
+        The worst point found for each image, and whether it is misclassified. Nothing has a
+        gradient.
+
+    Raises:
+        ValueError: as `pgd_l2`.
+
+    Reference:
+        Madry, Makelov, Schmidt, Tsipras and Vladu (2018), section 2.
+
+    Example:
+        >>> model = nn.Linear(2, 2, bias=False)
+        >>> _ = nn.init.eye_(model.weight)  # the larger input wins: (0.6, 0.4) is 0.1 away
+        >>> x, labels = torch.tensor([[0.6, 0.4]]), torch.tensor([0])
+        >>> [pgd_linf(model, x, labels, radius)[1].item() for radius in (0.09, 0.11)]
+        [False, True]
+    """
+    ball, worst, model, labels = _prepare(
+        model, x, labels, radius, bounds, steps, restarts, shape=_Cube
+    )
+    for point in ball.starts(restarts, generator):
+        for step in range(steps + 1):
+            margins, gradient = _margin_gradient(model, point, labels)
+            worst.update(point, margins)
+            if step < steps:
+                point = ball.project(point - 2.5 * ball.radius / steps * gradient.sign())
+    return worst.point, worst.margin <= 0
+
+
+@differentiating
 def apgd_l2(
     model: nn.Module,
     x: Images,
@@ -318,6 +368,29 @@ class _Ball:
             yield self.project(self.centre + self.radius * noise / norms(noise))
 
 
+@dataclass(frozen=True, eq=False)
+class _Cube(_Ball):
+    """The same in the l∞ norm."""
+
+    def project(self, point: Tensor) -> Images:
+        """Return the nearest image, or one a little nearer to the centre."""
+        found, settled = self.centre, torch.zeros_like(self.centre, dtype=torch.bool)
+        for slack in (0.0, 1e-9, 8 * torch.finfo(point.dtype).eps):
+            size = self.radius * (1 - slack)
+            offset = (self._clip(point) - self.centre).double().clamp(-size, size)
+            near = self._clip(self.centre + offset.to(point.dtype))
+            inside = ~settled & ((near.double() - self.centre.double()).abs() <= self.radius)
+            found, settled = torch.where(inside, near, found), settled | inside
+        return found
+
+    def starts(self, restarts: int, generator: torch.Generator | None) -> Iterator[Images]:
+        """Yield the images themselves, then random points of the ball around them."""
+        yield self.centre.clone()
+        for _ in range(restarts - 1):
+            noise = torch.rand(self.centre.shape, generator=generator, device="cpu")
+            yield self.project(self.centre + self.radius * (2 * noise.to(self.centre) - 1))
+
+
 def _prepare(
     model: nn.Module,
     x: Images,
@@ -326,6 +399,7 @@ def _prepare(
     bounds: Bounds | None,
     steps: int,
     restarts: int,
+    shape: type[_Ball] = _Ball,
 ) -> tuple[_Ball, _Worst, nn.Module, Tensor]:
     """Check the arguments of an attack; return ball, worst points, model and labels for it."""
     centre, radius = own(x), plain(radius)
@@ -340,7 +414,7 @@ def _prepare(
     ends = [torch.as_tensor(b, device=x.device) for b in ((0.0, 1.0) if bounds is None else bounds)]
     if len(ends) != 2 or not bool((ends[0] < ends[1]).all()):
         raise ValueError(f"bounds must be (low, high) with low below high, or None, got {bounds}")
-    ball, model = _Ball(centre, float(radius), bounds), view(model)
+    ball, model = shape(centre, float(radius), bounds), view(model)
     if not torch.equal(ball._clip(centre), centre):
         low, high = (float(t) for t in centre.aminmax())
         limits = "bounds" if any(isinstance(b, Tensor) for b in bounds or ()) else f"{bounds}"

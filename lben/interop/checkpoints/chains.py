@@ -12,12 +12,14 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lben.certificates import LipschitzCertificate
 from lben.interop.checkpoints.files import Tensors
 from lben.interop.checkpoints.tasks import task_for
 from lben.layers import (
     ChannelPadding,
+    EquilibriumConv2d,
     EquilibriumLinear,
     Flatten,
     GroupSort,
@@ -35,8 +37,9 @@ from lben.parameterizations import (
     ResidualParameterization,
 )
 from lben.parameterizations.feedforward import UNIT_BOUND
-from lben.weights import DenseWeights
-from lben.weights.linear_maps import Convolution
+from lben.weights import ConvolutionalWeights, DenseWeights
+from lben.weights.image import ImageGeometry
+from lben.weights.linear_maps import Convolution, mirror, taps
 
 
 def _shifted(shape: tuple[int, int, int], classes: int, *mean: float) -> ImageTask:
@@ -53,6 +56,12 @@ COMPARED_TASKS = (
     _shifted((3, 64, 64), 200, 0.485, 0.456, 0.406),
 )
 """CIFAR-10 and TinyImageNet. How many outputs are classes is not in the file."""
+LBDN_TASKS = {
+    10: _shifted((3, 32, 32), 10, 0.4914, 0.4822, 0.4465),
+    100: _shifted((3, 32, 32), 100, 0.5071, 0.4865, 0.4409),
+    200: _shifted((3, 64, 64), 200, 0.485, 0.456, 0.406),
+}
+"""By classes, of networks with convolutions."""
 
 
 class ChainClassifier(Classifier):
@@ -156,10 +165,9 @@ def read_sll(tensors: Tensors, *, task: ImageTask | None = None) -> FeedforwardC
         raise ValueError("a checkpoint of SLL has convolutions (kernel, bias, q), got none")
     inner, channels, *_ = shape = _kernel_shape(tensors, f"{convolutions[0]}.kernel", 3)
     head = f"{indices[-1]}.weight"
-    features = tensors.shape(head)[-1]
-    units = tensors.shape(f"{dense[0]}.q")[0] if dense else features
+    classes, features = tensors.shape(head, 2)
+    units = tensors.shape(f"{dense[0]}.q", 1)[0] if dense else features
     side = 4 * math.isqrt(features // channels)
-    classes = tensors.shape(head)[0]
     task = task_for(task, 3 * side * side, classes, *SLL_TASKS)
     config = FeedforwardClassifierConfig(
         block="sll", stem=1, channels=(channels,), depths=(len(convolutions),), kernel_size=3,
@@ -190,14 +198,14 @@ def read_compared(tensors: Tensors, *, task: ImageTask | None = None) -> ChainCl
     pixels moved into channels; a 1 × 1 layer; the first outputs as logits.
     """
     first = "FirstConv."
-    name = first + ("kernel" if first + "kernel" in tensors else "parametrizations.weight.original")
+    name = first + ("kernel" if first + "q" in tensors else "parametrizations.weight.original")
     if name not in tensors:
         raise ValueError(
             "of the layers of 1LipschitzLayersCompared, AOLConv2d and SLLConv2d are read. The "
             "multipliers of CPL come from a power iteration, and BCOP, Cayley, LOT, SOC, ECO and "
             "sandwich are orthogonal maps of other kinds: trace the network with its own project"
         )
-    width = tensors.shape(name)[0]
+    width = tensors.shape(name, 4)[0]
     layers: list[nn.Module] = [ChannelPadding(width), _compared(tensors, first, width, 1), MaxMin()]
     blocks = 0
     while f"Block{blocks + 1}.0.bias" in tensors:
@@ -229,8 +237,9 @@ def read_lbdn(
 ) -> LipschitzSequential | ChainClassifier:
     """Return LBDN: y = √2AᵀΨσ(√2Ψ⁻¹Bx + b) with [A B] orthonormal, layer after layer.
 
-    [A B] is the Cayley transform of αV/‖V‖. The input of the first and of the last layer is scaled
-    by √γ. The last one is Bx + b, or has normalised rows. Wang and Manchester (2023).
+    [A B] is the Cayley transform of αV/‖V‖, of convolutions at every frequency. The input of the
+    first and of the last layer is scaled by √γ. The last one is Bx + b, or has normalised rows.
+    Wang and Manchester (2023).
     """
     if gamma is None or not 0 < gamma < math.inf:
         raise ValueError(
@@ -239,22 +248,29 @@ def read_lbdn(
         )
     indices = tensors.indices()
     hidden = [i for i in indices if f"{i}.psi" in tensors]
-    if any(len(tensors.shape(f"{i}.weight")) != 2 for i in hidden):
-        raise ValueError(
-            "this is a checkpoint of LBDN with convolutions: their kernels, after the Cayley "
-            "transform per frequency, are as large as the image. It is not read"
-        )
     if not hidden or len(indices) != len(hidden) + 1:
         raise ValueError(
             f"a checkpoint of LBDN has sandwich layers (psi) and one last layer, got {len(hidden)} "
             f"and {len(indices) - len(hidden)}"
         )
+    kernels = [i for i in hidden if len(tensors.shape(f"{i}.weight")) == 4]
+    dense = [i for i in hidden if i not in kernels]
+    if not dense or (kernels and max(kernels) > min(dense)):
+        raise ValueError("a checkpoint of LBDN has convolutions before dense layers, got others")
     last, root = indices[-1], math.sqrt(gamma)
     rows_only = f"{last}.alpha" not in tensors
-    scales = [1.0] * len(hidden)
-    scales[0] *= root
-    scales[-1] *= root if rows_only else 1.0
-    weights = [_sandwich(tensors, f"{i}.", s) for i, s in zip(hidden, scales, strict=True)]
+    scale = dict.fromkeys(hidden, 1.0)
+    scale[hidden[0]] *= root
+    scale[hidden[-1]] *= root if rows_only else 1.0
+    layers: list[nn.Module] = []
+    if kernels:
+        classes = tensors.shape(f"{last}.weight", 2)[0]
+        task = LBDN_TASKS.get(classes) if task is None else task
+        layers = _convolutions(tensors, {i: scale[i] for i in kernels}, task)
+    weights: list[DenseWeights] = []
+    for i in dense:
+        inputs = weights[-1].out_features if weights else None
+        weights.append(_sandwich(tensors, f"{i}.", scale[i], inputs))
     features = weights[-1].out_features
     head = None
     if rows_only:
@@ -264,12 +280,103 @@ def read_lbdn(
     else:
         weights[-1] = _read_out(tensors, f"{last}.", weights[-1], root)
     tensors.finish()
-    layers: list[nn.Module] = [EquilibriumLinear.from_weights(w) for w in weights]
+    layers += [] if task is None else [Flatten()]
+    layers += [EquilibriumLinear.from_weights(w) for w in weights]
     if task is None:
         return LipschitzSequential(*layers, *([] if head is None else [head]))
     outputs = weights[-1].out_features if head is None else head.out_features
-    task = task_for(task, weights[0].in_features, outputs)
-    return ChainClassifier(task, [Flatten(), *layers], head, gamma).double()
+    if kernels:
+        flat = LipschitzSequential(*layers[: len(layers) - len(weights)])
+        found = flat(torch.zeros(1, *task.shape, dtype=torch.float64)).shape[1]
+        if found != weights[0].in_features:
+            raise ValueError(
+                f"the convolutions have {found} outputs for images of shape {task.shape}, and "
+                f"{dense[0]}.weight has {weights[0].in_features} inputs: give the images of the "
+                "checkpoint, task=ImageTask(…)"
+            )
+    task_for(task, math.prod(task.shape) if kernels else weights[0].in_features, outputs)
+    return ChainClassifier(task, layers, head, gamma).double()
+
+
+def _convolutions(
+    tensors: Tensors, scales: dict[int, float], task: ImageTask | None
+) -> list[nn.Module]:
+    """Return sandwich layers of images on a torus; a layer of stride 2 moves pixels into channels.
+
+    Args:
+        tensors: of the checkpoint.
+        scales: of the input, by layer.
+        task: the images.
+    """
+    if task is None or task.shape[1] != task.shape[2]:
+        raise ValueError(
+            "the convolutions of LBDN are made for one image size, and the outputs are not those "
+            "of CIFAR-10, CIFAR-100 or TinyImageNet: give square images, task=ImageTask(…); got "
+            f"{task}"
+        )
+    channels, side, _ = task.shape
+    layers: list[nn.Module] = []
+    for i, scale in scales.items():
+        outputs, both, *_ = tensors.shape(f"{i}.weight")
+        if both - outputs == 4 * channels:
+            layers.append(InvertibleDownsampling(2))
+            channels, side = 4 * channels, side // 2
+        if both - outputs != channels:
+            raise ValueError(
+                f"{i}.weight is for an input of {both - outputs} channels, and its input has "
+                f"{channels}, or {4 * channels} with stride 2: give the images, task=ImageTask(…)"
+            )
+        layers.append(_sandwich_of_images(tensors, f"{i}.", scale, channels, side))
+        channels = outputs
+    return layers
+
+
+def _sandwich_of_images(
+    tensors: Tensors, prefix: str, scale: float, channels: int, side: int
+) -> EquilibriumConv2d:
+    """Return a sandwich layer of images whose kernels are as large as the image."""
+    q, both, k, _ = tensors.shape(prefix + "weight")
+    kernel = tensors.take(prefix + "weight", q, q + channels, k, k)
+    if k > side:
+        raise ValueError(f"{prefix}weight is larger than images of {side} × {side} pixels")
+    psi, b = tensors.take(prefix + "psi", q), tensors.take(prefix + "bias", q)
+    # Σ V[t] exp(2πi ω·(t − s)/side) at every frequency ω, where s is the middle of the kernel.
+    padded = functional.pad(kernel, (0, side - k, 0, side - k))
+    middle = (k - 1) // 2
+    symbol = torch.fft.fft2(padded.roll((-middle, -middle), (2, 3))).conj()
+    half = symbol[..., : side // 2 + 1]
+    symbol = tensors.take(prefix + "alpha") * symbol / torch.linalg.vector_norm(half)
+    Q = orthonormal_rows(symbol.permute(2, 3, 0, 1)).permute(2, 3, 0, 1)
+    anchor = side // 2
+    kernels = torch.fft.fft2(Q).real / side**2  # d ↦ the number that multiplies x[s + d]
+    A, B = kernels.roll((anchor, anchor), (2, 3)).split([q, both - q], dim=1)
+    Psi = psi.exp()
+    geometry = ImageGeometry(
+        (side, side), circular=True, state_channels=q, state_kernel=1, input_kernel=side
+    )
+    weights = ConvolutionalWeights(
+        U=math.sqrt(2) * scale * B / Psi[:, None, None, None], b=b,
+        C=math.sqrt(2) * mirror(A) * taps(Psi), D=None, b_y=torch.zeros_like(b),
+        Lambda=Psi**2 / scale, gamma=scale * UNIT_BOUND, circular=True, geometry=geometry,
+    )  # fmt: skip
+    return EquilibriumConv2d.from_weights(weights)
+
+
+def orthonormal_rows(V: Tensor) -> Tensor:
+    """Return the Cayley transform of a wide matrix: a matrix with orthonormal rows.
+
+    Args:
+        V: … × q × p with p > q, real or complex.
+
+    Returns:
+        … × q × p.
+    """
+    q = V.shape[-2]
+    top, rest = V[..., :q].mT, V[..., q:].mT
+    skew = top - top.mH + rest.mH @ rest
+    identity = torch.eye(q, dtype=V.dtype)
+    inverse = torch.linalg.inv(identity + skew)
+    return torch.cat([inverse @ (identity - skew), -2 * rest @ inverse], -2).mT
 
 
 def _kernel_shape(tensors: Tensors, name: str, size: int) -> tuple[int, int, int, int]:
@@ -303,7 +410,9 @@ def _compared(tensors: Tensors, prefix: str, width: int, size: int | None) -> Fe
 
 
 def _same(kernel: Tensor, *, circular: bool) -> Convolution:
-    size = kernel.shape[-1]
+    height, size = kernel.shape[-2:]
+    if height != size or size % 2 == 0:
+        raise ValueError(f"kernels must be square and odd, got {height} × {size}")
     return Convolution(kernel_size=size, padding=size // 2, circular=circular, stride=1)
 
 
@@ -313,9 +422,9 @@ def _rule(layer: FeedforwardLayer) -> Gershgorin:
     return rule
 
 
-def _sandwich(tensors: Tensors, prefix: str, scale: float) -> DenseWeights:
+def _sandwich(tensors: Tensors, prefix: str, scale: float, inputs: int | None) -> DenseWeights:
     """Return the weights of a sandwich layer whose input is multiplied by `scale`."""
-    A, B = _orthonormal(tensors, prefix)
+    A, B = _orthonormal(tensors, prefix, inputs)
     psi, b = tensors.take(prefix + "psi", len(A)), tensors.take(prefix + "bias", len(A))
     Psi = psi.exp()
     return DenseWeights(
@@ -337,13 +446,10 @@ def _read_out(tensors: Tensors, prefix: str, w: DenseWeights, scale: float) -> D
 
 def _orthonormal(tensors: Tensors, prefix: str, inputs: int | None = None) -> tuple[Tensor, Tensor]:
     """Return A, q × q, and B, q × p, with AAᵀ + BBᵀ = I."""
-    q = tensors.shape(prefix + "weight")[0]
+    q = tensors.shape(prefix + "weight", 2)[0]
     V = tensors.take(prefix + "weight", q, None if inputs is None else q + inputs)
     V = tensors.take(prefix + "alpha") * V / V.norm()
     if V.shape[1] <= q:
         raise ValueError(f"{prefix}weight has {V.shape[1]} columns for {q} outputs: no inputs")
-    top, rest = V[:, :q].T, V[:, q:].T
-    skew = top - top.T + rest.T @ rest
-    identity = torch.eye(q, dtype=V.dtype)
-    inverse = torch.linalg.inv(identity + skew)
-    return (inverse @ (identity - skew)).T, (-2 * rest @ inverse).T
+    A, B = orthonormal_rows(V).split([q, V.shape[1] - q], dim=1)
+    return A, B

@@ -32,6 +32,8 @@ from lben.weights.image import ImageGeometry
 from lben.weights.linear_maps import mirror, taps
 
 MODULE = "mon.linear_module."
+_MOST_UNITS = 2**13
+"""Of a network of images whose W is no convolution: a matrix of 512 MiB."""
 
 
 def gamma_in(name: str) -> float | None:
@@ -118,7 +120,7 @@ def read_unbounded_lben(
 
 def read_convolutional_mondeq(
     tensors: Tensors, *, m: float = 1.0, pool: int | None = None, task: ImageTask | None = None
-) -> ConvolutionalEquilibriumClassifier:
+) -> ConvolutionalEquilibriumClassifier | EquilibriumClassifier:
     """Return monDEQ of images: W = (1 − m)I − gVᵀV + S − Sᵀ with ‖V‖_F = 1, ‖S‖_F = h.
 
     V, S and U are 3 × 3 convolutions. The states are averaged over windows, a matrix follows.
@@ -132,7 +134,7 @@ def read_convolutional_mondeq(
 
 def read_convolutional_lben(
     tensors: Tensors, *, m: float = 0.1, pool: int | None = None, task: ImageTask | None = None
-) -> ConvolutionalEquilibriumClassifier:
+) -> ConvolutionalEquilibriumClassifier | EquilibriumClassifier:
     """Return LBEN of images without a bound: W = I − Λ⁻¹(mI + gVᵀV − S + Sᵀ)."""
     U, b = _convolution(tensors, "U")
     monotone = _monotone(tensors, len(b), m, ("g", "h"))
@@ -149,7 +151,7 @@ def read_bounded_convolutional_lben(
     m: float = 0.1,
     pool: int | None = None,
     task: ImageTask | None = None,
-) -> ConvolutionalEquilibriumClassifier:
+) -> ConvolutionalEquilibriumClassifier | EquilibriumClassifier:
     """Return LBEN of images with a bound.
 
     W = I − Λ⁻¹(½CᵀC/γ + ½ΛUUᵀΛ/γ + mI + gVᵀV − S + Sᵀ), where C is the pooling times a matrix. In
@@ -217,19 +219,24 @@ def _root(tensors: Tensors, name: str) -> Tensor:
 
 
 def _multiplier(tensors: Tensors, n: int) -> Tensor:
-    """Return Λ of every channel: exp(−ψ), or 1 where ψ is one number (metric="identity")."""
+    """Return Λ = exp(−ψ) of every channel, or of every channel and pixel.
+
+    Where ψ is one number (metric="identity"), the network has Λ = 1 whatever the number.
+    """
     name = MODULE + "psi"
     shape = tensors.shape(name)
     psi = tensors.take(name, *shape)
-    if psi.numel() == 1:
+    if shape == (1, 1, 1, 1):
         return psi.new_ones(n)
-    if psi.numel() != n or shape[-2:] != (1, 1):
+    if len(shape) == 4 and shape[0] == 1:
+        psi = psi[0]
+    if psi.ndim != 3 or len(psi) not in (1, n):
         raise ValueError(
-            f"{name} has shape {shape}: a multiplier per pixel (metric='full' or 'image'). Then W "
-            "is a convolution times another number at every pixel, and no operator here has that. "
-            "Checkpoints with metric='channels' or 'identity' are read"
+            f"{name} must have shape 1 × channels × height × width, where channels are {n} or 1, "
+            f"and height and width those of the image and its border or 1, got {shape}"
         )
-    return torch.exp(-psi.flatten())
+    Lambda = torch.exp(-psi).expand(n, -1, -1)
+    return Lambda.flatten() if Lambda.shape[1:] == (1, 1) else Lambda
 
 
 def _dense(
@@ -244,12 +251,14 @@ def _dense(
 def _pooled(
     U: Tensor, b: Tensor, G: Tensor, b_y: Tensor, monotone: Tensor, Lambda: Tensor,
     gamma: float | None, pool: int | None, task: ImageTask | None,
-) -> ConvolutionalEquilibriumClassifier:  # fmt: skip
+) -> ConvolutionalEquilibriumClassifier | EquilibriumClassifier:  # fmt: skip
     """Return the classifier with W = I − Λ⁻¹(monotone + ½CᵀC/γ + ½ΛUUᵀΛ/γ)."""
     known = [t for t in (MNIST, CIFAR10) if t.shape[0] == U.shape[1]]
     sizes = [math.prod(t.shape) for t in ([task] if task else known)]
     task = task_for(task, sizes[0] if sizes else 0, len(G), *known)
     C = _pooling(G, len(b), task, pool)
+    if Lambda.ndim == 3:
+        return _per_pixel(U, b, C, b_y, monotone, Lambda, gamma, task)
     row = Lambda[:, None, None, None]
     kernel, A = monotone / row, torch.zeros_like(C)
     if gamma is not None:
@@ -257,15 +266,51 @@ def _pooled(
         A = -C / (2 * gamma * taps(Lambda))
     W = -kernel
     W[:, :, 2, 2] += torch.eye(len(b), dtype=W.dtype)
+    state = _state(W, U, b, Lambda, task)
+    weights = PooledWeights(state=state, A=A, C=C, b_y=b_y, gamma=gamma)
+    return ConvolutionalEquilibriumClassifier.from_weights(weights, task)
+
+
+def _per_pixel(
+    U: Tensor, b: Tensor, C: Tensor, b_y: Tensor, monotone: Tensor, Lambda: Tensor,
+    gamma: float | None, task: ImageTask,
+) -> EquilibriumClassifier:  # fmt: skip
+    """Return the classifier of `_pooled` with a multiplier per pixel: its W is no convolution."""
+    wanted, units = tuple(size + 2 for size in task.shape[1:]), math.prod(C.shape[1:])
+    if Lambda.shape[1:] != wanted:
+        raise ValueError(
+            f"{MODULE}psi is for images with their border of {tuple(Lambda.shape[1:])} pixels, and "
+            f"these are {wanted}: give the images of the checkpoint, task=ImageTask(…)"
+        )
+    if units > _MOST_UNITS:
+        raise ValueError(
+            f"{MODULE}psi is a multiplier per pixel (metric='full' or 'image'). Then W is no "
+            f"convolution, and as a matrix it has {units} × {units} entries; up to {_MOST_UNITS} "
+            "units are read. Networks with metric='channels' or 'identity' are read at any size"
+        )
+    image = (task.shape[1], task.shape[2])
+    plain = _state(monotone, U, b, torch.ones_like(b), task).dense(image)
+    multiplier, C = Lambda[:, 1:-1, 1:-1].flatten(), C.flatten(1)
+    inner = plain.W
+    if gamma is not None:
+        products = _state(_gram(U), U, b, torch.ones_like(b), task).dense(image).W
+        inner = inner + C.T @ C / (2 * gamma)
+        inner = inner + multiplier[:, None] * products * multiplier / (2 * gamma)
+    W = torch.eye(units, dtype=inner.dtype) - inner / multiplier[:, None]
+    return _dense(W, plain.U, plain.b, C, b_y, multiplier, gamma, task)
+
+
+def _state(
+    W: Tensor, U: Tensor, b: Tensor, Lambda: Tensor, task: ImageTask
+) -> ConvolutionalWeights:
+    """Return the weights of a state without outputs, on images surrounded by zeros."""
     geometry = ImageGeometry(
         task.shape[1:], circular=False, state_channels=len(b), state_kernel=5, input_kernel=3
     )
-    state = ConvolutionalWeights(
+    return ConvolutionalWeights(
         W=W, U=U, b=b, C=W.new_zeros(0, len(b), 1, 1), D=None, b_y=b.new_zeros(0), Lambda=Lambda,
         gamma=None, circular=False, geometry=geometry,
     )  # fmt: skip
-    weights = PooledWeights(state=state, A=A, C=C, b_y=b_y, gamma=gamma)
-    return ConvolutionalEquilibriumClassifier.from_weights(weights, task)
 
 
 def _pooling(G: Tensor, channels: int, task: ImageTask, pool: int | None) -> Tensor:

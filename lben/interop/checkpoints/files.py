@@ -131,9 +131,23 @@ class Tensors:
         starts = {name.split(".")[0] for name in self._left}
         return sorted(int(start) for start in starts if start.isdecimal())
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor that is not taken yet."""
-        return tuple(self._find(name).shape)
+    def shape(self, name: str, dimensions: int | None = None) -> tuple[int, ...]:
+        """Return the shape of a tensor that is not taken yet.
+
+        Args:
+            name: of the tensor.
+            dimensions: that it must have; None for any number.
+
+        Raises:
+            ValueError: if it is missing, or has another number of dimensions.
+        """
+        shape = tuple(self._find(name).shape)
+        if dimensions not in (None, len(shape)):
+            raise ValueError(
+                f"{name} of a checkpoint of {self._layout} must have {dimensions} dimensions, got "
+                f"shape {shape}: the file is of another network"
+            )
+        return shape
 
     def take(self, name: str, *shape: int | None) -> Tensor:
         """Return a tensor in float64, after checking its shape and numbers.
@@ -156,6 +170,8 @@ class Tensors:
                 f"{name} of a checkpoint of {self._layout} must have shape {wanted or '()'}, got "
                 f"{got}: the file is of another network"
             )
+        if not value.numel():
+            raise ValueError(f"{name} has shape {got}, and no numbers: the file is damaged")
         if not value.is_floating_point():
             raise ValueError(f"{name} must hold real floating-point numbers, got {value.dtype}")
         value = convert(value, torch.float64)

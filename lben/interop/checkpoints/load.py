@@ -140,9 +140,9 @@ def load_checkpoint(
             CIFAR-10. gamma: γ of LBEN and LBDN; taken from the name of LBEN's files when omitted
             ("lip0.5"). m: the monotonicity m; 1, or 0.1 for convolutional LBEN, when omitted. pool:
             size of the windows that states of images are averaged over, where several sizes fit.
-            flatten_order and standardised (GLipSDP): the order between convolution and matrix,
-            "channels_first" when omitted, and whether the input is standardised already (default)
-            or raw pixels.
+            flatten_order (GLipSDP): of images before a matrix, "channels_first" when omitted, or
+            "channels_last", column after column, to which the published figures belong.
+            standardised (GLipSDP): whether the input is standardised already (default) or raw.
 
     Returns:
         A classifier; for GLipSDP a `Network`; for LBDN without a task a `LipschitzSequential`.

@@ -5,18 +5,37 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import numpy as np
-import scipy.sparse
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lben.interop.checkpoints.files import Tensors
-from lben.rigorous import Array
-from lben.weights.activation import RELU
-from lben.weights.network import AffineMap, Block, Matrix, Network, is_sparse
+from lben.interop.pytorch import from_torch
+from lben.weights.network import Network
 
 FlattenOrder = Literal["channels_first", "channels_last"]
 
 
+class Standardisation(nn.Module):
+    """x ↦ (x − mean)/scale.
+
+    Args:
+        mean, scale: of the shape of one x.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, mean: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the standardised numbers."""
+        return (x - self.mean) / self.scale
+
+
+@torch.no_grad()
 def read_glipsdp(
     tensors: Tensors,
     *,
@@ -27,70 +46,63 @@ def read_glipsdp(
 
     `i.weight` is a matrix, or the 3 × 3 kernel of a convolution with padding 1. ReLU stands between
     any two layers. The published figures of the digits are for the standardised input. Those of the
-    convolutional ones are for channels_last, the order in which the published script flattened.
+    convolutional ones are for channels_last, the order in which the published script flattened:
+    column after column, and the channels of each pixel next to each other.
     """
     if flatten_order not in ("channels_first", "channels_last"):
         raise ValueError(
             f"flatten_order must be channels_first or channels_last, got {flatten_order!r}"
         )
-    maps: list[AffineMap] = []
-    channels, height, width = _input_shape(tensors)
-    while (name := f"{len(maps)}.weight") in tensors:
-        inputs = channels * height * width
-        matrix: Matrix
+    shape = _input_shape(tensors)
+    channels, height, width = shape if len(shape) == 3 else (shape[0], 1, 1)
+    layers: list[nn.Module] = []
+    count = 0
+    while (name := f"{count}.weight") in tensors:
+        layers += [nn.ReLU()] if layers else []
         if len(tensors.shape(name)) == 4:
-            kernel = tensors.take(name, None, channels, 3, 3)
-            matrix, channels = convolution_matrix(kernel, (height, width)), len(kernel)
+            weight = tensors.take(name, None, channels, 3, 3)
+            layer: nn.Module = nn.Conv2d(channels, len(weight), 3, padding=1, bias=False)
         else:
-            weight = tensors.take(name, None, inputs)
+            weight = tensors.take(name, None, channels * height * width)
             if flatten_order == "channels_last":
-                weight = weight.unflatten(1, (height, width, channels)).movedim(3, 1).flatten(1)
-            matrix, channels, height, width = weight.numpy(), len(weight), 1, 1
-        bias = np.zeros(channels)
-        if (name := f"{len(maps)}.bias") in tensors:
-            bias = tensors.take(name, channels).numpy()
-        maps.append(AffineMap.of({len(maps): matrix}, bias.repeat(height * width)))
-    mean, scale = (_statistics(tensors, name, maps[0]) for name in ("input_mean", "input_scale"))
+                columns = weight.unflatten(1, (width, height, channels))
+                weight = columns.permute(0, 3, 2, 1).flatten(1)
+            layers += [nn.Flatten()]
+            layer, height, width = nn.Linear(weight.shape[1], len(weight), bias=False), 1, 1
+        channels = len(weight)
+        layer.weight = nn.Parameter(weight)
+        if (name := f"{count}.bias") in tensors:
+            layer.bias = nn.Parameter(tensors.take(name, channels))
+        layers.append(layer)
+        count += 1
+    size = math.prod(shape)
+    known = [tensors.take(name, size) for name in _STATISTICS if name in tensors]
     tensors.finish()
     if not standardised:
-        if mean is None or scale is None:
-            raise ValueError(
-                "standardised=False asks for a network of raw pixels, and the file has no "
-                "input_mean and input_scale"
-            )
-        maps[0] = _on_raw_pixels(maps[0], mean, scale)
-    blocks = tuple(Block(affine=affine, activation=RELU) for affine in maps[:-1])
-    inputs = maps[0].matrices[0].shape[1]
-    return Network(input_shape=(inputs,), blocks=blocks, output=maps[-1])
+        layers.insert(0, _standardisation(known, shape))
+    return from_torch(nn.Sequential(*layers), shape)
 
 
-def convolution_matrix(kernel: Tensor, image: tuple[int, int]) -> scipy.sparse.csr_array:
-    """Return the matrix of a 3 × 3 convolution with padding 1 on flattened images.
-
-    Args:
-        kernel: q × p × 3 × 3.
-        image: height and width.
-
-    Returns:
-        (q · height · width) × (p · height · width), channels first.
-    """
-    (q, p), (height, width) = kernel.shape[:2], image
-    o, c, i, j = np.indices(tuple(kernel.shape)).reshape(4, -1, 1)
-    y, x = np.divmod(np.arange(height * width), width)
-    row, column = y + i - 1, x + j - 1
-    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    rows = ((o * height + y) * width + x + 0 * row)[inside]
-    columns = ((c * height + row) * width + column)[inside]
-    values = np.broadcast_to(kernel.numpy().reshape(-1, 1), inside.shape)[inside]
-    shape = (q * height * width, p * height * width)
-    return scipy.sparse.csr_array((values, (rows, columns)), shape=shape)
+_STATISTICS = ("input_mean", "input_scale")
 
 
-def _input_shape(tensors: Tensors) -> tuple[int, int, int]:
-    """Return channels, height and width of the input: square images before a convolution."""
+def _standardisation(known: list[Tensor], shape: tuple[int, ...]) -> Standardisation:
+    if len(known) != len(_STATISTICS):
+        raise ValueError(
+            "standardised=False asks for a network of raw pixels, and the file has no input_mean "
+            "and input_scale"
+        )
+    mean, scale = (value.reshape(shape) for value in known)
+    if not bool((scale > 0).all()):
+        raise ValueError("input_scale must be positive: the file is damaged")
+    return Standardisation(mean, scale)
+
+
+def _input_shape(tensors: Tensors) -> tuple[int, ...]:
+    """Return the shape of one input: a square image before a convolution, a vector otherwise."""
     first = tensors.shape("0.weight")
     if len(first) != 4:
-        return math.prod(first[1:]), 1, 1
+        return (math.prod(first[1:]),)
     inputs = math.prod(tensors.shape("input_mean"))
     side = math.isqrt(inputs // first[1])
     if first[1] * side * side != inputs:
@@ -99,21 +111,3 @@ def _input_shape(tensors: Tensors) -> tuple[int, int, int]:
             "as 0.weight reads it: the file is of another network"
         )
     return first[1], side, side
-
-
-def _statistics(tensors: Tensors, name: str, first: AffineMap) -> Array | None:
-    inputs = first.matrices[0].shape[1]
-    return tensors.take(name, inputs).numpy() if name in tensors else None
-
-
-def _on_raw_pixels(affine: AffineMap, mean: Array, scale: Array) -> AffineMap:
-    """Return the map after x ↦ (x − mean)/scale; its numbers are rounded, see Note [Numbers]."""
-    if not (scale > 0).all():
-        raise ValueError("input_scale must be positive: the file is damaged")
-    matrix, divide = affine.matrices[0], scipy.sparse.diags_array(1 / scale)
-    scaled: Matrix = matrix @ divide if is_sparse(matrix) else matrix / scale
-    return AffineMap(
-        matrices={0: scaled}, bias=affine.bias - scaled @ mean, sizes={0: abs(scaled)},
-        bias_size=np.abs(affine.bias) + abs(scaled) @ np.abs(mean),
-        operations=len(mean) + 4, exact=False,
-    )  # fmt: skip

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import lben.certificates.network as module
 from lben.certificates import (
@@ -14,9 +15,10 @@ from lben.certificates import (
     certify,
 )
 from lben.certificates.network import NetworkClaim, prove_network
+from lben.tightening import tighten_diagonal
 from lben.tightening.recursion import propose_network_claim
 from lben.weights.activation import IDENTITY, RELU
-from lben.weights.network import AffineMap, Block, Network
+from lben.weights.network import AffineMap, Block, Network, to_dense
 
 from .networks import BENT, NETWORKS, build, chain, is_positive, quadratic_form
 
@@ -44,6 +46,38 @@ def test_no_quotient_exceeds_the_bound(name):
         change = network.evaluate(x + step) - network.evaluate(x)
         best = max(best, np.max(np.linalg.norm(change, axis=1) / np.linalg.norm(step, axis=1)))
     assert 0 < best <= certificate.bound * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_derivative_exceeds_the_bound(name):
+    """The steepest step at a point, by the Jacobian there."""
+    network, best = NETWORKS[name], 0.0
+    bound = prove_network(network, propose_network_claim(network)).bound
+    numbers = np.random.default_rng(1)
+    for x in 10 * numbers.standard_normal((100, network.widths[0])):
+        steps = x + 1e-3 * np.eye(len(x))
+        jacobian = (network.evaluate(steps) - network.evaluate(x[None])).T / 1e-3
+        direction = np.linalg.svd(jacobian)[2][0]
+        ends = network.evaluate(np.stack([x, x + 1e-3 * direction]))
+        best = max(best, float(np.linalg.norm(ends[1] - ends[0])) / 1e-3)
+    assert 0.2 * bound < best <= bound * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", ["one block", "chain", "wide input", "residual"])
+def test_what_the_whole_matrix_proves_is_proved_block_after_block(name):
+    network = NETWORKS[name]
+    start = propose_network_claim(network)
+    bound = prove_network(network, start).bound
+    scales = np.concatenate(list(map(np.ldexp, start.multipliers, start.exponents)))
+    weights = replace(network.dense(), Lambda=torch.from_numpy(scales / bound))
+    best = tighten_diagonal(weights)
+    assert certify(weights, best).bound == best.gamma <= bound
+    values = np.split(best.gamma * best.Lambda.numpy(), np.cumsum(network.widths[1:-1]))
+    claim = NetworkClaim(gamma=best.gamma, multipliers=tuple(values))
+    assert prove_network(network, claim).bound == best.gamma
+    assert prove_network(network, replace(claim, gamma=None)).bound <= best.gamma
+    with pytest.raises(CertificateError):  # below the optimum
+        prove_network(network, replace(claim, gamma=best.gamma * (1 - 1e-4)))
 
 
 @pytest.mark.parametrize("name", ["chain", "wide input", "residual", "inputs everywhere"])
@@ -82,6 +116,19 @@ def test_multipliers_scale_with_the_outputs(exponent):
     assert found.bound == np.ldexp(bound, exponent)
 
 
+@pytest.mark.parametrize("flush", [False, True])
+def test_denormal_weights_cost_tightness_and_not_truth(flush):
+    network = chain(4, scales={2: 2.0**-1018})
+    assert (np.abs(network.blocks[1].affine.matrices[1]) < 2.0**-1022).any()
+    claim = propose_network_claim(network)
+    torch.set_flush_denormal(flush)
+    try:
+        bound = prove_network(network, claim).bound
+    finally:
+        torch.set_flush_denormal(False)
+    assert is_positive(quadratic_form(network, replace(claim, gamma=bound)))
+
+
 @pytest.mark.parametrize("gain", [1e-3, 1.0, 1e3])
 def test_deep_networks_of_any_gain(gain):
     network = chain(64, scales={k: gain**k for k in range(1, 65)}, inputs=4)
@@ -114,6 +161,38 @@ def test_numbers_that_are_not_exact_are_enclosed():
     assert prove_network(network, claim).bound >= largest > 1.003
     with pytest.raises(CertificateError):
         prove_network(network, replace(claim, gamma=largest * (1 - 1e-9)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["chain", "wide input", "wide input, slopes above 0", "wide input, slopes below 0", "residual",
+     "concatenation", "inputs everywhere", "linear blocks", "linear first"],
+)  # fmt: skip
+def test_the_bound_holds_for_all_numbers_that_rounding_leaves_open(name):
+    network = NETWORKS[name]
+    numbers = np.random.default_rng(0)
+
+    def blur(affine):
+        return replace(affine, exact=False, operations=2**36)
+
+    def move(affine):
+        radius = blur(affine).relative_radius * (1 - 1e-3)  # inside of it after rounding
+        assert radius > 1e-5
+        matrices = {
+            j: to_dense(W) + radius * numbers.choice([-1, 1], W.shape) * to_dense(affine.sizes[j])
+            for j, W in affine.matrices.items()
+        }
+        return AffineMap.of(matrices, affine.bias)
+
+    def change(rule):
+        blocks = tuple(replace(block, affine=rule(block.affine)) for block in network.blocks)
+        return replace(network, blocks=blocks, output=rule(network.output))
+
+    claim = propose_network_claim(network)
+    bound = prove_network(change(blur), claim).bound
+    assert bound > prove_network(network, claim).bound * (1 + 1e-5)
+    for _ in range(5):
+        assert is_positive(quadratic_form(change(move), replace(claim, gamma=bound)))
 
 
 def test_outputs_without_units():
@@ -226,6 +305,16 @@ def test_exact_arithmetic_catches_a_planted_fault(fault, monkeypatch):
     plant(monkeypatch)
     assert prove_network(network, wrong).bound == wrong.gamma
     assert not is_positive(quadratic_form(network, wrong))
+
+
+@pytest.mark.parametrize("name", ["chain", "residual", "linear blocks", "wide input"])
+def test_badly_computed_storages_cost_tightness_and_not_truth(name, monkeypatch):
+    network = NETWORKS[name]
+    claim = propose_network_claim(network)
+    solve = module._solve
+    monkeypatch.setattr(module, "_solve", lambda *arguments: 1.01 * solve(*arguments))
+    bound = prove_network(network, claim).bound
+    assert is_positive(quadratic_form(network, replace(claim, gamma=bound)))
 
 
 def test_a_forgotten_radius_is_caught(monkeypatch):

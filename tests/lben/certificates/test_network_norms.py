@@ -10,7 +10,7 @@ from lben.certificates import network_norms as norms
 from lben.certificates import product_bound
 from lben.certificates.network_norms import map_norm_bound, network_norms
 from lben.interop import from_torch
-from lben.weights.network import AffineMap
+from lben.weights.network import AffineMap, to_dense
 
 
 def matrices():
@@ -22,14 +22,19 @@ def matrices():
     yield scipy.sparse.eye_array(5, format="csr")
 
 
-@pytest.mark.parametrize("dense", [0, 2048])
+@pytest.mark.parametrize("products", [0, 1e9])
 @pytest.mark.parametrize("matrix", list(matrices()), ids=lambda m: f"{type(m).__name__}{m.shape}")
-def test_the_norm_of_a_matrix_is_bounded(matrix, dense, monkeypatch):
-    monkeypatch.setattr(norms, "_DENSE", dense)
-    found = map_norm_bound(AffineMap.of({0: matrix}, np.zeros(matrix.shape[0])), 0)
-    written_out = matrix.toarray() if scipy.sparse.issparse(matrix) else matrix
-    true = np.linalg.norm(written_out, 2)
-    assert true <= found <= true * (1.000001 if dense else 2) + 1e-140
+def test_the_norm_of_a_matrix_is_bounded(matrix, products):
+    found = map_norm_bound(AffineMap.of({0: matrix}, np.zeros(matrix.shape[0])), 0, products)
+    true = np.linalg.norm(to_dense(matrix), 2)
+    assert true <= found <= true * (1.000001 if products else 2.5) + 1e-140
+
+
+@pytest.mark.parametrize("matrix", list(matrices()), ids=lambda m: f"{type(m).__name__}{m.shape}")
+def test_the_norm_of_a_sparse_matrix_is_bounded_by_its_gram_matrix(matrix):
+    found = norms._gram_bound(scipy.sparse.csr_array(matrix), 1e9)
+    true = np.linalg.norm(to_dense(matrix), 2)
+    assert true <= found <= true * 1.6 + 1e-140
 
 
 def test_the_norm_of_a_selection_is_exact():
@@ -73,4 +78,11 @@ def test_no_quotient_exceeds_the_bound_and_gains():
         network.evaluate(x + 1e-3 * d) - network.evaluate(x), axis=1
     ) / np.linalg.norm(1e-3 * d, axis=1)
     assert 0 < quotients.max() <= found.bound == product_bound(network)
+    pairs = norms.prove_product_pairs(network).tensor().numpy()
+    moved = network.evaluate(x + 1e-3 * d) - network.evaluate(x)
+    apart = np.abs(moved[:, :, None] - moved[:, None]) / np.linalg.norm(1e-3 * d, axis=1).reshape(
+        -1, 1, 1
+    )
+    assert (apart <= pairs).all()
+    assert pairs.max() <= np.sqrt(2) * found.bound * (1 + 1e-9)
     assert len(found.gains) == len(network.blocks) + 1

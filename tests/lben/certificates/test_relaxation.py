@@ -387,3 +387,45 @@ def test_an_empty_interval_is_seen():
     lower = -one
     lower[1, 2] = 2.0
     assert Intervals(lower={1: lower}, upper={1: one}).empty().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("direction", [-1.0, 1.0])
+def test_bounds_hold_for_all_numbers_that_rounded_products_stand_for(direction):
+    """The exact numbers may be anywhere in the enclosure: here at an end of it."""
+    exact = chain()
+
+    def change(affine: AffineMap, factor: float, operations: int | None = None) -> AffineMap:
+        maps = {j: factor * matrix for j, matrix in affine.matrices.items()}
+        moved = AffineMap.of(maps, factor * affine.bias)
+        if operations is None:
+            return moved
+        return dataclasses.replace(moved, operations=operations, exact=False)
+
+    def build(factor: float, operations: int | None = None) -> AffineSystem:
+        blocks = tuple(
+            Block(affine=change(b.affine, factor, operations), activation=RELU)
+            for b in exact.blocks
+        )
+        output = change(exact.output, factor, operations)
+        return AffineSystem.of_network(Network(input_shape=(4,), blocks=blocks, output=output))
+
+    stored = build(1.0, operations=10**9)
+    other = build(1.0 + direction * 0.99e9 * 2.0**-52)
+    region = InputRegion.around(torch.rand(1, 4), 1e-12, "linf", None)
+    intervals, target = intervals_of(stored, region), torch.eye(3).double()
+    values = other.evaluate(region.center)
+    for j in (1, 2):
+        assert (values[j - 1] >= intervals.lower[j]).all()
+        assert (values[j - 1] <= intervals.upper[j]).all()
+    for sign in (1.0, -1.0):
+        for t in target:
+            row = sign * t[None]
+            slopes = {j: (values[j - 1] > 0).double() for j in (1, 2)}
+            tau, lam = {}, {3: row}
+            for j in (2, 1):
+                tau[j] = slopes[j] * stored.pull(j, lam)
+                lam[j] = tau[j]
+            bound = prove_lower_bounds(stored, 3, row, tau, intervals, region)
+            here = (values[2] @ row[0]).item()
+            assert bound <= here
+            assert bound >= here - 1e-4 * (1 + abs(here))

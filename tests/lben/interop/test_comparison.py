@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lben.interop import ConversionError, compare_outputs, from_torch, operations, pytorch
+from lben.interop.rounding import RoundingModel
 from lben.weights.network import Network
 
 
@@ -124,6 +125,23 @@ def test_a_change_of_one_number_is_found(relative, model):
     changed = replace(network, output=replace(network.output, matrices=matrices))
     with pytest.raises(ConversionError, match="differ by"):
         compare_outputs(model, changed)
+
+
+def test_a_fault_is_found_where_the_proved_rounding_is_large():
+    layers = [part for _ in range(60) for part in (nn.Linear(16, 16), nn.ReLU())]
+    deep = nn.Sequential(*layers, nn.Linear(16, 3)).eval()
+    with torch.no_grad():
+        for layer in deep[::2]:
+            layer.weight.mul_(4)
+    network = from_torch(deep, (16,))
+    error, size = (getattr(RoundingModel(network).evaluate(np.ones((1, 16))), name)[0]
+                   for name in ("error", "size"))  # fmt: skip
+    assert error > size
+    first = network.blocks[0]
+    affine = replace(first.affine, bias=first.affine.bias * 1.001)
+    changed = replace(network, blocks=(replace(first, affine=affine), *network.blocks[1:]))
+    with pytest.raises(ConversionError, match="differ by"):
+        compare_outputs(deep, changed)
 
 
 def test_outputs_of_functions_and_of_other_shapes_are_compared(model):

@@ -2,18 +2,26 @@
 
 import copy
 import pickle
-from dataclasses import replace
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from lben import CertificateError, ConvertedNetwork, LipschitzSequential, Normalize, SLLLinear
+from lben import (
+    CertificateError,
+    ConvertedNetwork,
+    LipschitzSequential,
+    Normalize,
+    SLLLinear,
+    certify,
+)
 from lben.certificates import product_bound
 from lben.certificates.network_norms import prove_product
 from lben.interop import from_torch
 from lben.layers import BoundedModule
+from lben.tightening.recursion import propose_network_claim
 from tests.lben.interop.test_rounding import exactly
 
 
@@ -134,11 +142,29 @@ def test_certificates_of_other_networks_and_shapes_are_refused():
         layer.forward_with_error(x, layer.certificate())
 
 
-def test_another_proof_takes_the_place_of_the_product():
+def test_claims_take_the_place_of_products():
     network = from_torch(convolutional(), SHAPE)
-    plain = ConvertedNetwork(network).certificate()
-    layer = ConvertedNetwork(network, lambda n: replace(plain, bound=plain.bound / 2))
-    assert layer.certificate().bound == plain.bound / 2
+    claim = propose_network_claim(network)
+    rows = np.eye(3)
+    pairs = {
+        (i, j): propose_network_claim(network, rows[[i]] - rows[[j]])
+        for i in range(3)
+        for j in range(i + 1, 3)
+    }
+    plain, layer = ConvertedNetwork(network), ConvertedNetwork(network, claim, pairs)
+    assert layer.certificate().bound == certify(network, claim).bound < plain.certificate().bound
+    assert layer.pair_certificate().largest < plain.pair_certificate().largest
+    x = torch.rand(2, *SHAPE)
+    found = layer.forward_with_error(x, layer.certificate())
+    assert torch.equal(found.error, plain.forward_with_error(x, plain.certificate()).error)
+
+
+def test_chains_know_the_pairs_of_their_last_network():
+    layer = ConvertedNetwork(from_torch(convolutional(), SHAPE))
+    chain = LipschitzSequential(Normalize((0.5,), (0.25,)), layer)
+    pairs = chain.certificate(SHAPE).pairs
+    assert pairs is not None
+    assert pairs[0][1] == pytest.approx(4 * layer.pair_certificate()[0][1])
 
 
 def test_copies_and_conversions_change_nothing():

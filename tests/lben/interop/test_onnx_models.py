@@ -107,7 +107,9 @@ def test_a_network_computes_what_its_operator_computes(name, shape, constants, o
         onnx.reference.ReferenceEvaluator(model).run(None, {"x": part})[0].reshape(1, -1)
         for part in np.split(x, 2)
     ])  # fmt: skip
-    np.testing.assert_allclose(network.evaluate(x), expected, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(
+        network.evaluate(x.astype(np.float64)), expected, atol=1e-4, rtol=1e-4
+    )
 
 
 def residual(opset=21):
@@ -172,6 +174,11 @@ def test_older_operators_have_their_limits_as_attributes():
     assert from_onnx(model).blocks[0].activation.name == "Hardtanh(-1.0, 2.0)"
 
 
+def test_second_outputs_that_nothing_reads_do_no_harm():
+    model = make([("Dropout", "x", "d mask", {}), ("Relu", "d", "y", {})], VECTORS)
+    assert from_onnx(model).units == 6
+
+
 def test_open_sizes_are_asked_for():
     model = make([("Relu", "x", "y", {})], (3, "h", "w"))
     with pytest.raises(ConversionError, match="leaves sizes of its input open"):
@@ -204,7 +211,8 @@ REFUSED = [
     ([("Identity", "W", "y", {})], VECTORS, {"W": random(6, 2)}, "does not depend on its input"),
     ([("Dropout", "x r t", "y", {})], VECTORS, {"r": np.float32(0.5), "t": np.array(True)},
      "drops numbers at random"),
-    ([("MaxPool", "x", "y z", {"kernel_shape": [2, 2]})], IMAGES, {}, "only its first output"),
+    ([("MaxPool", "x", "w z", {"kernel_shape": [2, 2]}), ("Cast", "z", "y", {"to": 1})], IMAGES, {},
+     "Cast, node n1.*reads z, a second output"),
     ([("Relu", "x", "y", {})], (), {}, "batch as its first dimension"),
 ]  # fmt: skip
 

@@ -1,9 +1,13 @@
 """Operations on expressions, where PyTorch's functions do not already try them."""
 
+from decimal import Decimal, localcontext
+from fractions import Fraction
+
 import numpy as np
 import pytest
+from torch import nn
 
-from lben.interop import operations
+from lben.interop import from_torch, operations
 from lben.interop.expressions import Builder
 from lben.interop.maps import ConversionError
 from lben.interop.windows import slide
@@ -44,3 +48,30 @@ def test_a_variance_that_is_not_positive_is_refused():
 def test_division_by_zero_is_refused():
     with pytest.raises(ConversionError, match="divides by zero"):
         operations.divide(Builder((2,)).input(), np.array([1.0, 0.0]))
+
+
+def test_normalised_and_averaged_numbers_lie_within_their_radius():
+    """y = the mean over three entries of (Wx + b − μ)/√(v + ε)·w + c, by hand."""
+    model = nn.Sequential(nn.Conv1d(1, 2, 1), nn.BatchNorm1d(2), nn.AvgPool1d(3)).eval()
+    norm = model[1]
+    for values in (norm.running_mean, norm.running_var, norm.weight.data, norm.bias.data):
+        values.uniform_(0.1, 3)
+    affine = from_torch(model, (1, 3)).output
+    assert not affine.exact
+    found = affine.enclosure(0)
+    for k in range(2):
+        W, b, mu, v, w, c = (
+            Decimal(float(t.detach().ravel()[k]))
+            for t in (model[0].weight, model[0].bias, norm.running_mean, norm.running_var,
+                      norm.weight, norm.bias)
+        )  # fmt: skip
+        with localcontext() as context:
+            context.prec = 60
+            factor = w / (v + Decimal(norm.eps)).sqrt()
+            slope, shift = W * factor / 3, (b - mu) * factor + c
+            radius = Decimal(affine.relative_radius) * Decimal(float(affine.bias_size[k]))
+            assert abs(shift - Decimal(float(affine.bias[k]))) <= radius
+            for i in range(3):
+                error = abs(slope - Decimal(float(found.mid[k, i])))
+                assert error <= Decimal(float(found.radius[k, i]))
+                assert Fraction(float(found.radius[k, i])) < Fraction(1, 10**13)

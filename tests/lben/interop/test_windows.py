@@ -23,7 +23,9 @@ def test_windows_slide_as_those_of_pytorch(size, kernel, stride, padding, dilati
     np.testing.assert_array_equal(found + 1, expected.numpy())
 
 
-@pytest.mark.parametrize(("size", "kernel", "stride"), [(6, 3, 2), (7, 2, 2), (5, 3, 3), (6, 2, 3)])
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride"), [(6, 3, 2), (7, 2, 2), (5, 3, 3), (6, 2, 3), (1, 4, 2)]
+)
 def test_the_last_window_may_reach_out(size, kernel, stride):
     image = torch.arange(1.0, size + 1)[None]
     expected = F.max_pool1d(image, kernel, stride, padding=1, ceil_mode=True)[0]

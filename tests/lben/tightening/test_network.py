@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from lben import certify
 from lben.certificates.network import prove_network
 from lben.tightening.layer_program import LayerProgram, minimise_bound
-from lben.tightening.network import tighten_network
+from lben.tightening.network import tighten_network, tighten_network_pairs
 from lben.weights.activation import IDENTITY, RELU, Activation
 from lben.weights.network import AffineMap, Block, Network
 
@@ -177,3 +178,13 @@ def test_too_few_steps_are_told():
     with pytest.warns(UserWarning, match="ended after 3 steps"):
         claim = tighten_network(random_chain(4), max_steps=3)
     assert claim.gap > 1e-3
+
+
+def test_pairs_of_outputs_have_bounds_of_their_own():
+    network = random_chain(2)
+    pairs = certify(network, tighten_network_pairs(network))
+    whole = bound_of(network)
+    for i, j in [(0, 1), (0, 2), (1, 2)]:
+        row = np.eye(3)[i : i + 1] - np.eye(3)[j : j + 1]
+        assert pairs[i][j] == pytest.approx(bound_of(network, row), rel=1e-3)
+        assert pairs[i][j] < 2**0.5 * whole

@@ -5,7 +5,14 @@ import torch
 
 from lben.certificates.relaxation import InputRegion, Intervals, dual_value, prove_lower_bounds
 from lben.certificates.states import StateBound
-from lben.tightening.relaxation import Lines, Proposal, ascend, back_substitute, propose_lines
+from lben.tightening.relaxation import (
+    Lines,
+    Proposal,
+    ascend,
+    back_substitute,
+    find_relaxed_states,
+    propose_lines,
+)
 from lben.weights.activation import RELU
 from lben.weights.affine_system import AffineSystem
 from tests.lben.certificates.test_relaxation import BUMP, chain, intervals_of, sample
@@ -120,3 +127,42 @@ def test_where_no_unit_can_switch_the_bound_is_exact():
     torch.testing.assert_close(
         (y[0] @ target[0] - bound)[0], y[0] @ target[0] - reached, rtol=1e-3, atol=0
     )
+
+
+@pytest.mark.parametrize("kind", ["chain", "equilibrium"])
+def test_relaxed_states_satisfy_the_relaxation(kind):
+    """Where no unit can switch they are those of the network at the worst input."""
+    system = {
+        "chain": lambda: AffineSystem.of_network(chain()),
+        "equilibrium": lambda: AffineSystem.of_weights(equilibrium(), RELU),
+    }[kind]()
+    x = torch.rand(1, system.inputs)
+    for radius in (1e-6, 0.2):
+        region = InputRegion.around(x, radius, "linf", None)
+        values = system.evaluate(region.center)
+        reach = 1e3 * radius
+        intervals = Intervals(
+            lower={j: v - reach for j, v in enumerate(values[:-1], 1)},
+            upper={j: v + reach for j, v in enumerate(values[:-1], 1)},
+        )
+        target = torch.randn(1, system.units(system.output)).double()
+        lines = propose_lines(system, system.output, intervals)
+        blocks = find_relaxed_states(
+            system, system.output, target, lines, Proposal.of(lines), intervals, region
+        )
+        for j, block in blocks.items():
+            assert (block.z >= RELU(block.v) - 1e-9).all()
+            assert (block.v >= intervals.lower[j]).all()
+            assert (block.v <= intervals.upper[j]).all()
+            if radius == 1e-6:
+                torch.testing.assert_close(block.z, RELU(block.v))
+                torch.testing.assert_close(block.v, values[j - 1], atol=1e-4, rtol=0)
+
+
+def test_pace_shrinks_near_the_best_bound():
+    system = AffineSystem.of_network(chain())
+    region = InputRegion.around(torch.rand(1, 4), 0.3, "l2", None)
+    intervals, target = intervals_of(system, region), torch.tensor([[1.0, -1.0, 0.0]]).double()
+    first = Proposal.of(propose_lines(system, 3, intervals))
+    last, _ = ascend(system, 3, target, intervals, region, first, steps=300)
+    assert last.pace < 0.1

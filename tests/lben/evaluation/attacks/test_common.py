@@ -16,6 +16,7 @@ from lben.evaluation.attacks import (
     corner_pairs,
     freeze,
     pgd_l2,
+    pgd_linf,
     quotients,
     random_pairs,
 )
@@ -23,6 +24,7 @@ from tests.lben.evaluation.attacks.models import CONFIG
 
 ATTACKS = {
     "pgd_l2": lambda f, x, y: pgd_l2(f, x, y, 0.3, steps=3),
+    "pgd_linf": lambda f, x, y: pgd_linf(f, x, y, 0.1, steps=3),
     "apgd_l2": lambda f, x, y: apgd_l2(f, x, y, 0.3, steps=6, restarts=2),
     "ascend_quotient": lambda f, x, y: ascend_quotient(f, x, steps=2),
     "across_the_boundary": lambda f, x, y: across_the_boundary(f, x, x.flip(0), steps=4),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lben import margin_radius
-from lben.evaluation.attacks import across_the_boundary, apgd_l2, auto_attack, pgd_l2
+from lben.evaluation.attacks import across_the_boundary, apgd_l2, auto_attack, pgd_l2, pgd_linf
 from tests.lben.evaluation.attacks.models import CONFIG, Linear
 
 
@@ -195,3 +195,30 @@ def test_numbers_of_numpy_and_torch_are_radii():
     expected, _ = pgd_l2(model, x, y, 0.25, restarts=1)
     for radius in (np.float32(0.25), torch.tensor(0.25)):
         assert torch.equal(pgd_l2(model, x, y, radius, restarts=1)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_attacks_in_the_largest_norm_stay_in_ball_and_range(dtype):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(9, 3)).to(dtype)
+    x = torch.rand(20, 1, 3, 3, dtype=dtype)
+    labels = model(x).argmax(1)
+    found, broken = pgd_linf(model, x, labels, 0.2)
+    assert bool(((found >= 0) & (found <= 1)).all())
+    assert float((found.double() - x.double()).abs().max()) <= 0.2
+    assert torch.equal(broken, model(found).argmax(1) != labels)
+
+
+def test_attacks_in_the_largest_norm_find_the_least_radius_of_a_linear_model():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 2).double()
+    x = 0.5 + 0.01 * torch.randn(30, 6).double()
+    y = model(x)
+    labels, row = y.argmax(1), (model.weight[0] - model.weight[1]).detach()
+    least = ((y[:, 0] - y[:, 1]).abs() / row.abs().sum()).detach()
+    for factor, expected in ((0.98, False), (1.02, True)):
+        results = [
+            bool(pgd_linf(model, x[i : i + 1], labels[i : i + 1], factor * float(r))[1])
+            for i, r in enumerate(least)
+        ]
+        assert all(result is expected for result in results)

@@ -198,11 +198,85 @@ def test_lbdn_of_images_is_a_classifier():
         load_checkpoint(state, gamma=2.0, task=SMALL)
 
 
+def lbdn_of_images(rows_only=False):
+    """Two convolutions, the second of stride 2, two dense layers, and the last one."""
+
+    def one(i, p, q, *size):
+        return {
+            f"model.{i}.weight": draw(q, p + q, *size),
+            f"model.{i}.bias": torch.randn(q),
+            f"model.{i}.alpha": 2 + torch.rand(()),
+            f"model.{i}.psi": torch.randn(q) / 2,
+        }
+
+    state = one(0, 3, 4, 3, 3) | one(1, 16, 5, 1, 1) | one(3, 80, 6) | one(4, 6, 7)
+    if rows_only:
+        return state | {"model.5.weight": torch.randn(4, 7), "model.5.bias": torch.randn(4)}
+    end = one(5, 7, 4)
+    del end["model.5.psi"]
+    return state | end
+
+
+def published_convolution(s, prefix, x, scale):
+    """A sandwich layer at every frequency of half the spectrum."""
+    V, psi, b = s[prefix + "weight"], s[prefix + "psi"], s[prefix + "bias"]
+    q, both, k, _ = V.shape
+    n = x.shape[-1]
+    position = torch.arange(n)[:, None] + torch.arange(n)[None, :]
+    shift = torch.exp(-2j * math.pi * ((k - 1) // 2) * position / n)[:, : n // 2 + 1]
+    spectrum = shift * torch.fft.rfft2(V, (n, n)).conj()
+    spectrum = s[prefix + "alpha"] * spectrum / spectrum.abs().square().sum().sqrt()
+    inner = torch.zeros(len(x), q, n, n // 2 + 1, dtype=torch.complex128)
+    Q = torch.zeros(n, n // 2 + 1, q, both, dtype=torch.complex128)
+    x_hat = torch.fft.rfft2(scale * x)
+    for i in range(n):
+        for j in range(n // 2 + 1):
+            W = spectrum[:, :, i, j].T
+            U, R = W[:q], W[q:]
+            S = U - U.conj().T + R.conj().T @ R
+            inverse = torch.linalg.inv(torch.eye(q) + S)
+            Q[i, j] = torch.cat([inverse @ (torch.eye(q) - S), -2 * R @ inverse]).T
+            inner[:, :, i, j] = x_hat[:, :, i, j] @ Q[i, j, :, q:].T
+    v = math.sqrt(2) * torch.fft.irfft2(inner, (n, n)) / psi.exp()[:, None, None]
+    h = torch.fft.rfft2(torch.relu(v + b[:, None, None]) * psi.exp()[:, None, None])
+    out = math.sqrt(2) * torch.einsum("ijqr,bqij->brij", Q[..., :q].conj(), h)
+    return torch.fft.irfft2(out, (n, n))
+
+
+@pytest.mark.parametrize("rows_only", [False, True])
+def test_lbdn_with_convolutions_is_that_of_the_formulas(rows_only):
+    state, gamma = lbdn_of_images(rows_only), 1.7
+    model = load_checkpoint(state, gamma=gamma, task=SMALL)
+    assert type(model) is ChainClassifier
+    pixels = torch.rand(3, 3, 8, 8).double()
+    s = {k.removeprefix("model."): v.double() for k, v in state.items()}
+    x = pixels - torch.tensor(SMALL.mean).double()[:, None, None]
+    x = published_convolution(s, "0.", x, math.sqrt(gamma))
+    x = published_convolution(s, "1.", functional.pixel_unshuffle(x, 2), 1.0)
+    dense = {k: v for k, v in state.items() if k.split(".")[1] in "345"}
+    # The dense part has its own first layer, whose input is not scaled here.
+    x = x.flatten(1) / math.sqrt(gamma)
+    expected = published_lbdn(dense, x, gamma, start=3)
+    torch.testing.assert_close(model.to_exact(1e-11)(pixels), expected, rtol=1e-7, atol=1e-7)
+    certificate = model.certificate()
+    assert certificate.bound <= gamma * (2 if rows_only else 1) * 1.0001
+    radius = model.certified_radius(pixels, expected.argmax(1), certificate)
+    assert bool((radius > 0).any())
+
+
+def test_images_of_lbdn_are_known_or_given():
+    with pytest.raises(ValueError, match=r"give square images, task=ImageTask"):
+        load_checkpoint(lbdn_of_images(), gamma=1.0)
+    wrong = ImageTask(shape=(1, 8, 8), classes=4, mean=(0.5,), std=(1.0,))
+    with pytest.raises(ValueError, match=r"its input has 1, or 4 with stride 2"):
+        load_checkpoint(lbdn_of_images(), gamma=1.0, task=wrong)
+
+
 def test_what_lbdn_lacks_is_named():
     with pytest.raises(ValueError, match=r"multiplied by √γ.*gamma=…"):
         load_checkpoint(lbdn())
-    with pytest.raises(ValueError, match="LBDN with convolutions"):
-        load_checkpoint(lbdn() | {"model.0.weight": torch.randn(7, 19, 3, 3)}, gamma=1.0)
+    with pytest.raises(ValueError, match="convolutions before dense layers"):
+        load_checkpoint(lbdn() | {"model.1.weight": torch.randn(9, 16, 3, 3)}, gamma=1.0)
     with pytest.raises(ValueError, match="one last layer, got 2 and 0"):
         state = {k: v for k, v in lbdn().items() if not k.startswith("model.2.")}
         load_checkpoint(state, gamma=1.0)
@@ -311,10 +385,11 @@ def test_other_layers_are_refused_by_name():
     [
         (sll, {"task": SMALL}),
         (lbdn, {"gamma": 1.0}),
+        (lbdn_of_images, {"gamma": 1.0, "task": SMALL}),
         (lambda: compared("SLL", blocks=3), {"task": SMALL}),
         (lambda: compared("AOL", blocks=3), {"task": SMALL}),
     ],
-    ids=["SLL", "LBDN", "compared SLL", "compared AOL"],
+    ids=["SLL", "LBDN", "LBDN of images", "compared SLL", "compared AOL"],
 )
 def test_a_tensor_that_is_missing_superfluous_or_of_another_shape_is_named(make, options):
     state = make()

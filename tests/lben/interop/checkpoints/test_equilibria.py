@@ -244,7 +244,7 @@ def published(state, x, pool, gamma, m):
     psi = s.get("psi", torch.zeros(1).double())
     Psi = torch.ones(units).double()
     if psi.numel() > 1:
-        Psi = psi.exp().reshape(n, 1, 1).expand(n, side, side).flatten()
+        Psi = psi.exp().reshape(-1, *psi.shape[-2:]).expand(n, side, side).flatten()
     Psi = torch.diag(Psi)
     basis = torch.eye(units).double().reshape(units, n, side, side)
     P = functional.avg_pool2d(basis, pool).flatten(1).T
@@ -265,7 +265,9 @@ def published(state, x, pool, gamma, m):
 
 
 @pytest.mark.parametrize("pool", [3, 4])
-@pytest.mark.parametrize("metric", [None, (1, 2, 1, 1), (1, 1, 1, 1), (2, 1, 1)])
+@pytest.mark.parametrize(
+    "metric", [None, (1, 2, 1, 1), (1, 1, 1, 1), (2, 1, 1), (1, 2, 8, 8), (2, 8, 8), (1, 1, 8, 8)]
+)
 def test_convolutional_networks_without_a_bound_are_those_of_the_formulas(metric, pool):
     state = convolutional(metric=metric)
     model = load_checkpoint(state, task=SMALL, m=0.8, pool=pool)
@@ -276,7 +278,7 @@ def test_convolutional_networks_without_a_bound_are_those_of_the_formulas(metric
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("metric", [(1, 2, 1, 1), (1, 1, 1, 1)])
+@pytest.mark.parametrize("metric", [(1, 2, 1, 1), (1, 1, 1, 1), (2, 8, 8), (1, 1, 8, 8)])
 def test_convolutional_networks_with_a_bound_are_those_of_the_formulas(metric, scaled):
     state, gamma = convolutional(output=IN + "Wout", metric=metric), 0.9
     if scaled:
@@ -302,9 +304,12 @@ def test_images_of_mnist_and_cifar_are_known_by_their_channels():
         load_checkpoint(convolutional(cells=29))
 
 
-def test_a_multiplier_per_pixel_is_refused_by_name():
-    with pytest.raises(ValueError, match="multiplier per pixel"):
-        load_checkpoint(convolutional(metric=(1, 2, 8, 8)), task=SMALL)
+def test_a_multiplier_per_pixel_is_read_where_a_matrix_fits():
+    with pytest.raises(ValueError, match="18816 × 18816 entries"):
+        load_checkpoint(convolutional(n=24, cells=7, metric=(1, 24, 30, 30)))
+    for shape in ((1, 2, 9, 9), (2, 1, 8, 8), (8, 8), (1, 3, 1, 1)):
+        with pytest.raises(ValueError, match="psi"):
+            load_checkpoint(convolutional(metric=shape), task=SMALL, pool=4)
 
 
 def test_a_kernel_of_zeros_is_named():

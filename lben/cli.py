@@ -402,8 +402,8 @@ def _certify_run(command: Certify) -> None:
     folder = Path(command.run)
     if folder.is_file():
         raise ValueError(
-            f"{folder} is a file: say which inputs are certified by --data digits, mnist, cifar10 "
-            "or an .npz file"
+            f"no checkpoint in {folder}: it is a file. If it holds a model, say which inputs are "
+            "certified by --data digits, mnist, cifar10 or an .npz file"
         )
     model, data, said = _load_trained(folder, command.root, _CERTIFIED)
     with processes("cpu") as team:

@@ -34,8 +34,8 @@ class ConvertedNetwork(nn.Module):
 
     Args:
         network: of `from_torch` or `from_onnx`.
-        claim: of its bound, as `certify` takes it; when omitted, the tightest route that the size of
-            the network allows finds one, once (lben/tightening/routes.py).
+        claim: of its bound, as `certify` takes it; when omitted, the tightest route that the size
+            of the network allows finds one, once (lben/tightening/routes.py).
         pairs: a claim for every pair of outputs; products of norms are proved when omitted.
 
     Example:

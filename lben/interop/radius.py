@@ -62,7 +62,7 @@ class RadiusCertifier:
     Attributes:
         module: a copy of the model on the CPU, or the converted network.
         certificate: of its global bound.
-        route: how the bound was found, for a converted network.
+        route: how the bound was found, for a network that has no bound of its own.
         system: the equations for proofs around single inputs; None where there are none: images
             with convolutional equilibria, and modules that `from_torch` does not convert.
 
@@ -108,9 +108,8 @@ class RadiusCertifier:
                 bound of its own (`ConversionError` if it cannot be converted).
             CertificateError: if no bound is proved.
         """
-        if isinstance(model, Network):
-            model = ConvertedNetwork(model)
-        if not isinstance(model, nn.Module):
+        route = None
+        if not isinstance(model, nn.Module | Network):
             raise TypeError(
                 f"model must be a torch.nn.Module or a Network, got {type(model).__name__}: read a "
                 "file by from_onnx or load_checkpoint first"
@@ -121,33 +120,21 @@ class RadiusCertifier:
                     f"{type(model).__name__} has no bound of its own that a certificate could "
                     "prove: certify ConvertedNetwork(from_torch(model, shape))"
                 )
-            model = ConvertedNetwork(from_torch(model, shape))
-        if isinstance(model, ConvertedNetwork):
-            return cls._of_network(model, shape, certificate, seconds)
-        frozen = model.freeze() if isinstance(model, Classifier) else _freeze(model)
-        found = certificate or _prove_own_bound(cast(BoundedModule, frozen), shape)
+            network = model if isinstance(model, Network) else from_torch(model, shape)
+            _check_shape(network, shape)
+            certificate, route = prove_by_route(network, seconds=seconds)
+            model = ConvertedNetwork(network)
+        elif isinstance(model, ConvertedNetwork):
+            _check_shape(model.network, shape)
+        elif isinstance(model, Classifier):
+            model = model.freeze()
+        else:
+            model = copy.deepcopy(cast(nn.Module, model)).cpu().eval().requires_grad_(False)
+        module = cast(BoundedModule, model)
         return cls(
-            module=cast(BoundedModule, frozen), certificate=found, route=None,
-            system=_find_system(frozen, shape),
+            module=module, certificate=certificate or _prove_own_bound(module, shape), route=route,
+            system=_find_system(model, shape),
         )  # fmt: skip
-
-    @classmethod
-    def _of_network(
-        cls,
-        module: ConvertedNetwork,
-        shape: tuple[int, ...],
-        certificate: LipschitzCertificate | None,
-        seconds: float,
-    ) -> Self:
-        if module.sample_shape != shape:
-            raise ValueError(
-                f"the network is for inputs of shape {module.sample_shape}, got {shape}"
-            )
-        route = None
-        if certificate is None:
-            certificate, route = prove_by_route(module.network, seconds=seconds)
-        system = AffineSystem.of_network(module.network)
-        return cls(module=module, certificate=certificate, route=route, system=system)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -337,8 +324,9 @@ def _bar(total: int, wanted: bool) -> Progress | nullcontext[None]:
     return Progress(total, "radii", "inputs")
 
 
-def _freeze(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).cpu().eval().requires_grad_(False)
+def _check_shape(network: Network, shape: tuple[int, ...]) -> None:
+    if network.input_shape != shape:
+        raise ValueError(f"the network is for inputs of shape {network.input_shape}, got {shape}")
 
 
 def _prove_own_bound(module: BoundedModule, shape: tuple[int, ...]) -> LipschitzCertificate:
@@ -350,6 +338,8 @@ def _prove_own_bound(module: BoundedModule, shape: tuple[int, ...]) -> Lipschitz
 
 def _find_system(module: nn.Module, shape: tuple[int, ...]) -> AffineSystem | None:
     """Return the equations of a module of this package, if they are known."""
+    if isinstance(module, ConvertedNetwork):
+        return AffineSystem.of_network(module.network)
     if type(module) is EquilibriumClassifier:
         mean, std = (t.detach().double() for t in (module.normalize.mean, module.normalize.std))
         return _equations(module.layer, *(t.expand(shape).reshape(-1) for t in (mean, std)))

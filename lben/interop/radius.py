@@ -51,6 +51,8 @@ _BATCH = 16
 """Inputs between two updates of the progress bar."""
 _TRIALS = 12
 """About so many radii are tried for an input: each gets this part of its seconds."""
+_LEAST_SECONDS = 60.0
+"""That the route to a global bound may need."""
 _DOWN = 1 - 2.0**-48
 """More than what a quotient is rounded up by."""
 
@@ -172,7 +174,7 @@ class RadiusCertifier:
         proof, dtype = self.certificate, self.dtype
         bound = proof.radius_bound() if isinstance(proof, ChainCertificate) else proof.bound
         radii = []
-        for part in torch.arange(len(x)).split(_BATCH):
+        for part in torch.arange(len(x), device="cpu").split(_BATCH):
             own = x[part].detach().cpu()
             run = own.to(dtype)
             moved = torch.linalg.vector_norm((own.double() - run.double()).flatten(1), dim=1)
@@ -206,11 +208,11 @@ class RadiusCertifier:
             ValueError: if shapes, labels, radius, norm or box do not fit.
         """
         if self.system is None:
-            return torch.zeros(len(x), dtype=torch.bool)
+            return torch.zeros(len(x), dtype=torch.bool, device="cpu")
         found = certify_balls(
             self.system, x, labels.cpu(), radius, norm=norm, box=box, seconds=seconds
         )
-        return torch.tensor([proof is not None for proof in found], dtype=torch.bool)
+        return torch.tensor([proof is not None for proof in found], dtype=torch.bool, device="cpu")
 
 
 def certified_radius(
@@ -240,7 +242,8 @@ def certified_radius(
             pixels. The statement is then about such inputs alone, and larger radii are proved.
             Without it, inputs may be any numbers.
         seconds: about how long is searched around each input beyond back-substitution; 0 for no
-            search.
+            search. The route to a global bound may need as long as all inputs together, or a
+            minute.
         local: False for the margin over the global bound alone.
         certificate: of the model's bound, to save its proof: where the model is a classifier,
             layer, chain or `ConvertedNetwork`.
@@ -276,11 +279,12 @@ def certified_radius(
     check_request(x, labels, norm, box, seconds)
     if not len(x):
         return torch.zeros(0, dtype=torch.float64, device=x.device)
-    certifier = RadiusCertifier.of(model, tuple(x.shape[1:]), certificate)
+    budget = max(_LEAST_SECONDS, seconds * len(x))
+    certifier = RadiusCertifier.of(model, tuple(x.shape[1:]), certificate, seconds=budget)
     radii = certifier.prove_globally(x, labels, norm)
     if local and certifier.system is not None:
         with _bar(len(x), progress) as bar:
-            for part in torch.arange(len(x)).split(_BATCH):
+            for part in torch.arange(len(x), device="cpu").split(_BATCH):
                 around = find_ball_radii(
                     certifier.system, x[part].detach().cpu(), labels[part].cpu(), norm=norm,
                     box=box, seconds=seconds / _TRIALS,
@@ -344,7 +348,7 @@ def _find_system(module: nn.Module, shape: tuple[int, ...]) -> AffineSystem | No
         mean, std = (t.detach().double() for t in (module.normalize.mean, module.normalize.std))
         return _equations(module.layer, *(t.expand(shape).reshape(-1) for t in (mean, std)))
     if type(module) is EquilibriumLinear:
-        zero = torch.zeros(math.prod(shape), dtype=torch.float64)
+        zero = torch.zeros(math.prod(shape), dtype=torch.float64, device="cpu")
         return _equations(module, zero, zero + 1)
     try:
         return AffineSystem.of_network(from_torch(module, shape))

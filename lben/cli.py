@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -21,10 +21,19 @@ import torch
 import tyro
 
 from lben.certificates import CertificateError
+from lben.certificates.relaxation import InputNorm
 from lben.data import DataError, Dataset, load
 from lben.evaluation.accuracy import EvaluationConfig, evaluate
+from lben.evaluation.files import find_shape, read_model, read_samples
 from lben.evaluation.proofs import CertificationConfig, evaluate_certificates
-from lben.evaluation.reports import certification_table, draw, draw_certification, table
+from lben.evaluation.reports import (
+    certification_table,
+    draw,
+    draw_certification,
+    robustness_table,
+    table,
+)
+from lben.evaluation.robustness import RobustnessConfig, evaluate_robustness
 from lben.models import (
     Classifier,
     ConvolutionalEquilibriumArchitecture,
@@ -128,16 +137,32 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Certify:
-    """Certify test images by every proof there is, and attack them: table, JSON and picture.
+    """Certify a trained run by every proof there is, or with --data any model on any data.
+
+    Without --data, the test images of a run are certified and attacked: table, JSON and picture.
+    With --data, the model may be a folder of a run, an .onnx file, or a public checkpoint
+    (.safetensors, or .pt with tensors by name): its global bound, how it was found, and proofs
+    around each input. Of the options below it takes --radii, --samples and --no-local.
 
     Attributes:
-        run: folder of the run.
+        run: folder of a run, or the file of a model.
         root: folder with the data files, if they have moved.
+        data: digits, mnist, cifar10, or an .npz file with the arrays images and labels.
+        norm: with --data: of --radii.
+        box: with --data: smallest and largest value of an input, for statements about such inputs
+            alone.
+        seconds: with --data: of search, for each input and radius that a quick proof leaves open.
+        out: with --data: also write the report to this JSON file.
         config: of the certification.
     """
 
     run: Annotated[str, tyro.conf.Positional]
     root: str | None = None
+    data: str | None = None
+    norm: InputNorm = "l2"
+    box: tuple[float, float] | None = None
+    seconds: float = 1.0
+    out: str | None = None
     config: Annotated[CertificationConfig, tyro.conf.arg(name="")] = field(
         default_factory=CertificationConfig
     )
@@ -300,8 +325,11 @@ def _run(command: Command) -> None:
             _say_trained(run)
         case Evaluate(run=run, root=root, config=config):
             _evaluate(Path(run), config, root)
-        case Certify(run=run, root=root, config=config):
-            _certify(Path(run), config, root)
+        case Certify(data=None):
+            _refuse_changed(command, ("norm", "box", "seconds", "out"), "needs --data")
+            _certify_run(command)
+        case Certify():
+            _certify_model(command)
         case Bench():
             _bench(command)
 
@@ -370,10 +398,16 @@ def _evaluate(folder: Path, config: EvaluationConfig, root: str | None) -> None:
     _refuse(report.violations)
 
 
-def _certify(folder: Path, config: CertificationConfig, root: str | None) -> None:
-    model, data, said = _load_trained(folder, root, _CERTIFIED)
+def _certify_run(command: Certify) -> None:
+    folder = Path(command.run)
+    if folder.is_file():
+        raise ValueError(
+            f"no checkpoint in {folder}: it is a file. If it holds a model, say which inputs are "
+            "certified by --data digits, mnist, cifar10 or an .npz file"
+        )
+    model, data, said = _load_trained(folder, command.root, _CERTIFIED)
     with processes("cpu") as team:
-        certificate, report = evaluate_certificates(model, data, config, team)
+        certificate, report = evaluate_certificates(model, data, command.config, team)
     if not team.first:
         return
     checkpoints.write_json(folder / checkpoints.CERTIFICATE, certificate)
@@ -382,6 +416,45 @@ def _certify(folder: Path, config: CertificationConfig, root: str | None) -> Non
     print(f"{said}{certification_table(report)}")
     print(f"\n{folder}: {checkpoints.CERTIFICATE}, certification.json{picture}")
     _refuse(report.violations)
+
+
+def _certify_model(command: Certify) -> None:
+    assert command.data is not None
+    own = ("linf_radii", "tol", "promise", "attack_steps", "attack_restarts", "seed")
+    _refuse_changed(command.config, own, "is for runs without --data")
+    radii = command.config.radii
+    if command.norm == "linf" and radii == CertificationConfig().radii:
+        radii = CertificationConfig().linf_radii
+    config = RobustnessConfig(
+        radii=radii, norm=command.norm, box=command.box, seconds=command.seconds,
+        local=command.config.local,
+    )  # fmt: skip
+    out = None if command.out is None else Path(command.out)
+    if out is not None:
+        checkpoints.check_folder(out.parent, (out.name,))
+    model = read_model(command.run)
+    samples = read_samples(
+        command.data, command.root, count=command.config.samples, shape=find_shape(model)
+    )
+    with processes("cpu") as team:
+        report = evaluate_robustness(model, samples, config, team)
+    if not team.first:
+        return
+    print(robustness_table(report))
+    if out is not None:
+        checkpoints.write_json(out, report)
+        print(f"\n{out}")
+
+
+def _refuse_changed(options: object, names: Sequence[str], why: str) -> None:
+    """Refuse options that would do nothing.
+
+    Raises:
+        ValueError: naming the first that is not at its default.
+    """
+    for f in fields(options):  # type: ignore[arg-type]
+        if f.name in names and getattr(options, f.name) != f.default:
+            raise ValueError(f"--{f.name.replace('_', '-')} {why}")
 
 
 def _load_trained(

@@ -224,8 +224,8 @@ class Intervals:
         torch.Size([2, 2])
     """
 
-    lower: Mapping[int, Float[Tensor, "batch units"]]
-    upper: Mapping[int, Float[Tensor, "batch units"]]
+    lower: Mapping[int, Float[Tensor, "batch _"]]
+    upper: Mapping[int, Float[Tensor, "batch _"]]
 
     def select(self, index: Tensor) -> Intervals:
         """Return the intervals at some indices of the batch."""
@@ -295,7 +295,7 @@ def dual_value(
     system: AffineSystem,
     level: int,
     target: Float[Tensor, "batch units"],
-    tau: Mapping[int, Float[Tensor, "batch units"]],
+    tau: Mapping[int, Float[Tensor, "batch _"]],
     intervals: Intervals,
     region: InputRegion,
 ) -> Float[Tensor, " batch"]:
@@ -329,7 +329,7 @@ def prove_lower_bounds(
     system: AffineSystem,
     level: int,
     target: Float[Tensor, "batch units"],
-    tau: Mapping[int, Float[Tensor, "batch units"]],
+    tau: Mapping[int, Float[Tensor, "batch _"]],
     intervals: Intervals,
     region: InputRegion,
 ) -> Float[Tensor, " batch"]:

@@ -51,6 +51,8 @@ _BATCH = 16
 """Inputs between two updates of the progress bar."""
 _TRIALS = 12
 """About so many radii are tried for an input: each gets this part of its seconds."""
+_LEAST_SECONDS = 60.0
+"""That the route to a global bound may need."""
 _DOWN = 1 - 2.0**-48
 """More than what a quotient is rounded up by."""
 
@@ -62,7 +64,7 @@ class RadiusCertifier:
     Attributes:
         module: a copy of the model on the CPU, or the converted network.
         certificate: of its global bound.
-        route: how the bound was found, for a converted network.
+        route: how the bound was found, for a network that has no bound of its own.
         system: the equations for proofs around single inputs; None where there are none: images
             with convolutional equilibria, and modules that `from_torch` does not convert.
 
@@ -108,9 +110,8 @@ class RadiusCertifier:
                 bound of its own (`ConversionError` if it cannot be converted).
             CertificateError: if no bound is proved.
         """
-        if isinstance(model, Network):
-            model = ConvertedNetwork(model)
-        if not isinstance(model, nn.Module):
+        route = None
+        if not isinstance(model, nn.Module | Network):
             raise TypeError(
                 f"model must be a torch.nn.Module or a Network, got {type(model).__name__}: read a "
                 "file by from_onnx or load_checkpoint first"
@@ -121,33 +122,38 @@ class RadiusCertifier:
                     f"{type(model).__name__} has no bound of its own that a certificate could "
                     "prove: certify ConvertedNetwork(from_torch(model, shape))"
                 )
-            model = ConvertedNetwork(from_torch(model, shape))
-        if isinstance(model, ConvertedNetwork):
-            return cls._of_network(model, shape, certificate, seconds)
-        frozen = model.freeze() if isinstance(model, Classifier) else _freeze(model)
-        found = certificate or _prove_own_bound(cast(BoundedModule, frozen), shape)
+            network = model if isinstance(model, Network) else from_torch(model, shape)
+            _check_shape(network, shape)
+            certificate, route = prove_by_route(network, seconds=seconds)
+            model = ConvertedNetwork(network)
+        elif isinstance(model, ConvertedNetwork):
+            _check_shape(model.network, shape)
+        elif isinstance(model, Classifier):
+            model = model.freeze()
+        else:
+            model = copy.deepcopy(cast(nn.Module, model)).cpu().eval().requires_grad_(False)
+        module = cast(BoundedModule, model)
         return cls(
-            module=cast(BoundedModule, frozen), certificate=found, route=None,
-            system=_find_system(frozen, shape),
+            module=module, certificate=certificate or _prove_own_bound(module, shape), route=route,
+            system=_find_system(model, shape),
         )  # fmt: skip
 
-    @classmethod
-    def _of_network(
-        cls,
-        module: ConvertedNetwork,
-        shape: tuple[int, ...],
-        certificate: LipschitzCertificate | None,
-        seconds: float,
-    ) -> Self:
-        if module.sample_shape != shape:
-            raise ValueError(
-                f"the network is for inputs of shape {module.sample_shape}, got {shape}"
-            )
-        route = None
-        if certificate is None:
-            certificate, route = prove_by_route(module.network, seconds=seconds)
-        system = AffineSystem.of_network(module.network)
-        return cls(module=module, certificate=certificate, route=route, system=system)
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that the module runs in; float64 for a converted network."""
+        module = cast(nn.Module, self.module)
+        tensors = chain(module.parameters(), module.buffers())
+        return next((t.dtype for t in tensors if t.is_floating_point()), torch.float64)
+
+    @torch.no_grad()
+    def predict(self, x: Float[Tensor, "batch ..."]) -> Integer[Tensor, " batch"]:
+        """Return the label that the module gives each input.
+
+        Args:
+            x: inputs, float32 or float64.
+        """
+        y: Tensor = cast(nn.Module, self.module)(x.detach().cpu().to(self.dtype))
+        return y.argmax(1)
 
     def prove_globally(
         self, x: Float[Tensor, "batch ..."], labels: Integer[Tensor, " batch"], norm: InputNorm
@@ -165,12 +171,10 @@ class RadiusCertifier:
         Raises:
             ValueError: if shapes or labels do not fit.
         """
-        module, proof = cast(nn.Module, self.module), self.certificate
+        proof, dtype = self.certificate, self.dtype
         bound = proof.radius_bound() if isinstance(proof, ChainCertificate) else proof.bound
-        tensors = chain(module.parameters(), module.buffers())
-        dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float64)
         radii = []
-        for part in torch.arange(len(x)).split(_BATCH):
+        for part in torch.arange(len(x), device="cpu").split(_BATCH):
             own = x[part].detach().cpu()
             run = own.to(dtype)
             moved = torch.linalg.vector_norm((own.double() - run.double()).flatten(1), dim=1)
@@ -204,11 +208,11 @@ class RadiusCertifier:
             ValueError: if shapes, labels, radius, norm or box do not fit.
         """
         if self.system is None:
-            return torch.zeros(len(x), dtype=torch.bool)
+            return torch.zeros(len(x), dtype=torch.bool, device="cpu")
         found = certify_balls(
             self.system, x, labels.cpu(), radius, norm=norm, box=box, seconds=seconds
         )
-        return torch.tensor([proof is not None for proof in found], dtype=torch.bool)
+        return torch.tensor([proof is not None for proof in found], dtype=torch.bool, device="cpu")
 
 
 def certified_radius(
@@ -238,7 +242,8 @@ def certified_radius(
             pixels. The statement is then about such inputs alone, and larger radii are proved.
             Without it, inputs may be any numbers.
         seconds: about how long is searched around each input beyond back-substitution; 0 for no
-            search.
+            search. The route to a global bound may need as long as all inputs together, or a
+            minute.
         local: False for the margin over the global bound alone.
         certificate: of the model's bound, to save its proof: where the model is a classifier,
             layer, chain or `ConvertedNetwork`.
@@ -274,11 +279,12 @@ def certified_radius(
     check_request(x, labels, norm, box, seconds)
     if not len(x):
         return torch.zeros(0, dtype=torch.float64, device=x.device)
-    certifier = RadiusCertifier.of(model, tuple(x.shape[1:]), certificate)
+    budget = max(_LEAST_SECONDS, seconds * len(x))
+    certifier = RadiusCertifier.of(model, tuple(x.shape[1:]), certificate, seconds=budget)
     radii = certifier.prove_globally(x, labels, norm)
     if local and certifier.system is not None:
         with _bar(len(x), progress) as bar:
-            for part in torch.arange(len(x)).split(_BATCH):
+            for part in torch.arange(len(x), device="cpu").split(_BATCH):
                 around = find_ball_radii(
                     certifier.system, x[part].detach().cpu(), labels[part].cpu(), norm=norm,
                     box=box, seconds=seconds / _TRIALS,
@@ -322,8 +328,9 @@ def _bar(total: int, wanted: bool) -> Progress | nullcontext[None]:
     return Progress(total, "radii", "inputs")
 
 
-def _freeze(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).cpu().eval().requires_grad_(False)
+def _check_shape(network: Network, shape: tuple[int, ...]) -> None:
+    if network.input_shape != shape:
+        raise ValueError(f"the network is for inputs of shape {network.input_shape}, got {shape}")
 
 
 def _prove_own_bound(module: BoundedModule, shape: tuple[int, ...]) -> LipschitzCertificate:
@@ -335,11 +342,13 @@ def _prove_own_bound(module: BoundedModule, shape: tuple[int, ...]) -> Lipschitz
 
 def _find_system(module: nn.Module, shape: tuple[int, ...]) -> AffineSystem | None:
     """Return the equations of a module of this package, if they are known."""
+    if isinstance(module, ConvertedNetwork):
+        return AffineSystem.of_network(module.network)
     if type(module) is EquilibriumClassifier:
         mean, std = (t.detach().double() for t in (module.normalize.mean, module.normalize.std))
         return _equations(module.layer, *(t.expand(shape).reshape(-1) for t in (mean, std)))
     if type(module) is EquilibriumLinear:
-        zero = torch.zeros(math.prod(shape), dtype=torch.float64)
+        zero = torch.zeros(math.prod(shape), dtype=torch.float64, device="cpu")
         return _equations(module, zero, zero + 1)
     try:
         return AffineSystem.of_network(from_torch(module, shape))

@@ -93,7 +93,7 @@ class Program:
     constant: Float[Tensor, "batch N N"]
     per_input: bool = False
     columns: tuple[Float[Tensor, "batch N f"], Float[Tensor, "batch N f"]] | None = None
-    prices: Float[Tensor, "batch n+f"] | None = None
+    prices: Float[Tensor, "batch k"] | None = None
 
     @property
     def slices(self) -> list[slice]:
@@ -274,7 +274,9 @@ class _Chain:
             root, info = torch.linalg.cholesky_ex(D)
             failed |= (info != 0) | ~root.diagonal(dim1=1, dim2=2).isfinite().all(1)
             if bool(failed.any()):  # a factor that is not used: any will do
-                root = torch.where(failed[:, None, None], torch.eye(len(D[0])).to(D), root)
+                root = torch.where(
+                    failed[:, None, None], torch.eye(D.shape[1], out=D.new_empty(0)), root
+                )
             diagonal.append(root)
         return _Band(diagonal, below), failed
 

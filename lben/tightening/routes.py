@@ -53,23 +53,27 @@ class Route:
         seconds: that proposal and proof took, together with those of routes that failed.
         gap: how far the bound may be above the least of all multipliers, relative to it, as the
             proposal estimates it; None where nothing is known.
+        steps: Newton steps of the proposal; None where there were none.
         passed_over: why each tighter route was not taken, one sentence each.
 
     Example:
-        >>> print(Route(name="primal-dual", bound=5.25, seconds=2.0, gap=1e-9))
-        bound 5.25 by primal-dual, at most 1e-09 above the least (estimated), in 2 seconds
+        >>> print(Route(name="recursion", bound=5.25, seconds=2.0))
+        bound 5.25 by recursion, in 2 seconds
     """
 
     name: RouteName
     bound: float
     seconds: float
     gap: float | None = None
+    steps: int | None = None
     passed_over: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         gap = "" if self.gap is None else f", at most {self.gap:.1g} above the least (estimated)"
+        steps = "" if self.steps is None else f" ({self.steps} Newton steps)"
         why = "".join(f"; {reason}" for reason in self.passed_over)
-        return f"bound {self.bound:.6g} by {self.name}{gap}, in {self.seconds:.3g} seconds{why}"
+        took = f"in {self.seconds:.3g} seconds{steps}"
+        return f"bound {self.bound:.6g} by {self.name}{gap}, {took}{why}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,14 +186,16 @@ def prove_by_route(
             )
             continue
         try:
-            certificate, gap = _PROOFS[name](network)
+            claim = _PROPOSALS[name](network)
+            certificate = prove_product(network) if claim is None else prove_network(network, claim)
         except CertificateError as error:
             if name == "product":
                 raise
             reasons.append(f"{name} failed: {error}")
             continue
         found = Route(
-            name=name, bound=certificate.bound, seconds=time.perf_counter() - start, gap=gap,
+            name=name, bound=certificate.bound, seconds=time.perf_counter() - start,
+            gap=None if claim is None else claim.gap, steps=None if claim is None else claim.steps,
             passed_over=tuple(reasons),
         )  # fmt: skip
         return replace(certificate, method=f"{name}: {certificate.method}"), found
@@ -211,14 +217,9 @@ def prove_by_size(network: Network) -> LipschitzCertificate:
     return prove_by_route(network)[0]
 
 
-def _prove_claim(
-    network: Network, claim: NetworkClaim
-) -> tuple[LipschitzCertificate, float | None]:
-    return prove_network(network, claim), claim.gap
-
-
-_PROOFS: dict[RouteName, Callable[[Network], tuple[LipschitzCertificate, float | None]]] = {
-    "primal-dual": lambda network: _prove_claim(network, tighten_network(network)),
-    "recursion": lambda network: _prove_claim(network, propose_network_claim(network)),
-    "product": lambda network: (prove_product(network), None),
+_PROPOSALS: dict[RouteName, Callable[[Network], NetworkClaim | None]] = {
+    "primal-dual": tighten_network,
+    "recursion": propose_network_claim,
+    "product": lambda network: None,
 }
+"""What is proved; the product needs no claim."""

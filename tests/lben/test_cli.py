@@ -9,13 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from lben import cli
 from lben.data import load
 from lben.evaluation.accuracy import Report, evaluate
-from lben.evaluation.proofs import Certification
+from lben.evaluation.proofs import Certification, CertificationConfig
+from lben.evaluation.robustness import Robustness
 from lben.models import (
     ConvolutionalEquilibriumArchitecture,
     EquilibriumArchitecture,
@@ -591,3 +593,88 @@ def test_every_option_of_an_architecture_is_an_option_of_the_command_line(capsys
         out = capsys.readouterr().out
         for field in dataclasses.fields(architecture):
             assert f"--{field.name.replace('_', '-')} " in out.replace(",", " ")
+
+
+# --- models from elsewhere ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A network in GLipSDP's layout whose inputs are 8 × 8 images."""
+    torch.manual_seed(0)
+    path = tmp_path / "model.pt"
+    torch.save({"0.weight": torch.randn(6, 64) / 8, "0.bias": torch.randn(6),
+                "1.weight": torch.randn(10, 6), "1.bias": torch.randn(10)}, path)  # fmt: skip
+    return path
+
+
+ANY = ["--data", "digits", "--samples", "4", "--seconds", "0"]
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_any_model_is_certified_on_any_data(checkpoint, capsys, norm):
+    out = checkpoint.parent / "report.json"
+    words = ["certify", str(checkpoint), *ANY, "--norm", norm, "--box", "0", "1"]
+    assert cli.main([*words, "--radii", "0.001", "0.01", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "by primal-dual, at most" in said
+    assert f"at {norm} radius r, among inputs in [0, 1]" in said
+    report = Robustness.from_json(out.read_text("utf-8"))
+    json.loads(out.read_text("utf-8"), parse_constant=refuse)
+    assert report.radii == (0.001, 0.01)
+    assert report.config.norm == norm
+    assert report.samples == 4
+    assert cli.main([*words, "--no-local"]) == 0
+    default = CertificationConfig()
+    radius = (default.radii if norm == "l2" else default.linf_radii)[0]
+    said = capsys.readouterr().out
+    assert f"r = {radius:.3g}" in said
+    assert "around each input" not in said
+
+
+def test_a_run_is_certified_on_other_data(copied, tmp_path, capsys):
+    path = tmp_path / "mine.npz"
+    np.savez(path, images=np.zeros((3, 8, 8), dtype=np.uint8), labels=np.arange(3))
+    before = contents(copied)
+    words = ["--data", str(path), "--seconds", "0", "--radii", "0.01"]
+    assert cli.main(["certify", str(copied), *words]) == 0
+    assert "EquilibriumClassifier on mine.npz, first 3 of 3 inputs" in capsys.readouterr().out
+    assert contents(copied) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "digits", "--norm", "l1"], "invalid choice 'l1' for argument '--norm'"),
+        (["--data", "digits", "--radii", "-1"], "radii must be positive and finite"),
+        (["--data", "digits", "--seconds", "-1"], "seconds must be at least 0"),
+        (["--data", "digits", "--box", "1", "0"], "box must be (smallest, largest)"),
+        (["--data", "digits", "--box", "0.5", "1"], "inputs must lie in the box"),
+        (["--data", "digits", "--tol", "1e-3"], "--tol is for runs without --data"),
+        (["--data", "digits", "--linf-radii", "0.1"], "--linf-radii is for runs without --data"),
+        (["--data", "digits", "--out", "{}/x"], "is a file, not a folder; choose another --out"),
+        (["--data", "mnist"], "mnist is read from files: give the folder that holds them (--root)"),
+        (["--data", "images.csv"], "data must be digits, mnist, cifar10 or an .npz file"),
+        (["--data", "{}.npz"], "there is no file"),
+        ([], "it is a file. If it holds a model, say which inputs are certified by --data"),
+        (["--out", "x.json"], "--out needs --data"),
+        (["--norm", "linf"], "--norm needs --data"),
+    ],
+)
+def test_what_does_not_fit_a_model_from_elsewhere_is_one_line(checkpoint, capsys, words, message):
+    words = [word.format(checkpoint) for word in words]
+    assert cli.main(["certify", str(checkpoint), *words]) == 1
+    assert message in one_line(capsys)
+
+
+def test_a_pickled_module_and_labels_out_of_range_are_refused(checkpoint, capsys):
+    pickled, path = checkpoint.parent / "module.pt", checkpoint.parent / "mine.npz"
+    torch.save(torch.nn.Linear(2, 2), pickled)
+    assert cli.main(["certify", str(pickled), *ANY]) == 1
+    assert "no code of a file is run" in one_line(capsys)
+    np.savez(path, images=np.zeros((2, 64)), labels=np.array([0, 10]))
+    assert cli.main(["certify", str(checkpoint), "--data", str(path)]) == 1
+    assert "labels must lie in [0, 10), got values from 0 to 10" in one_line(capsys)
+    np.savez(path, images=np.zeros((2, 63)), labels=np.array([0, 9]))
+    assert cli.main(["certify", str(checkpoint), "--data", str(path)]) == 1
+    assert "the model takes inputs of shape (64,), and the data have (63,)" in one_line(capsys)

@@ -195,3 +195,23 @@ def test_two_processes_certify_and_attack_what_one_does(tmp_path):
     refused = lben(["certify", str(folder), "--samples", "1"], 2)
     assert refused.returncode != 0
     assert "lben: samples = 1 cannot be shared by 2 processes" in refused.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_certify_any_model_as_one_does(tmp_path):
+    torch.manual_seed(0)
+    path, found = tmp_path / "model.pt", {}
+    torch.save({"0.weight": torch.randn(6, 64) / 8, "0.bias": torch.randn(6),
+                "1.weight": torch.randn(10, 6), "1.bias": torch.randn(10)}, path)  # fmt: skip
+    for count in (1, 2):
+        out = tmp_path / f"{count}.json"
+        words = f"certify {path} --data digits --samples 31 --seconds 0 --radii 0.001 0.05"
+        done = lben([*words.split(), "--out", str(out)], count)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("around each input") == 1
+        found[count] = json.loads(out.read_text())
+        assert found[count].pop("environment")["processes"] == str(count)
+        for name in ("seconds", "seconds_per_sample", "bound_seconds"):
+            assert found[count].pop(name) > 0
+        assert found[count]["route"].pop("seconds") > 0
+    assert found[1] == found[2]

@@ -43,7 +43,7 @@ def test_each_route_proves_a_bound_that_the_network_keeps(name):
         assert quotient <= certificate.bound == found.bound
         assert certificate.method.startswith(f"{found.name}: ")
         assert found.name == route
-        assert (found.gap is not None) == (route == "primal-dual")
+        assert (found.gap is not None) == (found.steps is not None) == (route == "primal-dual")
         bounds.append(certificate.bound)
     assert bounds[0] <= bounds[1] * (1 + 1e-6)
     assert prove_by_size(network).bound == bounds[0]
@@ -74,12 +74,12 @@ def test_a_route_that_fails_is_followed_by_the_next(monkeypatch):
     def fail(network):
         raise CertificateError("no storage")
 
-    monkeypatch.setitem(routes._PROOFS, "primal-dual", fail)
+    monkeypatch.setitem(routes._PROPOSALS, "primal-dual", fail)
     certificate, found = prove_by_route(chain(3))
     assert found.name == "recursion"
     assert found.passed_over == ("primal-dual failed: no storage",)
     assert certificate.method.startswith("recursion: ")
-    monkeypatch.setitem(routes._PROOFS, "product", fail)
+    monkeypatch.setitem(routes._PROPOSALS, "product", fail)
     with pytest.raises(CertificateError, match="no storage"):
         prove_by_route(chain(3), "product")
 
@@ -100,4 +100,8 @@ def test_unknown_routes_and_negative_times_are_refused():
 
 
 def test_a_route_is_one_line():
-    assert "\n" not in str(Route(name="product", bound=1.0, seconds=0.1, passed_over=("a", "b")))
+    route = Route(name="product", bound=1.0, seconds=0.1, gap=0.0, steps=9, passed_over=("a", "b"))
+    assert str(route) == (
+        "bound 1 by product, at most 0 above the least (estimated), in 0.1 seconds (9 Newton "
+        "steps); a; b"
+    )

@@ -34,6 +34,8 @@ from lben.tightening import primal_dual
 
 _MULTIPLIER_SHARE = 1e-3
 """Of the accuracy: the price of λ at the start, see Note [Units that nothing moves]."""
+_DRIVE_SHARE = 1e-8
+"""Of ‖D‖²: what λ adds to τ at the start, at least."""
 _INITIAL_SHARE = 0.1
 """Of an output's norm: what the weighted constraints take off at the start."""
 
@@ -199,7 +201,9 @@ def minimise_bound(
     # See Note [Units that nothing moves]; a constraint without entries is one as well.
     prices = torch.zeros_like(w) if program.prices is None else program.prices
     size = tau.sum(1) + (prices * w).sum(1)
-    tiny = (_MULTIPLIER_SHARE * gap / program.W.shape[-1] * size)[:, None] / torch.cat([lam, w], 1)
+    tiny = (_MULTIPLIER_SHARE * gap / max(program.W.shape[-1], 1) * size)[:, None] / torch.cat(
+        [lam, w], 1
+    )
     standard = replace(standard, prices=tiny + torch.cat([torch.zeros_like(lam), prices], dim=1))
     found = primal_dual.minimise(standard, start, gap=gap, target=target, max_steps=max_steps)
     tau, lam, w = standard.split(found.y)
@@ -234,6 +238,11 @@ def find_feasible_point(program: LayerProgram, multiplier: Tensor) -> Tensor:
         raise ValueError("2Λ − ΛW − WᵀΛ is not positive definite")
     inner = torch.linalg.solve_triangular(root, C.mT, upper=False)
     scale = 2 * torch.linalg.matrix_norm(inner, 2).square()
+    # Where D outweighs C by far, λ does not underflow: it adds `_DRIVE_SHARE` of ‖D‖² to τ.
+    drive = torch.linalg.solve_triangular(root, multiplier[:, :, None] * program.U, upper=False)
+    floor = _DRIVE_SHARE * torch.linalg.matrix_norm(D, 2).square()
+    floor = floor / torch.linalg.matrix_norm(drive, 2).square()
+    scale = torch.maximum(scale, torch.where(floor.isfinite(), floor, 0.0))
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))[:, None]
     lam = scale * multiplier
     schur = scale[:, :, None] * S - C.mT @ C

@@ -93,9 +93,9 @@ def tighten_network(
     n = reduced.network.units
     program = replace(
         _build_program(_rescale(reduced.network, start)),
-        prices=torch.full((1, n), _MULTIPLIER_SHARE * gap / n, dtype=torch.float64),
+        prices=torch.full((1, n), _MULTIPLIER_SHARE * gap / n, dtype=torch.float64, device="cpu"),
     )
-    y = torch.ones(1, 1 + n, dtype=torch.float64)
+    y = torch.ones(1, 1 + n, dtype=torch.float64, device="cpu")
     y[0, 0] = _FIRST_TAU
     found = primal_dual.minimise(program, y, gap=gap, max_steps=max_steps)
     if not bool(found.converged[0]):
@@ -341,11 +341,11 @@ def _build_program(network: Network) -> primal_dual.Program:
         low += [block.activation.low] * widths[k]
         high += [block.activation.high] * widths[k]
     coordinates, C = join(network.output)
-    constant = torch.zeros(1, N, N, dtype=torch.float64)
+    constant = torch.zeros(1, N, N, dtype=torch.float64, device="cpu")
     constant[0, coordinates, coordinates] = torch.from_numpy(-C.T @ C)
     return primal_dual.Program(
         groups=tuple(sum(widths[k] for k in group) for group in group_blocks(network)),
-        inputs=p, rows=tuple(rows), states=torch.arange(p, N), constant=constant,
-        low=torch.tensor([low], dtype=torch.float64),
-        high=torch.tensor([high], dtype=torch.float64),
+        inputs=p, rows=tuple(rows), states=torch.arange(p, N, device="cpu"), constant=constant,
+        low=torch.tensor([low], dtype=torch.float64, device="cpu"),
+        high=torch.tensor([high], dtype=torch.float64, device="cpu"),
     )  # fmt: skip

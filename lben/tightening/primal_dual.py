@@ -274,9 +274,8 @@ class _Chain:
             root, info = torch.linalg.cholesky_ex(D)
             failed |= (info != 0) | ~root.diagonal(dim1=1, dim2=2).isfinite().all(1)
             if bool(failed.any()):  # a factor that is not used: any will do
-                root = torch.where(
-                    failed[:, None, None], torch.eye(D.shape[1], out=D.new_empty(0)), root
-                )
+                identity = torch.eye(D.shape[1], dtype=D.dtype, device=D.device)
+                root = torch.where(failed[:, None, None], identity, root)
             diagonal.append(root)
         return _Band(diagonal, below), failed
 

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.common import mnist_of
 from benchmarks.lipschitz.peers import bound_by_eclipse
@@ -22,8 +23,6 @@ _ROUNDS = 7
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train the network, and bound it several times."""
-    import torch
-
     _, data = mnist_of(arguments.root, "lipschitz")
     model = train(build_wide(), data, epochs=1 if arguments.quick else 5, seed=0)
     network = from_torch(model, SHAPE)

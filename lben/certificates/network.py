@@ -393,8 +393,8 @@ def take_step(
         Lambda: λ of the block in units of the storage; None for a block with one slope.
         known: units of some blocks; others that enter the frontier are chosen.
     """
-    own, kept = network.blocks[k - 1], [j for j in after.blocks if j != k]
-    blocks = tuple(sorted({*kept, *own.affine.matrices}))
+    own, others = network.blocks[k - 1], [j for j in after.blocks if j != k]
+    blocks = tuple(sorted({*others, *own.affine.matrices}))
     parts, units = [], {}
     for j in blocks:
         if j in own.affine.matrices:
@@ -402,7 +402,7 @@ def take_step(
         else:
             part = Enclosure(np.zeros((own.affine.units, network.widths[j])))
         fresh = _choose_units(part.mid, after.units[k], j, known)
-        units[j] = after.units[j] if j in kept else fresh
+        units[j] = after.units[j] if j in others else fresh
         parts.append(_to_units(part, after.units[k], units[j]))
     V = _join(parts, own.affine.units)
     chosen = [np.full(len(units[j]), j in known) for j in blocks]
@@ -420,7 +420,7 @@ def take_step(
         )  # fmt: skip
     weights = Enclosure(Lambda[:, None])
     pivot = Enclosure(np.diag(2 * Lambda)) - N_own
-    if blocks == (0,) and not kept and c > len(Lambda):
+    if blocks == (0,) and not others and c > len(Lambda):
         return WideStep(
             index=k, blocks=blocks, units=units, rows=V, Lambda=weights, pivot=pivot,
             slopes=(low, high),

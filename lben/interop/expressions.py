@@ -53,8 +53,8 @@ class Builder:
         for k in range(len(self.blocks), 0, -1):
             if k in read:
                 read |= set(self.blocks[k - 1].affine.matrices)
-        kept = [k for k in range(1, len(self.blocks) + 1) if k in read]
-        numbers = {0: 0, **{k: place for place, k in enumerate(kept, start=1)}}
+        needed = [k for k in range(1, len(self.blocks) + 1) if k in read]
+        numbers = {0: 0, **{k: place for place, k in enumerate(needed, start=1)}}
 
         def renumber(affine: AffineMap) -> AffineMap:
             for matrix in (*affine.matrices.values(), *affine.sizes.values()):
@@ -65,7 +65,7 @@ class Builder:
                 sizes={numbers[j]: m for j, m in affine.sizes.items()},
             )  # fmt: skip
 
-        blocks = (self.blocks[k - 1] for k in kept)
+        blocks = (self.blocks[k - 1] for k in needed)
         return Network(
             input_shape=self.input_shape, output=renumber(y.map),
             blocks=tuple(replace(block, affine=renumber(block.affine)) for block in blocks),

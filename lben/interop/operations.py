@@ -9,7 +9,7 @@ Symbols: docs/glossary.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import scipy.sparse
@@ -166,14 +166,29 @@ def sum_over(x: Expression, axes: Sequence[int], keepdim: bool, divide: bool) ->
         keepdim: whether they stay, with size 1.
         divide: whether means are wanted.
     """
-    kept = [axis for axis in range(len(x.shape)) if axis not in axes]
-    moved = x.select(np.transpose(x.places, (*kept, *axes)))
-    sizes = moved.shape[len(kept) :]
-    whole = [np.arange(size)[None] for size in sizes]
     divisor = None if divide else np.ones(1)
+    return reduce_axes(x, axes, keepdim, lambda moved, windows: average(moved, windows, divisor))
+
+
+def reduce_axes(
+    x: Expression,
+    axes: Sequence[int],
+    keepdim: bool,
+    reduce: Callable[[Expression, list[Indices]], Expression],
+) -> Expression:
+    """Return what a function of windows makes of all entries along some axes.
+
+    Args:
+        x: the expression.
+        axes: not negative.
+        keepdim: whether they stay, with size 1.
+        reduce: of the expression with these axes last, and one window along each of them.
+    """
+    others = [axis for axis in range(len(x.shape)) if axis not in axes]
+    moved = x.select(np.transpose(x.places, (*others, *axes)))
+    y = reduce(moved, [np.arange(x.shape[axis])[None] for axis in axes])
     shape = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
-    y = average(moved, whole, divisor)
-    return y.select(y.places.reshape(shape if keepdim else [x.shape[axis] for axis in kept]))
+    return y.select(y.places.reshape(shape if keepdim else [x.shape[axis] for axis in others]))
 
 
 def take_largest(x: Expression, axes: Sequence[Indices]) -> Expression:

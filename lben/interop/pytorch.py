@@ -603,12 +603,7 @@ def _reduce(divide: bool) -> Callable[..., Expression]:
 
 
 def _largest(x: Expression, dim: Any = (), keepdim: bool = False) -> Expression:
-    axes = _axes(x, dim)
-    kept = [axis for axis in range(len(x.shape)) if axis not in axes]
-    moved = x.select(np.transpose(x.places, (*kept, *axes)))
-    y = operations.take_largest(moved, [np.arange(x.shape[axis])[None] for axis in axes])
-    shape = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
-    return y.select(y.places.reshape(shape if keepdim else [x.shape[axis] for axis in kept]))
+    return operations.reduce_axes(x, _axes(x, dim), keepdim, operations.take_largest)
 
 
 def _of_two(larger: bool) -> Callable[..., Expression]:

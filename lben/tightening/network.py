@@ -158,14 +158,14 @@ class _Reduced:
     gone; the input has coordinates in a basis of the rows that read it.
 
     Attributes:
-        network: without biases. Its block k is block `kept[k]` of the network that was given.
-        kept: numbers of blocks; `kept[0]` is 0, the input.
-        scales: log of the unit in which the states of each kept block are measured.
+        network: without biases. Its block k is block `origins[k]` of the network given.
+        origins: numbers of blocks; `origins[0]` is 0, the input.
+        scales: log of the unit in which the states of each of these blocks are measured.
         scale: the same for FΔy.
     """
 
     network: Network
-    kept: tuple[int, ...]
+    origins: tuple[int, ...]
     scales: tuple[float, ...]
     scale: float
 
@@ -173,7 +173,7 @@ class _Reduced:
     def of(cls, network: Network, rows: Array | None) -> _Reduced:
         """Reduce a network."""
         known: dict[int, _Sum] = {0: {0: None}}
-        kept, scales = [0], [0.0]
+        origins, scales = [0], [0.0]
         maps: list[dict[int, Array]] = []
         for k, block in enumerate(network.blocks, start=1):
             activation = block.activation
@@ -183,8 +183,8 @@ class _Reduced:
                 continue
             matrices, scale = _normalise(total, scales)
             maps.append(matrices)
-            known[k] = {len(kept): None}
-            kept.append(k)
+            known[k] = {len(origins): None}
+            origins.append(k)
             scales.append(scale)
         outputs = network.output.matrices
         if rows is not None:
@@ -197,35 +197,35 @@ class _Reduced:
             for matrices in (*(maps[i - 1] for i in used[1:]), output)
         ]
         _compress_input(readers)
-        kept = [kept[i] for i in used]
+        origins = [origins[i] for i in used]
         rank = len(network.output.bias if rows is None else rows)
         return cls(
             network=Network(
                 input_shape=(next((m[0].shape[1] for m in readers if 0 in m), 0),),
                 blocks=tuple(
                     Block(affine=_without_bias(m), activation=network.blocks[k - 1].activation)
-                    for k, m in zip(kept[1:], readers, strict=False)
+                    for k, m in zip(origins[1:], readers, strict=False)
                 ),
                 output=AffineMap.of(readers[-1], np.zeros(rank)),
             ),
-            kept=tuple(kept), scales=tuple(scales[i] for i in used), scale=scale,
+            origins=tuple(origins), scales=tuple(scales[i] for i in used), scale=scale,
         )  # fmt: skip
 
     def restore(self, network: Network, logs: list[Array], gap: float, steps: int) -> NetworkClaim:
         """Return a claim of the network that was given, in its own units."""
         found = [np.full(0 if is_linear(network, k) else width, _IRRELEVANT)
                  for k, width in enumerate(network.widths[1:], start=1)]  # fmt: skip
-        for k, scale, own in zip(self.kept[1:], self.scales[1:], logs, strict=True):
+        for k, scale, own in zip(self.origins[1:], self.scales[1:], logs, strict=True):
             found[k - 1] = own + 2 * (self.scale - scale)
         return replace(NetworkClaim.from_logarithms(None, found), gap=gap, steps=steps)
 
 
 _Sum: TypeAlias = dict[int, Array | None]
-"""A sum of matrices times the states of kept blocks; None stands for the identity."""
+"""A sum of matrices times the states of the blocks that remain; None stands for the identity."""
 
 
 def _substitute(matrices: Mapping[int, Matrix], known: Mapping[int, _Sum]) -> dict[int, Array]:
-    """Return a map of blocks as a map of kept blocks."""
+    """Return a map of blocks as a map of the blocks that remain."""
     total: dict[int, Array] = {}
     for j, matrix in matrices.items():
         for i, own in known[j].items():

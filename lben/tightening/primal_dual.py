@@ -44,6 +44,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -95,7 +96,7 @@ class Program:
     columns: tuple[Float[Tensor, "batch N f"], Float[Tensor, "batch N f"]] | None = None
     prices: Float[Tensor, "batch k"] | None = None
 
-    @property
+    @cached_property
     def slices(self) -> list[slice]:
         """The coordinates of each group."""
         ends = list(itertools.accumulate(self.groups))
@@ -106,7 +107,18 @@ class Program:
         """1 if τ is one number for all inputs, 0 if it is one for each."""
         return 0 if self.per_input else 1
 
-    @property
+    @cached_property
+    def _mean(self) -> Float[Tensor, "batch n"]:
+        """α + β."""
+        return self.low + self.high
+
+    @cached_property
+    def _product(self) -> Float[Tensor, "batch n"] | None:
+        """2αβ, or None where it is zero for all units."""
+        product = 2 * self.low * self.high
+        return product if bool(product.any()) else None
+
+    @cached_property
     def costs(self) -> Float[Tensor, "batch m"]:
         """c: 1 for τ, and the prices of λ and w."""
         ones = self.constant.new_ones(len(self.constant), self.inputs if self.per_input else 1)
@@ -139,14 +151,13 @@ class Program:
         S = torch.zeros_like(self.constant)
         S.diagonal(dim1=1, dim2=2)[:, : self.inputs] += tau
         S[:, self.states, self.states] += 2 * lam
-        mean, product = self.low + self.high, 2 * self.low * self.high
         for part in self.rows:
             u, k = part.units, part.coordinates
-            side = part.values * (lam * mean)[:, None, u]
+            side = part.values * (lam * self._mean)[:, None, u]
             S[:, k, self.states[u]] -= side
             S[:, self.states[u], k] -= side.mT
-            if bool(product[:, u].any()):
-                S[:, k, k] += (part.values * (lam * product)[:, None, u]) @ part.values.mT
+            if self._product is not None:
+                S[:, k, k] += (part.values * (lam * self._product)[:, None, u]) @ part.values.mT
         if self.columns is not None:
             a, b = self.columns
             side = (a * w[:, None]) @ b.mT
@@ -183,9 +194,11 @@ class Program:
             u, k = part.units, part.coordinates
             mixed.append(((Q[:, k, self.states[u]] + Q[:, self.states[u], k].mT) * part.values)
                          .sum(1))  # fmt: skip
-            square.append((part.values * (Q[:, k, k] @ part.values)).sum(1))
-        mean, product = self.low + self.high, 2 * self.low * self.high
-        found.append(2 * own - mean * torch.cat(mixed, 1) + product * torch.cat(square, 1))
+            if self._product is not None:
+                square.append((part.values * (Q[:, k, k] @ part.values)).sum(1))
+        found.append(2 * own - self._mean * torch.cat(mixed, 1))
+        if self._product is not None:
+            found[-1] += self._product * torch.cat(square, 1)
         if self.columns is not None:
             a, b = self.columns
             found.append((a * ((Q + Q.mT) @ b)).sum(1))
@@ -452,7 +465,7 @@ def minimise(
         section 5, for the direction of Helmberg and others with a corrector.
     """
     chain = _Chain(program.slices)
-    S = chain.read(program.assemble(start) + program.constant)
+    S = chain.read(program.assemble(start).add_(program.constant))
     factor, failed = chain.factor(S)
     if bool(failed.any()) or not bool((start > 0).all()):
         raise ValueError("the start of a program must be strictly feasible: y > 0 and S(y) ≻ 0")
@@ -559,7 +572,7 @@ def _advance(program: Program, chain: _Chain, state: _State) -> Tensor:
         state.X[good] = chain.complete(moved, X[good])
         state.s[good] = s[good] + primal[:, None] * d.s
         state.y[good] = state.y[good] + dual[:, None] * d.y
-    state.S = chain.read(program.assemble(state.y) + program.constant)
+    state.S = chain.read(program.assemble(state.y).add_(program.constant))
     return bad
 
 

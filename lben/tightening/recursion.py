@@ -197,8 +197,8 @@ def _spread(network: Network) -> list[Array]:
         found.append(C)
         joint = np.block([[S, WS.T], [WS, C + _SHARE * np.eye(len(C))]])
         states = (*blocks, k)
-        kept = np.repeat([j in known[k] for j in states], [network.widths[j] for j in states])
-        blocks, S = known[k], joint[np.ix_(kept, kept)]
+        read = np.repeat([j in known[k] for j in states], [network.widths[j] for j in states])
+        blocks, S = known[k], joint[np.ix_(read, read)]
     return found
 
 

@@ -74,13 +74,7 @@ def pgd_l2(
         [False, True]
     """
     ball, worst, model, labels = _prepare(model, x, labels, radius, bounds, steps, restarts)
-    for point in ball.starts(restarts, generator):
-        for step in range(steps + 1):
-            margins, gradient = _margin_gradient(model, point, labels)
-            worst.update(point, margins)
-            if step < steps:
-                direction = gradient / norms(gradient)
-                point = ball.project(point - 2.5 * ball.radius / steps * direction)
+    _run_projected(ball, worst, model, labels, steps, restarts, generator)
     return worst.point, worst.margin <= 0
 
 
@@ -125,12 +119,7 @@ def pgd_linf(
     ball, worst, model, labels = _prepare(
         model, x, labels, radius, bounds, steps, restarts, shape=_Cube
     )
-    for point in ball.starts(restarts, generator):
-        for step in range(steps + 1):
-            margins, gradient = _margin_gradient(model, point, labels)
-            worst.update(point, margins)
-            if step < steps:
-                point = ball.project(point - 2.5 * ball.radius / steps * gradient.sign())
+    _run_projected(ball, worst, model, labels, steps, restarts, generator)
     return worst.point, worst.margin <= 0
 
 
@@ -235,6 +224,25 @@ def across_the_boundary(
     return first[stored], b[stored]
 
 
+def _run_projected(
+    ball: _Ball,
+    worst: _Worst,
+    model: nn.Module,
+    labels: Tensor,
+    steps: int,
+    restarts: int,
+    generator: torch.Generator | None,
+) -> None:
+    """Update the worst points by projected steps of one length, from every start."""
+    for point in ball.starts(restarts, generator):
+        for step in range(steps + 1):
+            margins, gradient = _margin_gradient(model, point, labels)
+            worst.update(point, margins)
+            if step < steps:
+                direction = ball.steepest(gradient)
+                point = ball.project(point - 2.5 * ball.radius / steps * direction)
+
+
 def _run_adaptive(
     model: nn.Module, ball: _Ball, labels: Tensor, point: Images, steps: int, worst: _Worst
 ) -> None:
@@ -337,6 +345,11 @@ class _Ball:
     radius: float
     bounds: Bounds | None
 
+    @staticmethod
+    def steepest(gradient: Tensor) -> Tensor:
+        """Return the direction of norm 1 in which a function with this gradient grows fastest."""
+        return gradient / norms(gradient)
+
     def project(self, point: Tensor) -> Images:
         """Return an image near the point: clipped to the range, then scaled towards the centre.
 
@@ -371,6 +384,11 @@ class _Ball:
 @dataclass(frozen=True, eq=False)
 class _Cube(_Ball):
     """The same in the l∞ norm."""
+
+    @staticmethod
+    def steepest(gradient: Tensor) -> Tensor:
+        """Return the direction of norm 1 in which a function with this gradient grows fastest."""
+        return gradient.sign()
 
     def project(self, point: Tensor) -> Images:
         """Return the nearest image, or one a little nearer to the centre."""

@@ -17,7 +17,11 @@ pytest.importorskip("triton")
 OTHER = "LBEN_OTHER_TRITON"
 # x, ρ(x) and the slopes of 64 samples and 256 units are more than a multiprocessor's registers hold
 # beside addresses: the steps of such adjoint solves go through local memory too, no others do.
-SPILLS = re.compile(r"resident \(n=256 float32 \w+ LinearSlope .* LDL and")
+# With 129 units, padded to 256, a product loop reads seven constants from there and writes none.
+SPILLS = re.compile(
+    r"resident \(n=256 float32 \w+ LinearSlope .* LDL and"
+    r"|resident \(n=129 float32 PeacemanRachford ReLU .*: 7 LDL and 0 STL"
+)
 TARGETS = ["sm_80", "sm_90", "sm_100"]
 
 
@@ -54,7 +58,9 @@ def test_the_machine_code_is_what_is_meant(triton, target):
     found = rows([target], full=True, triton=folder)
     wrong = [fault for fault in faults(found) if not SPILLS.search(fault)]
     assert not wrong, "\n".join(wrong)
-    for row in found:
+    taken = [row for row in found if not row.get("refused")]
+    assert len(taken) >= 30
+    for row in taken:
         assert row["shared"] <= row["shared_limit"], f"{row['kernel']} ({row['case']})"
         if row["dots"] and row["loops"]:
             assert product_loops(row), f"{row['kernel']} ({row['case']}): no product loop was found"

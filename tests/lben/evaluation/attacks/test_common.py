@@ -132,14 +132,15 @@ def test_frozen_blocks_may_overlap():
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 def test_samples_may_have_any_shape(attack, shape):
     model = nn.Sequential(nn.Flatten(), nn.Linear(6, 3))
-    attack(model, torch.rand(4, *shape), torch.tensor([0, 1, 2, 0]))
-    list(corner_pairs(torch.rand(4, *shape), torch.Generator()))
-    list(random_pairs(torch.rand(4, *shape), 12, torch.Generator()))
+    assert attack(model, torch.rand(4, *shape), torch.tensor([0, 1, 2, 0])) is not None
+    x = torch.rand(4, *shape)
+    for pairs in (corner_pairs(x, torch.Generator()), random_pairs(x, 12, torch.Generator())):
+        assert all(a.shape[1:] == b.shape[1:] == shape for a, b in pairs)
 
 
 def test_no_images_are_no_trouble():
     model, x, y = CONFIG.build(), torch.rand(0, 1, 4, 4), torch.zeros(0, dtype=torch.int64)
-    for attack in (pgd_l2, apgd_l2):
+    for attack in (pgd_l2, pgd_linf, apgd_l2):
         point, broken = attack(model, x, y, 0.3)
         assert point.shape == x.shape
         assert broken.tolist() == []

@@ -132,3 +132,13 @@ def test_bad_weights_are_named():
     for propose in (tighten_diagonal, tighten_pairs):
         with pytest.raises(CertificateError, match="not positive definite"):
             propose(dataclasses.replace(weights, W=9 * weights.W.abs()))
+
+
+def test_the_gap_of_a_claim_reaches_down_to_the_optimum():
+    """It is that of the claim that is returned, whichever proposal it comes from."""
+    layer = EquilibriumLinear(6, 9, 4, gamma=2.0, dtype=torch.float64)
+    weights = layer.weights().apply(torch.Tensor.detach)
+    best = tighten_diagonal(weights, gap=1e-9)
+    rough = tighten_diagonal(weights, gap=0.5)
+    assert best.gap < 1e-6 < rough.gap < 0.5
+    assert rough.gamma * (1 - rough.gap) <= best.gamma <= rough.gamma

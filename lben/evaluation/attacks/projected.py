@@ -12,16 +12,20 @@ import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from lben.evaluation.attacks.common import Images, differentiating, gaussian, norms, own, view, wide
 from lben.radii.margin import check_labels
 from lben.values import plain
 
-Labels = Int[Tensor, " batch"] | Bool[Tensor, " batch"]
+Labels = Integer[Tensor, " batch"] | Bool[Tensor, " batch"]
+Selected = Float[Tensor, "pairs *sample"]
+"""Images of the pairs for which something holds."""
+Radius = float | Real | Float[Tensor, ""]
 Bounds = tuple[float | Tensor, float | Tensor]
 """Least and largest value of an input, or of each channel (then tensors like a sample)."""
 
@@ -31,7 +35,7 @@ def pgd_l2(
     model: nn.Module,
     x: Images,
     labels: Labels,
-    radius: float,
+    radius: Radius,
     *,
     steps: int = 20,
     restarts: int = 2,
@@ -83,7 +87,7 @@ def pgd_linf(
     model: nn.Module,
     x: Images,
     labels: Labels,
-    radius: float,
+    radius: Radius,
     *,
     steps: int = 20,
     restarts: int = 2,
@@ -128,7 +132,7 @@ def apgd_l2(
     model: nn.Module,
     x: Images,
     labels: Labels,
-    radius: float,
+    radius: Radius,
     *,
     steps: int = 50,
     restarts: int = 1,
@@ -171,7 +175,7 @@ def apgd_l2(
 @torch.no_grad()
 def across_the_boundary(
     model: nn.Module, a: Images, b: Images, *, distance: float = 1e-3, steps: int = 60
-) -> tuple[Images, Images]:
+) -> tuple[Selected, Selected]:
     """Return pairs of images a small distance apart that the model classifies differently.
 
     Bisection between images of different class finds the boundary, and the gradient of the margin
@@ -282,7 +286,7 @@ def _run_adaptive(
 
 @differentiating
 def auto_attack(
-    model: nn.Module, x: Images, labels: Labels, radius: float, *, batch: int = 250
+    model: nn.Module, x: Images, labels: Labels, radius: Radius, *, batch: int = 250
 ) -> tuple[Images, Bool[Tensor, " batch"]]:
     """Run the standard AutoAttack (Croce and Hein 2020) in l2, where its package is installed.
 
@@ -413,7 +417,7 @@ def _prepare(
     model: nn.Module,
     x: Images,
     labels: Tensor,
-    radius: float,
+    radius: Radius,
     bounds: Bounds | None,
     steps: int,
     restarts: int,

@@ -16,7 +16,7 @@ from tests.lben.runs import equilibrium
 
 
 def test_a_folder_an_onnx_file_and_a_checkpoint_are_read(tmp_path):
-    train(equilibrium(out=tmp_path / "run", hidden=5, epochs=1, batch_size=500))
+    train(equilibrium(out=str(tmp_path / "run"), hidden=5, epochs=1, batch_size=500))
     model = read_model(tmp_path / "run")
     assert isinstance(model, Classifier)
     assert find_shape(model) == (1, 8, 8)
